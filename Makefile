@@ -1,0 +1,27 @@
+# Two commands set everything up: `make demo` (the main job, small) and `make test`.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+DEMO   ?= demo
+
+.PHONY: demo test lint clean
+
+demo: $(VENV)/.ready            ## synthetic shards -> train `tiny` -> benchmark -> report -> a clip
+	$(BIN)/vfi demo --out $(DEMO)
+
+test: $(VENV)/.ready            ## all tests (those that need a GPU skip with their reason)
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/.ready            ## style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+$(VENV)/.ready: setup.cfg pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) $(DEMO) build *.egg-info .pytest_cache .mypy_cache .ruff_cache

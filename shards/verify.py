@@ -1,0 +1,168 @@
+"""Do the tars of a shard folder match its index? Every byte is hashed and every frame decoded.
+
+    python -m shards.verify shards/mine/train --workers 8
+
+Prints every problem and one summary line. Exit code 0: all is well; 1: problems; 2: not a shard folder.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import functools
+import io
+import itertools
+import json
+import sys
+import tarfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import tyro
+
+from shards import images
+from shards.cli import run_job
+from shards.parallel import run
+from shards.schema import Index, ShardEntry, ShardError, frame_members, read_index, sha256_of
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What the job needs."""
+
+    folders: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    """Shard folders to check."""
+    workers: int = 1
+    """Processes."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Checked:
+    """What was found in one shard."""
+
+    problems: tuple[str, ...]
+    keys: tuple[str, ...]
+    sizes: tuple[tuple[int, int], ...]  # the different (height, width)
+
+
+def verify(folder: Path, workers: int = 1) -> list[str]:
+    """All problems of a shard folder, an empty list when there are none. Raises ShardError when it isn't a shard folder."""
+    index = read_index(folder)
+    listed = collections.Counter(entry.name for entry in index.shards)
+    present = {path.name for path in folder.glob("*.tar")}
+    problems = [f"{name}: is listed {count} times in the index" for name, count in listed.items() if count > 1]
+    problems += [f"{name}: is in the index but not in the folder" for name in sorted(listed.keys() - present)]
+    problems += [f"{name}: is in the folder but not in the index" for name in sorted(present - listed.keys())]
+    entries = [entry for entry in index.shards if entry.name in present]
+    check = functools.partial(check_shard, folder, dataclasses.replace(index, shards=(), clips=()))
+    checked = run(check, entries, workers, name=lambda entry: entry.name, title=f"verify {folder.name}")
+    for entry, result in zip(entries, checked, strict=True):
+        problems += [f"{entry.name}: {problem}" for problem in result.problems]
+    uses = collections.Counter(itertools.chain.from_iterable(result.keys for result in checked))
+    problems += [f"key {key} is there {count} times" for key, count in uses.items() if count > 1]
+    return problems + ([] if problems else _check_sizes(index, checked))
+
+
+def check_shard(folder: Path, index: Index, entry: ShardEntry) -> Checked:
+    """Compare one tar with its entry in the index, and look into every sample."""
+    path = folder / entry.name
+    problems = []
+    size = path.stat().st_size
+    if size != entry.bytes:
+        problems.append(f"has {size:,} bytes, the index says {entry.bytes:,}")
+    elif sha256_of(path) != entry.sha256:
+        problems.append("its sha256 differs from the index: the content has changed")
+    expected = ["json", *frame_members(index.frames, index.codec)]
+    expected += ["flow_t0.npy", "flow_t1.npy"] if index.has_flow else []
+    keys, sizes = [], set()
+    try:
+        with tarfile.open(path, mode="r:") as tar:
+            for key, members in itertools.groupby(tar, key=lambda member: member.name.partition(".")[0]):
+                keys.append(key)
+                contents = {m.name.partition(".")[2]: _content(tar, m) for m in members}
+                found, size_found = _check_sample(contents, expected)
+                problems += [f"sample {key}: {problem}" for problem in found]
+                sizes.add(size_found)
+    except (tarfile.TarError, OSError, EOFError) as error:
+        problems.append(f"cannot be read to its end: {error}")
+    if len(keys) != entry.samples:
+        problems.append(f"holds {len(keys)} samples, the index says {entry.samples}")
+    return Checked(tuple(problems), tuple(keys), tuple(sorted(size for size in sizes if size is not None)))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The job: check each folder, print problems and a summary. Returns the exit code."""
+    return run_job(Options, _job, "shards.verify", __doc__, argv)
+
+
+def _job(options: Options) -> int:
+    if not options.folders:
+        raise ShardError("give one shard folder or more")
+    bad = 0
+    for folder in options.folders:
+        problems = verify(folder, options.workers)
+        index = read_index(folder)
+        for problem in problems:
+            print(f"{folder}: {problem}")
+        state = f"{len(problems)} problems" if problems else "good"
+        print(f"{folder}: {state}; {index.samples:,} samples in {len(index.shards)} shards, {index.bytes / 1e6:,.1f} MB")
+        bad += bool(problems)
+    return 1 if bad else 0
+
+
+def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    file = tar.extractfile(member)
+    if file is None:
+        raise tarfile.TarError(f"member {member.name} is not a file")
+    return file.read()
+
+
+def _check_sample(contents: dict[str, bytes], expected: list[str]) -> tuple[list[str], tuple[int, int] | None]:
+    """Problems of one sample, and its (height, width) as its frames say."""
+    if list(contents) != expected:
+        return [f"has the members {', '.join(contents)} instead of {', '.join(expected)}"], None
+    try:
+        meta = json.loads(contents["json"])
+        size = int(meta["height"]), int(meta["width"])
+        named = len(meta["frames"])
+    except (ValueError, KeyError, TypeError) as error:
+        return [f"its json cannot be used ({error!r})"], None
+    members = [name for name in expected if name.startswith("im")]
+    problems = [] if named == len(members) else [f"its json names {named} frames instead of {len(members)}"]
+    for name in members:
+        try:
+            found = images.decode(contents[name], name.partition(".")[2], name).shape[:2]
+        except ShardError as error:
+            problems.append(str(error))
+            continue
+        if found != size:
+            problems.append(f"{name} is {found[0]}x{found[1]} pixels, its json says {size[0]}x{size[1]}")
+    problems += [p for name in expected if name.startswith("flow") for p in _check_flow(name, contents[name], size)]
+    return problems, size
+
+
+def _check_flow(name: str, data: bytes, size: tuple[int, int]) -> list[str]:
+    try:
+        flow = np.load(io.BytesIO(data), allow_pickle=False)
+    except (ValueError, EOFError, OSError) as error:
+        return [f"{name} cannot be read: {error}"]
+    if flow.dtype != np.float32 or flow.shape != (*size, 2):
+        return [f"{name} is {flow.dtype} {list(flow.shape)} instead of float32 {[*size, 2]}"]
+    return [] if np.isfinite(flow).all() else [f"{name} has values that are not finite"]
+
+
+def _check_sizes(index: Index, checked: list[Checked]) -> list[str]:
+    sizes = {size for result in checked for size in result.sizes}
+    if not sizes:
+        return ["the folder holds no samples"]
+    heights, widths = zip(*sizes, strict=True)
+    found = (min(heights), min(widths)), (max(heights), max(widths))
+    if found != (index.min_size, index.max_size):
+        return [f"frames have sizes from {found[0]} to {found[1]}, the index says {index.min_size} to {index.max_size}"]
+    return []
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,275 @@
+"""How do videos and folders of frames become shards? Sequences are cut out, filtered and split by clip.
+
+    python -m shards.video --src videos --out shards/mine --codec jpeg --workers 8
+    python -m shards.video --src videos --out shards/mine --val_fraction 0.1     # shards/mine/train and shards/mine/val
+
+`src` is searched to any depth for video files and for folders that directly hold images (sorted naturally: one clip each).
+Sequences over scene cuts and with repeated frames are left out and counted in the index (see `shards.sequences`). A clip
+never spans two splits. A video that cannot be read is named and passed over; one that breaks off keeps what came before.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import functools
+import hashlib
+import itertools
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from shards import images, writer
+from shards.cli import run_job
+from shards.clips import Clip, Entry, find_clips, nearest_entry, read_clip
+from shards.parallel import run
+from shards.schema import SPLITS, VIDEO_EXTENSIONS, Index, SampleMeta, ShardError
+from shards.sequences import Found, find_sequences
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What `make` needs; each field is a flag of the job."""
+
+    src: Path
+    """Folder with videos and folders of frames, at any depth."""
+    out: Path
+    """Shard folder to write; with val_fraction the folder that gets the shard folders train and val."""
+    frames: int = 3
+    """Frames in a sequence."""
+    stride: int = 1
+    """Distance between neighbouring frames of a sequence: 1 takes consecutive frames, 2 every other one."""
+    step: int = 1
+    """Distance between the first frames of successive sequences: 1 takes every sequence, they overlap."""
+    codec: str = "png"
+    """How frames are stored: png or qoi (lossless; qoi reads faster) or jpeg (small, reads fast)."""
+    quality: int = 95
+    """JPEG quality, 1 to 100."""
+    max_height: int | None = None
+    """Frames higher than this many pixels are made smaller (antialiased, same shape, even sides)."""
+    split: str = "train"
+    """What the folder is for: train, val or test."""
+    val_fraction: float = 0.0
+    """Share of the clips that goes to a val folder; clips are dealt by a hash of their names, each to one side whole."""
+    samples_per_shard: int = writer.SAMPLES_PER_SHARD
+    """Most samples in one tar."""
+    workers: int = 1
+    """Processes; the bytes written do not depend on it."""
+
+
+def make(options: Options) -> dict[str, Index]:
+    """Write the shard folder, or two of them with `val_fraction`; returns the index of each split.
+
+    Folders that are already complete are left as they are. Raises ShardError for unusable options and sources, and for an
+    output folder that holds something else.
+    """
+    _check(options)
+    clips = find_clips(options.src)
+    arguments: dict[str, Any] = {
+        name: value for name, value in dataclasses.asdict(options).items() if name not in ("out", "workers")
+    }
+    source = writer.source_of("shards.video", arguments | {"src": str(options.src.resolve())})
+    files = [(f"{clip.name}/{path.name}", path.stat()) for clip in clips for path in clip.files()]
+    folders = _folders(options)
+    marks = {split: writer.fingerprint(source | {"split": split}, files) for split in folders}
+    done = {split: writer.check_output(folder, marks[split]) for split, folder in folders.items()}
+    complete = {split: index for split, index in done.items() if index is not None}
+    if len(complete) == len(folders):
+        print(f"{options.out} is complete already, nothing to do", file=sys.stderr)
+        return complete
+    found = _scan(clips, options)
+    dealt = _deal(clips, found, options)
+    return {
+        split: writer.write(folders[split], _plan(split, dealt[split], found, source, options), marks[split], options.workers)
+        for split in folders
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The job: parse flags, make the folders, say what they hold. Returns the exit code."""
+    return run_job(Options, _job, "shards.video", __doc__, argv)
+
+
+def _job(options: Options) -> int:
+    for split, index in make(options).items():
+        print(writer.describe(_folders(options)[split], index))
+    return 0
+
+
+def _check(options: Options) -> None:
+    images.check_codec(options.codec)
+    images.check_quality(options.quality)
+    if options.split not in SPLITS:
+        raise ShardError(f"unknown split {options.split!r}: choose one of {', '.join(SPLITS)}")
+    least = {"frames": 2, "stride": 1, "step": 1, "samples_per_shard": 1}
+    for name, value in least.items():
+        if getattr(options, name) < value:
+            raise ShardError(f"{name} {getattr(options, name)} is too small: give {value} or more")
+    if options.max_height is not None and options.max_height < 16:
+        raise ShardError(f"max_height {options.max_height} is too small: give 16 or more")
+    if not 0 <= options.val_fraction < 1:
+        raise ShardError(f"val_fraction {options.val_fraction} is out of range: give a share of the clips, 0 to below 1")
+    if options.val_fraction and options.split != "train":
+        raise ShardError(f"val_fraction makes the splits train and val: leave out split {options.split}")
+    src, out = options.src.resolve(), options.out.resolve()
+    if out == src or src in out.parents:
+        raise ShardError(f"output {options.out} lies inside the source {options.src}: give a folder outside of it")
+
+
+def _folders(options: Options) -> dict[str, Path]:
+    """Split -> shard folder. Raises ShardError when the folder above train and val holds something else."""
+    if not options.val_fraction:
+        return {options.split: options.out}
+    folders = {split: options.out / split for split in ("train", "val")}
+    others = sorted(p.name for p in options.out.iterdir() if p.name not in folders) if options.out.is_dir() else []
+    if others:
+        raise ShardError(
+            f"output folder {options.out} holds other things ({', '.join(others[:3])}) beside train and val; "
+            "nothing was touched: give a new or empty folder"
+        )
+    return folders
+
+
+def _scan(clips: list[Clip], options: Options) -> dict[Clip, Found]:
+    """First pass: every clip's usable sequences. Raises ShardError when there are none at all."""
+    scan = functools.partial(find_sequences, frames=options.frames, stride=options.stride, step=options.step)
+    found = dict(zip(clips, run(scan, clips, options.workers, name=lambda clip: clip.name, title="read clips"), strict=True))
+    for result in found.values():
+        if result.fault:
+            print(f"shards.video: {result.fault}; {_kept(result)}", file=sys.stderr)
+    if not any(result.starts for result in found.values()):
+        results = found.values()
+        short = sum(r.frames <= (options.frames - 1) * options.stride and not r.fault for r in results)
+        faults = [r.fault for r in results if r.fault]
+        raise ShardError(
+            f"source folder {options.src} has no usable sequence of {options.frames} frames at stride {options.stride}: "
+            f"{len(clips)} clips, {short} too short, {len(faults)} with faults, {sum(r.scene_cut for r in results)} sequences "
+            f"left out for scene cuts, {sum(r.duplicate for r in results)} for duplicate frames"
+        )
+    return found
+
+
+def _kept(found: Found) -> str:
+    return f"the {found.frames} frames before that are kept" if found.frames else "skipped"
+
+
+def _deal(clips: list[Clip], found: dict[Clip, Found], options: Options) -> dict[str, list[Clip]]:
+    """Split -> its clips. Each side gets a usable clip; clips that gave nothing are counted with the train side."""
+    if not options.val_fraction:
+        return {options.split: clips}
+    usable = sorted((clip for clip in clips if found[clip].starts), key=lambda clip: _lot(clip.name))
+    if len(usable) < 2:
+        raise ShardError(
+            f"val_fraction needs two clips with usable sequences or more, {options.src} has {len(usable)}: "
+            "give more clips, or leave val_fraction out"
+        )
+    wanted = sum(_lot(clip.name) < options.val_fraction for clip in usable)
+    val = set(usable[: min(max(wanted, 1), len(usable) - 1)])
+    return {"train": [clip for clip in clips if clip not in val], "val": [clip for clip in clips if clip in val]}
+
+
+def _lot(name: str) -> float:
+    """A number in [0, 1) that depends on the name alone: more clips in the source leave the others where they are."""
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64
+
+
+def _plan(split: str, clips: list[Clip], found: dict[Clip, Found], source: dict[str, Any], options: Options) -> writer.Plan:
+    stems = _stems(clips)
+    wanted = [(clip, start) for clip in clips for start in found[clip].starts]
+    tasks = []
+    for part in writer.chunks(len(wanted), options.samples_per_shard):
+        groups = itertools.groupby(wanted[part.start : part.stop], key=lambda pair: pair[0])
+        pieces = tuple(_piece(clip, stems[clip], [start for _, start in group], found[clip]) for clip, group in groups)
+        origin = ", ".join(piece.clip.name for piece in pieces[:3]) + (", …" if len(pieces) > 3 else "")
+        tasks.append(writer.ShardTask(origin, len(part), functools.partial(_samples, pieces, options)))
+    return writer.Plan(
+        split=split,
+        codec=options.codec,
+        frames=options.frames,
+        has_flow=False,
+        source=source,
+        clips=tuple(clip.name for clip in clips if found[clip].starts),
+        shards=tuple(tasks),
+        filtered={
+            "scene_cut": sum(found[clip].scene_cut for clip in clips),
+            "duplicate": sum(found[clip].duplicate for clip in clips),
+        },
+        skipped={clip.name: f"{fault}; {_kept(found[clip])}" for clip in clips if (fault := found[clip].fault)},
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """The sequences of one clip that lie in one shard; `stem` is the first part of their keys."""
+
+    clip: Clip
+    stem: str
+    starts: tuple[int, ...]
+    entry: Entry | None  # where to start reading, in a long video
+
+
+def _piece(clip: Clip, stem: str, starts: list[int], found: Found) -> Piece:
+    return Piece(clip, stem, tuple(starts), nearest_entry(found.entries, found.checksums, starts[0]))
+
+
+def _stems(clips: list[Clip]) -> dict[Clip, str]:
+    """Clip -> first part of its keys: its name without the characters that a key can't hold; unique among the clips."""
+    stems = {}
+    for clip in clips:
+        name = str(Path(clip.name).with_suffix("")) if clip.path.suffix.lower() in VIDEO_EXTENSIONS else clip.name
+        stems[clip] = re.sub(r"[^A-Za-z0-9_-]", "_", name.replace("/", "__"))
+    uses = collections.Counter(stem[:50] for stem in stems.values())
+    for clip, stem in stems.items():
+        if uses[stem[:50]] > 1 or len(stem) > 50:
+            stems[clip] = f"{stem[:50]}-{hashlib.sha256(clip.name.encode()).hexdigest()[:12]}"
+    return stems
+
+
+def _samples(pieces: Sequence[Piece], options: Options) -> Iterator[writer.Sample]:
+    for piece in pieces:
+        yield from _samples_of(piece, options)
+
+
+def _samples_of(piece: Piece, options: Options) -> Iterator[writer.Sample]:
+    """Second pass: one sweep over the clip; a frame that is in several sequences is compressed once."""
+    span = range(0, options.frames * options.stride, options.stride)
+    needed = {start + offset for start in piece.starts for offset in span}
+    waiting = collections.deque(piece.starts)
+    ready: dict[int, tuple[bytes, tuple[int, int]]] = {}
+    first = piece.starts[0]
+    for number, frame in enumerate(read_clip(piece.clip, first, piece.entry), first):
+        if number in needed:
+            image = shrink(frame.rgb(), options.max_height)
+            ready[number] = images.encode(image, options.codec, options.quality), image.shape[:2]
+        if number == waiting[0] + span[-1]:
+            numbers = [waiting[0] + offset for offset in span]
+            height, width = ready[number][1]
+            meta = SampleMeta(piece.clip.name, _frame_names(piece.clip, numbers), height, width)
+            yield writer.Sample(f"{piece.stem}-{waiting[0]:06d}", meta, tuple(ready[n][0] for n in numbers))
+            waiting.popleft()
+            if not waiting:
+                return
+            ready = {n: value for n, value in ready.items() if n >= waiting[0]}
+
+
+def _frame_names(clip: Clip, numbers: list[int]) -> tuple[str | int, ...]:
+    return tuple(clip.images[n].name for n in numbers) if clip.images else tuple(numbers)
+
+
+def shrink(frame: np.ndarray, max_height: int | None) -> np.ndarray:
+    """Make an RGB uint8 frame [H, W, 3] that is higher than `max_height` smaller, antialiased, to even sides."""
+    height, width = frame.shape[:2]
+    if max_height is None or height <= max_height:
+        return frame
+    new_height = max_height // 2 * 2
+    new_width = max(round(width * new_height / height / 2) * 2, 2)
+    return np.asarray(Image.fromarray(frame).resize((new_width, new_height), Image.Resampling.LANCZOS))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

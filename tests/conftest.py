@@ -1,0 +1,36 @@
+"""What all tests share: the GPU mark, and a small shard folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from shards import synthetic
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU; torch.cuda.is_available() is False"))
+
+
+@pytest.fixture(scope="session")
+def train_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """22 training samples of 72x80 in 3 shards."""
+    return _synthetic(tmp_path_factory.mktemp("shards") / "train", samples=22, seed=1, split="train")
+
+
+@pytest.fixture(scope="session")
+def val_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """5 validation samples of 72x80 in one shard."""
+    return _synthetic(tmp_path_factory.mktemp("shards") / "val", samples=5, seed=2, split="val")
+
+
+def _synthetic(out: Path, samples: int, seed: int, split: str) -> Path:
+    options = synthetic.Options(out=out, samples=samples, size="72x80", seed=seed, split=split, samples_per_shard=8)
+    synthetic.make(options)
+    return out

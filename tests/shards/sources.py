@@ -1,0 +1,57 @@
+"""Small data sets, built here: textured frames that move, videos, folders of frames, a Vimeo90K look-alike."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import av
+import numpy as np
+from PIL import Image
+
+HEIGHT, WIDTH = 64, 96
+
+
+def texture(seed: int, brightness: int = 128) -> np.ndarray:
+    """A smooth random picture, wider than a frame: uint8 [H, 4 W, 3]."""
+    rng = np.random.default_rng(seed)
+    coarse = rng.integers(-60, 60, (HEIGHT // 8, WIDTH // 2, 3)) + brightness
+    picture = Image.fromarray(np.clip(coarse, 0, 255).astype(np.uint8))
+    return np.asarray(picture.resize((4 * WIDTH, HEIGHT), Image.Resampling.BICUBIC))
+
+
+def panning(count: int, seed: int = 0, speed: int = 2, brightness: int = 128) -> list[np.ndarray]:
+    """Frames of a camera that pans over a texture: uint8 [HEIGHT, WIDTH, 3] each."""
+    picture = texture(seed, brightness)
+    return [np.ascontiguousarray(picture[:, speed * n : speed * n + WIDTH]) for n in range(count)]
+
+
+def write_frames(folder: Path, frames: Iterable[np.ndarray], pattern: str = "{}.png") -> Path:
+    """A folder of numbered images; natural order differs from plain order beyond ten frames."""
+    folder.mkdir(parents=True)
+    for number, frame in enumerate(frames):
+        Image.fromarray(frame).save(folder / pattern.format(number))
+    return folder
+
+
+def write_video(path: Path, frames: Sequence[np.ndarray], codec: str = "mpeg4", gop: int = 0, **options: str) -> Path:
+    """A video file of RGB frames at 25 a second; `gop` is the distance of key frames (0: the codec's own)."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with av.open(str(path), "w", options=options) as container:
+        stream = container.add_stream(codec, rate=25)
+        stream.height, stream.width = frames[0].shape[:2]
+        stream.pix_fmt = "yuv420p"
+        stream.bit_rate = 4_000_000
+        if gop:
+            stream.gop_size = gop
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
+    return path
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """Relative path -> sha256 of every file below a folder."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}

@@ -1,0 +1,80 @@
+"""Frames come back from bytes as they went in, and odd images become 8-bit RGB."""
+
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+from sources import panning
+
+from shards import images
+from shards.schema import EXTENSION, ShardError
+
+
+@pytest.mark.parametrize("codec", ["png", "qoi"])
+def test_lossless_codecs_are_exact(codec):
+    frame = np.random.default_rng(0).integers(0, 256, (37, 53, 3), dtype=np.uint8)
+    back = images.decode(images.encode(frame, codec), EXTENSION[codec])
+    assert back.dtype == np.uint8
+    assert back.flags.c_contiguous
+    np.testing.assert_array_equal(back, frame)
+
+
+def test_jpeg_is_close_keeps_full_colour_and_follows_quality():
+    frame = panning(1)[0]
+    data = images.encode(frame, "jpeg", quality=95)
+    assert np.abs(images.decode(data, "jpg").astype(int) - frame).mean() < 1.5
+    with Image.open(io.BytesIO(data)) as image:
+        assert [component[1:3] for component in image.layer] == [(1, 1)] * 3  # 4:4:4
+    assert len(images.encode(frame, "jpeg", quality=50)) < len(data)
+
+
+def test_rgb_order_survives():
+    red = np.zeros((16, 16, 3), np.uint8)
+    red[..., 0] = 250
+    for codec, extension in EXTENSION.items():
+        assert images.decode(images.encode(red, codec), extension)[8, 8].argmax() == 0
+
+
+@pytest.mark.parametrize(
+    ("image", "expected"),
+    [
+        (Image.new("L", (4, 3), 77), (77, 77, 77)),
+        (Image.new("LA", (4, 3), (100, 255)), (100, 100, 100)),
+        (Image.new("RGBA", (4, 3), (10, 20, 30, 255)), (10, 20, 30)),
+        (Image.new("RGBA", (4, 3), (10, 20, 30, 0)), (0, 0, 0)),
+        (Image.new("1", (4, 3), 1), (255, 255, 255)),
+        (Image.new("RGB", (4, 3), (1, 2, 3)).quantize(4), (1, 2, 3)),
+        (Image.fromarray(np.full((3, 4), 65535, np.uint16)), (255, 255, 255)),
+        (Image.fromarray(np.full((3, 4), 257 * 100, np.uint16)), (100, 100, 100)),
+    ],
+)
+def test_other_kinds_of_png_become_rgb(image, expected, tmp_path):
+    image.save(tmp_path / "image.png")
+    frame = images.read_image(tmp_path / "image.png")
+    assert frame.shape == (3, 4, 3)
+    assert frame.dtype == np.uint8
+    assert tuple(frame[1, 1]) == expected
+
+
+@pytest.mark.parametrize("extension", ["png", "jpg", "qoi", "webp"])
+@pytest.mark.parametrize("data", [b"", b"junk that is no image at all"])
+def test_junk_is_named(extension, data):
+    with pytest.raises(ShardError, match=f"frame seven cannot be decoded as {extension}"):
+        images.decode(data, extension, "frame seven")
+
+
+@pytest.mark.parametrize("codec", ["png", "jpeg", "qoi"])
+def test_a_cut_off_image_is_an_error(codec):
+    data = images.encode(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8), codec)
+    with pytest.raises(ShardError):
+        images.decode(data[: len(data) // 2], EXTENSION[codec])
+
+
+def test_wrong_frames_codecs_and_files_are_refused(tmp_path):
+    with pytest.raises(ShardError, match="uint8"):
+        images.encode(np.zeros((4, 4, 3), np.float32), "png")
+    with pytest.raises(ShardError, match="png, qoi, jpeg"):
+        images.encode(np.zeros((4, 4, 3), np.uint8), "gif")
+    with pytest.raises(ShardError, match="absent"):
+        images.read_image(tmp_path / "absent.png")
