@@ -1,0 +1,212 @@
+"""The training job as its users start it: resume, two processes, dry run, and what it refuses."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from vfi import presets, train
+from vfi.checkpoint import latest, list_checkpoints
+
+ROOT = Path(__file__).parents[2]
+FLAGS = ["--preset", "tiny", "--crop", "64", "--num_workers", "0", "--log_every", "1", "--warmup_steps", "2", "--lr", "1e-3"]
+
+
+def run_here(*flags: object) -> None:
+    """The job in this process."""
+    train.main([*FLAGS, *map(str, flags)])
+
+
+def start(*flags: object, launcher: tuple[str, ...] = ("-m",), **environment: str) -> subprocess.Popen[str]:
+    """The job as a process of its own, on the CPU."""
+    command = [sys.executable, *launcher, "vfi.train", *FLAGS, *map(str, flags)]
+    settings = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""} | environment
+    return subprocess.Popen(command, cwd=ROOT, env=settings, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def finish(process: subprocess.Popen[str]) -> str:
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    return output
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(latest(run).path / "model.safetensors")
+
+
+def rows(run: Path, event: str) -> list[dict]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["event"] == event]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory, train_shards, val_shards) -> Path:
+    """A run of 8 steps, started as a process with one thread like the runs that are compared with it."""
+    out = tmp_path_factory.mktemp("runs")
+    finish(start("--data_path", train_shards, "--val_path", val_shards, "--steps", 8, "--batch_size", 4, "--exp_name", "whole",
+                 "--save_every", 4, "--val_every", 4, "--output_dir", out))  # fmt: skip
+    return out / "whole"
+
+
+def test_run_folder_holds_everything(undisturbed):
+    assert sorted(path.name for path in undisturbed.iterdir()) == [
+        "checkpoints", "config.json", "environment.json", "metrics.jsonl", "tensorboard",
+    ]  # fmt: skip
+    assert [found.step for found in list_checkpoints(undisturbed)] == [4, 8]
+    assert [row["step"] for row in rows(undisturbed, "train")] == list(range(1, 9))
+    assert [row["step"] for row in rows(undisturbed, "val")] == [4, 8]
+    assert {"loss", "grad_norm", "samples_per_s", "data_wait", "lr", "epoch"} <= set(rows(undisturbed, "train")[0])
+    environment = json.loads((undisturbed / "environment.json").read_text())
+    assert environment["packages"]["torch"] == torch.__version__.partition("+")[0]
+    assert environment["choices"] == ["ssd: reference (mamba_ssm's kernels need a CUDA GPU and the device is cpu)"]
+
+
+def test_tensorboard_has_curves_and_pictures(undisturbed):
+    board = EventAccumulator(str(undisturbed / "tensorboard"))
+    board.Reload()
+    tags = board.Tags()
+    assert {"train/loss", "train/lr", "val/psnr"} <= set(tags["scalars"])
+    assert [event.step for event in board.Scalars("val/psnr")] == [4, 8]
+    assert tags["images"] == ["val (img0 | prediction | truth | img1 | 5 x error)"]
+    picture = board.Images(tags["images"][0])[0]
+    assert (picture.height, picture.width) == (72, 5 * 80)
+
+
+def test_stopped_run_goes_on_bit_for_bit(undisturbed, tmp_path, train_shards, val_shards):
+    """Killed with SIGKILL after its first checkpoint and resumed: the same weights, the same rows."""
+    flags = ["--data_path", train_shards, "--val_path", val_shards, "--steps", 8, "--batch_size", 4, "--exp_name", "killed",
+             "--save_every", 4, "--val_every", 4, "--output_dir", tmp_path, "--resume", "auto"]  # fmt: skip
+    run = tmp_path / "killed"
+    process = start(*flags)
+    deadline = time.monotonic() + 240
+    while latest(run) is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert latest(run).step < 8, "the run ended before it could be killed"
+    assert "going on from the weights of" in finish(start(*flags))
+    for name, tensor in weights(undisturbed).items():
+        assert torch.equal(tensor, weights(run)[name]), name
+    timeless = ("loss", "grad_norm", "lr", "epoch", "step", "psnr", "average_psnr")
+    for event in ("train", "val"):
+        one, other = ([{k: row[k] for k in timeless if k in row} for row in rows(r, event)] for r in (undisturbed, run))
+        assert one == other
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("accumulated", [False, True])
+def test_two_processes_train_like_one(undisturbed, tmp_path, train_shards, val_shards, accumulated):
+    size = 1 if accumulated else 2
+    launcher = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0", "--rdzv-backend", "c10d",
+                "--rdzv-endpoint", "localhost:0", "-m")  # fmt: skip
+    output = finish(start("--data_path", train_shards, "--val_path", val_shards, "--steps", 8, "--batch_size", size,
+                          "--exp_name", "two", "--global_batch", 4, "--val_every", 4, "--output_dir", tmp_path,
+                          launcher=launcher))  # fmt: skip
+    assert f"2 processes on cpu, precision no, global batch 4 = {size} * 2 * {4 // size // 2} accumulated" in output
+    alone, together = weights(undisturbed), weights(tmp_path / "two")
+    for name, tensor in alone.items():
+        torch.testing.assert_close(together[name], tensor, rtol=0, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
+    for one, other in zip(rows(undisturbed, "val"), rows(tmp_path / "two", "val"), strict=True):
+        assert one["psnr"] == pytest.approx(other["psnr"], abs=1e-3)
+        assert one["samples"] == other["samples"] == 5
+
+
+def test_accumulation_is_one_large_batch(undisturbed, tmp_path, train_shards):
+    finish(start("--data_path", train_shards, "--steps", 8, "--batch_size", 1, "--global_batch", 4, "--output_dir", tmp_path,
+                 "--exp_name", "a"))  # fmt: skip
+    for name, tensor in weights(undisturbed).items():
+        torch.testing.assert_close(weights(tmp_path / "a")[name], tensor, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("config", sorted((ROOT / "accelerate_configs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_accelerate_config_starts(config, tmp_path, train_shards):
+    """Configs for a CPU train; those for GPUs are read by the launcher and fail on the missing GPU, not on themselves."""
+    if config.stem != "cpu" and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA GPU; torch.cuda.is_available() is False")
+    launcher = ("-m", "accelerate.commands.launch", "--config_file", str(config), "-m")
+    output = finish(start("--data_path", train_shards, "--batch_size", 4, "--dry_run", "--output_dir", tmp_path,
+                          launcher=launcher, CUDA_VISIBLE_DEVICES=os.environ.get("CUDA_VISIBLE_DEVICES", ""),
+                          ACCELERATE_USE_CPU="true" if config.stem == "cpu" else "false"))  # fmt: skip
+    assert "dry run: training, validation and saving work" in output
+
+
+def test_weights_of_another_run_are_a_start(undisturbed, tmp_path, train_shards, capsys):
+    before = weights(undisturbed)
+    run_here("--data_path", train_shards, "--steps", 1, "--lr_min", 0, "--lr", 0, "--batch_size", 4, "--output_dir", tmp_path,
+             "--exp_name", "next", "--resume", undisturbed)  # fmt: skip
+    for name, tensor in weights(tmp_path / "next").items():
+        assert torch.equal(tensor, before[name]), name
+    assert latest(tmp_path / "next").step == 1
+    assert "starting from the weights of" in capsys.readouterr().out
+
+
+def test_dry_run_leaves_nothing(tmp_path, train_shards, val_shards, capsys):
+    run_here("--data_path", train_shards, "--val_path", val_shards, "--batch_size", 4, "--dry_run", "--output_dir", tmp_path)
+    printed = capsys.readouterr().out
+    assert "step 3: PSNR" in printed
+    assert "dry run: training, validation and saving work" in printed
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", presets.PRESETS)
+def test_every_preset_trains(name, tmp_path, train_shards, val_shards):
+    config = presets.get(name)
+    data = dataclasses.replace(config.data, data_path=str(train_shards), val_path=str(val_shards), crop=64, batch_size=1,
+                               num_workers=0, val_samples=1)  # fmt: skip
+    run = dataclasses.replace(config.run, steps=1, output_dir=str(tmp_path), exp_name=name)
+    train.train(dataclasses.replace(config, data=data, run=run))
+    assert latest(tmp_path / name).step == 1
+    assert len(rows(tmp_path / name, "val")) == 1
+
+
+def refused(capsys, *flags: object) -> str:
+    with pytest.raises(SystemExit) as error:
+        run_here(*flags)
+    assert error.value.code == 2
+    lines = capsys.readouterr().err.rstrip("\n").splitlines()
+    assert lines[-1].startswith("error: ")
+    assert all("step/s" in line or not line for line in lines[:-1]), lines  # nothing but a progress bar before it
+    return lines[-1]
+
+
+def test_bad_input_is_one_clear_line(capsys, tmp_path, train_shards, undisturbed):
+    at = ("--output_dir", tmp_path / "runs", "--batch_size", 4, "--steps", 1)
+    assert "--data_path is missing" in refused(capsys, *at)
+    assert "nowhere does not exist" in refused(capsys, "--data_path", tmp_path / "nowhere", *at)
+    raw = tmp_path / "raw" / "clip"
+    raw.mkdir(parents=True)
+    (raw / "0000.png").touch()
+    assert f"python -m shards.video --src {raw.parent}" in refused(capsys, "--data_path", raw.parent, *at)
+    assert "72x80" in refused(capsys, "--data_path", train_shards, "--crop", 128, *at)
+    assert "raw is not a shard folder" in refused(capsys, "--data_path", train_shards, "--val_path", raw.parent, *at)
+    assert "no run or checkpoint 'gone'" in refused(capsys, "--data_path", train_shards, "--resume", "gone", *at)
+    other = refused(capsys, "--data_path", train_shards, "--resume", undisturbed, "--backbone_mode", "mamba2_only", *at)
+    assert "backbone_mode: mamba2_only here, hybrid there" in other
+    assert not (tmp_path / "runs").exists()
+
+
+def test_existing_run_is_not_overwritten(capsys, undisturbed, train_shards):
+    before = (undisturbed / "metrics.jsonl").read_bytes()
+    message = refused(capsys, "--data_path", train_shards, "--batch_size", 4, "--steps", 9, "--exp_name", "whole",
+                      "--output_dir", undisturbed.parent)  # fmt: skip
+    assert "already holds a run at step 8: go on with it by --resume auto" in message
+    assert (undisturbed / "metrics.jsonl").read_bytes() == before
+
+
+def test_loss_that_is_no_number_ends_the_run(capsys, tmp_path, train_shards, monkeypatch):
+    monkeypatch.setattr(train, "laplacian_loss", lambda prediction, truth: prediction.sum() * float("nan"))
+    message = refused(capsys, "--data_path", train_shards, "--batch_size", 4, "--steps", 2, "--output_dir", tmp_path,
+                      "--exp_name", "nan")  # fmt: skip
+    assert "the loss is nan at step 1; the last good checkpoint is none" in message
+    assert latest(tmp_path / "nan") is None

@@ -1,0 +1,85 @@
+"""Who may import whom: a walk over every import statement of the project."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = ("shards", "vfi")
+JOBS = ("vfi.train", "vfi.benchmark", "vfi.report", "vfi.interpolate", "vfi.demo")
+TRAINING = (
+    "vfi.data",
+    "vfi.augment",
+    "vfi.train",
+    "vfi.losses",
+    "vfi.optim",
+    "vfi.tracking",
+    "accelerate",
+    "torch.distributed",
+)
+
+# module (or package, with what lies below it) -> what it must not import
+NEVER = {
+    "shards": ("torch", "vfi", "accelerate"),
+    "shards.schema": ("shards", "numpy", "PIL"),
+    "vfi.config": ("shards", "vfi", "torch"),
+    "vfi.ops": ("shards", *(f"vfi.{name}" for name in ("config", "model", "data", "augment", "losses", "metrics", "train"))),
+    "vfi.model": ("shards", "vfi.checkpoint", "vfi.metrics", "pathlib", "os", *TRAINING, *JOBS),
+    "vfi.augment": ("shards", "vfi.model", "vfi.data", "accelerate"),
+    "vfi.losses": ("shards", "vfi.model", "vfi.data", "accelerate"),
+    "vfi.metrics": ("shards", "vfi.model", "vfi.data", "accelerate"),
+    "vfi.optim": ("shards", "vfi.model", "vfi.data", "accelerate"),
+    "vfi.data": ("vfi.model", "accelerate"),
+    **{job: tuple(other for other in JOBS if other != job) for job in JOBS},
+}
+# only one file may touch a package that is not there on every machine
+GUARDED = {"mamba_ssm": {"vfi/ops/ssd.py"}, "triton": set(), "flash_attn": set(), "deepspeed": set(), "submitit": set()}
+
+
+def modules() -> Iterator[tuple[str, Path]]:
+    for package in PACKAGES:
+        for path in sorted((ROOT / package).rglob("*.py")):
+            name = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+            yield name, path
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Dotted names of everything that a file imports, also inside functions."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            yield node.module or ""
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def below(name: str, package: str) -> bool:
+    return name == package or name.startswith(package + ".")
+
+
+@pytest.mark.parametrize(("name", "path"), modules(), ids=lambda value: str(value) if isinstance(value, str) else "")
+def test_module_keeps_the_rules(name, path):
+    for imported in set(imports(path)):
+        for package, forbidden in NEVER.items():
+            if below(name, package):
+                broken = [rule for rule in forbidden if below(imported, rule)]
+                assert not broken, f"{name} must not import {imported} (rule for {package})"
+        for package, allowed in GUARDED.items():
+            if below(imported, package):
+                assert str(path.relative_to(ROOT)) in allowed, f"{name} must not import {imported}"
+
+
+def test_rules_name_modules_that_exist():
+    names = {name for name, _ in modules()}
+    assert set(NEVER) <= names
+
+
+def test_walk_sees_imports_inside_functions(tmp_path):
+    file = tmp_path / "module.py"
+    file.write_text("import a.b\ndef f():\n    from c import d\n")
+    assert set(imports(file)) == {"a.b", "c", "c.d"}

@@ -1,0 +1,119 @@
+"""Settings: presets, flags as published, cross-field rules, and the way to a file and back."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+
+from vfi import presets
+from vfi.config import Config, ConfigError, RunConfig, accumulation, from_json, to_json, validate
+
+
+def parse(line: str) -> Config:
+    return presets.from_command_line(line.split())
+
+
+@pytest.mark.parametrize("name", presets.PRESETS)
+def test_presets_are_valid_and_survive_a_file(name):
+    config = presets.get(name)
+    validate(config)
+    assert config.run.preset == name
+    assert from_json(to_json(config)) == config
+    assert dataclasses.replace(parse(f"--preset {name}"), run=config.run) == config
+
+
+def test_flags_take_underscore_and_hyphen():
+    one = parse("--preset tiny --batch_size 3 --no-use_ecab --exp_name x --backbone_mode mamba2_only --lr 1e-3")
+    other = parse("--preset tiny --batch-size 3 --no-use-ecab --exp-name x --backbone-mode mamba2_only --lr 1e-3")
+    assert one == other
+    assert (one.data.batch_size, one.model.use_ecab, one.model.backbone_mode, one.optim.lr) == (3, False, "mamba2_only", 1e-3)
+    assert one.model.width == presets.tiny().model.width
+
+
+def test_run_has_a_name():
+    assert parse("--preset base").run.exp_name == "base_phase1"
+
+
+@pytest.mark.parametrize(
+    "flags",
+    ["--phase 2", "--phase 3", "--use_mhc", "--mixed_ratio 2:1", "--curriculum", "--curriculum_T 50", "--scale 0.25",
+     "--ssm mamba1", "--scan flip", "--vgg_weight 0.01", "--freeze_backbone 50"],
+)  # fmt: skip
+def test_unsupported_flag_is_refused_by_name(flags):
+    name = flags.split()[0]
+    with pytest.raises(ConfigError, match=rf"{name}.* is not supported yet"):
+        parse(flags)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--steps 5 --epochs 2", "--steps 5 and --epochs 2 were both given"),
+        ("--batch_size 0", "--batch_size is 0; it must be at least 1"),
+        ("--crop 100", "--crop is 100; it must be a multiple of 16"),
+        ("--crop 48", "at least 64"),
+        ("--num_workers -1", "--num_workers is -1"),
+        ("--augment_prob 1.5", "0 … 1"),
+        ("--lr 1e-5", "--lr_min"),
+        ("--head_dim 24", "--head_dim 24 must divide"),
+        ("--exp_name a/b", "plain folder name"),
+        ("--preset huge", "choose from tiny, small, base"),
+    ],
+)
+def test_bad_value_names_field_and_fix(flags, message):
+    with pytest.raises(ConfigError) as error:
+        parse(flags)
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize("flags", ["--no_such_flag 1", "--phase 4", "--backbone_mode cnn", "--batch_size three"])
+def test_unknown_flag_or_value_ends_the_command(flags, capsys):
+    with pytest.raises(SystemExit) as error:
+        parse(flags)
+    assert error.value.code == 2
+    printed = capsys.readouterr()
+    assert flags.split()[0].lstrip("-").replace("_", "-") in (printed.out + printed.err).replace("_", "-")
+
+
+def test_accumulation_is_derived_and_a_remainder_refused():
+    config = parse("--batch_size 4 --global_batch 24")
+    assert [accumulation(config, processes) for processes in (1, 2, 3, 6)] == [6, 3, 2, 1]
+    assert accumulation(parse("--batch_size 4"), 8) == 1
+    with pytest.raises(ConfigError, match=r"--global_batch 24 is not a multiple .* = 20: take --global_batch 20"):
+        accumulation(config, 5)
+    with pytest.raises(ConfigError, match="take --global_batch 32"):
+        accumulation(config, 8)
+
+
+def broken(change) -> str:
+    content = json.loads(to_json(Config()))
+    change(content)
+    return json.dumps(content)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c["run"].pop("seed"), r"run: .*missing \['seed'\]"),
+        (lambda c: c["model"].update(new=1), r"model: .*unknown fields \['new'\]"),
+        (lambda c: c["model"].update(width="16"), "model: width is '16'"),
+        (lambda c: c["model"].update(gate="always"), "gate is 'always'"),
+        (lambda c: c["model"].update(depths=[3]), "depths"),
+        (lambda c: c.update(run=[]), "run: expected an object"),
+    ],
+)
+def test_damaged_file_is_named(change, message):
+    with pytest.raises(ConfigError, match=message):
+        from_json(broken(change), "runs/x/config.json")
+    with pytest.raises(ConfigError, match="is not JSON"):
+        from_json("{")
+
+
+def test_ints_are_taken_where_floats_are_meant():
+    config = from_json(broken(lambda c: c["optim"].update(lr=1)))
+    assert config.optim.lr == 1
+    with pytest.raises(ConfigError):
+        from_json(broken(lambda c: c["run"].update(seed=True)))
+    assert from_json(broken(lambda c: c["run"].update(steps=7))).run == dataclasses.replace(RunConfig(), steps=7)

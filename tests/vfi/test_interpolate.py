@@ -1,0 +1,231 @@
+"""vfi interpolate: the image is the model's, the video has the frames in order and in their colours, errors write nothing."""
+
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from vfi import checkpoint, presets
+from vfi.config import to_json
+from vfi.interpolate import frames_of, main, write_video
+from vfi.model.interpolator import FrameInterpolator
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    """A run with random weights, far from a plain average."""
+    folder = tmp_path_factory.mktemp("work") / "runs" / "some"
+    torch.manual_seed(0)
+    config = presets.tiny()
+    model = FrameInterpolator(config.model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    checkpoint.save(folder, 4, model, torch.optim.AdamW(model.parameters()), keep_last=1)
+    (folder / "config.json").write_text(to_json(config))
+    return folder
+
+
+def _image(path: Path, width: int, height: int, seed: int = 0) -> Path:
+    rng = np.random.default_rng(seed)
+    small = Image.fromarray(rng.integers(40, 216, (3, 4, 3), dtype=np.uint8))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    small.resize((width, height), Image.Resampling.BICUBIC).save(path)
+    return path
+
+
+def _pixels(path: Path) -> np.ndarray:
+    return np.asarray(Image.open(path).convert("RGB"))
+
+
+def _call(*arguments: object) -> None:
+    main([str(argument) for argument in (*arguments, "--device", "cpu")])
+
+
+@pytest.mark.parametrize("timestep", [None, 0.2])
+def test_the_image_is_the_models(run, tmp_path, capsys, timestep) -> None:
+    a, b = _image(tmp_path / "a.png", 51, 37, 1), _image(tmp_path / "b.png", 51, 37, 2)
+    out = tmp_path / "new" / "mid.png"
+    _call(a, b, "-o", out, "--model", run, *(("--timestep", timestep) if timestep else ()))
+    model, _ = checkpoint.load_model(run, torch.device("cpu"))
+    frames = [torch.from_numpy(_pixels(path) / 255).float().permute(2, 0, 1)[None] for path in (a, b)]
+    with torch.no_grad():
+        imgt = model(*frames, torch.tensor([timestep or 0.5])).imgt.clamp(0, 1)[0].permute(1, 2, 0).numpy()
+    assert _pixels(out).shape == (37, 51, 3)
+    np.testing.assert_allclose(_pixels(out), imgt * 255, atol=0.501)
+    assert [path.name for path in out.parent.iterdir()] == ["mid.png"]
+    assert f"51x37, timestep {timestep or 0.5:g}, by some at step 4 (cpu, fp32)" in capsys.readouterr().out
+
+
+def test_first_and_second_image_are_not_swapped(run, tmp_path) -> None:
+    a, b = _image(tmp_path / "a.png", 48, 32, 1), _image(tmp_path / "b.png", 48, 32, 2)
+    _call(a, b, "-o", tmp_path / "early.png", "--model", run, "--timestep", 0.05)
+    early = _pixels(tmp_path / "early.png").astype(float)
+    assert np.abs(early - _pixels(a)).mean() < np.abs(early - _pixels(b)).mean()
+
+
+def test_other_kinds_of_images_in_and_out(run, tmp_path) -> None:
+    a, b = _image(tmp_path / "a.jpg", 48, 32, 1), _image(tmp_path / "b.webp", 48, 32, 2)
+    for name in ("mid.jpg", "mid.bmp", "MID.TIFF", "mid.webp"):
+        _call(a, b, "-o", tmp_path / name, "--model", run)
+        assert _pixels(tmp_path / name).shape == (32, 48, 3)
+    np.testing.assert_allclose(
+        _pixels(tmp_path / "mid.jpg").astype(float).mean((0, 1)), _pixels(tmp_path / "mid.bmp").mean((0, 1)), atol=1.5
+    )
+
+
+def test_a_folder_becomes_a_video_of_twice_the_rate(run, tmp_path, capsys) -> None:
+    folder = tmp_path / "frames"
+    for number in (1, 2, 10, 11):  # in the order of the alphabet 10 would come before 2
+        _image(folder / f"f{number}.png", 49, 35, number)
+    (folder / "notes.txt").write_text("no frame")
+    out = tmp_path / "clip.mp4"
+    _call(folder, "-o", out, "--model", run, "--fps", 12)
+    decoded, rate = _decode(out)
+    assert len(decoded) == 7
+    assert rate == 24
+    assert decoded[0].shape == (36, 50, 3)
+    for shown, number in zip(decoded[::2], (1, 2, 10, 11), strict=True):
+        frame = np.pad(_pixels(folder / f"f{number}.png"), ((0, 1), (0, 1), (0, 0)), mode="edge")
+        assert np.abs(shown.astype(float) - frame).mean() < 6
+    _call(folder / "f2.png", folder / "f10.png", "-o", tmp_path / "between.png", "--model", run)
+    between = np.pad(_pixels(tmp_path / "between.png"), ((0, 1), (0, 1), (0, 0)), mode="edge")
+    assert np.abs(decoded[3].astype(float) - between).mean() < 6
+    assert "7 frames at 24 per second from 4 at 12" in capsys.readouterr().out
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["between.png", "clip.mp4", "frames"]
+
+
+def _decode(path: Path) -> tuple[list[np.ndarray], float]:
+    with av.open(str(path)) as container:
+        rate = float(container.streams.video[0].average_rate)
+        return [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)], rate
+
+
+def test_video_keeps_saturated_colours_and_says_which_matrix_made_them(tmp_path) -> None:
+    colours = [(255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255), (0, 0, 0), (200, 80, 20)]
+    frames = [np.full((64, 64, 3), colour, dtype=np.uint8) for colour in colours]
+    write_video(tmp_path / "c.mp4", frames, 29.97)
+    with av.open(str(tmp_path / "c.mp4")) as container:
+        stream = container.streams.video[0]
+        assert stream.pix_fmt == "yuv420p"
+        assert (stream.codec_context.colorspace, stream.codec_context.color_range) == (1, 1)  # BT.709, 16 … 235
+        assert float(stream.average_rate) == pytest.approx(29.97, abs=1e-3)
+        for frame, colour in zip(container.decode(video=0), colours, strict=True):
+            # the definition of BT.709 in 8 bits, from the decoded planes, without the library's own conversion
+            y, cb, cr = (float(np.asarray(plane).astype(float).mean()) for plane in _planes(frame))
+            luma, blue, red = (y - 16) / 219, (cb - 128) / 224, (cr - 128) / 224
+            r, b = luma + 1.5748 * red, luma + 1.8556 * blue
+            g = (luma - 0.2126 * r - 0.0722 * b) / 0.7152
+            np.testing.assert_allclose(np.array([r, g, b]) * 255, colour, atol=4)
+
+
+def _planes(frame: av.VideoFrame) -> list[np.ndarray]:
+    array = frame.to_ndarray(format="yuv420p")
+    height = frame.height
+    chroma = array[height:].reshape(2, -1)
+    return [array[:height], chroma[0], chroma[1]]
+
+
+def test_names_are_sorted_by_their_numbers(tmp_path) -> None:
+    names = ["clip2_9.png", "clip2_10.png", "clip10_1.png", "clip2_010b.png"]
+    for name in names:
+        (tmp_path / name).touch()
+    assert [path.name for path in frames_of(tmp_path)] == ["clip2_9.png", "clip2_10.png", "clip2_010b.png", "clip10_1.png"]
+
+
+def _refusal(capsys, *arguments: object) -> str:
+    with pytest.raises(SystemExit) as stop:
+        _call(*arguments)
+    assert stop.value.code == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    return lines[0]
+
+
+def test_unusable_images_are_refused(run, tmp_path, capsys) -> None:
+    a, b = _image(tmp_path / "a.png", 48, 40, 1), _image(tmp_path / "b.png", 64, 40, 2)
+    small = _image(tmp_path / "small.png", 31, 40)
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(a.read_bytes()[:200])
+    video = tmp_path / "film.MP4"
+    video.touch()
+    end = ("-o", tmp_path / "mid.png", "--model", run)
+    message = _refusal(capsys, a, b, *end)
+    assert "48x40" in message
+    assert "64x40" in message
+    assert "31x40" in _refusal(capsys, small, small, *end)
+    assert "at least 32" in _refusal(capsys, small, small, *end)
+    assert "broken.png" in _refusal(capsys, a, broken, *end)
+    assert "none.png does not exist" in _refusal(capsys, a, tmp_path / "none.png", *end)
+    assert "film.MP4 is a video file" in _refusal(capsys, video, "-o", tmp_path / "o.mp4", "--model", run)
+    assert "two images, or one folder" in _refusal(capsys, a, *end)
+    assert "two images, or one folder" in _refusal(capsys, a, tmp_path, *end)
+    assert not (tmp_path / "mid.png").exists()
+
+
+def test_unusable_outputs_and_flags_are_refused(run, tmp_path, capsys) -> None:
+    a, b = _image(tmp_path / "a.png", 48, 40, 1), _image(tmp_path / "b.png", 48, 40, 2)
+    before = a.read_bytes()
+    (tmp_path / "link.png").symlink_to(a)
+    assert "is the input" in _refusal(capsys, a, b, "-o", a, "--model", run)
+    assert "is the input" in _refusal(capsys, a, b, "-o", tmp_path / "link.png", "--model", run)
+    assert a.read_bytes() == before
+    assert "must end in .png" in _refusal(capsys, a, b, "-o", tmp_path / "mid.xyz", "--model", run)
+    assert "must end in .png" in _refusal(capsys, a, b, "-o", tmp_path / "mid.mp4", "--model", run)
+    assert "must end in .mp4" in _refusal(capsys, tmp_path, "-o", tmp_path / "clip.png", "--model", run)
+    assert "is not a folder" in _refusal(capsys, a, b, "-o", a / "mid.png", "--model", run)
+    end = ("-o", tmp_path / "mid.png", "--model", run)
+    for timestep in (0, 1, -0.5, "nan"):
+        assert "--timestep" in _refusal(capsys, a, b, *end, "--timestep", timestep)
+    assert "--fps is for a folder" in _refusal(capsys, a, b, *end, "--fps", 30)
+    assert "--timestep is for two images" in _refusal(
+        capsys, tmp_path, "-o", tmp_path / "c.mp4", "--model", run, "--timestep", 0.5
+    )
+    for fps in (0, -5, "nan"):
+        assert "--fps" in _refusal(capsys, tmp_path, "-o", tmp_path / "c.mp4", "--model", run, "--fps", fps)
+    assert "some" in _refusal(capsys, a, b, "-o", tmp_path / "mid.png", "--model", run.parent / "other")
+
+
+def test_the_model_must_be_given(tmp_path, capsys) -> None:
+    a, b = _image(tmp_path / "a.png", 48, 40, 1), _image(tmp_path / "b.png", 48, 40, 2)
+    with pytest.raises(SystemExit) as stop:
+        _call(a, b, "-o", tmp_path / "mid.png")
+    assert stop.value.code == 2
+    assert "--model" in capsys.readouterr().err
+
+
+def test_unusable_folders_leave_nothing_behind(run, tmp_path, capsys) -> None:
+    end = ("-o", tmp_path / "out" / "clip.mp4", "--model", run)
+    folder = tmp_path / "frames"
+    _image(folder / "1.png", 48, 40, 1)
+    assert "holds 1 images" in _refusal(capsys, folder, *end)
+    _image(folder / "2.png", 48, 44, 2)
+    message = _refusal(capsys, folder, *end)
+    assert "48x40" in message
+    assert "48x44" in message
+    whole = _image(folder / "2.png", 48, 40, 2).read_bytes()
+    (folder / "2.png").write_bytes(whole[: len(whole) // 2])  # its head is whole, so it breaks in the middle of the job
+    assert "2.png" in _refusal(capsys, folder, *end)
+    (folder / "2.png").write_bytes(b"no image")
+    assert "2.png cannot be read" in _refusal(capsys, folder, *end)
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_without_a_model_the_newest_run_is_taken(run, tmp_path, monkeypatch, capsys) -> None:
+    a, b = _image(tmp_path / "a.png", 48, 32, 1), _image(tmp_path / "b.png", 48, 32, 2)
+    monkeypatch.chdir(run.parents[1])
+    _call(a, b, "-o", tmp_path / "mid.png")
+    assert "by some at step 4" in capsys.readouterr().out
+    monkeypatch.chdir(tmp_path)
+    assert "no trained run in runs" in _refusal(capsys, a, b, "-o", tmp_path / "other.png")

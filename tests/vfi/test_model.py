@@ -1,0 +1,182 @@
+"""The network: equal to its published parts, any size, every switch."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from transformers import Mamba2Config
+from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
+
+from vfi import presets
+from vfi.config import ModelConfig
+from vfi.model.fusion import eca_kernel_size
+from vfi.model.interpolator import FrameInterpolator
+from vfi.model.ss2d import SS2D
+from vfi.ops.scan_order import interleaved_merge, interleaved_scan
+
+TINY = presets.tiny().model
+CPU = torch.device("cpu")
+
+
+def test_ss2d_is_mamba2_over_four_sequences():
+    """The cheaper form against an independent Mamba-2 on the four reordered copies: output and every gradient."""
+    torch.manual_seed(0)
+    config = ModelConfig(d_state=16, head_dim=8, expand=2)
+    ours = SS2D(16, config, CPU).double()
+    theirs = Mamba2Mixer(
+        Mamba2Config(
+            hidden_size=16, num_heads=4, head_dim=8, state_size=16, expand=2, n_groups=1, chunk_size=32,
+            layer_norm_epsilon=1e-5, use_bias=False, use_conv_bias=True,
+        ),
+        layer_idx=0,
+    ).double().eval()  # fmt: skip
+    theirs.load_state_dict(ours.state_dict())
+    x = torch.randn(4, 5, 7, 16, dtype=torch.float64)
+    ours_x, theirs_x = x.clone().requires_grad_(), x.clone().requires_grad_()
+    y = ours(ours_x)
+    # it computes in fp32 inside, hence the tolerance
+    expected = interleaved_merge(theirs(interleaved_scan(theirs_x)), 2, 5, 7)
+    torch.testing.assert_close(y, expected.double(), rtol=1e-4, atol=1e-5)
+    weight = torch.randn_like(y)
+    (y * weight).sum().backward()
+    (expected * weight).sum().backward()
+    torch.testing.assert_close(ours_x.grad, theirs_x.grad, rtol=1e-3, atol=1e-4)
+    their_gradients = {name: parameter.grad for name, parameter in theirs.named_parameters()}
+    for name, parameter in ours.named_parameters():
+        difference = (parameter.grad - their_gradients.pop(name)).norm() / parameter.grad.norm()
+        assert difference < 1e-4, name
+    assert not their_gradients
+
+
+@pytest.mark.parametrize("name", presets.PRESETS)
+def test_every_preset_predicts_a_cross_fade_before_training(name):
+    config = presets.get(name).model
+    model = FrameInterpolator(config)
+    img0, img1 = torch.rand(2, 2, 3, 64, 48)
+    timestep = torch.tensor([0.5, 0.25])
+    prediction = model(img0, img1, timestep)
+    weight = timestep.view(-1, 1, 1, 1)
+    torch.testing.assert_close(prediction.imgt, (1 - weight) * img0 + weight * img1)
+    assert prediction.flow_t0 is None
+    loss = (prediction.imgt - torch.rand_like(img0)).abs().mean()
+    loss.backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+def trained_like(config: ModelConfig) -> FrameInterpolator:
+    """A model whose last layer is not zero, so that everything before it shows."""
+    torch.manual_seed(0)
+    model = FrameInterpolator(config).eval()
+    torch.nn.init.normal_(model.refine.head.weight, std=0.1)
+    return model
+
+
+@pytest.mark.parametrize("size", [(32, 32), (123, 77), (40, 200)])
+def test_any_size(size):
+    model = trained_like(TINY)
+    img0, img1 = torch.rand(2, 1, 3, *size)
+    prediction = model(img0, img1, torch.tensor([0.5]))
+    assert prediction.imgt.shape == img0.shape
+    assert prediction.mask_logit.shape == (1, 1, *size)
+    assert prediction.imgt.isfinite().all()
+
+
+def test_padding_is_centred_replication():
+    """A frame padded by hand in the stated way gives the same prediction."""
+    model = trained_like(TINY)
+    img0, img1 = torch.rand(2, 1, 3, 61, 50)
+    padding = (7, 7, 1, 2)  # left, right, top, bottom to 64 x 64
+    outside = [torch.nn.functional.pad(image, padding, mode="replicate") for image in (img0, img1)]
+    time = torch.tensor([0.5])
+    whole = model(*outside, time).imgt[:, :, 1:62, 7:57]
+    torch.testing.assert_close(model(img0, img1, time).imgt, whole)
+
+
+def test_pairs_of_a_batch_do_not_mix():
+    model = trained_like(TINY)
+    img0, img1 = torch.rand(2, 3, 3, 48, 64)
+    time = torch.tensor([0.5, 0.5, 0.5])
+    together = model(img0, img1, time).imgt
+    alone = torch.cat([model(img0[i : i + 1], img1[i : i + 1], time[:1]).imgt for i in range(3)])
+    torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
+
+
+SWITCHES = [
+    {"backbone_mode": "mamba2_only"}, {"backbone_mode": "gated_attn_only"}, {"gate": "elementwise"}, {"gate": "off"},
+    {"use_ecab": False}, {"d_state": 32}, {"expand": 1}, {"head_dim": 8}, {"depths": (2, 1)}, {"width": 16},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("switch", SWITCHES, ids=str)
+def test_switch_changes_the_parameters(switch):
+    plain = {name: tensor.shape for name, tensor in FrameInterpolator(TINY).state_dict().items()}
+    switched = {name: t.shape for name, t in FrameInterpolator(dataclasses.replace(TINY, **switch)).state_dict().items()}
+    assert plain != switched
+
+
+def test_window_size_changes_the_output_only():
+    outputs = []
+    img0, img1 = torch.rand(2, 1, 3, 128, 128)
+    models = {window: trained_like(dataclasses.replace(TINY, window_size=window)) for window in (7, 8, 14)}
+    for model in models.values():
+        model.load_state_dict(models[8].state_dict())
+        outputs.append(model(img0, img1, torch.tensor([0.5])).imgt)
+    assert not torch.allclose(outputs[0], outputs[1], atol=1e-6)
+    assert not torch.allclose(outputs[1], outputs[2], atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_core_stays_fp32_under_autocast(dtype, monkeypatch):
+    """What reaches the scan's core is fp32 by default and of the autocast type with ssd_precision input."""
+    seen = {}
+    for precision in ("fp32", "input"):
+        module = SS2D(16, ModelConfig(d_state=16, head_dim=8, ssd_precision=precision), CPU)
+        core = module.ssd
+
+        def spy(x, *rest, core=core, precision=precision):
+            seen[precision] = (x.dtype, torch.is_autocast_enabled("cpu"))
+            return core(x, *rest)
+
+        module.ssd = spy
+        with torch.autocast("cpu", dtype=dtype):
+            module(torch.randn(2, 4, 4, 16))
+    assert seen == {"fp32": (torch.float32, False), "input": (dtype, True)}
+
+
+def test_kernel_size_of_channel_attention():
+    """ECA-Net's rule at C = 32 … 512."""
+    assert [eca_kernel_size(2**n) for n in range(5, 10)] == [3, 3, 5, 5, 5]
+
+
+def test_wrong_frames_are_refused():
+    model = FrameInterpolator(TINY)
+    image, time = torch.rand(1, 3, 64, 64), torch.tensor([0.5])
+    with pytest.raises(ValueError, match=r"both be \[B, 3, H, W\]"):
+        model(image, image[:, :, :32], time)
+    with pytest.raises(ValueError, match="at least 32"):
+        model(image[:, :, :31], image[:, :, :31], time)
+    with pytest.raises(ValueError, match="timestep must be"):
+        model(image, image, torch.tensor(0.5))
+
+
+@pytest.mark.gpu
+def test_model_on_a_gpu_equals_the_reference():
+    config = presets.small().model
+    reference = trained_like(config)
+    fast = FrameInterpolator(config, "cuda").eval()
+    fast.load_state_dict(reference.state_dict())
+    assert any("mamba_ssm" in choice for choice in fast.choices())
+    img0, img1 = torch.rand(2, 1, 3, 123, 176)
+    time = torch.tensor([0.5])
+    with torch.no_grad():
+        expected = reference(img0, img1, time).imgt
+        result = fast(img0.cuda(), img1.cuda(), time.cuda()).imgt.cpu()
+        with torch.autocast("cuda", torch.bfloat16):
+            half = fast(img0.cuda(), img1.cuda(), time.cuda()).imgt.cpu()
+    signal = (expected - (img0 + img1) / 2).norm()
+    errors = [((value - expected).norm() / signal).item() for value in (result, half)]
+    print("relative error fp32, bf16:", errors)
+    assert errors[0] < 5e-3
+    assert errors[1] < 5e-2

@@ -1,0 +1,185 @@
+"""Operators against brute force in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from vfi.ops.causal_conv1d import causal_conv1d
+from vfi.ops.precision import fp32_island
+from vfi.ops.scan_order import interleaved_merge, interleaved_scan, interleaved_unscan
+from vfi.ops.ssd import choose_ssd, ssd_reference
+from vfi.ops.window_attention import gated_window_attention
+
+
+def test_scan_order_of_every_token():
+    B, H, W = 2, 3, 5
+    places = [(h, w) for h in range(H) for w in range(W)]
+    columns = sorted(places, key=lambda place: (place[1], place[0]))
+    x = torch.arange(2 * B * H * W, dtype=torch.float64).view(2 * B, H, W, 1)
+    scanned = interleaved_scan(x)
+    assert scanned.shape == (4 * B, 2 * H * W, 1)
+    for order, walk in enumerate((places, columns, places, columns)):
+        for b in range(B):
+            expected = [x[frame * B + b, h, w, 0] for h, w in walk for frame in (0, 1)]
+            expected = expected[::-1] if order >= 2 else expected
+            assert scanned[order * B + b, :, 0].tolist() == [value.item() for value in expected]
+
+
+@pytest.mark.parametrize(("B", "H", "W"), [(1, 1, 1), (2, 3, 5), (3, 8, 4)])
+def test_scan_is_undone_in_every_order(B, H, W):
+    x = torch.randn(2 * B, H, W, 6, dtype=torch.float64)
+    scanned = interleaved_scan(x)
+    assert torch.equal(interleaved_unscan(scanned, B, H, W), x.expand(4, -1, -1, -1, -1))
+    weights = torch.tensor([1.0, 10.0, 100.0, 1000.0], dtype=torch.float64).repeat_interleave(B).view(-1, 1, 1)
+    torch.testing.assert_close(interleaved_merge(scanned * weights, B, H, W), x * 1111)
+
+
+def recurrence(x, dt, A, B, C, D, dt_bias):
+    """The state-space recurrence, token by token."""
+    N, L, H, P = x.shape
+    step = F.softplus(dt + dt_bias)
+    group = H // B.shape[2]
+    y = torch.empty_like(x)
+    for n in range(N):
+        for h in range(H):
+            state = torch.zeros(P, B.shape[-1], dtype=x.dtype)
+            for i in range(L):
+                state = state * torch.exp(step[n, i, h] * A[h]) + step[n, i, h] * torch.outer(x[n, i, h], B[n, i, h // group])
+                y[n, i, h] = state @ C[n, i, h // group] + D[h] * x[n, i, h]
+    return y
+
+
+def ssd_inputs(L, N=2, H=4, P=3, G=2, S=5, dtype=torch.float64, device="cpu"):
+    generator = torch.Generator().manual_seed(L)
+    shapes = [(N, L, H, P), (N, L, H), (H,), (N, L, G, S), (N, L, G, S), (H,), (H,)]
+    tensors = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
+    tensors[2] = -tensors[2].exp()
+    return [tensor.to(device, dtype) for tensor in tensors]
+
+
+@pytest.mark.parametrize("L", [1, 7, 64, 65, 200])
+def test_ssd_reference_is_the_recurrence(L):
+    inputs = ssd_inputs(L)
+    torch.testing.assert_close(ssd_reference(*inputs), recurrence(*inputs), rtol=1e-9, atol=1e-9)
+
+
+def test_ssd_reference_gradients():
+    inputs = [tensor.requires_grad_() for tensor in ssd_inputs(70, N=1, H=2, P=2, G=1, S=2)]
+    assert torch.autograd.gradcheck(ssd_reference, inputs, fast_mode=True)
+
+
+def test_ssd_reference_survives_wide_steps():
+    """Large time steps decay to nothing; the masked upper triangle must not overflow into NaN."""
+    inputs = ssd_inputs(130, dtype=torch.float32)
+    inputs[1] = inputs[1] * 100
+    inputs[0].requires_grad_()
+    y = ssd_reference(*inputs)
+    y.sum().backward()
+    assert y.isfinite().all()
+    assert inputs[0].grad.isfinite().all()
+
+
+def test_ssd_backend_choice_says_why():
+    cpu = torch.device("cpu")
+    function, reason = choose_ssd("auto", cpu)
+    assert function is ssd_reference
+    assert "cpu" in reason
+    with pytest.raises(RuntimeError, match="mamba_ssm cannot run"):
+        choose_ssd("mamba_ssm", cpu)
+    with pytest.raises(ValueError, match="does not exist"):
+        choose_ssd("cuda", cpu)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("L", [100, 1000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_ssd_kernel_against_float64(L, dtype):
+    """Error, forward and backward, against plain torch on inputs of the same dtype (the kernel's products: TF32 or bf16)."""
+    kernel, reason = choose_ssd("auto", torch.device("cuda"))
+    assert "mamba_ssm" in reason
+    exact = [t.requires_grad_() for t in ssd_inputs(L, H=4, P=32, G=1, S=64, device="cuda")]
+    grad = torch.randn(2, L, 4, 32, dtype=torch.float64, device="cuda")
+    truth = [ssd_reference(*exact), *torch.autograd.grad(ssd_reference(*exact), exact, grad)]
+    errors = {}
+    torch.backends.cuda.matmul.allow_tf32 = True
+    for name, function in (("kernel", kernel), ("reference", ssd_reference)):
+        # A, D and dt_bias are parameters: fp32 whatever the activations are
+        low = [t.detach().to(torch.float32 if t.dim() == 1 else dtype).requires_grad_() for t in exact]
+        y = function(*low)
+        results = [y, *torch.autograd.grad(y, low, grad.to(y.dtype))]
+        errors[name] = [((r.double() - t).norm() / t.norm()).item() for r, t in zip(results, truth, strict=True)]
+    torch.backends.cuda.matmul.allow_tf32 = False
+    print(dtype, L, errors)
+    for of_kernel, of_reference in zip(errors["kernel"], errors["reference"], strict=True):
+        assert of_kernel < 2 * of_reference + {torch.float32: 1e-3, torch.bfloat16: 1e-2}[dtype]
+
+
+def test_causal_conv_is_the_depthwise_convolution():
+    conv = torch.nn.Conv1d(6, 6, 4, groups=6, padding=3).double()
+    x = torch.randn(2, 9, 6, dtype=torch.float64)
+    expected = conv(x.transpose(1, 2))[..., :9].transpose(1, 2)
+    torch.testing.assert_close(causal_conv1d(x, conv.weight.squeeze(1), conv.bias), expected)
+
+
+def attention_by_pixel(q, k, v, gate, window, shift):
+    """For every pixel: softmax over the pixels of the frame that lie in its window."""
+    B, H, W, heads, d = q.shape
+    y = torch.zeros_like(q)
+
+    def window_of(h, w):
+        return (h + shift) // window, (w + shift) // window
+
+    pixels = [(h, w) for h in range(H) for w in range(W)]
+    for h, w in pixels:
+        near = [p for p in pixels if window_of(*p) == window_of(h, w)]
+        rows, columns = (list(axis) for axis in zip(*near, strict=True))
+        for b in range(B):
+            for head in range(heads):
+                weights = torch.softmax(k[b, rows, columns, head] @ q[b, h, w, head] / d**0.5, dim=0)
+                y[b, h, w, head] = weights @ v[b, rows, columns, head]
+    return y if gate is None else y * torch.sigmoid(gate)
+
+
+@pytest.mark.parametrize(("window", "shift"), [(7, 0), (8, 4), (14, 7), (4, 0)])
+@pytest.mark.parametrize("gate_width", [0, 1, 3])
+def test_window_attention_by_pixel(window, shift, gate_width):
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 2, 12, 9, 2, 3, dtype=torch.float64)
+    gate = torch.randn(2, 12, 9, 2, gate_width, dtype=torch.float64) if gate_width else None
+    result = gated_window_attention(q, k, v, gate, window, shift)
+    torch.testing.assert_close(result, attention_by_pixel(q, k, v, gate, window, shift))
+
+
+def test_window_attention_gradients():
+    q, k, v = (torch.randn(1, 5, 6, 1, 2, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    gate = torch.randn(1, 5, 6, 1, 1, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda *t: gated_window_attention(*t, 4, 2), (q, k, v, gate), fast_mode=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_island_computes_in_fp32_under_autocast(dtype):
+    a = torch.randn(8, 8)
+    with torch.autocast("cpu", dtype=dtype):
+        assert (a @ a).dtype == dtype
+        inside = fp32_island(torch.matmul, a.to(dtype), a)
+    assert inside.dtype == torch.float32
+    torch.testing.assert_close(inside, a.to(dtype).float() @ a, rtol=0, atol=0)
+    assert fp32_island(torch.matmul, a.double(), a.double()).dtype == torch.float64
+
+
+def test_scan_gradients():
+    x = torch.randn(4, 3, 5, 2, dtype=torch.float64, requires_grad=True)
+    y = torch.randn(8, 30, 2, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(interleaved_scan, (x,))
+    assert torch.autograd.gradcheck(lambda t: interleaved_unscan(t, 2, 3, 5), (y,))
+
+
+def test_scan_trains_after_inference_at_the_same_size():
+    """The index is cached: one made in inference mode must serve autograd, too."""
+    with torch.inference_mode():
+        interleaved_scan(torch.randn(2, 9, 11, 1))
+    x = torch.randn(2, 9, 11, 1, requires_grad=True)
+    interleaved_scan(x).sum().backward()
+    assert torch.equal(x.grad, torch.full_like(x, 4.0))

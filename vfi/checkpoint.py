@@ -1,0 +1,180 @@
+"""What is kept of a run, and how does it come back? Save, find, load, prune.
+
+    runs/NAME/checkpoints/step_00001000/
+        model.safetensors     weights; loading them executes nothing
+        optimizer.pt          state of AdamW, read with weights_only
+        state.json            step, settings of the model, versions
+
+A checkpoint is written beside its place and renamed: one that has its name is complete. Nothing else has to be kept for an
+exact resume, since learning rate, order of samples and augmentation are functions of the step.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pickle
+import shutil
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from vfi.config import Config, ConfigError, from_json
+from vfi.model.interpolator import FrameInterpolator
+
+MODEL, OPTIMIZER, STATE, CONFIG = "model.safetensors", "optimizer.pt", "state.json", "config.json"
+VERSION = 1
+_PREFIX = "step_"
+
+
+class CheckpointError(ValueError):
+    """A checkpoint is missing, damaged or of another architecture; the message says which and what to do."""
+
+
+class Found(NamedTuple):
+    """A checkpoint folder and its step."""
+
+    path: Path
+    step: int
+
+
+def save(run_folder: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, keep_last: int) -> Path:
+    """Write the checkpoint of `step`, then remove all but the newest `keep_last`."""
+    parent = run_folder / "checkpoints"
+    parent.mkdir(parents=True, exist_ok=True)
+    path = parent / f"{_PREFIX}{step:08d}"
+    temporary = parent / f".{path.name}"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, temporary / MODEL)
+    torch.save(optimizer.state_dict(), temporary / OPTIMIZER)
+    (temporary / STATE).write_text(json.dumps({"version": VERSION, "step": step, "torch": torch.__version__}) + "\n")
+    if path.exists():  # a run that went on from an earlier step comes by again
+        shutil.rmtree(path)
+    temporary.rename(path)
+    for old in list_checkpoints(run_folder)[:-keep_last]:
+        shutil.rmtree(old.path)
+    return path
+
+
+def list_checkpoints(run_folder: Path) -> list[Found]:
+    """All complete checkpoints of a run, oldest first."""
+    found = [Found(path, int(path.name.removeprefix(_PREFIX))) for path in run_folder.glob(f"checkpoints/{_PREFIX}*")]
+    return sorted(found, key=lambda checkpoint: checkpoint.step)
+
+
+def latest(run_folder: Path) -> Found | None:
+    """The newest checkpoint of a run, if there is one."""
+    found = list_checkpoints(run_folder)
+    return found[-1] if found else None
+
+
+def find(path: str | Path, output_dir: str | Path = "runs") -> Path:
+    """Folder of the checkpoint that `path` means: a checkpoint folder, a file in one, a run folder, or a run's name."""
+    candidates = [Path(path), Path(output_dir) / path]
+    for candidate in candidates:
+        if candidate.is_file() and candidate.name == MODEL:
+            return candidate.parent
+        if (candidate / MODEL).is_file():
+            return candidate
+        newest = latest(candidate)
+        if newest is not None:
+            return newest.path
+    runs = sorted(folder.parent.name for folder in Path(output_dir).glob("*/checkpoints"))
+    exists = [str(candidate) for candidate in candidates if candidate.exists()]
+    problem = f"{exists[0]} exists but holds no checkpoint" if exists else f"no run or checkpoint {str(path)!r}"
+    raise CheckpointError(f"{problem}; runs in {output_dir}: {', '.join(runs) or 'none'}")
+
+
+def newest_run(output_dir: str | Path = "runs") -> Path:
+    """The run whose newest checkpoint was written last; CheckpointError where there is none."""
+    found = {folder.parent: latest(folder.parent) for folder in Path(output_dir).glob("*/checkpoints")}
+    written = {run: checkpoint.path.stat().st_mtime for run, checkpoint in found.items() if checkpoint}
+    if not written:
+        raise CheckpointError(f"no trained run in {output_dir}: give one by --model, or train one (`vfi train --help`)")
+    return max(written, key=lambda run: written[run])
+
+
+def read_config(checkpoint: Path) -> Config:
+    """Settings of the run that a checkpoint folder belongs to."""
+    path = checkpoint.parent.parent / CONFIG
+    if not path.is_file():
+        raise CheckpointError(f"{checkpoint} does not lie in a run folder: {path} is missing")
+    try:
+        return from_json(path.read_text(), str(path))
+    except ConfigError as error:
+        raise CheckpointError(str(error)) from error
+
+
+def load_weights(model: nn.Module, checkpoint: Path) -> None:
+    """Put a checkpoint's weights into `model`; CheckpointError names the keys and shapes that differ, and changes nothing."""
+    path = checkpoint / MODEL
+    try:
+        weights = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    differences = _differences(model.state_dict(), weights)
+    if differences:
+        raise CheckpointError(
+            f"{path} is of another architecture: {differences}. "
+            f"Build the model with that run's settings (see {checkpoint.parent.parent / CONFIG})"
+        )
+    model.load_state_dict(weights)
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, checkpoint: Path) -> None:
+    """Put a checkpoint's optimizer state back; reading it executes nothing."""
+    path = checkpoint / OPTIMIZER
+    try:
+        optimizer.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+    except (OSError, RuntimeError, ValueError, KeyError, pickle.UnpicklingError) as error:
+        raise CheckpointError(f"{path} cannot be loaded: {error}") from error
+
+
+def read_step(checkpoint: Path) -> int:
+    """The step after which a checkpoint was written."""
+    path = checkpoint / STATE
+    try:
+        state: dict[str, Any] = json.loads(path.read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    if state.get("version") != VERSION:
+        raise CheckpointError(f"{path} has version {state.get('version')}; this program reads version {VERSION}")
+    return int(state["step"])
+
+
+def load_model(path: str | Path, device: torch.device) -> tuple[FrameInterpolator, Config]:
+    """The model of a run (name or folder), checkpoint folder or weights file, in eval mode on `device`, and its settings."""
+    checkpoint = find(path)
+    config = read_config(checkpoint)
+    model = FrameInterpolator(config.model, device)
+    load_weights(model, checkpoint)
+    return model.eval(), config
+
+
+def compare_models(ours: Config, theirs: Config) -> str:
+    """The settings of the model that differ, for messages; empty when none does."""
+    mine, other = dataclasses.asdict(ours.model), dataclasses.asdict(theirs.model)
+    return ", ".join(f"{name}: {mine[name]} here, {other[name]} there" for name in mine if mine[name] != other[name])
+
+
+def _differences(expected: dict[str, Tensor], found: dict[str, Tensor], limit: int = 6) -> str:
+    """Missing and unknown keys and differing shapes in words; empty when all agree."""
+    groups = {
+        "missing": [name for name in expected if name not in found],
+        "unknown": [name for name in found if name not in expected],
+        "of another shape": [
+            f"{name} {list(found[name].shape)} instead of {list(expected[name].shape)}"
+            for name in expected
+            if name in found and found[name].shape != expected[name].shape
+        ],
+    }
+    return "; ".join(
+        f"{len(names)} {kind}: {', '.join(names[:limit])}{', …' if len(names) > limit else ''}"
+        for kind, names in groups.items()
+        if names
+    )

@@ -1,0 +1,54 @@
+"""Which jobs are there? The `vfi` command: `vfi JOB --help` has the flags of each.
+
+A job is imported when it is called, so that `vfi --help` is quick.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import sys
+from collections.abc import Sequence
+
+JOBS = {
+    "train": "train a model on shards",
+    "benchmark": "measure models on shards: PSNR and SSIM, beside the frame average",
+    "report": "turn benchmark results into a table and a page",
+    "interpolate": "make the frame between two images, or double the frame rate of a folder of frames",
+    "demo": "the whole path on generated data within minutes, on a CPU",
+}
+"""Name -> what it does. The module vfi.NAME has `main(argv)`."""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Call one job with the arguments after its name; exits with 2 for a name that is none."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(usage())
+        return
+    name, *rest = arguments
+    if name not in JOBS:
+        print(f"error: {unknown(name)}", file=sys.stderr)
+        sys.exit(2)
+    importlib.import_module(f"vfi.{name}").main(rest)
+
+
+def usage() -> str:
+    """What `vfi --help` prints."""
+    width = max(map(len, JOBS))
+    jobs = "\n".join(f"  {name:<{width}}  {what}" for name, what in JOBS.items())
+    return (
+        "usage: vfi JOB [flags]\n\nVideo frame interpolation: train, measure and use models.\n\n"
+        f"{jobs}\n\n`vfi JOB --help` lists the flags of a job. Data: `python -m shards.synthetic --help`."
+    )
+
+
+def unknown(name: str) -> str:
+    """The message for a name that is no job."""
+    close = difflib.get_close_matches(name, JOBS, n=1)
+    guess = f" Did you mean `vfi {close[0]}`?" if close else ""
+    return f"{name!r} is not a job: there are {', '.join(JOBS)}.{guess}"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,270 @@
+"""What can be set? One tree of frozen dataclasses; every field is a flag of the command line, flattened.
+
+    python -m vfi.train --preset small --data_path SHARDS --batch_size 16 --no-use_ecab
+
+The accelerate YAML owns processes and precision; this file owns the mathematics and the run. Rules that cross fields live
+in `validate`, and a flag whose feature does not exist yet is refused there by name.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import types
+import typing
+from pathlib import Path
+from typing import Any, Literal
+
+
+class ConfigError(ValueError):
+    """A setting, or a combination of settings, is not usable; the message names the fields and the fix."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """The network. Two checkpoints with equal values here hold the same parameters."""
+
+    width: int = 16
+    """F: channels at level 0; level l has F * 2^l (16 = small, 32 = base)."""
+    depths: tuple[int, int] = (3, 3)
+    """LGS blocks at stride 8 and at stride 16."""
+    backbone_mode: Literal["hybrid", "mamba2_only", "gated_attn_only"] = "hybrid"
+    """Branches of an LGS block: both, only the scan, or only the window attention."""
+    ssm: Literal["mamba2", "mamba1"] = "mamba2"
+    """State-space model of branch A."""
+    scan: Literal["interleaved", "flip"] = "interleaved"
+    """Token order of branch A: both frames alternating, or each frame alone."""
+    d_state: int = 64
+    """State size S of the scan."""
+    expand: int = 2
+    """Inner width of the scan = expand * channels."""
+    head_dim: int = 32
+    """Channels of a head, in the scan and in the attention."""
+    ssd_precision: Literal["fp32", "input"] = "fp32"
+    """Precision of the scan's core: fp32 whatever autocast says, or that of its input."""
+    ssd_backend: Literal["auto", "reference", "mamba_ssm"] = "auto"
+    """auto takes mamba_ssm's Triton kernels on a GPU and says what it took and why."""
+    window_size: Literal[7, 8, 14] = 8
+    """Side of an attention window in tokens."""
+    gate: Literal["headwise", "elementwise", "off"] = "headwise"
+    """Gate on the attention's output: one a head and token, one a channel and token, or none."""
+    use_ecab: bool = True
+    """Fusion by efficient channel attention (ECAB); --no-use_ecab takes CAB (squeeze and excite)."""
+    use_mhc: bool = False
+    """Mix residual streams (mHC) in place of a plain residual."""
+    scale: float = 1.0
+    """Flow is estimated at this fraction of the frame's size (phases 2 and 3)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Where batches come from and what is done to them."""
+
+    data_path: str = ""
+    """Shard folder to train on (what a `python -m shards.…` job wrote)."""
+    val_path: str = ""
+    """Shard folder to validate on; without it nothing is validated."""
+    batch_size: int = 16
+    """Samples a device works on at once."""
+    global_batch: int | None = None
+    """Samples an optimiser step sees, over all devices; default: batch_size * processes. Accumulation follows from it."""
+    crop: int = 256
+    """Side of the square training crop in pixels."""
+    num_workers: int = 4
+    """Loader processes of each device; the order of samples does not depend on it. 0 loads in the training process."""
+    shuffle_shards: int = 8
+    """Samples of this many shards are shuffled among each other (the shards are shuffled, too)."""
+    augment_prob: float = 0.5
+    """Probability of each of: channel reversal, vertical flip, horizontal flip, time reversal."""
+    rotate: bool = True
+    """Rotate by a random multiple of 90 degrees."""
+    val_samples: int | None = None
+    """Validate on the first this many samples of val_path; default: all."""
+    mixed_ratio: str | None = None
+    """Ratio of two data sets, such as 2:1 (phase 3)."""
+    curriculum: bool = False
+    """Let the crop grow during training (phase 3)."""
+    curriculum_T: int | None = None  # noqa: N815 (the flag's published name)
+    """Epochs over which the crop grows (phase 3)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimConfig:
+    """AdamW with linear warm-up and cosine decay, and the loss."""
+
+    lr: float = 2e-4
+    """Peak learning rate."""
+    lr_min: float = 2e-5
+    """Learning rate at the last step."""
+    weight_decay: float = 1e-4
+    """Of matrices and convolutions; norms, biases, A_log, D and dt_bias have none."""
+    warmup_steps: int = 2000
+    """Steps of linear warm-up."""
+    clip_norm: float = 0.1
+    """Largest norm of the gradient, about what this loss gives once training runs smoothly; 0 switches clipping off."""
+    vgg_weight: float = 0.0
+    """Weight of a perceptual loss beside the Laplacian pyramid loss."""
+    freeze_backbone: int = 0
+    """Epochs at the start during which the backbone does not train (phase 2)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """How long, how often, and where to."""
+
+    preset: str = "small"
+    """Named set of defaults, see vfi/presets.py."""
+    exp_name: str = ""
+    """Name of the run; its folder is output_dir/exp_name. Default: preset_phaseN."""
+    output_dir: str = "runs"
+    """Folder of all runs."""
+    phase: Literal[1, 2, 3] = 1
+    """1: backbone only; 2: with flow; 3: high resolution."""
+    steps: int | None = None
+    """Optimiser steps to train; or give --epochs."""
+    epochs: int | None = None
+    """Epochs to train; default without --steps: 300 in phase 1."""
+    seed: int = 0
+    """Of the initial weights, the order of samples and the augmentation."""
+    log_every: int = 50
+    """Steps between two rows of metrics."""
+    save_every: int = 1000
+    """Steps between two checkpoints; the last step is always saved."""
+    val_every: int = 1000
+    """Steps between two validations; the last step is always validated."""
+    keep_last: int = 3
+    """Checkpoints that are kept."""
+    resume: str = ""
+    """auto: go on with this run, if it has a checkpoint; NAME or PATH: start from the weights of another run."""
+    dry_run: bool = False
+    """A few steps of everything, with validation and saving, in a folder that is removed afterwards."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """All settings of a run; runs/NAME/config.json holds one."""
+
+    run: RunConfig = RunConfig()
+    data: DataConfig = DataConfig()
+    optim: OptimConfig = OptimConfig()
+    model: ModelConfig = ModelConfig()
+
+
+def validate(config: Config) -> None:
+    """Check the rules that cross fields and refuse what does not exist yet; raises ConfigError."""
+    run, data, optim, model = config.run, config.data, config.optim, config.model
+    _refuse_unsupported(config)
+    if run.steps is not None and run.epochs is not None:
+        raise ConfigError(f"--steps {run.steps} and --epochs {run.epochs} were both given: give one of them")
+    counts = {
+        "--steps": run.steps, "--epochs": run.epochs, "--batch_size": data.batch_size, "--global_batch": data.global_batch,
+        "--val_samples": data.val_samples, "--log_every": run.log_every, "--save_every": run.save_every,
+        "--val_every": run.val_every, "--keep_last": run.keep_last, "--shuffle_shards": data.shuffle_shards,
+        "--width": model.width, "--d_state": model.d_state, "--expand": model.expand, "--head_dim": model.head_dim,
+    }  # fmt: skip
+    for flag, value in counts.items():
+        if value is not None and value < 1:
+            raise ConfigError(f"{flag} is {value}; it must be at least 1")
+    for flag, value in (("--num_workers", data.num_workers), ("--warmup_steps", optim.warmup_steps), ("--seed", run.seed)):
+        if value < 0:
+            raise ConfigError(f"{flag} is {value}; it must not be negative")
+    if data.crop < 64 or data.crop % 16:
+        raise ConfigError(f"--crop is {data.crop}; it must be a multiple of 16 and at least 64 (the loss has five levels)")
+    if not 0 <= data.augment_prob <= 1:
+        raise ConfigError(f"--augment_prob is {data.augment_prob}; it must lie in 0 … 1")
+    if not 0 <= optim.lr_min <= optim.lr:
+        raise ConfigError(f"--lr_min {optim.lr_min} must lie between 0 and --lr {optim.lr}")
+    if optim.weight_decay < 0 or optim.clip_norm < 0:
+        raise ConfigError(f"--weight_decay {optim.weight_decay} and --clip_norm {optim.clip_norm} must not be negative")
+    if (8 * model.width) % model.head_dim:
+        raise ConfigError(
+            f"--head_dim {model.head_dim} must divide 8 * --width = {8 * model.width}, the channels at stride 8: "
+            f"take another --head_dim (8, 16, 32) or --width"
+        )
+    if run.exp_name and (Path(run.exp_name).name != run.exp_name or run.exp_name.startswith(".")):
+        raise ConfigError(f"--exp_name {run.exp_name!r} must be a plain folder name; where it lies is --output_dir")
+
+
+def _refuse_unsupported(config: Config) -> None:
+    """Every accepted flag whose feature does not exist yet, and what to do instead."""
+    run, data, optim, model = config.run, config.data, config.optim, config.model
+    unsupported = {
+        f"--phase {run.phase}": (run.phase != 1, "only phase 1 (backbone without flow) can be trained; use --phase 1"),
+        "--use_mhc": (model.use_mhc, "residual streams are added plainly; leave it out"),
+        f"--ssm {model.ssm}": (model.ssm != "mamba2", "use --ssm mamba2"),
+        f"--scan {model.scan}": (model.scan != "interleaved", "use --scan interleaved"),
+        f"--scale {model.scale}": (model.scale != 1.0, "there is no flow to scale before phase 2; use --scale 1"),
+        "--mixed_ratio": (data.mixed_ratio is not None, "data sets are mixed in phase 3; give one --data_path"),
+        "--curriculum": (data.curriculum, "the crop grows in phase 3; use a fixed --crop"),
+        "--curriculum_T": (data.curriculum_T is not None, "the crop grows in phase 3; use a fixed --crop"),
+        f"--vgg_weight {optim.vgg_weight}": (optim.vgg_weight != 0, "there is no perceptual loss; use --vgg_weight 0"),
+        "--freeze_backbone": (optim.freeze_backbone != 0, "the backbone is frozen in phase 2 only; leave it out"),
+    }
+    for flag, (given, advice) in unsupported.items():
+        if given:
+            raise ConfigError(f"{flag} is not supported yet: {advice}")
+
+
+def accumulation(config: Config, processes: int) -> int:
+    """Forward passes of a device in one optimiser step = global batch / (device batch * processes); a remainder is refused."""
+    at_once = config.data.batch_size * processes
+    total = config.data.global_batch or at_once
+    if total % at_once:
+        raise ConfigError(
+            f"--global_batch {total} is not a multiple of --batch_size {config.data.batch_size} * {processes} processes = "
+            f"{at_once}: take --global_batch {max(1, total // at_once) * at_once} or another --batch_size"
+        )
+    return total // at_once
+
+
+def to_json(config: Config) -> str:
+    """The text of a run's config.json."""
+    return json.dumps(dataclasses.asdict(config), indent=1) + "\n"
+
+
+def from_json(text: str, where: str = "config.json") -> Config:
+    """Read a Config back; unknown, missing or wrongly typed entries raise ConfigError that names them and `where`."""
+    try:
+        content = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{where} is not JSON: {error}") from error
+    return _build(Config, content, where)
+
+
+def _build(kind: Any, content: Any, where: str) -> Any:
+    """One dataclass of the tree from a dict."""
+    if not isinstance(content, dict):
+        raise ConfigError(f"{where}: expected an object with the fields of {kind.__name__}, found {content!r}")
+    hints = typing.get_type_hints(kind)
+    names = {field.name for field in dataclasses.fields(kind)}
+    if set(content) != names:
+        unknown, missing = sorted(set(content) - names), sorted(names - set(content))
+        raise ConfigError(f"{where}: written by another version of the project (unknown fields {unknown}, missing {missing})")
+    values = {}
+    for name, value in content.items():
+        hint, place = hints[name], f"{where}: {name}"
+        if dataclasses.is_dataclass(hint):
+            values[name] = _build(hint, value, place)
+            continue
+        value = tuple(value) if isinstance(value, list) else value
+        if not _fits(value, hint):
+            raise ConfigError(f"{place} is {value!r}, expected {hint}")
+        values[name] = value
+    return kind(**values)
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Is `value` of the type `hint`? For the few kinds of types used in this file."""
+    origin = typing.get_origin(hint)
+    if origin is Literal:
+        return value in typing.get_args(hint)
+    if origin is tuple:
+        kinds = typing.get_args(hint)
+        return isinstance(value, tuple) and len(value) == len(kinds) and all(map(_fits, value, kinds))
+    if origin in (types.UnionType, typing.Union):
+        return any(_fits(value, kind) for kind in typing.get_args(hint))
+    if hint is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, hint)

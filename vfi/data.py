@@ -1,0 +1,285 @@
+"""How do shards become batches? Planned order -> read -> decode -> augment -> batch, the same for any number of workers.
+
+The order is a pure function. The samples of an epoch, shuffled by (seed, epoch), are cut into as many equal *lanes* as the
+global batch has places, and step s takes the s-th sample of every lane. A rank owns a run of neighbouring lanes, a worker a
+part of its rank's. So every sample comes at most once an epoch (the remainder of N / global batch is left out, another one
+each epoch), all ranks make the same number of steps, a rank reads its own part of the shards, what a step sees depends on
+neither ranks nor workers, and the position to resume from is the step alone. Augmentation is drawn by (seed, epoch, sample).
+"""
+
+from __future__ import annotations
+
+import functools
+import tarfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import webdataset as wds
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from shards.images import decode
+from shards.schema import Index, ShardError, frame_members, read_index
+from vfi.augment import FrameTooSmallError, apply_change, draw_change
+from vfi.config import ConfigError, DataConfig
+
+_KNOWN_SHARDS = 4096  # tars whose table of contents a worker remembers (about 100 bytes a member)
+
+
+class FrameBatch(NamedTuple):
+    """Samples of a batch, `[B, 3, H, W]` RGB: float in [0, 1] on the device, uint8 on the way there. Read by name."""
+
+    img0: Tensor
+    imgt: Tensor
+    img1: Tensor
+    timestep: Tensor
+    """[B] float32, where imgt lies between img0 (0) and img1 (1)."""
+    keys: tuple[str, ...]
+
+
+def epoch_order(shard_samples: Sequence[int], seed: int, epoch: int, shuffle_shards: int) -> np.ndarray:
+    """All sample numbers 0 … N-1 of a folder in the order of an epoch.
+
+    Shards are shuffled, and the samples of every `shuffle_shards` neighbours among each other: well mixed, and whoever reads
+    the order from start to end needs only that many shards at a time.
+    """
+    rng = np.random.default_rng((seed, epoch))
+    ends = np.cumsum(shard_samples)
+    starts = ends - shard_samples
+    shards = rng.permutation(len(shard_samples))
+    order = []
+    for first in range(0, len(shards), shuffle_shards):
+        block = np.concatenate([np.arange(starts[s], ends[s]) for s in shards[first : first + shuffle_shards]])
+        order.append(rng.permutation(block))
+    return np.concatenate(order)
+
+
+def lanes(order: np.ndarray, global_batch: int) -> np.ndarray:
+    """Order `[N]` -> `[steps, global_batch]`: row s holds the samples of step s, column l is lane l."""
+    steps = len(order) // global_batch
+    return order[: steps * global_batch].reshape(global_batch, steps).T
+
+
+class ShardReader:
+    """Sample number -> bytes of its members; remembers the tables of contents of the tars."""
+
+    def __init__(self, folder: Path, index: Index) -> None:
+        self.folder, self.index = folder, index
+        self.ends = np.cumsum([shard.samples for shard in index.shards])
+        self.contents = functools.lru_cache(_KNOWN_SHARDS)(self._contents)
+
+    def read(self, number: int) -> dict[str, Any]:
+        """`__key__` and a member's bytes under each extension; ShardError when the tar is not what its index says."""
+        shard = int(np.searchsorted(self.ends, number, side="right"))
+        position = number - (int(self.ends[shard - 1]) if shard else 0)
+        key, members = self.contents(shard)[position]
+        sample: dict[str, Any] = {"__key__": key, "__number__": number}
+        with (self.folder / self.index.shards[shard].name).open("rb") as file:
+            for extension, (offset, size) in members.items():
+                file.seek(offset)
+                sample[extension] = file.read(size)
+        return sample
+
+    def _contents(self, shard: int) -> list[tuple[str, dict[str, tuple[int, int]]]]:
+        """Of each sample of a tar: its key, and offset and size of its members by extension."""
+        entry = self.index.shards[shard]
+        path = self.folder / entry.name
+        try:
+            with tarfile.open(path, "r:") as tar:
+                members = [(m.name, m.offset_data, m.size) for m in tar]
+        except (OSError, tarfile.TarError) as error:
+            raise ShardError(f"{path} cannot be read ({error}): run `python -m shards.verify {self.folder}`") from error
+        samples: dict[str, dict[str, tuple[int, int]]] = {}
+        for name, offset, size in members:
+            key, _, extension = name.partition(".")
+            samples.setdefault(key, {})[extension] = (offset, size)
+        if len(samples) != entry.samples:
+            raise ShardError(
+                f"{path} holds {len(samples)} samples, its index says {entry.samples}: "
+                f"run `python -m shards.verify {self.folder}`"
+            )
+        return list(samples.items())
+
+
+def decode_triplet(sample: dict[str, Any], index: Index) -> dict[str, Any]:
+    """Add `frames`: first, middle and last frame `[H, W, 3]` uint8; ShardError names the sample that can't be decoded."""
+    members = frame_members(index.frames, index.codec)
+    frames = []
+    for extension in (members[0], members[len(members) // 2], members[-1]):
+        if extension not in sample:
+            raise ShardError(f"sample {sample['__key__']} has no {extension}")
+        try:
+            frames.append(decode(sample[extension], extension.rpartition(".")[2]))
+        except ShardError as error:
+            raise ShardError(f"sample {sample['__key__']}: {extension}: {error}") from error
+    if len({frame.shape for frame in frames}) > 1:
+        raise ShardError(f"sample {sample['__key__']}: frames differ in size: {[frame.shape[:2] for frame in frames]}")
+    return sample | {"frames": frames, "timestep": 0.5}
+
+
+def augment_sample(sample: dict[str, Any], config: DataConfig, seed: int) -> dict[str, Any]:
+    """Replace `frames` and `timestep` by randomly changed ones, drawn by (seed, epoch, sample number)."""
+    rng = np.random.default_rng((seed, sample["__epoch__"], sample["__number__"]))
+    height, width = sample["frames"][0].shape[:2]
+    try:
+        change = draw_change(rng, height, width, config)
+    except FrameTooSmallError as error:
+        raise FrameTooSmallError(f"sample {sample['__key__']}: {error}") from error
+    frames, timestep = apply_change(change, sample["frames"], sample["timestep"])
+    return sample | {"frames": frames, "timestep": timestep}
+
+
+def collate(samples: Sequence[dict[str, Any]]) -> FrameBatch:
+    """Samples -> FrameBatch of uint8 on the CPU, channels-last in memory."""
+    img0, imgt, img1 = (
+        torch.from_numpy(np.stack([sample["frames"][i] for sample in samples])).permute(0, 3, 1, 2) for i in range(3)
+    )
+    timestep = torch.tensor([sample["timestep"] for sample in samples], dtype=torch.float32)
+    return FrameBatch(img0, imgt, img1, timestep, tuple(sample["__key__"] for sample in samples))
+
+
+def to_device(parts: Sequence[FrameBatch], device: torch.device) -> FrameBatch:
+    """Join the parts of a batch on the device and scale their colours to [0, 1]."""
+
+    def join(name: str) -> Tensor:
+        moved = [getattr(part, name).to(device, non_blocking=True) for part in parts]
+        joined = moved[0] if len(moved) == 1 else torch.cat(moved)
+        return joined.float() / 255 if joined.dtype == torch.uint8 else joined
+
+    keys = tuple(key for part in parts for key in part.keys)
+    return FrameBatch(join("img0"), join("imgt"), join("img1"), join("timestep"), keys)
+
+
+class _Stream(IterableDataset):
+    """One worker's share of a rank's training batches, from a step on and without end, as a pipeline of webdataset stages."""
+
+    def __init__(self, folder: Path, index: Index, config: DataConfig, seed: int, plan: RankPlan, start: int) -> None:
+        self.folder, self.index, self.config, self.seed, self.plan, self.start = folder, index, config, seed, plan, start
+
+    def __iter__(self) -> Iterator[FrameBatch]:
+        worker = get_worker_info()
+        number, workers = (worker.id, worker.num_workers) if worker else (0, 1)
+        reader = ShardReader(self.folder, self.index)
+        share = np.array_split(np.arange(self.config.batch_size), workers)[number]
+        pipeline = wds.DataPipeline(
+            lambda: self._planned(share),
+            lambda planned: (reader.read(number) | {"__epoch__": epoch} for number, epoch in planned),
+            wds.map(lambda sample: decode_triplet(sample, self.index), handler=wds.reraise_exception),
+            wds.map(lambda sample: augment_sample(sample, self.config, self.seed), handler=wds.reraise_exception),
+            wds.batched(len(share), collation_fn=collate, partial=False),
+        )
+        return iter(pipeline)
+
+    def _planned(self, share: np.ndarray) -> Iterator[tuple[int, int]]:
+        """(sample number, epoch) in the order in which this worker gives them."""
+        steps = self.plan.steps_per_epoch
+        for epoch in range(self.start // steps, 2**31):
+            order = epoch_order([s.samples for s in self.index.shards], self.seed, epoch, self.config.shuffle_shards)
+            first = self.start - epoch * steps if epoch == self.start // steps else 0
+            for row in lanes(order, self.plan.global_batch)[first:]:
+                for micro_batch in row[self.plan.lanes].reshape(self.plan.accumulation, self.config.batch_size):
+                    yield from ((int(number), epoch) for number in micro_batch[share])
+
+
+class RankPlan(NamedTuple):
+    """A rank's part of every step."""
+
+    global_batch: int
+    accumulation: int
+    lanes: slice
+    steps_per_epoch: int
+
+
+class TrainingLoader:
+    """Endless batches of one rank on its device, `accumulation` of them a step, starting with step `start`."""
+
+    def __init__(
+        self, config: DataConfig, seed: int, device: torch.device, *, accumulation: int, rank: int = 0, world: int = 1
+    ) -> None:
+        self.config, self.seed, self.device = config, seed, device
+        self.folder = Path(config.data_path)
+        self.index = read_index(self.folder)
+        check_frames_fit(self.index, self.folder, config)
+        share = config.batch_size * accumulation
+        steps = self.index.samples // (share * world)
+        if steps == 0:
+            raise ConfigError(
+                f"{self.folder} has {self.index.samples} samples, fewer than the global batch of {share * world}: "
+                f"take a smaller --batch_size or --global_batch, or more data"
+            )
+        self.plan = RankPlan(share * world, accumulation, slice(rank * share, (rank + 1) * share), steps)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimiser steps in an epoch, the same on every rank."""
+        return self.plan.steps_per_epoch
+
+    def batches(self, start: int = 0) -> Iterator[FrameBatch]:
+        """Batches from optimiser step `start` (counted from 0 over all epochs) on, for ever."""
+        workers = min(self.config.num_workers, self.config.batch_size)
+        stream = _Stream(self.folder, self.index, self.config, self.seed, self.plan, start)
+        loader = DataLoader(
+            stream,
+            batch_size=None,
+            num_workers=workers,
+            pin_memory=self.device.type == "cuda",
+            prefetch_factor=4 if workers else None,
+        )
+        parts = iter(loader)
+        while True:
+            # the loader takes its workers in turn, and each gives its share of the same batch
+            yield to_device([next(parts) for _ in range(max(1, workers))], self.device)
+
+
+def check_frames_fit(index: Index, folder: Path, config: DataConfig) -> None:
+    """Raise before training, not in the middle of it: frames that don't hold the crop, or no middle frame."""
+    if min(index.min_size) < config.crop:
+        height, width = index.min_size
+        raise FrameTooSmallError(
+            f"{folder} has frames as small as {height}x{width} (height x width) but --crop is {config.crop}: "
+            f"take --crop {max(64, min(index.min_size) // 16 * 16)} or make shards of larger frames"
+        )
+    check_has_middle(index, folder)
+
+
+def check_has_middle(index: Index, folder: Path) -> None:
+    """Raise ShardError when samples have no middle frame."""
+    if index.frames < 3 or index.frames % 2 == 0:
+        raise ShardError(
+            f"{folder} has {index.frames} frames a sample; an odd number from 3 up is needed, to have a middle one"
+        )
+
+
+class _Whole(IterableDataset):
+    """Whole frames of the given samples, one a batch, dealt to the workers in turn."""
+
+    def __init__(self, folder: Path, index: Index, numbers: Sequence[int]) -> None:
+        self.folder, self.index, self.numbers = folder, index, numbers
+
+    def __iter__(self) -> Iterator[FrameBatch]:
+        worker = get_worker_info()
+        reader = ShardReader(self.folder, self.index)
+        for number in self.numbers[worker.id :: worker.num_workers] if worker else self.numbers:
+            yield collate([decode_triplet(reader.read(number), self.index)])
+
+
+def evaluation_batches(
+    folder: str | Path,
+    device: torch.device,
+    *,
+    workers: int = 0,
+    limit: int | None = None,
+    rank: int = 0,
+    world: int = 1,
+) -> Iterator[FrameBatch]:
+    """Whole frames, one sample a batch, in the order of the index; `rank` takes every `world`-th of the first `limit`."""
+    folder = Path(folder)
+    index = read_index(folder)
+    check_has_middle(index, folder)
+    numbers = range(index.samples if limit is None else min(limit, index.samples))[rank::world]
+    loader = DataLoader(_Whole(folder, index, numbers), batch_size=None, num_workers=min(workers, len(numbers)))
+    for batch in loader:
+        yield to_device([batch], device)

@@ -1,0 +1,132 @@
+"""Does the whole path work here? Generated data -> training -> benchmark -> report -> a clip, within minutes on a CPU.
+
+    vfi demo --out demo
+
+Every step is a command that is printed as one would type it. A second call reuses finished shards and goes on with the
+training. Exits with 1 if the trained model does not beat the average of the two frames by at least 1 dB.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import tyro
+
+from vfi.errors import JobError, clear_errors
+from vfi.results import ResultError, Results, read_results
+
+# What the demo makes and trains; all that is worth tuning is here.
+SIZE = "96x96"
+MAX_MOTION = "6"
+TRAIN_SAMPLES, VAL_SAMPLES = 512, 64
+TRAIN_SEED, VAL_SEED = 0, 1
+STEPS = 800
+TRAINING = ["--preset", "tiny", "--lr", "1e-3", "--warmup_steps", "100"]
+TRAINING += ["--log_every", "10", "--val_every", "100", "--val_samples", "32", "--save_every", "200"]
+CLIP_SIZE, CLIP_FRAMES, CLIP_MOTION, CLIP_SEED = "192x256", 25, "72", 2  # 3 pixels from frame to frame, as in training
+MIN_GAIN = 1.0
+"""What the model has to gain over the frame average, in dB."""
+EXP_NAME = "tiny"
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Each field is a flag of the job."""
+
+    out: Path = Path("demo")
+    """Folder for everything that the demo makes."""
+    steps: int = STEPS
+    """Optimiser steps of the training."""
+
+
+@clear_errors(ResultError)
+def main(argv: Sequence[str] | None = None) -> None:
+    """The job: run every step, then say what came out and where it lies."""
+    options = tyro.cli(Options, prog="vfi demo", description=__doc__, args=argv)
+    if options.steps < 1:
+        raise JobError(f"--steps {options.steps} must be at least 1")
+    if options.out.exists() and not options.out.is_dir():
+        raise JobError(f"--out {options.out} is a file: give a folder")
+    start = time.monotonic()
+    for command in commands(options):
+        _run(command)
+    results = read_results(options.out / "results.json")
+    print(f"\nDone in {time.monotonic() - start:.0f} s.\n\n{summary(options.out, results)}")
+    if not _gain(results) >= MIN_GAIN:
+        sys.exit(1)
+
+
+def commands(options: Options) -> list[list[str]]:
+    """Module and arguments of every step, in order."""
+    out = options.out
+    train, val, clip = out / "shards" / "train", out / "shards" / "val", out / "shards" / "clip"
+    run, results = out / "runs" / EXP_NAME, out / "results.json"
+    shards = ["shards.synthetic", "--size", SIZE, "--max_motion", MAX_MOTION, "--no-flow", "--workers", "2"]
+    # the clip is one long sample of held-out photographs: unpacked, it is a folder of frames
+    long = ["shards.synthetic", "--size", CLIP_SIZE, "--max_motion", CLIP_MOTION, "--no-flow", "--frames", str(CLIP_FRAMES)]
+    naming = ["--output_dir", str(out / "runs"), "--exp_name", EXP_NAME, "--resume", "auto"]
+    steps: list[list[str | Path]] = [
+        [*shards, "--samples", str(TRAIN_SAMPLES), "--seed", str(TRAIN_SEED), "--out", train],
+        [*shards, "--samples", str(VAL_SAMPLES), "--seed", str(VAL_SEED), "--split", "val", "--out", val],
+        ["vfi.train", *TRAINING, "--steps", str(options.steps), "--data_path", train, "--val_path", val, *naming],
+        ["vfi.benchmark", "--model", run, "--data", val, "--out", results],
+        ["vfi.report", results, "--out", out / "report"],
+        [*long, "--samples", "1", "--seed", str(CLIP_SEED), "--split", "val", "--out", clip],
+        ["tarfile", "-e", clip / "shard-000000.tar", out / "frames"],
+        ["vfi.interpolate", out / "frames", "--model", run, "--out", out / "clip.mp4"],
+    ]
+    return [[str(part) for part in step] for step in steps]
+
+
+def summary(out: Path, results: Results) -> str:
+    """The table, where each thing lies, and whether the model is good enough."""
+    average, model = results.rows[0], results.rows[1]
+    width = max(len(row.model) for row in results.rows)
+    lines = [f"{'model':<{width}}   PSNR dB     SSIM"]
+    lines += [f"{row.model:<{width}}  {row.psnr:8.3f}  {row.ssim:7.4f}" for row in (average, model)]
+    places = {
+        "report": out / "report" / "report.html",
+        "table": out / "report" / "report.md",
+        "results": out / "results.json",
+        "run": out / "runs" / EXP_NAME,
+        "clip": out / "clip.mp4",
+    }
+    lines += ["", *(f"{name:<8} {path}" for name, path in places.items()), ""]
+    gain = _gain(results)
+    verdict = f"The model is {abs(gain):.2f} dB {'better' if gain > 0 else 'worse'} than the frame average on photographs"
+    lines.append(f"{verdict} that it was not trained on.")
+    if not gain >= MIN_GAIN:
+        lines.append(f"That is less than the {MIN_GAIN:g} dB that this demo expects: something is wrong, or --steps is small.")
+    return "\n".join(lines)
+
+
+def _gain(results: Results) -> float:
+    return results.rows[1].psnr - results.rows[0].psnr
+
+
+def as_typed(command: Sequence[str]) -> str:
+    """A command as a user would type it."""
+    module, *arguments = command
+    program = module.split(".") if module.startswith("vfi.") else ["python", "-m", module]
+    return shlex.join([*program, *arguments])
+
+
+def _run(command: Sequence[str]) -> None:
+    """Print and run one step on the CPU, so that the demo does the same everywhere; stop the demo if it fails."""
+    print(f"\n$ {as_typed(command)}", flush=True)
+    code = subprocess.run(
+        [sys.executable, "-m", *command], env=os.environ | {"CUDA_VISIBLE_DEVICES": ""}, check=False
+    ).returncode
+    if code:
+        raise JobError(f"the demo stops here: `{as_typed(command)}` ended with code {code}")
+
+
+if __name__ == "__main__":
+    main()

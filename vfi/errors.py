@@ -1,0 +1,41 @@
+"""How does a user's mistake reach the user? As one line on stderr and exit code 2, without a traceback.
+
+    with clear_errors(ShardError, ConfigError):
+        …
+    @clear_errors(ResultError)
+    def main(…): …
+
+Each job names the kinds that carry a message for its user; every other exception is a bug and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+class JobError(ValueError):
+    """An argument of a job is not usable; the message says what was given and what to do."""
+
+
+@contextmanager
+def clear_errors(*kinds: type[Exception]) -> Iterator[None]:
+    """Print `error: …` and exit with 2 for JobError and the named kinds, with 130 when interrupted; also a decorator."""
+    caught: tuple[type[Exception], ...] = (JobError, *kinds)
+    try:
+        yield
+    except caught as error:
+        print(f"error: {message_of(error)}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("error: interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def message_of(error: Exception) -> str:
+    """The message on one line. What a loader process raised arrives with its whole traceback as message: the end is taken."""
+    text = str(error)
+    if "Original Traceback" in text:
+        text = text.strip().rpartition("\n")[2].partition(": ")[2]
+    return " ".join(text.split())

@@ -1,0 +1,78 @@
+"""How does a trained model run outside of training? Device, precision, weights, and one call from two frames to one.
+
+device = pick_device("auto")
+loaded = load("runs/tiny_phase1", device)
+imgt = predict(loaded.model, img0, img1, timestep, pick_precision("auto", device))
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from vfi.checkpoint import find, load_model, read_step
+from vfi.config import Config
+from vfi.errors import JobError
+
+DeviceName = Literal["auto", "cpu", "cuda"]
+PrecisionName = Literal["auto", "fp32", "bf16"]
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadedModel:
+    """A model in eval mode and where it came from: `path` as it was given, the run's folder, the step of the checkpoint."""
+
+    model: nn.Module
+    config: Config
+    name: str
+    path: Path
+    run_folder: Path
+    step: int
+
+    @property
+    def parameters(self) -> int:
+        """Number of trained values."""
+        return sum(parameter.numel() for parameter in self.model.parameters())
+
+
+def pick_device(name: DeviceName) -> torch.device:
+    """auto: the GPU if there is one. Raises JobError for `cuda` on a machine without one."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise JobError("--device cuda: no CUDA GPU is usable here; take --device cpu or auto")
+    if name == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def pick_precision(name: PrecisionName, device: torch.device) -> torch.dtype:
+    """Type of the matrix products: auto is bf16 on a GPU that computes in it, fp32 elsewhere. Weights stay as they are."""
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported(False) else torch.float32
+    return torch.bfloat16 if name == "bf16" else torch.float32
+
+
+def describe_precision(precision: torch.dtype) -> str:
+    """What results and messages call a precision."""
+    return "bf16 autocast" if precision == torch.bfloat16 else "fp32"
+
+
+def predict(model: nn.Module, img0: Tensor, img1: Tensor, timestep: Tensor, precision: torch.dtype) -> Tensor:
+    """The frame at `timestep` between two frames: `[B, 3, H, W]` in [0, 1], `[B]` -> the same in float32, clamped."""
+    with torch.inference_mode(), torch.autocast(img0.device.type, torch.bfloat16, enabled=precision == torch.bfloat16):
+        return model(img0, img1, timestep).imgt.float().clamp(0, 1)
+
+
+def load(path: str | Path, device: torch.device) -> LoadedModel:
+    """Weights of a run (its newest checkpoint), a checkpoint folder or a weights file, on `device` in eval mode.
+
+    Raises CheckpointError for unusable weights and, naming the runs beside it, for a path that leads to none.
+    """
+    path = Path(path)
+    checkpoint = find(path, path.parent) if path.parent.name else find(path)
+    model, config = load_model(checkpoint, device)
+    run_folder = checkpoint.parent.parent
+    return LoadedModel(model, config, run_folder.resolve().name, path, run_folder, read_step(checkpoint))

@@ -1,0 +1,74 @@
+"""How close is a predicted frame to the true one? PSNR and SSIM, one number an image.
+
+    psnr(prediction, truth), ssim_matlab(prediction, truth)
+
+Both take RGB in [0, 1], `[B, 3, H, W]`, and return `[B]`. They compute in float32 (float64 if given float64) whatever autocast
+says, without convolutions, so that TF32 cannot round them on a GPU. SSIM is the kind that the repositories of the field call
+`ssim_matlab`; it is neither scikit-image's nor TensorFlow's, and its values must not be compared with theirs.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+PSNR_MAX = 100.0
+"""PSNR of equal images in dB: the formula says infinity, which would swallow every mean."""
+
+_RADIUS = 5
+_SIGMA = 1.5
+_C1 = 0.01**2
+_C2 = 0.03**2
+
+
+def psnr(prediction: Tensor, truth: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio in dB, −10·log10 of the mean squared error over colours and pixels; at most PSNR_MAX.
+
+    `[B, 3, H, W]` in [0, 1] -> `[B]`. Values are compared as they are: neither rounded nor clamped. NaN stays NaN.
+    """
+    prediction, truth = _comparable(prediction, truth)
+    with torch.autocast(prediction.device.type, enabled=False):
+        mse = (prediction - truth).square().flatten(1).mean(1)
+        return -10 * torch.log10(mse.clamp(min=10 ** (-PSNR_MAX / 10)))
+
+
+def ssim_matlab(prediction: Tensor, truth: Tensor) -> Tensor:
+    """Structural similarity over the colour × H × W volume: 3-D Gaussian 11×11×11, σ 1.5, K1 .01, K2 .03, data range 1.
+
+    `[B, 3, H, W]` in [0, 1] -> `[B]`, the mean of the map; 1 for equal images. The volume has a single channel and is continued
+    over its faces by its border values (also along the three colours). Images are taken one by one, to bound the memory.
+    """
+    prediction, truth = _comparable(prediction, truth)
+    with torch.autocast(prediction.device.type, enabled=False):
+        return torch.stack([_ssim_map(x, y).mean() for x, y in zip(prediction, truth, strict=True)])
+
+
+def _comparable(prediction: Tensor, truth: Tensor) -> tuple[Tensor, Tensor]:
+    """Both images in one floating type, at least float32; ValueError for shapes that do not fit."""
+    if prediction.shape != truth.shape or prediction.ndim != 4 or prediction.shape[1] != 3:
+        raise ValueError(f"expected two tensors [B, 3, H, W], got {tuple(prediction.shape)} and {tuple(truth.shape)}")
+    dtype = torch.promote_types(torch.promote_types(prediction.dtype, truth.dtype), torch.float32)
+    return prediction.to(dtype), truth.to(dtype)
+
+
+def _ssim_map(x: Tensor, y: Tensor) -> Tensor:
+    """SSIM of every voxel, `[3, H, W]`."""
+    mean_x, mean_y = _blur(x), _blur(y)
+    spread = _blur(x * x + y * y) - mean_x.square() - mean_y.square()
+    covariance = _blur(x * y) - mean_x * mean_y
+    numerator = (2 * mean_x * mean_y + _C1) * (2 * covariance + _C2)
+    return numerator / ((mean_x.square() + mean_y.square() + _C1) * (spread + _C2))
+
+
+def _blur(volume: Tensor) -> Tensor:
+    """Gaussian mean of a volume with replicated borders: one axis at a time, each a weighted sum of shifted copies."""
+    offsets = range(-_RADIUS, _RADIUS + 1)
+    weights = torch.exp(-torch.tensor([float(offset) ** 2 for offset in offsets], dtype=torch.float64) / (2 * _SIGMA**2))
+    weights /= weights.sum()
+    for axis, size in enumerate(volume.shape):
+        index = torch.arange(-_RADIUS, size + _RADIUS, device=volume.device).clamp(0, size - 1)
+        padded = volume.index_select(axis, index)
+        volume = torch.zeros_like(volume)
+        for i, weight in enumerate(weights.tolist()):
+            volume.add_(padded.narrow(axis, i, size), alpha=weight)
+    return volume

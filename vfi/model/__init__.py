@@ -1,0 +1,1 @@
+"""The network: architecture only, no files, ranks, losses or accelerate."""

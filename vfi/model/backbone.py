@@ -1,0 +1,91 @@
+"""What is where in the two frames? A pyramid of features: plain convolutions at strides 1, 2, 4, LGS blocks at 8 and 16.
+
+    frames [2B, 3, H, W], frame 0 of all pairs first  ->  levels 0 … 4: [2B, F * 2^l, H / 2^l, W / 2^l]
+
+Features do not depend on the timestep: one pass serves any number of frames in between. Source: the pyramid of EMA-VFI and
+VFIMamba; LGS (local-global synergy) block: interleaved scan beside gated window attention.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from vfi.config import ModelConfig
+from vfi.model.fusion import fusion_block
+from vfi.model.ss2d import SS2D
+from vfi.model.window_attention import GatedWindowAttention, reset_gate
+
+LEVELS = 5
+STRIDE = 2 ** (LEVELS - 1)  # height and width of the frames must be multiples of this
+
+
+class LGSBlock(nn.Module):
+    """[2B, H, W, C] -> the same shape: x + branches(norm x), then x + fusion(norm x)."""
+
+    def __init__(self, dim: int, config: ModelConfig, shifted: bool, device: torch.device) -> None:
+        super().__init__()
+        branches = {
+            "ss2d": lambda: SS2D(dim, config, device),
+            "attention": lambda: GatedWindowAttention(dim, config, shifted),
+        }
+        names = {
+            "hybrid": ("ss2d", "attention"),
+            "mamba2_only": ("ss2d",),
+            "gated_attn_only": ("attention",),
+        }[config.backbone_mode]
+        self.norm1 = nn.LayerNorm(dim)
+        self.branches = nn.ModuleDict({name: branches[name]() for name in names})
+        self.norm2 = nn.LayerNorm(dim)
+        self.fusion = fusion_block(dim, config.use_ecab)
+
+    def forward(self, x: Tensor) -> Tensor:
+        normed = self.norm1(x)
+        for branch in self.branches.values():
+            x = x + branch(normed)
+        return x + self.fusion(self.norm2(x))
+
+
+class HybridBackbone(nn.Module):
+    """Frames -> list of feature maps, finest first."""
+
+    def __init__(self, config: ModelConfig, device: torch.device) -> None:
+        super().__init__()
+        widths = level_widths(config)
+        self.stem = nn.ModuleList(
+            nn.Sequential(_conv(c_in, c_out, down=c_in != 3), _conv(c_out, c_out))
+            for c_in, c_out in zip((3, *widths[:2]), widths[:3], strict=True)
+        )
+        self.down = nn.ModuleList(nn.Conv2d(widths[level - 1], widths[level], 3, 2, 1) for level in (3, 4))
+        self.stages = nn.ModuleList(
+            nn.Sequential(*(LGSBlock(widths[level], config, bool(i % 2), device) for i in range(depth)))
+            for level, depth in zip((3, 4), config.depths, strict=True)
+        )
+        self.norms = nn.ModuleList(nn.LayerNorm(widths[level]) for level in (3, 4))
+        self.apply(_initialise)
+
+    def forward(self, frames: Tensor) -> list[Tensor]:
+        features = []
+        x = frames
+        for stage in self.stem:
+            x = stage(x)
+            features.append(x)
+        for down, stage, norm in zip(self.down, self.stages, self.norms, strict=True):
+            x = stage(down(x).permute(0, 2, 3, 1))
+            features.append(norm(x).permute(0, 3, 1, 2))
+            x = x.permute(0, 3, 1, 2)
+        return features
+
+
+def level_widths(config: ModelConfig) -> list[int]:
+    """Channels at each level."""
+    return [config.width * 2**level for level in range(LEVELS)]
+
+
+def _conv(c_in: int, c_out: int, down: bool = False) -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(c_in, c_out, 3, 2 if down else 1, 1), nn.PReLU(c_out))
+
+
+def _initialise(module: nn.Module) -> None:
+    if isinstance(module, GatedWindowAttention):
+        reset_gate(module)

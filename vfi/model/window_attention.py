@@ -1,0 +1,41 @@
+"""Branch B of an LGS block: what do nearby pixels of the same frame say? Attention in windows with a gate on its output."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from vfi.config import ModelConfig
+from vfi.ops.window_attention import gated_window_attention
+
+# gate -> logits a head and token
+_GATE_WIDTH = {"headwise": lambda head_dim: 1, "elementwise": lambda head_dim: head_dim, "off": lambda head_dim: 0}
+
+
+class GatedWindowAttention(nn.Module):
+    """[2B, H, W, C] -> the same shape, each frame on its own. Odd blocks shift their windows by half a window.
+
+    The gate is computed from the same normalised input as the query: Y' = sigmoid(X W_g) * Y before the output projection.
+    """
+
+    def __init__(self, dim: int, config: ModelConfig, shifted: bool) -> None:
+        super().__init__()
+        self.window = config.window_size
+        self.shift = config.window_size // 2 if shifted else 0
+        self.heads = dim // config.head_dim
+        gate_width = self.heads * _GATE_WIDTH[config.gate](config.head_dim)
+        self.splits = (dim, dim, dim, gate_width)
+        self.qkv_gate = nn.Linear(dim, sum(self.splits), bias=False)
+        self.out_proj = nn.Linear(dim, dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = self.qkv_gate(x).split(self.splits, dim=-1)
+        q, k, v, gate = (part.unflatten(-1, (self.heads, -1)) for part in parts)
+        y = gated_window_attention(q, k, v, gate if gate.numel() else None, self.window, self.shift)
+        return self.out_proj(y.flatten(-2))
+
+
+def reset_gate(attention: GatedWindowAttention) -> None:
+    """Start with every gate half open: a zero logit for any input."""
+    with torch.no_grad():
+        attention.qkv_gate.weight[sum(attention.splits[:3]) :].zero_()

@@ -1,0 +1,122 @@
+"""How is the Mamba-2 recurrence computed? Chunked SSD: a reference in plain torch and mamba_ssm's Triton kernels beside it.
+
+For every head h with state [P, S], tokens i = 0 … L-1, dt = softplus(raw dt + dt_bias) and A < 0:
+
+    state_i = exp(dt_i * A) * state_{i-1} + dt_i * x_i B_i^T          y_i = state_i C_i + D * x_i
+
+Source: Mamba-2 (arXiv 2405.21060), section 6. Both backends have the signature of `ssd_reference`.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import sys
+import types
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vfi.ops.precision import fp32_island
+
+SSD = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+BACKENDS = ("auto", "reference", "mamba_ssm")
+# Work inside a chunk grows with its length, the number of states falls with it. The kernels' own default is 256.
+_REFERENCE_CHUNK = 64
+_KERNEL_CHUNK = 256
+
+
+def ssd_reference(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, dt_bias: Tensor) -> Tensor:
+    """y `[N, L, H, P]` of the recurrence above, in the dtype of `x`, for any L; computed in fp32, or fp64 for fp64 inputs.
+
+    Args:
+        x: `[N, L, H, P]` input. dt: `[N, L, H]` raw step, before bias and softplus. A: `[H]`, negative.
+        B, C: `[N, L, G, S]`, where G divides H. D, dt_bias: `[H]`.
+    """
+    return fp32_island(_ssd_reference, x, dt, A, B, C, D, dt_bias).to(x.dtype)
+
+
+def _ssd_reference(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, dt_bias: Tensor) -> Tensor:
+    L, H = x.shape[1:3]
+    Q = min(_REFERENCE_CHUNK, L)
+    step = F.softplus(dt + dt_bias)
+    # padded tokens come last and have dt = 0: they neither change the state nor are read
+    pad = -L % Q
+    xdt = _chunks(x * step.unsqueeze(-1), Q, pad)  # [N, K, Q, H, P]
+    decay = _chunks(step * A, Q, pad).transpose(2, 3).cumsum(-1)  # [N, K, H, Q]: log of the decay since the chunk began
+    keys, queries = (_chunks(t, Q, pad).repeat_interleave(H // t.shape[2], dim=3) for t in (B, C))  # [N, K, Q, H, S]
+
+    # inside a chunk: y_i = sum_{j <= i} (C_i . B_j) exp(decay_i - decay_j) dt_j x_j
+    causal = torch.ones(Q, Q, dtype=torch.bool, device=x.device).tril()
+    between = (decay.unsqueeze(-1) - decay.unsqueeze(-2)).masked_fill(~causal, -torch.inf).exp()  # [N, K, H, Q, Q]
+    scores = torch.einsum("nkihs,nkjhs->nkhij", queries, keys) * between
+    inside = torch.einsum("nkhij,nkjhp->nkihp", scores, xdt)
+
+    # across chunks: the state at the end of each chunk, carried on chunk by chunk
+    to_end = (decay[..., -1:] - decay).exp()  # [N, K, H, Q]
+    added = torch.einsum("nkjhs,nkhj,nkjhp->nkhps", keys, to_end, xdt)
+    before = _carry(added, decay[..., -1])  # state at the start of each chunk
+    across = torch.einsum("nkihs,nkhps,nkhi->nkihp", queries, before, decay.exp())
+
+    y = (inside + across).flatten(1, 2)[:, :L]
+    return y + D.unsqueeze(-1) * x
+
+
+def _chunks(t: Tensor, Q: int, pad: int) -> Tensor:
+    """[N, L, …] -> [N, K, Q, …], zeros at the end."""
+    padding = (0, 0) * (t.dim() - 2) + (0, pad)
+    return F.pad(t, padding).unflatten(1, (-1, Q))
+
+
+def _carry(added: Tensor, decay: Tensor) -> Tensor:
+    """added `[N, K, H, P, S]`, log decay `[N, K, H]` of each whole chunk -> the state before each chunk."""
+    state = torch.zeros_like(added[:, 0])
+    before = []
+    for new, keep in zip(added.unbind(1), decay.exp().unbind(1), strict=True):
+        before.append(state)
+        state = state * keep[..., None, None] + new
+    return torch.stack(before, dim=1)
+
+
+def ssd_mamba_ssm(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, dt_bias: Tensor) -> Tensor:
+    """`ssd_reference` by mamba_ssm's Triton kernels (states in fp32; a dot of fp32 inputs runs in TF32)."""
+    kernel = _import_kernel()
+    return kernel(x, dt, A, B, C, chunk_size=_KERNEL_CHUNK, D=D, dt_bias=dt_bias, dt_softplus=True)
+
+
+@functools.cache
+def _import_kernel() -> Callable[..., Tensor]:
+    # A mamba_ssm built without CUDA lacks Mamba-1's extension, and its package imports it at once. Mamba-2 does not use it.
+    if importlib.util.find_spec("selective_scan_cuda") is None:
+        sys.modules.setdefault("selective_scan_cuda", types.ModuleType("selective_scan_cuda"))
+    from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
+
+    return mamba_chunk_scan_combined
+
+
+def choose_ssd(backend: str, device: torch.device) -> tuple[SSD, str]:
+    """The function for a backend name and a line that says what was taken and why; a named backend that can't run raises."""
+    if backend not in BACKENDS:
+        raise ValueError(f"ssd_backend {backend!r} does not exist; choose from {', '.join(BACKENDS)}")
+    if backend == "reference":
+        return ssd_reference, "ssd: reference (asked for)"
+    obstacle = _kernel_obstacle(device)
+    if obstacle is None:
+        return ssd_mamba_ssm, f"ssd: mamba_ssm ({'asked for' if backend == 'mamba_ssm' else 'available on ' + str(device)})"
+    if backend == "mamba_ssm":
+        raise RuntimeError(f"ssd_backend mamba_ssm cannot run: {obstacle}; use --ssd_backend auto or reference")
+    return ssd_reference, f"ssd: reference ({obstacle})"
+
+
+def _kernel_obstacle(device: torch.device) -> str | None:
+    """Why mamba_ssm's kernels can't run on `device`; None where they can."""
+    if device.type != "cuda":
+        return f"mamba_ssm's kernels need a CUDA GPU and the device is {device.type}"
+    if torch.cuda.get_device_capability(device) < (7, 0):
+        return f"{torch.cuda.get_device_name(device)} is older than compute capability 7.0, which Triton needs"
+    for package in ("mamba_ssm", "triton", "einops"):
+        if importlib.util.find_spec(package) is None:
+            return f"the package {package} is not installed; README.md has the command"
+    return None

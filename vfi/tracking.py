@@ -1,0 +1,105 @@
+"""Where do a run's numbers go? metrics.jsonl and TensorBoard, written by the main process only.
+
+metrics.jsonl   one JSON object a line: {"step": 100, "event": "train", "loss": …}; events: train, val
+tensorboard/    the same as curves, and pictures of the validation
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+
+METRICS, TENSORBOARD, ENVIRONMENT = "metrics.jsonl", "tensorboard", "environment.json"
+_PACKAGES = ("torch", "accelerate", "webdataset", "triton", "mamba-ssm", "numpy", "av", "simplejpeg", "safetensors")
+
+
+class Tracker:
+    """Writes numbers and pictures of one run; on every process but the main one it does nothing."""
+
+    def __init__(self, run_folder: Path, resume_step: int, is_main: bool) -> None:
+        self.is_main = is_main
+        if not is_main:
+            return
+        run_folder.mkdir(parents=True, exist_ok=True)
+        path = run_folder / METRICS
+        kept = [line for line in _lines(path) if line["step"] <= resume_step]
+        path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        self.file = path.open("a", buffering=1)
+        self.board = SummaryWriter(str(run_folder / TENSORBOARD), purge_step=resume_step + 1 if resume_step else None)
+
+    def log(self, step: int, event: str, **numbers: float) -> None:
+        """One row of numbers; a number that isn't finite is written as null, which JSON can hold."""
+        if not self.is_main:
+            return
+        finite = {name: value if math.isfinite(value) else None for name, value in numbers.items()}
+        self.file.write(json.dumps({"step": step, "event": event} | finite) + "\n")
+        for name, value in numbers.items():
+            self.board.add_scalar(f"{event}/{name}", value, step)
+
+    def pictures(self, step: int, name: str, pictures: dict[str, Tensor]) -> None:
+        """Pictures `[3, H, W]` in [0, 1] side by side in one strip."""
+        if not self.is_main:
+            return
+        strip = torch.cat([picture.detach().float().clamp(0, 1).cpu() for picture in pictures.values()], dim=2)
+        self.board.add_image(f"{name} ({' | '.join(pictures)})", strip, step)
+
+    def close(self) -> None:
+        """Flush everything to disk."""
+        if self.is_main:
+            self.file.close()
+            self.board.close()
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    """The rows of metrics.jsonl; a last line that a kill cut short is dropped."""
+    rows = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """What a run ran on: command, versions, hardware, state of the source."""
+    return {
+        "command": sys.argv,
+        "python": platform.python_version(),
+        "packages": {name: version for name in _PACKAGES if (version := _version(name))},
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine(),
+        "cuda": torch.version.cuda if device.type == "cuda" else None,
+        "tf32_matmul": torch.backends.cuda.matmul.allow_tf32,
+        "cudnn_benchmark": torch.backends.cudnn.benchmark,
+        "git": git_state(),
+    }
+
+
+def git_state() -> str:
+    """Commit of the source, with '+changes' when files differ from it; 'unknown' outside a git checkout."""
+    here = Path(__file__).parent
+    try:
+        commit = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=True
+        ).stdout.strip()
+        changes = subprocess.run(["git", "status", "--porcelain"], cwd=here, capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return commit + ("+changes" if changes else "")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None

@@ -1,0 +1,306 @@
+"""How is a model trained? JOB.
+
+    accelerate launch --config_file accelerate_configs/single_gpu.yaml -m vfi.train --data_path SHARDS --val_path SHARDS \\
+        --phase 1 --preset small --exp_name NAME
+    torchrun --nproc_per_node 2 -m vfi.train …          python -m vfi.train …          vfi train …
+
+One run folder holds everything: config.json, environment.json, metrics.jsonl, tensorboard/, checkpoints/.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from torch import Tensor
+from tqdm import tqdm
+
+from shards.schema import ShardError
+from vfi import checkpoint, presets
+from vfi.augment import FrameTooSmallError
+from vfi.checkpoint import CheckpointError
+from vfi.config import Config, ConfigError, accumulation, to_json
+from vfi.data import FrameBatch, TrainingLoader, evaluation_batches
+from vfi.errors import JobError, clear_errors
+from vfi.losses import laplacian_loss
+from vfi.metrics import psnr
+from vfi.model.interpolator import FrameInterpolator, Prediction
+from vfi.optim import build_optimizer, learning_rate
+from vfi.tracking import ENVIRONMENT, Tracker, environment
+
+DEFAULT_EPOCHS = {1: 300}  # by phase
+_DRY_RUN_STEPS = 3
+_SUPPORTED = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
+
+
+class TrainingError(RuntimeError):
+    """Training can't go on; the message says at which step and why."""
+
+
+def start_accelerator(config: Config) -> Accelerator:
+    """Processes, device and precision as the launcher set them; ConfigError for what is not supported.
+
+    Without a launcher's word on precision: bf16 autocast on a GPU that has it, fp32 elsewhere.
+    """
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    precision = os.environ.get("ACCELERATE_MIXED_PRECISION")
+    if precision is None:
+        on_gpu = torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "false").lower() not in ("1", "true")
+        precision = "bf16" if on_gpu and torch.cuda.is_bf16_supported(including_emulation=False) else "no"
+    if precision not in ("no", "bf16"):
+        raise ConfigError(f"mixed precision {precision!r} is not supported yet; use no or bf16 in the accelerate config")
+    accelerator = Accelerator(gradient_accumulation_steps=accumulation(config, world), mixed_precision=precision)
+    if accelerator.num_processes != world:
+        raise ConfigError(f"the launcher started {world} processes, accelerate sees {accelerator.num_processes}")
+    if accelerator.distributed_type not in _SUPPORTED:
+        names = ", ".join(kind.value for kind in _SUPPORTED)
+        raise ConfigError(f"distributed type {accelerator.distributed_type.value} is not supported yet; supported: {names}")
+    return accelerator
+
+
+class Trainer:
+    """One run: everything that a step needs, built from a Config."""
+
+    def __init__(self, config: Config) -> None:
+        self.config, self.run, self.data = config, config.run, config.data
+        if not self.data.data_path:
+            raise ConfigError("--data_path is missing: give a shard folder (see `python -m shards.synthetic --help`)")
+        self.folder = Path(self.run.output_dir) / self.run.exp_name
+        self.start_from = self._resume_point()
+        self.accelerator = start_accelerator(config)
+        self.accumulation = self.accelerator.gradient_accumulation_steps
+        device, rank, world = self.accelerator.device, self.accelerator.process_index, self.accelerator.num_processes
+        torch.backends.cudnn.benchmark = True
+        self.loader = TrainingLoader(self.data, self.run.seed, device, accumulation=self.accumulation, rank=rank, world=world)
+        if self.data.val_path:
+            next(evaluation_batches(self.data.val_path, torch.device("cpu"), limit=1))  # unusable: better now than later
+        self.total = self.run.steps or (self.run.epochs or DEFAULT_EPOCHS[self.run.phase]) * self.loader.steps_per_epoch
+        torch.manual_seed(self.run.seed)
+        self.network = FrameInterpolator(config.model, device)
+        self.step = self._load()
+        self.model, self.optimizer = self.accelerator.prepare(self.network, build_optimizer(self.network, config.optim))
+        if self.step and self.start_from:
+            checkpoint.load_optimizer(self.optimizer, self.start_from)
+        self.tracker = Tracker(self.folder, self.step, self.accelerator.is_main_process)
+
+    def _resume_point(self) -> Path | None:
+        """The checkpoint to start from; refuses to mix two runs in one folder."""
+        newest = checkpoint.latest(self.folder)
+        if self.run.resume == "auto":
+            return newest.path if newest else None
+        if newest:
+            raise ConfigError(
+                f"{self.folder} already holds a run at step {newest.step}: go on with it by --resume auto, "
+                f"or give another --exp_name"
+            )
+        return checkpoint.find(self.run.resume, self.run.output_dir) if self.run.resume else None
+
+    def _load(self) -> int:
+        """Load weights; the step to go on from is 0 unless this very run is resumed."""
+        if self.start_from is None:
+            return 0
+        different = checkpoint.compare_models(self.config, checkpoint.read_config(self.start_from))
+        if different:
+            raise CheckpointError(f"{self.start_from} is of another model ({different}): give the same flags, or start anew")
+        checkpoint.load_weights(self.network, self.start_from)
+        step = checkpoint.read_step(self.start_from)
+        going_on = self.run.resume == "auto"
+        self.say(f"{'going on' if going_on else 'starting'} from the weights of {self.start_from} (step {step})")
+        return step if going_on else 0
+
+    def say(self, text: str) -> None:
+        """Print on the main process, above the progress bar."""
+        if self.accelerator.is_main_process:
+            tqdm.write(text)
+
+    def describe(self) -> None:
+        """Say what is about to happen, and write config.json and environment.json."""
+        device, world = self.accelerator.device, self.accelerator.num_processes
+        parameters = sum(parameter.numel() for parameter in self.network.parameters())
+        self.say(f"run {self.folder}: preset {self.run.preset}, phase {self.run.phase}, {parameters / 1e6:.2f} M parameters")
+        self.say(
+            f"{world} process{'es' * (world > 1)} on {device.type}, precision {self.accelerator.mixed_precision}, "
+            f"global batch {self.loader.plan.global_batch} = {self.data.batch_size} * {world} * {self.accumulation} accumulated"
+        )
+        epochs = self.total / self.loader.steps_per_epoch
+        self.say(f"{self.loader.index.samples} samples, {self.loader.steps_per_epoch} steps an epoch, {epochs:.1f} epochs")
+        for choice in self.network.choices():
+            self.say(choice)
+        if self.accelerator.is_main_process:
+            (self.folder / checkpoint.CONFIG).write_text(to_json(self.config))
+            content = environment(device) | {"processes": world, "precision": self.accelerator.mixed_precision}
+            (self.folder / ENVIRONMENT).write_text(json.dumps(content | {"choices": self.network.choices()}, indent=1) + "\n")
+
+    def fit(self) -> None:
+        """Train to the last step; log, validate and save on the way."""
+        self.describe()
+        batches = self.loader.batches(self.step)
+        meter = Meter(self.loader.plan.global_batch)
+        self.model.train()
+        is_main = self.accelerator.is_main_process
+        with tqdm(initial=self.step, total=self.total, unit="step", disable=not is_main, dynamic_ncols=True) as bar:
+            while self.step < self.total:
+                self.train_step(batches, meter, bar)
+        self.tracker.close()
+
+    def train_step(self, batches: Iterator[FrameBatch], meter: Meter, bar: tqdm) -> None:
+        """One optimiser step and whatever is due after it."""
+        loss, norm = self.optimise(batches, meter)
+        self.step += 1
+        meter.steps += 1
+        bar.update()
+        last = self.step == self.total
+        if self.step % self.run.log_every == 0 or last:
+            row = self.check_finite(meter.read(loss, norm)) | {"lr": self.rate(self.step - 1), "epoch": self.epoch}
+            bar.set_postfix(loss=f"{row['loss']:.4f}", samples_s=f"{row['samples_per_s']:.1f}")
+            self.tracker.log(self.step, "train", **row)
+        if self.data.val_path and (self.step % self.run.val_every == 0 or last):
+            with meter.paused():
+                self.validate()
+        if self.step % self.run.save_every == 0 or last:
+            with meter.paused():
+                self.save(loss)
+
+    @property
+    def epoch(self) -> float:
+        """Epochs seen so far."""
+        return self.step / self.loader.steps_per_epoch
+
+    def rate(self, step: int) -> float:
+        """Learning rate of a step."""
+        return learning_rate(step, self.total, self.config.optim)
+
+    def optimise(self, batches: Iterator[FrameBatch], meter: Meter) -> tuple[Tensor, Tensor]:
+        """One optimiser step over `accumulation` batches -> mean loss and norm of the gradient, both still on the device."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.rate(self.step)
+        total = torch.zeros((), device=self.accelerator.device)
+        norm = total
+        for _ in range(self.accumulation):
+            with meter.waiting():
+                batch = next(batches)
+            with self.accelerator.accumulate(self.model):
+                prediction: Prediction = self.model(batch.img0, batch.img1, batch.timestep)
+                loss = laplacian_loss(prediction.imgt, batch.imgt)
+                self.accelerator.backward(loss)
+                if self.accelerator.sync_gradients:
+                    largest = self.config.optim.clip_norm or math.inf
+                    norm = self.accelerator.clip_grad_norm_(self.model.parameters(), largest)
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+            total += loss.detach() / self.accumulation
+        return total, norm
+
+    def check_finite(self, row: dict[str, float]) -> dict[str, float]:
+        """The row itself; TrainingError when the loss is no number any more, before such weights are saved."""
+        if not math.isfinite(row["loss"]):
+            raise TrainingError(
+                f"the loss is {row['loss']} at step {self.step}; the last good checkpoint is "
+                f"{checkpoint.latest(self.folder) or 'none'}. Try a lower --lr or a longer --warmup_steps"
+            )
+        return row
+
+    def validate(self) -> None:
+        """Mean PSNR of the model and of the frame average over the validation shards, and pictures of the first sample."""
+        sums = torch.zeros(3, dtype=torch.float64, device=self.accelerator.device)
+        self.network.eval()
+        batches = evaluation_batches(
+            self.data.val_path, self.accelerator.device, workers=self.data.num_workers, limit=self.data.val_samples,
+            rank=self.accelerator.process_index, world=self.accelerator.num_processes,
+        )  # fmt: skip
+        for number, batch in enumerate(batches):
+            with torch.no_grad(), self.accelerator.autocast():
+                prediction = self.network(batch.img0, batch.img1, batch.timestep).imgt.float().clamp(0, 1)
+            average = (batch.img0 + batch.img1) / 2
+            scores = psnr(prediction, batch.imgt), psnr(average, batch.imgt)
+            sums += torch.stack([score.double().sum() for score in scores] + [sums.new_tensor(len(batch.keys))])
+            if number == 0:
+                error = (prediction - batch.imgt).abs() * 5
+                pictures = {"img0": batch.img0, "prediction": prediction, "truth": batch.imgt, "img1": batch.img1}
+                self.tracker.pictures(self.step, "val", {k: v[0] for k, v in pictures.items()} | {"5 x error": error[0]})
+        self.network.train()
+        model, average_psnr, count = self.accelerator.reduce(sums, reduction="sum").tolist()
+        model, average_psnr = model / count, average_psnr / count
+        self.tracker.log(self.step, "val", psnr=model, average_psnr=average_psnr, samples=count)
+        self.say(f"step {self.step}: PSNR {model:.2f} dB, frame average {average_psnr:.2f} dB, {model - average_psnr:+.2f} dB")
+
+    def save(self, loss: Tensor) -> None:
+        """Write a checkpoint on the main process while the others wait."""
+        self.check_finite({"loss": loss.item()})
+        if self.accelerator.is_main_process:
+            checkpoint.save(self.folder, self.step, self.network, self.optimizer.optimizer, self.run.keep_last)
+        self.accelerator.wait_for_everyone()
+
+
+class Meter:
+    """Rate, share of the time spent waiting for data, and memory since the last reading."""
+
+    def __init__(self, global_batch: int) -> None:
+        self.global_batch = global_batch
+        self._reset()
+
+    def _reset(self) -> None:
+        self.started, self.excluded, self.waited, self.steps = time.perf_counter(), 0.0, 0.0, 0
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Around the wait for a batch."""
+        before = time.perf_counter()
+        yield
+        self.waited += time.perf_counter() - before
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Around what is not training."""
+        before = time.perf_counter()
+        yield
+        self.excluded += time.perf_counter() - before
+
+    def read(self, loss: Tensor, norm: Tensor) -> dict[str, float]:
+        """One row of numbers; waits for the device."""
+        row = {"loss": loss.item(), "grad_norm": norm.item()}
+        seconds = time.perf_counter() - self.started - self.excluded
+        row |= {"samples_per_s": self.steps * self.global_batch / seconds, "data_wait": self.waited / seconds}
+        if loss.is_cuda:
+            row["memory_gib"] = torch.cuda.max_memory_allocated(loss.device) / 2**30
+        self._reset()
+        return row
+
+
+def train(config: Config) -> None:
+    """Train as `config` says; a dry run takes a few steps of everything and leaves nothing behind."""
+    if not config.run.dry_run:
+        Trainer(config).fit()
+        return
+    run = dataclasses.replace(
+        config.run, steps=_DRY_RUN_STEPS, epochs=None, log_every=1, val_every=_DRY_RUN_STEPS, save_every=_DRY_RUN_STEPS,
+        exp_name=f"dry_run_{config.run.exp_name}", resume="" if config.run.resume == "auto" else config.run.resume,
+    )  # fmt: skip
+    data = dataclasses.replace(config.data, val_samples=min(8, config.data.val_samples or 8))
+    trainer = Trainer(dataclasses.replace(config, run=run, data=data))
+    try:
+        trainer.fit()
+        trainer.say("dry run: training, validation and saving work")
+    finally:
+        if trainer.accelerator.is_main_process:
+            shutil.rmtree(trainer.folder, ignore_errors=True)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Command line of the job."""
+    with clear_errors(ConfigError, ShardError, CheckpointError, FrameTooSmallError, TrainingError, JobError):
+        train(presets.from_command_line(argv))
+
+
+if __name__ == "__main__":
+    main()
