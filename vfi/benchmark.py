@@ -161,7 +161,7 @@ def _measure(
 ) -> dict[str, list[ImageScore]]:
     """Scores of the frame average and of every model, image by image in the order of the index."""
     scores: dict[str, list[ImageScore]] = {name: [] for name in (FRAME_AVERAGE, *models)}
-    batches = evaluation_batches(options.data, device, workers=options.workers, limit=options.limit)
+    batches = evaluation_batches(options.data, device, workers=options.workers, numbers=range(samples))
     for batch in tqdm(batches, total=samples, unit="image", desc="benchmark", disable=None):
         for name in scores:
             image = _frame_average(batch) if name == FRAME_AVERAGE else _predict(models[name], batch, precision)
@@ -227,11 +227,9 @@ def _draw_pictures(
 
 
 def _chosen(options: Options, numbers: set[int], device: torch.device) -> Iterator[tuple[int, FrameBatch]]:
-    """The samples with these numbers; reading stops after the last of them."""
-    if numbers:
-        limit = max(numbers) + 1
-        batches = evaluation_batches(options.data, device, workers=options.workers, limit=limit)
-        yield from ((number, batch) for number, batch in enumerate(batches) if number in numbers)
+    """The samples with these numbers, read again."""
+    chosen = sorted(numbers)
+    yield from zip(chosen, evaluation_batches(options.data, device, workers=options.workers, numbers=chosen), strict=True)
 
 
 def _save_picture(

@@ -79,7 +79,7 @@ class DataConfig:
     rotate: bool = True
     """Rotate by a random multiple of 90 degrees."""
     val_samples: int | None = None
-    """Validate on the first this many samples of val_path; default: all."""
+    """Validate on this many samples of val_path, evenly spaced; default: all."""
     mixed_ratio: str | None = None
     """Ratio of two data sets, such as 2:1 (phase 3)."""
     curriculum: bool = False

@@ -267,19 +267,19 @@ class _Whole(IterableDataset):
 
 
 def evaluation_batches(
-    folder: str | Path,
-    device: torch.device,
-    *,
-    workers: int = 0,
-    limit: int | None = None,
-    rank: int = 0,
-    world: int = 1,
+    folder: str | Path, device: torch.device, *, numbers: Sequence[int] | None = None, workers: int = 0
 ) -> Iterator[FrameBatch]:
-    """Whole frames, one sample a batch, in the order of the index; `rank` takes every `world`-th of the first `limit`."""
+    """Whole frames, unchanged, one sample a batch: the samples with these numbers in this order, by default all of a folder."""
     folder = Path(folder)
     index = read_index(folder)
     check_has_middle(index, folder)
-    numbers = range(index.samples if limit is None else min(limit, index.samples))[rank::world]
+    numbers = range(index.samples) if numbers is None else numbers
     loader = DataLoader(_Whole(folder, index, numbers), batch_size=None, num_workers=min(workers, len(numbers)))
     for batch in loader:
         yield to_device([batch], device)
+
+
+def evenly_spaced(samples: int, count: int | None) -> list[int]:
+    """`count` sample numbers spread over 0 … samples-1, so that a few of them come from every part of a folder; None: all."""
+    count = samples if count is None else min(count, samples)
+    return [number * samples // count for number in range(count)]

@@ -25,12 +25,12 @@ from accelerate.utils import DistributedType
 from torch import Tensor
 from tqdm import tqdm
 
-from shards.schema import ShardError
+from shards.schema import ShardError, read_index
 from vfi import checkpoint, presets
 from vfi.augment import FrameTooSmallError
 from vfi.checkpoint import CheckpointError
 from vfi.config import Config, ConfigError, accumulation, to_json
-from vfi.data import FrameBatch, TrainingLoader, evaluation_batches
+from vfi.data import FrameBatch, TrainingLoader, evaluation_batches, evenly_spaced
 from vfi.errors import JobError, clear_errors
 from vfi.losses import laplacian_loss
 from vfi.metrics import psnr
@@ -83,7 +83,7 @@ class Trainer:
         torch.backends.cudnn.benchmark = True
         self.loader = TrainingLoader(self.data, self.run.seed, device, accumulation=self.accumulation, rank=rank, world=world)
         if self.data.val_path:
-            next(evaluation_batches(self.data.val_path, torch.device("cpu"), limit=1))  # unusable: better now than later
+            next(evaluation_batches(self.data.val_path, torch.device("cpu")))  # unusable: better now than later
         self.total = self.run.steps or (self.run.epochs or DEFAULT_EPOCHS[self.run.phase]) * self.loader.steps_per_epoch
         torch.manual_seed(self.run.seed)
         self.network = FrameInterpolator(config.model, device)
@@ -214,10 +214,9 @@ class Trainer:
         """Mean PSNR of the model and of the frame average over the validation shards, and pictures of the first sample."""
         sums = torch.zeros(3, dtype=torch.float64, device=self.accelerator.device)
         self.network.eval()
-        batches = evaluation_batches(
-            self.data.val_path, self.accelerator.device, workers=self.data.num_workers, limit=self.data.val_samples,
-            rank=self.accelerator.process_index, world=self.accelerator.num_processes,
-        )  # fmt: skip
+        numbers = evenly_spaced(read_index(self.data.val_path).samples, self.data.val_samples)
+        mine = numbers[self.accelerator.process_index :: self.accelerator.num_processes]
+        batches = evaluation_batches(self.data.val_path, self.accelerator.device, numbers=mine, workers=self.data.num_workers)
         for number, batch in enumerate(batches):
             with torch.no_grad(), self.accelerator.autocast():
                 prediction = self.network(batch.img0, batch.img1, batch.timestep).imgt.float().clamp(0, 1)

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from shards.schema import ShardError, read_index
 from vfi.augment import Change, FrameTooSmallError, apply_change, draw_change
 from vfi.config import ConfigError, DataConfig
-from vfi.data import ShardReader, TrainingLoader, decode_triplet, epoch_order, evaluation_batches, lanes
+from vfi.data import ShardReader, TrainingLoader, decode_triplet, epoch_order, evaluation_batches, evenly_spaced, lanes
 
 CPU = torch.device("cpu")
 
@@ -159,9 +159,14 @@ def test_evaluation_is_every_sample_in_order(val_shards):
         for batch, sample in zip(batches, expected, strict=True):
             frames = torch.stack([batch.img0, batch.imgt, batch.img1])[:, 0].permute(0, 2, 3, 1) * 255
             torch.testing.assert_close(frames, torch.tensor(np.stack(sample["frames"])).float())
-    by_rank = [[b.keys for b in evaluation_batches(val_shards, CPU, rank=rank, world=2, limit=4)] for rank in (0, 1)]
-    assert [len(keys) for keys in by_rank] == [2, 2]
-    assert {*by_rank[0], *by_rank[1]} == {(sample["__key__"],) for sample in expected[:4]}
+    some = [batch.keys[0] for batch in evaluation_batches(val_shards, CPU, numbers=[3, 1], workers=2)]
+    assert some == [expected[3]["__key__"], expected[1]["__key__"]]
+
+
+def test_evenly_spaced():
+    assert evenly_spaced(10, 3) == [0, 3, 6]
+    assert evenly_spaced(4, 9) == evenly_spaced(4, None) == [0, 1, 2, 3]
+    assert len(set(evenly_spaced(738, 48))) == 48
 
 
 def test_small_frames_are_refused_before_training(train_shards):
