@@ -1,0 +1,99 @@
+"""The README tells the truth: its tree is the tree, its commands exist, their flags are known."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from vfi import cli
+
+ROOT = Path(__file__).parents[1]
+TEXT = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```(\w*)\n(.*?)```", TEXT, flags=re.DOTALL)
+
+
+def tree_paths() -> list[str]:
+    """Paths of the block under 'The tree', by indentation."""
+    block = next(body for _, body in BLOCKS if body.startswith("README.md"))
+    parents: list[str] = []
+    paths = []
+    for line in block.splitlines():
+        depth = (len(line) - len(line.lstrip())) // 2
+        name = line.split()[0]
+        parents = [*parents[:depth], name]
+        paths.append("".join(parents))
+    return paths
+
+
+def test_tree_lists_every_module_and_nothing_else():
+    paths = tree_paths()
+    missing = [path for path in paths if not (ROOT / path).exists()]
+    assert not missing
+    modules = {str(path.relative_to(ROOT)) for package in ("shards", "vfi") for path in (ROOT / package).rglob("*.py")}
+    modules = {module for module in modules if not module.endswith("__init__.py")}
+    assert modules == {path for path in paths if path.endswith(".py")}
+
+
+def commands() -> list[list[str]]:
+    """Words of every command line of the bash blocks, without comments and environment settings."""
+    found = []
+    for kind, body in BLOCKS:
+        if kind == "bash":
+            for line in body.replace("\\\n", " ").splitlines():
+                words = [word for word in shlex.split(line, comments=True) if not re.match(r"^[A-Z_]+=", word)]
+                found += [words] if words else []
+    return found
+
+
+def module_of(words: list[str]) -> tuple[str, list[str]] | None:
+    """The project's module that a command starts, and its arguments."""
+    if words[0] == "vfi":
+        return f"vfi.{words[1]}", words[2:]
+    if "-m" in words:
+        at = words.index("-m")
+        return words[at + 1], words[at + 2 :]
+    return None
+
+
+def test_readme_shows_every_job():
+    shown = {started[0] for words in commands() if (started := module_of(words))}
+    assert shown >= {"shards.video", "shards.vimeo90k", "shards.synthetic", "shards.verify"}
+    assert shown >= {f"vfi.{job}" for job in cli.JOBS if job != "demo"}
+    assert ["make", "demo"] in commands()
+    assert ["make", "test"] in commands()
+
+
+def cases() -> dict[str, set[str]]:
+    """Module -> flags that the README gives it."""
+    flags: dict[str, set[str]] = {}
+    for words in commands():
+        if started := module_of(words):
+            module, arguments = started
+            flags.setdefault(module, set()).update(word for word in arguments if re.match(r"^-{1,2}[a-z]", word))
+    return flags
+
+
+@pytest.mark.parametrize(("module", "flags"), cases().items(), ids=lambda value: value if isinstance(value, str) else "")
+def test_flags_are_known(module, flags):
+    help_text = subprocess.run([sys.executable, "-m", module, "--help"], cwd=ROOT, capture_output=True, text=True, check=True)
+    known = set(re.findall(r"(?<![\w-])-{1,2}[a-z][\w-]*", help_text.stdout))
+    unknown = {flag for flag in flags if flag.replace("_", "-") not in known}
+    assert not unknown, f"{module} has no {unknown}"
+
+
+def test_make_targets_exist():
+    makefile = (ROOT / "Makefile").read_text()
+    for words in commands():
+        if words[0] == "make":
+            assert re.search(rf"^{words[1]}:", makefile, flags=re.MULTILINE)
+
+
+def test_accelerate_configs_of_the_readme_exist():
+    files = re.findall(r"--config_file (\S+)", TEXT)
+    assert files
+    assert all((ROOT / file).is_file() for file in files)
