@@ -63,7 +63,8 @@ def save(run_folder: Path, step: int, model: nn.Module, optimizer: torch.optim.O
 
 def list_checkpoints(run_folder: Path) -> list[Found]:
     """All complete checkpoints of a run, oldest first."""
-    found = [Found(path, int(path.name.removeprefix(_PREFIX))) for path in run_folder.glob(f"checkpoints/{_PREFIX}*")]
+    numbers = {path: path.name.removeprefix(_PREFIX) for path in run_folder.glob(f"checkpoints/{_PREFIX}*")}
+    found = [Found(path, int(number)) for path, number in numbers.items() if number.isdecimal()]
     return sorted(found, key=lambda checkpoint: checkpoint.step)
 
 
@@ -120,8 +121,8 @@ def load_weights(model: nn.Module, checkpoint: Path) -> None:
     differences = _differences(model.state_dict(), weights)
     if differences:
         raise CheckpointError(
-            f"{path} is of another architecture: {differences}. "
-            f"Build the model with that run's settings (see {checkpoint.parent.parent / CONFIG})"
+            f"{path} is of another architecture: {differences}. Give the model that run's settings "
+            f"(see {checkpoint.parent.parent / CONFIG})"
         )
     model.load_state_dict(weights)
 

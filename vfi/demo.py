@@ -28,8 +28,7 @@ MAX_MOTION = "6"
 TRAIN_SAMPLES, VAL_SAMPLES = 512, 64
 TRAIN_SEED, VAL_SEED = 0, 1
 STEPS = 800
-TRAINING = ["--preset", "tiny", "--lr", "1e-3", "--warmup_steps", "100"]
-TRAINING += ["--log_every", "10", "--val_every", "100", "--val_samples", "32", "--save_every", "200"]
+TRAINING = ["--preset", "tiny", "--val_every", "100", "--val_samples", "32", "--save_every", "100"]
 CLIP_SIZE, CLIP_FRAMES, CLIP_MOTION, CLIP_SEED = "192x256", 25, "72", 2  # 3 pixels from frame to frame, as in training
 MIN_GAIN = 1.0
 """What the model has to gain over the frame average, in dB."""

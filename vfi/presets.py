@@ -19,7 +19,7 @@ def tiny() -> Config:
     return Config(
         run=RunConfig(preset="tiny", log_every=10, save_every=200, val_every=200),
         data=DataConfig(batch_size=8, crop=64, num_workers=1),
-        optim=OptimConfig(lr=2e-3, warmup_steps=100),
+        optim=OptimConfig(lr=1e-3, warmup_steps=100),
         model=ModelConfig(width=8, depths=(1, 1), d_state=16, head_dim=16),
     )
 

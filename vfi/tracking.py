@@ -35,7 +35,7 @@ class Tracker:
         kept = [line for line in _lines(path) if line["step"] <= resume_step]
         path.write_text("".join(json.dumps(line) + "\n" for line in kept))
         self.file = path.open("a", buffering=1)
-        self.board = SummaryWriter(str(run_folder / TENSORBOARD), purge_step=resume_step + 1 if resume_step else None)
+        self.board = SummaryWriter(str(run_folder / TENSORBOARD), purge_step=resume_step + 1)
 
     def log(self, step: int, event: str, **numbers: float) -> None:
         """One row of numbers; a number that isn't finite is written as null, which JSON can hold."""

@@ -110,9 +110,12 @@ class Trainer:
         if self.start_from is None:
             return 0
         different = checkpoint.compare_models(self.config, checkpoint.read_config(self.start_from))
+        try:
+            checkpoint.load_weights(self.network, self.start_from)
+        except CheckpointError as error:
+            raise CheckpointError(f"{error}. Settings that differ: {different or 'none'}") from error
         if different:
-            raise CheckpointError(f"{self.start_from} is of another model ({different}): give the same flags, or start anew")
-        checkpoint.load_weights(self.network, self.start_from)
+            self.say(f"settings of the model that differ from that run's: {different}")
         step = checkpoint.read_step(self.start_from)
         going_on = self.run.resume == "auto"
         self.say(f"{'going on' if going_on else 'starting'} from the weights of {self.start_from} (step {step})")

@@ -151,6 +151,12 @@ def test_weights_of_another_run_are_a_start(undisturbed, tmp_path, train_shards,
     assert "starting from the weights of" in capsys.readouterr().out
 
 
+def test_settings_that_keep_the_weights_may_differ_and_are_said(undisturbed, tmp_path, train_shards, capsys):
+    run_here("--data_path", train_shards, "--steps", 1, "--batch_size", 4, "--output_dir", tmp_path, "--exp_name", "next",
+             "--resume", undisturbed, "--window_size", 7)  # fmt: skip
+    assert "settings of the model that differ from that run's: window_size: 7 here, 8 there" in capsys.readouterr().out
+
+
 def test_dry_run_leaves_nothing(tmp_path, train_shards, val_shards, capsys):
     run_here("--data_path", train_shards, "--val_path", val_shards, "--batch_size", 4, "--dry_run", "--output_dir", tmp_path)
     printed = capsys.readouterr().out
@@ -192,7 +198,9 @@ def test_bad_input_is_one_clear_line(capsys, tmp_path, train_shards, undisturbed
     assert "raw is not a shard folder" in refused(capsys, "--data_path", train_shards, "--val_path", raw.parent, *at)
     assert "no run or checkpoint 'gone'" in refused(capsys, "--data_path", train_shards, "--resume", "gone", *at)
     other = refused(capsys, "--data_path", train_shards, "--resume", undisturbed, "--backbone_mode", "mamba2_only", *at)
-    assert "backbone_mode: mamba2_only here, hybrid there" in other
+    assert "another architecture: " in other
+    assert "unknown: backbone.stages.0.0.branches.attention" in other
+    assert "Settings that differ: backbone_mode: mamba2_only here, hybrid there" in other
     assert not (tmp_path / "runs").exists()
 
 
