@@ -52,6 +52,11 @@ def start_accelerator(config: Config) -> Accelerator:
 
     Without a launcher's word on precision: bf16 autocast on a GPU that has it, fp32 elsewhere.
     """
+    if "ACCELERATE_USE_CPU" in os.environ and "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ:
+        raise ConfigError(
+            "accelerate launch was asked for several processes but started one, as it does on a CPU: "
+            "use ACCELERATE_USE_CPU=true torchrun --nproc_per_node N -m vfi.train …, or --num_processes 1"
+        )
     world = int(os.environ.get("WORLD_SIZE", "1"))
     precision = os.environ.get("ACCELERATE_MIXED_PRECISION")
     if precision is None:

@@ -141,6 +141,21 @@ def test_accelerate_config_starts(config, tmp_path, train_shards):
     assert "dry run: training, validation and saving work" in output
 
 
+def test_launcher_that_starts_one_process_of_two_is_noticed(tmp_path, train_shards):
+    process = start("--data_path", train_shards, "--batch_size", 4, "--dry_run", "--output_dir", tmp_path,
+                    launcher=("-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "-m"))  # fmt: skip
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode != 0
+    assert "error: accelerate launch was asked for several processes but started one" in output
+
+
+def test_accelerate_launch_starts_two_processes_on_a_cpu(tmp_path, train_shards):
+    output = finish(start("--data_path", train_shards, "--batch_size", 2, "--dry_run", "--output_dir", tmp_path,
+                          launcher=("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
+                                    "--main_process_port", "0", "-m")))  # fmt: skip
+    assert "2 processes on cpu" in output
+
+
 def test_weights_of_another_run_are_a_start(undisturbed, tmp_path, train_shards, capsys):
     before = weights(undisturbed)
     run_here("--data_path", train_shards, "--steps", 1, "--lr_min", 0, "--lr", 0, "--batch_size", 4, "--output_dir", tmp_path,
