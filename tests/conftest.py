@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,15 @@ def train_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def val_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """5 validation samples of 72x80 in one shard."""
     return _synthetic(tmp_path_factory.mktemp("shards") / "val", samples=5, seed=2, split="val")
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """One thread for torch: small models are faster so, and the same on every machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def _synthetic(out: Path, samples: int, seed: int, split: str) -> Path:

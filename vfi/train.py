@@ -34,7 +34,7 @@ from vfi.data import FrameBatch, TrainingLoader, evaluation_batches, evenly_spac
 from vfi.errors import JobError, clear_errors
 from vfi.losses import laplacian_loss
 from vfi.metrics import psnr
-from vfi.model.interpolator import FrameInterpolator, Prediction
+from vfi.model.interpolator import MIN_SIZE, FrameInterpolator, Prediction
 from vfi.optim import build_optimizer, learning_rate
 from vfi.tracking import ENVIRONMENT, Tracker, environment
 
@@ -73,6 +73,14 @@ def start_accelerator(config: Config) -> Accelerator:
     return accelerator
 
 
+def check_validation_shards(path: str) -> None:
+    """Raise for shards that can't be validated on: better now than at the first validation."""
+    height, width = read_index(path).min_size
+    if min(height, width) < MIN_SIZE:
+        raise ConfigError(f"--val_path {path} has frames as small as {height}x{width}: each side must be at least {MIN_SIZE}")
+    next(evaluation_batches(path, torch.device("cpu")))
+
+
 class Trainer:
     """One run: everything that a step needs, built from a Config."""
 
@@ -88,7 +96,7 @@ class Trainer:
         torch.backends.cudnn.benchmark = True
         self.loader = TrainingLoader(self.data, self.run.seed, device, accumulation=self.accumulation, rank=rank, world=world)
         if self.data.val_path:
-            next(evaluation_batches(self.data.val_path, torch.device("cpu")))  # unusable: better now than later
+            check_validation_shards(self.data.val_path)
         self.total = self.run.steps or (self.run.epochs or DEFAULT_EPOCHS[self.run.phase]) * self.loader.steps_per_epoch
         torch.manual_seed(self.run.seed)
         self.network = FrameInterpolator(config.model, device)

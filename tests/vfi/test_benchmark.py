@@ -19,15 +19,9 @@ from vfi.config import to_json
 from vfi.model.interpolator import FrameInterpolator
 from vfi.results import read_results
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SAMPLES = 5
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

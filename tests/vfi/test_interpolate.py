@@ -13,13 +13,7 @@ from vfi.config import to_json
 from vfi.interpolate import frames_of, main, write_video
 from vfi.model.interpolator import FrameInterpolator
 
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

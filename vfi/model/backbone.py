@@ -40,10 +40,11 @@ class LGSBlock(nn.Module):
         self.fusion = fusion_block(dim, config.use_ecab)
 
     def forward(self, x: Tensor) -> Tensor:
-        normed = self.norm1(x)
+        # autocast leaves layer norms in fp32; what follows takes half precision, so it is cast once and not by each
+        normed = self.norm1(x).to(x.dtype)
         for branch in self.branches.values():
             x = x + branch(normed)
-        return x + self.fusion(self.norm2(x))
+        return x + self.fusion(self.norm2(x).to(x.dtype))
 
 
 class HybridBackbone(nn.Module):
@@ -72,7 +73,7 @@ class HybridBackbone(nn.Module):
             features.append(x)
         for down, stage, norm in zip(self.down, self.stages, self.norms, strict=True):
             x = stage(down(x).permute(0, 2, 3, 1))
-            features.append(norm(x).permute(0, 3, 1, 2))
+            features.append(norm(x).to(x.dtype).permute(0, 3, 1, 2))
             x = x.permute(0, 3, 1, 2)
         return features
 

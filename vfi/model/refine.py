@@ -59,7 +59,7 @@ class RefineNet(nn.Module):
         x = self.mix[-1](torch.cat((coarsest, time), dim=1))
         for level in range(LEVELS - 2, 0, -1):
             x = self.mix[level](torch.cat((self.up[level](x), _side_by_side(features[level])), dim=1))
-        x = self.mix[0](torch.cat((self.up[0](x), _side_by_side(features[0]), images), dim=1))
+        x = self.mix[0](torch.cat((self.up[0](x), _side_by_side(features[0]), images.to(x.dtype)), dim=1))
         mask_logit, residual = self.head(x).float().split((1, 3), dim=1)
         return mask_logit, residual
 
