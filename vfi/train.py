@@ -173,11 +173,12 @@ class Trainer:
         """One optimiser step and whatever is due after it."""
         loss, norm = self.optimise(batches, meter)
         self.step += 1
-        meter.steps += 1
+        meter.add(loss)
         bar.update()
         last = self.step == self.total
         if self.step % self.run.log_every == 0 or last:
-            row = self.check_finite(meter.read(loss, norm)) | {"lr": self.rate(self.step - 1), "epoch": self.epoch}
+            mean = self.accelerator.reduce(meter.mean_loss(), reduction="mean")
+            row = self.check_finite(meter.read(mean, norm)) | {"lr": self.rate(self.step - 1), "epoch": self.epoch}
             bar.set_postfix(loss=f"{row['loss']:.4f}", samples_s=f"{row['samples_per_s']:.1f}")
             self.tracker.log(self.step, "train", **row)
         if self.data.val_path and (self.step % self.run.val_every == 0 or last):
@@ -258,14 +259,23 @@ class Trainer:
 
 
 class Meter:
-    """Rate, share of the time spent waiting for data, and memory since the last reading."""
+    """Mean loss, rate, share of the time spent waiting for data, and memory since the last reading."""
 
     def __init__(self, global_batch: int) -> None:
         self.global_batch = global_batch
         self._reset()
 
     def _reset(self) -> None:
-        self.started, self.excluded, self.waited, self.steps = time.perf_counter(), 0.0, 0.0, 0
+        self.started, self.excluded, self.waited = time.perf_counter(), 0.0, 0.0
+        self.losses: list[Tensor] = []
+
+    def add(self, loss: Tensor) -> None:
+        """One more step and its loss, which stays on the device: reading it would wait for the step to end."""
+        self.losses.append(loss)
+
+    def mean_loss(self) -> Tensor:
+        """Mean over the steps since the last reading, on the device."""
+        return torch.stack(self.losses).mean()
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
@@ -285,7 +295,7 @@ class Meter:
         """One row of numbers; waits for the device."""
         row = {"loss": loss.item(), "grad_norm": norm.item()}
         seconds = time.perf_counter() - self.started - self.excluded
-        row |= {"samples_per_s": self.steps * self.global_batch / seconds, "data_wait": self.waited / seconds}
+        row |= {"samples_per_s": len(self.losses) * self.global_batch / seconds, "data_wait": self.waited / seconds}
         if loss.is_cuda:
             row["memory_gib"] = torch.cuda.max_memory_allocated(loss.device) / 2**30
         self._reset()
