@@ -103,6 +103,18 @@ def test_pairs_of_a_batch_do_not_mix():
     torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
 
 
+def test_signal_keeps_its_size_before_training():
+    """The largest and the smallest spread of activations on the way from the frames to the head are within a factor of 3."""
+    torch.manual_seed(0)
+    model = FrameInterpolator(dataclasses.replace(presets.small().model, depths=(1, 1)))
+    spreads = []
+    for module in (*model.backbone.stem, *model.refine.mix):
+        module.register_forward_hook(lambda _module, _inputs, output: spreads.append(output.std().item()))
+    model(*torch.rand(2, 1, 3, 64, 64), torch.tensor([0.5]))
+    assert len(spreads) == 8
+    assert max(spreads) < 3 * min(spreads)
+
+
 SWITCHES = [
     {"backbone_mode": "mamba2_only"}, {"backbone_mode": "gated_attn_only"}, {"gate": "elementwise"}, {"gate": "off"},
     {"use_ecab": False}, {"d_state": 32}, {"expand": 1}, {"head_dim": 8}, {"depths": (2, 1)}, {"width": 16},

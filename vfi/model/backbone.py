@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from vfi.config import ModelConfig
+from vfi.model.convolutions import conv_prelu, scaled_conv
 from vfi.model.fusion import fusion_block
 from vfi.model.ss2d import SS2D
 from vfi.model.window_attention import GatedWindowAttention, reset_gate
@@ -54,10 +55,10 @@ class HybridBackbone(nn.Module):
         super().__init__()
         widths = level_widths(config)
         self.stem = nn.ModuleList(
-            nn.Sequential(_conv(c_in, c_out, down=c_in != 3), _conv(c_out, c_out))
+            nn.Sequential(conv_prelu(c_in, c_out, stride=1 if c_in == 3 else 2), conv_prelu(c_out, c_out))
             for c_in, c_out in zip((3, *widths[:2]), widths[:3], strict=True)
         )
-        self.down = nn.ModuleList(nn.Conv2d(widths[level - 1], widths[level], 3, 2, 1) for level in (3, 4))
+        self.down = nn.ModuleList(scaled_conv(widths[level - 1], widths[level], 3, stride=2) for level in (3, 4))
         self.stages = nn.ModuleList(
             nn.Sequential(*(LGSBlock(widths[level], config, bool(i % 2), device) for i in range(depth)))
             for level, depth in zip((3, 4), config.depths, strict=True)
@@ -81,10 +82,6 @@ class HybridBackbone(nn.Module):
 def level_widths(config: ModelConfig) -> list[int]:
     """Channels at each level."""
     return [config.width * 2**level for level in range(LEVELS)]
-
-
-def _conv(c_in: int, c_out: int, down: bool = False) -> nn.Sequential:
-    return nn.Sequential(nn.Conv2d(c_in, c_out, 3, 2 if down else 1, 1), nn.PReLU(c_out))
 
 
 def _initialise(module: nn.Module) -> None:

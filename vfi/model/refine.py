@@ -7,20 +7,7 @@ from torch import Tensor, nn
 
 from vfi.config import ModelConfig
 from vfi.model.backbone import LEVELS, level_widths
-
-
-class ResidualBlock(nn.Module):
-    """x + conv(act(conv(x))), then an activation."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.body = nn.Sequential(
-            nn.Conv2d(channels, channels, 3, 1, 1), nn.PReLU(channels), nn.Conv2d(channels, channels, 3, 1, 1)
-        )
-        self.act = nn.PReLU(channels)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.act(x + self.body(x))
+from vfi.model.convolutions import ResidualBlock, conv_prelu, scaled_conv, zero
 
 
 class RefineNet(nn.Module):
@@ -39,19 +26,15 @@ class RefineNet(nn.Module):
         for level in range(LEVELS - 1):
             inputs[level] += widths[level]  # from the level below
         self.mix = nn.ModuleList(
-            nn.Sequential(
-                nn.Conv2d(inputs[level], widths[level], 3, 1, 1), nn.PReLU(widths[level]), ResidualBlock(widths[level])
-            )
-            for level in range(LEVELS)
+            nn.Sequential(conv_prelu(c_in, c_out), ResidualBlock(c_out)) for c_in, c_out in zip(inputs, widths, strict=True)
         )
         # 1x1 convolution and pixel shuffle: an upsampling whose backward pass is deterministic on a GPU
         self.up = nn.ModuleList(
-            nn.Sequential(nn.Conv2d(widths[level + 1], 4 * widths[level], 1), nn.PixelShuffle(2)) for level in range(LEVELS - 1)
+            nn.Sequential(scaled_conv(widths[level + 1], 4 * widths[level], 1), nn.PixelShuffle(2))
+            for level in range(LEVELS - 1)
         )
         self.head = nn.Conv2d(widths[0], 4, 3, 1, 1)
-        nn.init.zeros_(self.head.weight)
-        if self.head.bias is not None:
-            nn.init.zeros_(self.head.bias)
+        zero(self.head.weight, self.head.bias)
 
     def forward(self, features: list[Tensor], images: Tensor, timestep: Tensor) -> tuple[Tensor, Tensor]:
         coarsest = _side_by_side(features[-1])
