@@ -20,7 +20,7 @@ from vfi import presets, train
 from vfi.checkpoint import latest, list_checkpoints
 
 ROOT = Path(__file__).parents[2]
-FLAGS = ["--preset", "tiny", "--crop", "64", "--num_workers", "0", "--log_every", "1", "--warmup_steps", "2", "--lr", "1e-3"]
+FLAGS = ["--preset", "tiny", "--crop", "64", "--num_workers", "0", "--log_every", "1", "--warmup_steps", "2", "--lr", "2e-4"]
 
 
 def run_here(*flags: object) -> None:
