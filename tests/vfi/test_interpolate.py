@@ -25,7 +25,7 @@ def run(tmp_path_factory) -> Path:
     model = FrameInterpolator(config.model)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.add_(0.02 * torch.randn_like(parameter))
+            parameter.add_(0.005 * torch.randn_like(parameter))
     checkpoint.save(folder, 4, model, torch.optim.AdamW(model.parameters()), keep_last=1)
     (folder / "config.json").write_text(to_json(config))
     return folder
