@@ -28,13 +28,17 @@ class Change:
     reverse_time: bool
 
 
+def crop_advice(height: int, width: int) -> str:
+    """What to do about frames of `height` x `width` pixels that don't hold the crop."""
+    return f"take --crop {max(64, min(height, width) // 16 * 16)} or make shards of larger frames"
+
+
 def draw_change(rng: np.random.Generator, height: int, width: int, config: DataConfig) -> Change:
     """Draw a change for frames of `height` x `width` pixels; FrameTooSmallError when they don't hold the crop."""
     size = config.crop
     if min(height, width) < size:
         raise FrameTooSmallError(
-            f"frames are {height}x{width} (height x width) but the crop is {size}x{size}: "
-            f"take --crop {max(64, min(height, width) // 16 * 16)} or make shards of larger frames"
+            f"frames are {height}x{width} (height x width) but the crop is {size}x{size}: {crop_advice(height, width)}"
         )
     chances = rng.random(4) < config.augment_prob
     return Change(

@@ -3,7 +3,7 @@
     runs/NAME/checkpoints/step_00001000/
         model.safetensors     weights; loading them executes nothing
         optimizer.pt          state of AdamW, read with weights_only
-        state.json            step, settings of the model, versions
+        state.json            step, versions
 
 A checkpoint is written beside its place and renamed: one that has its name is complete. Nothing else has to be kept for an
 exact resume, since learning rate, order of samples and augmentation are functions of the step.

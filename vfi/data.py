@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from shards.images import decode
 from shards.schema import Index, ShardError, frame_members, read_index
-from vfi.augment import FrameTooSmallError, apply_change, draw_change
+from vfi.augment import FrameTooSmallError, apply_change, crop_advice, draw_change
 from vfi.config import ConfigError, DataConfig
 
 _KNOWN_SHARDS = 4096  # tars whose table of contents a worker remembers (about 100 bytes a member)
@@ -240,7 +240,7 @@ def check_frames_fit(index: Index, folder: Path, config: DataConfig) -> None:
         height, width = index.min_size
         raise FrameTooSmallError(
             f"{folder} has frames as small as {height}x{width} (height x width) but --crop is {config.crop}: "
-            f"take --crop {max(64, min(index.min_size) // 16 * 16)} or make shards of larger frames"
+            f"{crop_advice(height, width)}"
         )
     check_has_middle(index, folder)
 

@@ -12,6 +12,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from vfi.ops.precision import fp32_island
+
 PSNR_MAX = 100.0
 """PSNR of equal images in dB: the formula says infinity, which would swallow every mean."""
 
@@ -26,10 +28,7 @@ def psnr(prediction: Tensor, truth: Tensor) -> Tensor:
 
     `[B, 3, H, W]` in [0, 1] -> `[B]`. Values are compared as they are: neither rounded nor clamped. NaN stays NaN.
     """
-    prediction, truth = _comparable(prediction, truth)
-    with torch.autocast(prediction.device.type, enabled=False):
-        mse = (prediction - truth).square().flatten(1).mean(1)
-        return -10 * torch.log10(mse.clamp(min=10 ** (-PSNR_MAX / 10)))
+    return fp32_island(_psnr, *_comparable(prediction, truth))
 
 
 def ssim_matlab(prediction: Tensor, truth: Tensor) -> Tensor:
@@ -38,9 +37,7 @@ def ssim_matlab(prediction: Tensor, truth: Tensor) -> Tensor:
     `[B, 3, H, W]` in [0, 1] -> `[B]`, the mean of the map; 1 for equal images. The volume has a single channel and is continued
     over its faces by its border values (also along the three colours). Images are taken one by one, to bound the memory.
     """
-    prediction, truth = _comparable(prediction, truth)
-    with torch.autocast(prediction.device.type, enabled=False):
-        return torch.stack([_ssim_map(x, y).mean() for x, y in zip(prediction, truth, strict=True)])
+    return fp32_island(_ssim_matlab, *_comparable(prediction, truth))
 
 
 def _comparable(prediction: Tensor, truth: Tensor) -> tuple[Tensor, Tensor]:
@@ -49,6 +46,15 @@ def _comparable(prediction: Tensor, truth: Tensor) -> tuple[Tensor, Tensor]:
         raise ValueError(f"expected two tensors [B, 3, H, W], got {tuple(prediction.shape)} and {tuple(truth.shape)}")
     dtype = torch.promote_types(torch.promote_types(prediction.dtype, truth.dtype), torch.float32)
     return prediction.to(dtype), truth.to(dtype)
+
+
+def _psnr(prediction: Tensor, truth: Tensor) -> Tensor:
+    mse = (prediction - truth).square().flatten(1).mean(1)
+    return -10 * torch.log10(mse.clamp(min=10 ** (-PSNR_MAX / 10)))
+
+
+def _ssim_matlab(prediction: Tensor, truth: Tensor) -> Tensor:
+    return torch.stack([_ssim_map(x, y).mean() for x, y in zip(prediction, truth, strict=True)])
 
 
 def _ssim_map(x: Tensor, y: Tensor) -> Tensor:

@@ -178,7 +178,8 @@ class Trainer:
         last = self.step == self.total
         if self.step % self.run.log_every == 0 or last:
             mean = self.accelerator.reduce(meter.mean_loss(), reduction="mean")
-            row = self.check_finite(meter.read(mean, norm)) | {"lr": self.rate(self.step - 1), "epoch": self.epoch}
+            row = meter.read(mean, norm) | {"lr": self.rate(self.step - 1), "epoch": self.epoch}
+            self.check_finite(row["loss"])
             bar.set_postfix(loss=f"{row['loss']:.4f}", samples_s=f"{row['samples_per_s']:.1f}")
             self.tracker.log(self.step, "train", **row)
         if self.data.val_path and (self.step % self.run.val_every == 0 or last):
@@ -218,14 +219,13 @@ class Trainer:
             total += loss.detach() / self.accumulation
         return total, norm
 
-    def check_finite(self, row: dict[str, float]) -> dict[str, float]:
-        """The row itself; TrainingError when the loss is no number any more, before such weights are saved."""
-        if not math.isfinite(row["loss"]):
+    def check_finite(self, loss: float) -> None:
+        """TrainingError when the loss is no number any more, before such weights are saved."""
+        if not math.isfinite(loss):
             raise TrainingError(
-                f"the loss is {row['loss']} at step {self.step}; the last good checkpoint is "
+                f"the loss is {loss} at step {self.step}; the last good checkpoint is "
                 f"{checkpoint.latest(self.folder) or 'none'}. Try a lower --lr or a longer --warmup_steps"
             )
-        return row
 
     def validate(self) -> None:
         """Mean PSNR of the model and of the frame average over the validation shards, and pictures of the first sample."""
@@ -252,7 +252,7 @@ class Trainer:
 
     def save(self, loss: Tensor) -> None:
         """Write a checkpoint on the main process while the others wait."""
-        self.check_finite({"loss": loss.item()})
+        self.check_finite(loss.item())
         if self.accelerator.is_main_process:
             checkpoint.save(self.folder, self.step, self.network, self.optimizer.optimizer, self.run.keep_last)
         self.accelerator.wait_for_everyone()

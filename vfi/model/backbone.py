@@ -15,7 +15,7 @@ from vfi.config import ModelConfig
 from vfi.model.convolutions import conv_prelu, scaled_conv
 from vfi.model.fusion import fusion_block
 from vfi.model.ss2d import SS2D
-from vfi.model.window_attention import GatedWindowAttention, reset_gate
+from vfi.model.window_attention import GatedWindowAttention
 
 LEVELS = 5
 STRIDE = 2 ** (LEVELS - 1)  # height and width of the frames must be multiples of this
@@ -64,7 +64,6 @@ class HybridBackbone(nn.Module):
             for level, depth in zip((3, 4), config.depths, strict=True)
         )
         self.norms = nn.ModuleList(nn.LayerNorm(widths[level]) for level in (3, 4))
-        self.apply(_initialise)
 
     def forward(self, frames: Tensor) -> list[Tensor]:
         features = []
@@ -82,8 +81,3 @@ class HybridBackbone(nn.Module):
 def level_widths(config: ModelConfig) -> list[int]:
     """Channels at each level."""
     return [config.width * 2**level for level in range(LEVELS)]
-
-
-def _initialise(module: nn.Module) -> None:
-    if isinstance(module, GatedWindowAttention):
-        reset_gate(module)

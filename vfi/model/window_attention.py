@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from vfi.config import ModelConfig
+from vfi.model.convolutions import zero
 from vfi.ops.window_attention import gated_window_attention
 
 # gate -> logits a head and token
@@ -26,6 +26,7 @@ class GatedWindowAttention(nn.Module):
         gate_width = self.heads * _GATE_WIDTH[config.gate](config.head_dim)
         self.splits = (dim, dim, dim, gate_width)
         self.qkv_gate = nn.Linear(dim, sum(self.splits), bias=False)
+        zero(self.qkv_gate.weight[3 * dim :])  # every gate starts half open: a zero logit for any input
         self.out_proj = nn.Linear(dim, dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -33,9 +34,3 @@ class GatedWindowAttention(nn.Module):
         q, k, v, gate = (part.unflatten(-1, (self.heads, -1)) for part in parts)
         y = gated_window_attention(q, k, v, gate if gate.numel() else None, self.window, self.shift)
         return self.out_proj(y.flatten(-2))
-
-
-def reset_gate(attention: GatedWindowAttention) -> None:
-    """Start with every gate half open: a zero logit for any input."""
-    with torch.no_grad():
-        attention.qkv_gate.weight[sum(attention.splits[:3]) :].zero_()
