@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,7 +29,7 @@ from vfi.data.triplets import draw_triplet, shrink
 
 
 class FrameBatch(NamedTuple):
-    """Samples of a batch, `[B, 3, H, W]` RGB: float in [0, 1] on the device, uint8 on the way there. Read by name."""
+    """Samples of a batch on the device, `[B, 3, H, W]` RGB, float in [0, 1]. Read by name."""
 
     img0: Tensor
     imgt: Tensor
@@ -56,33 +56,46 @@ def augment_sample(sample: dict[str, Any], config: DataConfig) -> dict[str, Any]
     return sample | {"frames": frames, "flows": apply_change_to_flows(change, sample["flows"]), "timestep": timestep}
 
 
-def collate(samples: Sequence[dict[str, Any]]) -> FrameBatch:
-    """Samples -> FrameBatch on the CPU, frames as uint8, channels-last in memory."""
+class _Part(NamedTuple):
+    """A worker's share of a batch, in one tensor of frames: each tensor costs a file descriptor and a copy to the device."""
 
-    def stack(name: str) -> list[Tensor]:
-        members = zip(*(sample[name] for sample in samples), strict=True)
-        return [torch.from_numpy(np.stack(member)).permute(0, 3, 1, 2) for member in members]
-
-    img0, imgt, img1 = stack("frames")
-    timestep = torch.tensor([sample["timestep"] for sample in samples], dtype=torch.float32)
-    keys = tuple(sample["__key__"] for sample in samples)
-    flow_t0, flow_t1 = stack("flows") or (None, None)
-    faults = tuple(fault for sample in samples for fault in sample.get("faults", ()))
-    return FrameBatch(img0, imgt, img1, timestep, keys, flow_t0, flow_t1, faults)
+    frames: Tensor
+    """[n, 3, H, W, 3] uint8: img0, imgt, img1 of each sample."""
+    flows: Tensor | None
+    """[n, 2, H, W, 2] float32: flow_t0, flow_t1."""
+    timesteps: tuple[float, ...]
+    keys: tuple[str, ...]
+    faults: tuple[Fault, ...]
 
 
-def to_device(parts: Sequence[FrameBatch], device: torch.device) -> FrameBatch:
-    """Join the parts of a batch on the device and scale their colours to [0, 1]."""
+def collate(samples: Sequence[dict[str, Any]]) -> _Part:
+    """Samples -> a part of a batch, on the CPU."""
+    flows = np.array([sample["flows"] for sample in samples], dtype=np.float32)
+    return _Part(
+        torch.from_numpy(np.array([sample["frames"] for sample in samples])),
+        torch.from_numpy(flows) if flows.size else None,
+        tuple(float(sample["timestep"]) for sample in samples),
+        tuple(sample["__key__"] for sample in samples),
+        tuple(fault for sample in samples for fault in sample.get("faults", ())),
+    )
 
-    def join(name: str) -> Tensor:
-        moved = [getattr(part, name).to(device, non_blocking=True) for part in parts]
-        joined = moved[0] if len(moved) == 1 else torch.cat(moved)
-        return joined / 255 if joined.dtype == torch.uint8 else joined  # of bytes, division makes floats in one pass
 
+def to_device(parts: Sequence[_Part], device: torch.device) -> FrameBatch:
+    """Join the parts of a batch on the device and scale their colours to [0, 1]; frames are channels-last in memory."""
+
+    def join(tensors: Iterable[Tensor]) -> tuple[Tensor, ...]:
+        joined = torch.cat([tensor.to(device, non_blocking=True) for tensor in tensors])
+        return joined.permute(1, 0, 4, 2, 3).unbind()
+
+    img0, imgt, img1 = (frame / 255 for frame in join(part.frames for part in parts))  # of bytes, floats in one pass
+    flows = [part.flows for part in parts if part.flows is not None]
+    flow_t0, flow_t1 = join(flows) if flows else (None, None)
+    timestep = torch.tensor([timestep for part in parts for timestep in part.timesteps])
+    if device.type == "cuda":  # from other memory the copy would wait for the device
+        timestep = timestep.pin_memory()
     keys = tuple(key for part in parts for key in part.keys)
     faults = tuple(fault for part in parts for fault in part.faults)
-    flow_t0, flow_t1 = (join(name) if getattr(parts[0], name) is not None else None for name in ("flow_t0", "flow_t1"))
-    return FrameBatch(join("img0"), join("imgt"), join("img1"), join("timestep"), keys, flow_t0, flow_t1, faults)
+    return FrameBatch(img0, imgt, img1, timestep.to(device, non_blocking=True), keys, flow_t0, flow_t1, faults)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,7 +128,7 @@ class _Stream(IterableDataset):
         self.sets, self.config, self.seed, self.plan, self.lanes, self.start = sets, config, seed, plan, lanes, start
         self.with_flow = with_flow
 
-    def __iter__(self) -> Iterator[FrameBatch]:
+    def __iter__(self) -> Iterator[_Part]:
         worker = get_worker_info()
         number, workers = (worker.id, worker.num_workers) if worker else (0, 1)
         readers = [ShardReader(s.folder, s.index, self.with_flow, any_triplet=s.sequence != "middle") for s in self.sets]
@@ -192,11 +205,25 @@ class TrainingLoader:
             num_workers=workers,
             pin_memory=self.device.type == "cuda",
             prefetch_factor=4 if workers else None,
+            generator=_own_generator(),
+            worker_init_fn=_leave_process_group,
         )
         parts = iter(loader)
         while True:
             # the loader takes its workers in turn, and each gives its share of the same batch
             yield to_device([next(parts) for _ in range(max(1, workers))], self.device)
+
+
+def _own_generator() -> torch.Generator:
+    """For the number that a DataLoader draws for its workers: from the global generator it would change what training draws."""
+    return torch.Generator().manual_seed(0)
+
+
+def _leave_process_group(_: int) -> None:
+    """Ctrl-C and the signals of clusters and launchers go to the whole group of a process: training, told to stop, needs its
+    loader processes for the step that it is in. They end when it does.
+    """
+    os.setpgrp()
 
 
 def training_sets(config: DataConfig, with_flow: bool) -> list[TrainingSet]:
@@ -255,7 +282,7 @@ class _Whole(IterableDataset):
     def __init__(self, folder: ShardFolder, index: Index, numbers: Sequence[int], with_flow: bool) -> None:
         self.folder, self.index, self.numbers, self.with_flow = folder, index, numbers, with_flow
 
-    def __iter__(self) -> Iterator[FrameBatch]:
+    def __iter__(self) -> Iterator[_Part]:
         worker = get_worker_info()
         reader = ShardReader(self.folder, self.index, self.with_flow)
         for number in self.numbers[worker.id :: worker.num_workers] if worker else self.numbers:
@@ -277,7 +304,11 @@ def evaluation_batches(
     if with_flow:
         check_has_flow(index, folder)
     numbers = range(index.samples) if numbers is None else numbers
-    loader = DataLoader(_Whole(folder, index, numbers, with_flow), batch_size=None, num_workers=min(workers, len(numbers)))
+    whole = _Whole(folder, index, numbers, with_flow)
+    loader = DataLoader(
+        whole, batch_size=None, num_workers=min(workers, len(numbers)), generator=_own_generator(),
+        worker_init_fn=_leave_process_group,
+    )  # fmt: skip
     for batch in loader:
         yield to_device([batch], device)
 
