@@ -10,7 +10,10 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("shards", "vfi")
-JOBS = ("vfi.train", "vfi.benchmark", "vfi.report", "vfi.interpolate", "vfi.demo", "vfi.model_summary", "vfi.data_benchmark")
+JOBS = (
+    *("vfi.train", "vfi.benchmark", "vfi.report", "vfi.interpolate", "vfi.demo", "vfi.model_summary", "vfi.data_benchmark"),
+    *("vfi.runs", "vfi.checkpoint_list"),
+)
 TRAINING = (
     "vfi.data",
     "vfi.train",

@@ -42,7 +42,6 @@ from vfi.inference import (
     load,
     pick_device,
     pick_precision,
-    predict,
 )
 from vfi.metrics import psnr, ssim_matlab
 from vfi.model.interpolator import MIN_SIZE
@@ -190,7 +189,7 @@ def _measure(
 
 
 def _predict(model: LoadedModel, batch: FrameBatch, precision: torch.dtype, scale: float | None) -> Tensor:
-    return predict(model.model, batch.img0, batch.img1, batch.timestep, precision, scale)
+    return model.predict(batch.img0, batch.img1, batch.timestep, precision, scale)
 
 
 def _frame_average(batch: FrameBatch) -> Tensor:

@@ -1,42 +1,50 @@
-"""What is kept of a run, and how does it come back? Save, find, load, prune.
+"""What is kept of a run, where is it, and is it whole? Save, find, verify, prune. weights.py puts it into a model.
 
     runs/NAME/checkpoints/step_00001000/
         model.safetensors     weights; loading them executes nothing
+        ema.safetensors       their running mean, with --ema
         optimizer.pt          state of AdamW, read with weights_only
-        state.json            step, versions; position in the data: epoch, what of it is done, and of which order of samples
+        random.json           state of the random generators, one entry a process
+        config.json           settings of the run, so that the folder is usable alone
+        state.json            step, position in the data, PSNR of this step's validation, loss scale, guard, versions
+        manifest.json         size and sha256 of each of these
 
-A checkpoint is written beside its place and renamed: one that has its name is complete. Nothing else has to be kept for an
-exact resume: the learning rate is a function of the step, the order of samples and augmentation of the position.
+A checkpoint is written beside its place and renamed (manifest.py): one that has its name is complete, and its manifest tells if
+that is still so. The learning rate is a function of the step, the order of samples and augmentation of the position.
+Version 1, before there were manifests, is read as it is: it can't be verified, and that is said.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import itertools
+import io
 import json
-import pickle
-import shutil
+import math
+import re
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import safetensors.torch
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from vfi.config import Config, ConfigError
 from vfi.data.plan import Position
-from vfi.model.interpolator import FrameInterpolator
-from vfi.records import config_from_json
+from vfi.manifest import MANIFEST, FolderWriteError, ManifestError, problems, read_manifest, remove_folder, write_folder
+from vfi.records import RecordError, config_from_json, from_object, note, to_json
 
-MODEL, OPTIMIZER, STATE, CONFIG = "model.safetensors", "optimizer.pt", "state.json", "config.json"
-VERSION = 1
-PARTS = ("flow.teacher", "backbone", "flow", "refine")  # of the network, the longest name first
-_PREFIX = "step_"
+MODEL, EMA, OPTIMIZER, RANDOM = "model.safetensors", "ema.safetensors", "optimizer.pt", "random.json"
+STATE, CONFIG = "state.json", "config.json"
+VERSION = 2
+_NEEDED = (MODEL, OPTIMIZER, RANDOM, STATE, CONFIG)
+_NEEDED_1 = (MODEL, OPTIMIZER, STATE)
+_NAME = re.compile(r"step_(\d+)")
+_LARGEST = 1 << 40  # no count comes near it
 
 
 class CheckpointError(ValueError):
-    """A checkpoint is missing, damaged or of another architecture; the message says which and what to do."""
+    """A checkpoint is missing, damaged, of another architecture or can't be written; the message says which and what to do."""
 
 
 class Found(NamedTuple):
@@ -54,40 +62,93 @@ class SavedPosition(NamedTuple):
     """The order of samples in which the position means something."""
 
 
+@dataclasses.dataclass(frozen=True)
+class State:
+    """What state.json holds."""
+
+    step: int
+    """The step after which it was written."""
+    epoch: int | None = None
+    done: tuple[tuple[int, int], ...] = ()
+    order: str = ""
+    psnr: float | None = None
+    """Of the validation of this very step, in dB."""
+    ema_updates: int = 0
+    scaler: dict[str, float] = dataclasses.field(default_factory=dict)
+    """Of the loss scale, in fp16."""
+    guard: dict[str, Any] = dataclasses.field(default_factory=dict)
+    versions: dict[str, str] = dataclasses.field(default_factory=dict)
+    version: int = VERSION
+
+    @property
+    def position(self) -> SavedPosition | None:
+        """Where in the data the run was, if it is known."""
+        return None if self.epoch is None else SavedPosition(Position(self.epoch, self.done), self.order)
+
+
 def save(
     run_folder: Path,
-    step: int,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    keep_last: int,
-    position: SavedPosition | None = None,
+    state: State,
+    config: Config,
+    weights: dict[str, Tensor],
+    optimizer: dict[str, Any],
+    *,
+    ema: dict[str, Tensor] | None = None,
+    random: Sequence[dict[str, Any]] = (),
+    keep_last: int = 3,
+    keep_best: int = 1,
 ) -> Path:
-    """Write the checkpoint of `step`, then remove all but the newest `keep_last`; without a position no epoch can go on."""
-    parent = run_folder / "checkpoints"
-    parent.mkdir(parents=True, exist_ok=True)
-    path = parent / f"{_PREFIX}{step:08d}"
-    temporary = parent / f".{path.name}"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, temporary / MODEL)
-    torch.save(optimizer.state_dict(), temporary / OPTIMIZER)
-    state: dict[str, Any] = {"version": VERSION, "step": step, "torch": torch.__version__}
-    if position is not None:
-        state |= {"epoch": position.position.epoch, "done": position.position.done, "order": position.order}
-    (temporary / STATE).write_text(json.dumps(state) + "\n")
-    if path.exists():  # a run that went on from an earlier step comes by again
-        shutil.rmtree(path)
-    temporary.rename(path)
-    for old in list_checkpoints(run_folder)[:-keep_last]:
-        shutil.rmtree(old.path)
+    """Write the checkpoint of `state.step`, then remove others: all but the newest `keep_last` and the `keep_best` of highest
+    PSNR, and those of later steps, which a run left behind that went on from an earlier one.
+
+    CheckpointError where it can't be written; then the others are all still there.
+    """
+    path = run_folder / "checkpoints" / f"step_{state.step:08d}"
+
+    def files() -> Iterator[tuple[str, bytes | memoryview]]:
+        yield MODEL, _safetensors(weights)
+        if ema is not None:
+            yield EMA, _safetensors(ema)
+        pickled = io.BytesIO()  # torch's own writing to a file does not say what the system had against it
+        torch.save(optimizer, pickled)
+        yield OPTIMIZER, pickled.getbuffer()
+        yield RANDOM, json.dumps(list(random)).encode()
+        yield CONFIG, to_json(config).encode()
+        yield STATE, to_json(state).encode()
+
+    try:
+        write_folder(path, files())
+        for old in _superfluous(list_checkpoints(run_folder), state.step, keep_last, keep_best):
+            remove_folder(old.path)
+    except (FolderWriteError, OSError) as error:
+        raise CheckpointError(str(error)) from error
     return path
 
 
+def _safetensors(tensors: dict[str, Tensor]) -> bytes:
+    return safetensors.torch.save({name: tensor.detach().contiguous() for name, tensor in tensors.items()})
+
+
+def _superfluous(found: Sequence[Found], step: int, keep_last: int, keep_best: int) -> list[Found]:
+    """The checkpoints to remove once that of `step` is written; of equally good ones the newest are kept."""
+    own = [checkpoint for checkpoint in found if checkpoint.step <= step]
+    scores = {checkpoint: _score(checkpoint.path) for checkpoint in own}
+    scored = sorted((c for c in own if scores[c] is not None), key=lambda c: (scores[c], c.step), reverse=True)
+    kept = {*own[-keep_last:], *scored[:keep_best]}
+    return [checkpoint for checkpoint in found if checkpoint not in kept]
+
+
+def _score(checkpoint: Path) -> float | None:
+    try:
+        return read_state(checkpoint).psnr
+    except CheckpointError:  # damaged: it goes when it is old
+        return None
+
+
 def list_checkpoints(run_folder: Path) -> list[Found]:
-    """All complete checkpoints of a run, oldest first."""
-    numbers = {path: path.name.removeprefix(_PREFIX) for path in run_folder.glob(f"checkpoints/{_PREFIX}*")}
-    found = [Found(path, int(number)) for path, number in numbers.items() if number.isdecimal()]
-    return sorted(found, key=lambda checkpoint: checkpoint.step)
+    """All checkpoints of a run, oldest first: complete when they were written, not verified."""
+    matches = ((path, _NAME.fullmatch(path.name)) for path in run_folder.glob("checkpoints/step_*"))
+    return sorted((Found(path, int(match[1])) for path, match in matches if match), key=lambda checkpoint: checkpoint.step)
 
 
 def latest(run_folder: Path) -> Found | None:
@@ -96,11 +157,61 @@ def latest(run_folder: Path) -> Found | None:
     return found[-1] if found else None
 
 
+def check(checkpoint: Path, names: Sequence[str] | None = None) -> list[str]:
+    """What is wrong with which file, after reading everything (or `names`) again; empty for a checkpoint that is whole."""
+    if not is_verifiable(checkpoint):
+        return [f"{name} is missing" for name in _NEEDED_1 if not (checkpoint / name).is_file()]
+    try:
+        listed = read_manifest(checkpoint).files
+    except ManifestError as error:
+        return [str(error)]
+    wrong = [f"{name} is not in {MANIFEST}" for name in _NEEDED if name not in listed]
+    if EMA not in listed and (checkpoint / EMA).exists():
+        wrong.append(f"{EMA} is not in {MANIFEST}")
+    wrong += problems(checkpoint, names)
+    try:
+        read_state(checkpoint)
+    except CheckpointError as error:
+        wrong += [] if wrong else [str(error)]
+    return wrong
+
+
+def is_verifiable(checkpoint: Path) -> bool:
+    """Was it written with a manifest? One of version 1 was not."""
+    if (checkpoint / MANIFEST).exists():
+        return True
+    try:
+        return read_state(checkpoint).version != 1
+    except CheckpointError:
+        return True
+
+
+def newest_whole(run_folder: Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint that is whole, and a line on each newer one that is not; CheckpointError when there are some, but
+    none is whole.
+    """
+    damaged: list[str] = []
+    for checkpoint in reversed(list_checkpoints(run_folder)):
+        wrong = check(checkpoint.path)
+        if not wrong:
+            lines = [f"DAMAGED and not used: {line}; the one before is" for line in damaged]
+            if not is_verifiable(checkpoint.path):
+                lines.append(f"{checkpoint.path} can't be verified: it was written before checkpoints had a manifest")
+            return checkpoint.path, lines
+        damaged.append(f"{checkpoint.path}: {', '.join(wrong)}")
+    if damaged:
+        raise CheckpointError(
+            f"no checkpoint of {run_folder} is whole: {'; '.join(damaged)}. Start anew under another --exp_name, or remove "
+            f"{run_folder / 'checkpoints'}"
+        )
+    return None, []
+
+
 def find(path: str | Path, output_dir: str | Path = "runs") -> Path:
     """Folder of the checkpoint that `path` means: a checkpoint folder, a file in one, a run folder, or a run's name."""
     candidates = [Path(path), Path(output_dir) / path]
     for candidate in candidates:
-        if candidate.is_file() and candidate.name == MODEL:
+        if candidate.is_file() and candidate.name in (MODEL, EMA):
             return candidate.parent
         if (candidate / MODEL).is_file():
             return candidate
@@ -113,6 +224,27 @@ def find(path: str | Path, output_dir: str | Path = "runs") -> Path:
     raise CheckpointError(f"{problem}; runs in {output_dir}: {', '.join(runs) or 'none'}")
 
 
+def find_whole(path: str | Path, output_dir: str | Path = "runs") -> tuple[Path, list[str]]:
+    """As `find`, but verified: of a run the newest that is whole, and lines on the others; of one checkpoint it or an error."""
+    for run_folder in (Path(path), Path(output_dir) / path):
+        if not (run_folder / MODEL).is_file():
+            newest, lines = newest_whole(run_folder)
+            if newest is not None:
+                return newest, lines
+    checkpoint = find(path, output_dir)
+    refuse_damage(checkpoint)
+    return checkpoint, []
+
+
+def refuse_damage(checkpoint: Path, names: Sequence[str] | None = None) -> None:
+    """CheckpointError when a checkpoint (or its files `names`) is not what was written."""
+    if wrong := check(checkpoint, names):
+        others = [found.path.name for found in list_checkpoints(checkpoint.parent.parent) if found.path != checkpoint]
+        raise CheckpointError(
+            f"{checkpoint} is damaged: {', '.join(wrong)}; other checkpoints beside it: {', '.join(others) or 'none'}"
+        )
+
+
 def newest_run(output_dir: str | Path = "runs") -> Path:
     """The run whose newest checkpoint was written last; CheckpointError where there is none."""
     found = {folder.parent: latest(folder.parent) for folder in Path(output_dir).glob("*/checkpoints")}
@@ -122,149 +254,77 @@ def newest_run(output_dir: str | Path = "runs") -> Path:
     return max(written, key=lambda run: written[run])
 
 
-def read_config(checkpoint: Path) -> Config:
-    """Settings of the run that a checkpoint folder belongs to."""
-    path = checkpoint.parent.parent / CONFIG
-    if not path.is_file():
-        raise CheckpointError(f"{checkpoint} does not lie in a run folder: {path} is missing")
+def config_of(checkpoint: Path) -> Path:
+    """The file with the settings of a checkpoint: its own, or in version 1 that of its run."""
+    own = checkpoint / CONFIG
+    return checkpoint.parent.parent / CONFIG if not own.is_file() and not is_verifiable(checkpoint) else own
+
+
+def read_config(checkpoint: Path, say: Callable[[str], None] = note) -> Config:
+    """Settings under which a checkpoint was made; `say` is told of those that are younger than it."""
+    path = config_of(checkpoint)
     try:
-        return config_from_json(path.read_text(), str(path))
-    except ConfigError as error:
+        return config_from_json(path.read_text(), str(path), say)
+    except OSError as error:
+        raise CheckpointError(f"{checkpoint} has no settings: {path} cannot be read ({error.strerror})") from error
+    except (ConfigError, UnicodeDecodeError) as error:
         raise CheckpointError(str(error)) from error
-
-
-def load_weights(model: nn.Module, checkpoint: Path) -> None:
-    """Put a checkpoint's weights into `model`; CheckpointError names the keys and shapes that differ, and changes nothing."""
-    weights = read_weights(checkpoint)
-    _refuse_differences(model.state_dict(), weights, checkpoint)
-    model.load_state_dict(weights)
-
-
-def read_weights(checkpoint: Path) -> dict[str, Tensor]:
-    """Weights by name."""
-    path = checkpoint / MODEL
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
-
-
-def _refuse_differences(expected: dict[str, Tensor], found: dict[str, Tensor], checkpoint: Path) -> None:
-    differences = _differences(expected, found)
-    if differences:
-        raise CheckpointError(
-            f"{checkpoint / MODEL} is of another architecture: {differences}. Give the model that run's settings "
-            f"(see {checkpoint.parent.parent / CONFIG})"
-        )
-
-
-def load_parts(model: nn.Module, checkpoint: Path) -> list[str]:
-    """Put the weights of another phase into `model`; returns lines that say what was loaded, what is new, what was left.
-
-    Whole parts (`PARTS`) may be new or left over; inside a part that both have every key and shape must agree. Otherwise
-    CheckpointError names the differences, and nothing changes.
-    """
-    weights = read_weights(checkpoint)
-    own, theirs = _by_part(model.state_dict()), _by_part(weights)
-    both = [part for part in own if part in theirs]
-    _refuse_differences(
-        {k: v for part in both for k, v in own[part].items()},
-        {k: v for part in both for k, v in theirs[part].items()},
-        checkpoint,
-    )
-    model.load_state_dict({name: tensor for part in both for name, tensor in theirs[part].items()}, strict=False)
-    groups = {
-        "loaded": [f"{part} {_size(own[part])}" for part in both],
-        "new": [f"{part} {_size(own[part])}" for part in own if part not in theirs],
-        "left": [f"{part} {_size(theirs[part])}" for part in theirs if part not in own],
-    }
-    return [f"{kind}: {', '.join(parts)}" for kind, parts in groups.items() if parts]
-
-
-def _by_part(weights: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """Weights by part; a part is named by the longest entry of PARTS that a key begins with, else by its first word."""
-    parts: dict[str, dict[str, Tensor]] = {}
-    for name, tensor in weights.items():
-        part = next((part for part in PARTS if name.startswith(part + ".")), name.partition(".")[0])
-        parts.setdefault(part, {})[name] = tensor
-    return parts
-
-
-def _size(weights: dict[str, Tensor]) -> str:
-    return f"({sum(tensor.numel() for tensor in weights.values()) / 1e6:.2f} M)"
-
-
-def load_optimizer(optimizer: torch.optim.Optimizer, checkpoint: Path) -> None:
-    """Put a checkpoint's optimizer state back; reading it executes nothing."""
-    path = checkpoint / OPTIMIZER
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        # settings are those of the run as it is started now, the state is the checkpoint's
-        for saved, own in zip(state["param_groups"], optimizer.param_groups, strict=True):
-            saved.update({name: value for name, value in own.items() if name != "params"})
-        optimizer.load_state_dict(state)
-    except (OSError, RuntimeError, ValueError, KeyError, pickle.UnpicklingError) as error:
-        raise CheckpointError(f"{path} cannot be loaded: {error}") from error
 
 
 def read_step(checkpoint: Path) -> int:
     """The step after which a checkpoint was written."""
-    return int(_read_state(checkpoint)["step"])
+    return read_state(checkpoint).step
 
 
 def read_position(checkpoint: Path) -> SavedPosition | None:
     """Where in the data a checkpoint was written, if it says so."""
-    state = _read_state(checkpoint)
-    if "epoch" not in state:
-        return None
-    try:
-        done = tuple((int(global_batch), int(steps)) for global_batch, steps in state["done"])
-        if int(state["epoch"]) < 0 or min(itertools.chain(*done), default=1) < 1:
-            raise ValueError(f"epoch {state['epoch']}, done {done}")
-        return SavedPosition(Position(int(state["epoch"]), done), str(state["order"]))
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{checkpoint / STATE} has no usable position in the data: {error!r}") from error
+    return read_state(checkpoint).position
 
 
-def _read_state(checkpoint: Path) -> dict[str, Any]:
+def read_random(checkpoint: Path) -> list[Any]:
+    """State of the random generators, one entry a process (see random_state.py); empty where there is none."""
+    if not (checkpoint / RANDOM).exists() and not is_verifiable(checkpoint):
+        return []
+    content = _read_json(checkpoint / RANDOM)
+    if not isinstance(content, list):
+        raise CheckpointError(f"{checkpoint / RANDOM} is not usable: it is no list")
+    return content
+
+
+def read_state(checkpoint: Path) -> State:
+    """state.json, checked; CheckpointError names what is not usable in it."""
     path = checkpoint / STATE
+    content = _read_json(path)
+    version = content.get("version") if isinstance(content, dict) else None
+    if version not in (1, VERSION):
+        raise CheckpointError(f"{path} has version {version}; this program reads versions 1 and {VERSION}")
+    if version == 1:
+        content["versions"] = {"torch": content.pop("torch", "unknown")}
     try:
-        state: dict[str, Any] = json.loads(path.read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
-    if state.get("version") != VERSION:
-        raise CheckpointError(f"{path} has version {state.get('version')}; this program reads version {VERSION}")
+        state: State = from_object(State, content, str(path), [])
+    except RecordError as error:
+        raise CheckpointError(str(error)) from error
+    if wrong := _absurd(state, checkpoint.name):
+        raise CheckpointError(f"{path} is not usable: {wrong}")
     return state
 
 
-def load_model(path: str | Path, device: torch.device) -> tuple[FrameInterpolator, Config]:
-    """The model of a run (name or folder), checkpoint folder or weights file, in eval mode on `device`, and its settings."""
-    checkpoint = find(path)
-    config = read_config(checkpoint)
-    model = FrameInterpolator(config.model, device)
-    load_weights(model, checkpoint)
-    return model.eval(), config
+def _absurd(state: State, name: str) -> str:
+    """What can't be true of a checkpoint in a folder of this name; empty when all can."""
+    named = _NAME.fullmatch(name)
+    if named and int(named[1]) != state.step:
+        return f"it is of step {state.step}"
+    counts = {"step": (state.step,), "epoch": (state.epoch or 0,), "ema_updates": (state.ema_updates,)}
+    for field, values in (counts | {"done": [count - 1 for pair in state.done for count in pair]}).items():
+        if not all(0 <= value < _LARGEST for value in values):
+            return f"{field} is {getattr(state, field)}"
+    if state.psnr is not None and not math.isfinite(state.psnr):
+        return f"psnr is {state.psnr}"
+    return ""
 
 
-def compare_models(ours: Config, theirs: Config) -> str:
-    """The settings of the model that differ, for messages; empty when none does."""
-    mine, other = dataclasses.asdict(ours.model), dataclasses.asdict(theirs.model)
-    return ", ".join(f"{name}: {mine[name]} here, {other[name]} there" for name in mine if mine[name] != other[name])
-
-
-def _differences(expected: dict[str, Tensor], found: dict[str, Tensor], limit: int = 6) -> str:
-    """Missing and unknown keys and differing shapes in words; empty when all agree."""
-    groups = {
-        "missing": [name for name in expected if name not in found],
-        "unknown": [name for name in found if name not in expected],
-        "of another shape": [
-            f"{name} {list(found[name].shape)} instead of {list(expected[name].shape)}"
-            for name in expected
-            if name in found and found[name].shape != expected[name].shape
-        ],
-    }
-    return "; ".join(
-        f"{len(names)} {kind}: {', '.join(names[:limit])}{', …' if len(names) > limit else ''}"
-        for kind, names in groups.items()
-        if names
-    )
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error

@@ -12,6 +12,8 @@ from collections.abc import Sequence
 
 JOBS = {
     "train": "train a model on shards",
+    "runs": "list runs: state, steps, best PSNR",
+    "checkpoints": "list and verify the checkpoints of a run",
     "benchmark": "measure models on shards: PSNR and SSIM, beside the frame average",
     "report": "turn benchmark results into a table and a page",
     "model": "what a model costs: parameters, MACs, memory and time, by part",
@@ -19,7 +21,10 @@ JOBS = {
     "demo": "the whole path on generated data within minutes, on a CPU",
 }
 """Name -> what it does."""
-_ELSEWHERE = {"model": "vfi.model_summary"}  # vfi.model is the network
+_ELSEWHERE = {
+    "model": "vfi.model_summary",  # vfi.model is the network
+    "checkpoints": "vfi.checkpoint_list",  # vfi.checkpoint is what they are
+}
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -16,6 +16,7 @@ from typing import Any, Literal
 SequenceKind = Literal["middle", "random_time", "random_gap"]
 SCALES = (1.0, 0.5, 0.25)
 UNTRAINED = "untrained"  # a --matvlm_donor
+KNOWN_STEPS = 20  # fewer give no median to judge a loss or a gradient by (vfi/guard.py)
 
 
 class ConfigError(ValueError):
@@ -124,6 +125,11 @@ class DataConfig:
     curriculum_crops: tuple[int, int, int] = (256, 384, 512)
     """Crops of the curriculum."""
 
+    @property
+    def largest_crop(self) -> int:
+        """Of the whole run."""
+        return max(self.curriculum_crops) if self.curriculum else self.crop
+
 
 @dataclasses.dataclass(frozen=True)
 class OptimConfig:
@@ -151,6 +157,28 @@ class OptimConfig:
     """Part of the steps, at the end, over which the mixing's annealing factor rises from 0 (as learnt) to 1 (identity)."""
     freeze_backbone: int = 0
     """Epochs at the start during which the backbone does not train (phases 2 and 3)."""
+    ema: float = 0.0
+    """Decay of a running mean of the weights, such as 0.999, which validation and later jobs then use; 0: none. It is lower in
+    the first steps: (1 + n) / (10 + n) in the n-th."""
+
+
+@dataclasses.dataclass(frozen=True)
+class GuardConfig:
+    """What watches over the gradient, and what it does before weights are lost: see vfi/guard.py."""
+
+    guard: bool = True
+    """Watch the gradient norm of each layer group and react in stages; without it, a loss that is no number ends the run."""
+    guard_factor: float = 5.0
+    """A norm is unusual when it is above its running median by more than this factor, and by more than so many spreads (of its
+    logarithm)."""
+    guard_window: int = 200
+    """Steps that the running medians look back, and among which skipped steps are counted."""
+    guard_skips: int = 3
+    """Steps of the window that may be skipped; with one more the run goes back to the last good checkpoint."""
+    guard_roll_backs: int = 2
+    """Times that a run may go back; then it stops."""
+    guard_rate_factor: float = 0.5
+    """The learning rate is multiplied by this each time a run goes back."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,15 +204,37 @@ class RunConfig:
     val_every: int = 1000
     """Steps between two validations; the last step is always validated."""
     keep_last: int = 3
-    """Checkpoints that are kept."""
+    """Newest checkpoints that are kept."""
+    keep_best: int = 1
+    """Checkpoints of the highest PSNR that are kept, too: of those steps that are validated and saved."""
     resume: str = ""
     """auto: go on with this run, if it has a checkpoint; NAME or PATH: start from the weights of another run."""
+    start_from: str = ""
+    """Run or checkpoint (NAME or PATH) whose weights are the first ones. With --resume auto only as long as this run has no
+    checkpoint, so that the same command starts a run and goes on with it."""
     matvlm_plan: Literal["off", "A", "B", "C"] = "off"
     """Start the scan from the attention of --matvlm_donor (MaTVLM): see vfi/model/transplant.py for the plans."""
     matvlm_donor: str = ""
     """Run or checkpoint with the attention (NAME or PATH), or `untrained`: random attention, the control arm."""
+    timeout_minutes: float = 20.0
+    """When no process has moved for so long, the one that hangs is named and the run ends."""
     dry_run: bool = False
     """A few steps of everything, with validation and saving, in a folder that is removed afterwards."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ComputeConfig:
+    """How the same mathematics is computed: what it costs, not what is learnt. Processes and precision are the launcher's."""
+
+    compile: bool = False
+    """Compile the network (torch.compile): minutes before the first step, less time and memory in each."""
+    checkpointing: bool = False
+    """Keep no activations of the LGS blocks and of RefineNet for the backward pass but compute them anew: less memory, more
+    time."""
+    tf32: bool = False
+    """Let products and convolutions of fp32 numbers round their factors to 10 bits on a GPU: faster where training is fp32."""
+    deterministic: bool = False
+    """The same bits every time on the same hardware; operators that can't do it are refused. Slower on a GPU."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,7 +244,9 @@ class Config:
     run: RunConfig = RunConfig()
     data: DataConfig = DataConfig()
     optim: OptimConfig = OptimConfig()
+    guard: GuardConfig = GuardConfig()
     model: ModelConfig = ModelConfig()
+    compute: ComputeConfig = ComputeConfig()
 
 
 def validate(config: Config) -> None:
@@ -214,7 +266,7 @@ def validate(config: Config) -> None:
         if value is not None and value < 1:
             raise ConfigError(f"{flag} is {value}; it must be at least 1")
     for flag, value in (("--num_workers", data.num_workers), ("--warmup_steps", optim.warmup_steps), ("--seed", run.seed),
-                        ("--freeze_backbone", optim.freeze_backbone)):  # fmt: skip
+                        ("--freeze_backbone", optim.freeze_backbone), ("--keep_best", run.keep_best)):  # fmt: skip
         if value < 0:
             raise ConfigError(f"{flag} is {value}; it must not be negative")
     for flag, crop in (("--crop", data.crop), *(("--curriculum_crops", crop) for crop in data.curriculum_crops)):
@@ -222,6 +274,8 @@ def validate(config: Config) -> None:
             raise ConfigError(f"{flag} is {crop}; it must be a multiple of 16 and at least 64 (the loss has five levels)")
     if not 0 <= data.max_fault_rate <= 1:
         raise ConfigError(f"--max_fault_rate is {data.max_fault_rate}; it is a part of the samples and must lie in 0 … 1")
+    if not 0 < run.timeout_minutes < math.inf:
+        raise ConfigError(f"--timeout_minutes is {run.timeout_minutes}; it must be more than 0, and a number")
     if not 0 < data.cache_gb < math.inf:
         raise ConfigError(f"--cache_gb is {data.cache_gb}; it must be more than 0, and a number")
     if not 0 <= data.augment_prob <= 1:
@@ -232,6 +286,8 @@ def validate(config: Config) -> None:
         raise ConfigError(f"--weight_decay {optim.weight_decay} and --clip_norm {optim.clip_norm} must not be negative")
     if not 0 <= optim.mhc_anneal <= 1:
         raise ConfigError(f"--mhc_anneal is {optim.mhc_anneal}; it is a part of the steps and must lie in 0 … 1")
+    if not 0 <= optim.ema < 1:
+        raise ConfigError(f"--ema is {optim.ema}; it is a decay such as 0.999 and must be at least 0 and below 1")
     for name in ("merge_weight", "teacher_weight", "distill_weight"):
         if getattr(optim, name) < 0:
             raise ConfigError(f"--{name} is {getattr(optim, name)}; it must not be negative")
@@ -241,9 +297,12 @@ def validate(config: Config) -> None:
         raise ConfigError(f"--exp_name {run.exp_name!r} must be a plain folder name; where it lies is --output_dir")
     if run.matvlm_plan != "off" and not run.matvlm_donor:
         raise ConfigError(f"--matvlm_plan {run.matvlm_plan} needs --matvlm_donor: a run with attention, or {UNTRAINED}")
-    if run.matvlm_plan != "off" and run.resume not in ("", "auto"):
-        raise ConfigError(f"--matvlm_plan {run.matvlm_plan} and --resume {run.resume} both give the first weights: drop one")
+    first = {"--matvlm_plan": run.matvlm_plan, "--resume": run.resume, "--start_from": run.start_from}
+    given = [f"{flag} {value}" for flag, value in first.items() if value not in ("", "auto", "off")]
+    if len(given) > 1:
+        raise ConfigError(f"{' and '.join(given)} both give the first weights: drop one")
     _validate_folders(data)
+    _validate_guard(config.guard)
     _validate_model(model)
     _refuse_without_effect(config)
     _refuse_unsupported(config)
@@ -269,6 +328,19 @@ def folder_ratio(data: DataConfig) -> tuple[int, ...]:
     return tuple(map(int, parts))
 
 
+def _validate_guard(guard: GuardConfig) -> None:
+    """Ranges of the guard's settings."""
+    if not 1 < guard.guard_factor < math.inf:
+        raise ConfigError(f"--guard_factor is {guard.guard_factor}; it must be more than 1, and a number")
+    if guard.guard_window < 2 * KNOWN_STEPS:
+        raise ConfigError(f"--guard_window is {guard.guard_window}; it must be at least {2 * KNOWN_STEPS}")
+    for flag, value in (("--guard_skips", guard.guard_skips), ("--guard_roll_backs", guard.guard_roll_backs)):
+        if value < 0:
+            raise ConfigError(f"{flag} is {value}; it must not be negative")
+    if not 0 < guard.guard_rate_factor <= 1:
+        raise ConfigError(f"--guard_rate_factor is {guard.guard_rate_factor}; it must be more than 0 and at most 1")
+
+
 def _validate_model(model: ModelConfig) -> None:
     """Rules of the network alone."""
     if (8 * model.width) % model.head_dim:
@@ -290,7 +362,7 @@ def _validate_model(model: ModelConfig) -> None:
 def _refuse_without_effect(config: Config) -> None:
     """A switch that the rest of the settings leave without effect is refused: it would be a flag that does nothing."""
     model, optim, data, run = config.model, config.optim, config.data, config.run
-    flow, mixed = model.phase > 1, model.mixing != "none"
+    guard, flow, mixed = config.guard, model.phase > 1, model.mixing != "none"
     scan, attention = model.backbone_mode != "gated_attn_only", model.backbone_mode != "mamba2_only"
     remote = any("://" in path for path in (*data.data_path, data.val_path))
     conditions: list[tuple[Any, Any, bool, str, str]] = [
@@ -300,12 +372,15 @@ def _refuse_without_effect(config: Config) -> None:
         (model, ModelConfig(), mixed, "--mixing hc, mhc or mhc_lite", "mixing_streams mixing_coefficients"),
         (optim, OptimConfig(), mixed, "--mixing hc, mhc or mhc_lite", "mhc_anneal"),
         (model, ModelConfig(), model.mixing == "mhc", "--mixing mhc", "sinkhorn_iterations"),
+        (guard, GuardConfig(), guard.guard, "--guard", "guard_factor guard_window guard_skips guard_roll_backs"),
+        (guard, GuardConfig(), guard.guard and guard.guard_roll_backs > 0, "--guard that may roll back", "guard_rate_factor"),
         (model, ModelConfig(), scan, "a --backbone_mode with a scan", "ssm scan ssd_groups xb_share ssd_precision ssd_backend"),
         (model, ModelConfig(), model.ssm == "mamba2", "--ssm mamba2", "ssd_groups xb_share"),
         (model, ModelConfig(), attention, "a --backbone_mode with attention", "window_size gate attention_backend"),
         (data, DataConfig(), remote, "a URL in --data_path or --val_path", "cache_dir cache_gb"),
         (data, DataConfig(), model.phase == 3, "--phase 3", "curriculum"),
         (data, DataConfig(), bool(data.val_path), "--val_path", "val_samples"),
+        (run, RunConfig(), bool(data.val_path), "--val_path", "keep_best"),
         (model, ModelConfig(), model.ssd_backend != "reference", "a --ssd_backend with kernels", "ssd_precision"),
         (data, DataConfig(), data.curriculum, "--curriculum", "curriculum_T curriculum_crops"),
         (run, RunConfig(), scan, "a --backbone_mode with a scan", "matvlm_plan"),

@@ -1,4 +1,4 @@
-"""How does a user's mistake reach the user? As one line on stderr and exit code 2, without a traceback.
+"""How does a job end, other than well? A user's mistake: one line on stderr and exit code 2, without a traceback.
 
     with clear_errors(ShardError, ConfigError):
         …
@@ -6,6 +6,9 @@
     def main(…): …
 
 Each job names the kinds that carry a message for its user; every other exception is a bug and keeps its traceback.
+
+Exit codes: 0 done · 1 a bug, or a process that hangs or died · 2 a mistake of the user · 75 training was told to stop and has
+saved: --resume auto goes on from there · 130 interrupted. torchrun and accelerate launch make 1 of every code but 0.
 """
 
 from __future__ import annotations
@@ -13,6 +16,13 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+STOPPED = 75
+"""Exit code of training that was told to stop and has saved; EX_TEMPFAIL of sysexits.h: try again later."""
+
+
+class Stopped(Exception):  # noqa: N818 (nothing went wrong)
+    """Training was told to stop by a signal and has saved its last step; the message says which, and how to go on."""
 
 
 class JobError(ValueError):
@@ -22,6 +32,8 @@ class JobError(ValueError):
 @contextmanager
 def clear_errors(*kinds: type[Exception]) -> Iterator[None]:
     """Print `error: …` and exit with 2 for JobError and the named kinds, with 130 when interrupted; also a decorator.
+
+    Training that was stopped has said so: exit code 75.
 
     A loader process that died is no mistake but no bug either: one line, too, and exit code 1.
     """
@@ -41,6 +53,8 @@ def clear_errors(*kinds: type[Exception]) -> Iterator[None]:
             file=sys.stderr,
         )
         sys.exit(1)
+    except Stopped:
+        sys.exit(STOPPED)
     except KeyboardInterrupt:
         print("error: interrupted", file=sys.stderr)
         sys.exit(130)

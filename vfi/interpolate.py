@@ -30,7 +30,7 @@ from shards.images import read_image
 from shards.schema import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS, ShardError
 from vfi.checkpoint import CheckpointError, newest_run
 from vfi.errors import JobError, clear_errors
-from vfi.inference import DeviceName, check_scale, describe_precision, load, pick_device, pick_precision, predict
+from vfi.inference import DeviceName, check_scale, describe_precision, load, pick_device, pick_precision
 from vfi.model.interpolator import MIN_SIZE
 
 IMAGE_OUTPUTS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
@@ -71,7 +71,7 @@ class Interpolator:
         """The frame at `timestep`, rounded to 8 bits."""
         first, second = (torch.from_numpy(image).to(self.device).permute(2, 0, 1)[None].float() / 255 for image in (img0, img1))
         time = torch.tensor([timestep], device=self.device)
-        imgt = predict(self.loaded.model, first, second, time, self.precision, self.scale)
+        imgt = self.loaded.predict(first, second, time, self.precision, self.scale)
         return (imgt[0] * 255).round().byte().permute(1, 2, 0).cpu().numpy()
 
 

@@ -120,6 +120,14 @@ def _blur(x: Tensor) -> Tensor:
     """The 5x5 binomial filter, one axis after the other; edges are reflected."""
     channels = x.shape[1]
     taps = _taps(x.dtype, x.device)
-    x = F.pad(x, (2, 2, 2, 2), mode="reflect")
+    x = _reflected(x) if torch.are_deterministic_algorithms_enabled() else F.pad(x, (2, 2, 2, 2), mode="reflect")
     x = F.conv2d(x, taps.view(1, 1, 5, 1).expand(channels, 1, 5, 1), groups=channels)
     return F.conv2d(x, taps.view(1, 1, 1, 5).expand(channels, 1, 1, 5), groups=channels)
+
+
+def _reflected(x: Tensor) -> Tensor:
+    """`F.pad(x, (2, 2, 2, 2), mode="reflect")`, which has no deterministic backward pass on a GPU, and is faster."""
+    for axis in (2, 3):
+        before, after = x.narrow(axis, 1, 2), x.narrow(axis, x.shape[axis] - 3, 2)
+        x = torch.cat((before.flip(axis), x, after.flip(axis)), dim=axis)
+    return x

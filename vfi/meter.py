@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections.abc import Iterator
 
@@ -15,19 +16,27 @@ class Meter:
 
     def __init__(self, global_batch: int) -> None:
         self.global_batch = global_batch
-        self._reset()
+        self.restart()
 
-    def _reset(self) -> None:
-        self.started, self.excluded, self.waited = time.perf_counter(), 0.0, 0.0
+    def restart(self) -> None:
+        """Forget what was measured."""
+        self.started, self.excluded, self.waited, self.steps = time.perf_counter(), 0.0, 0.0, 0
         self.losses: list[dict[str, Tensor]] = []
         _forget_peak()
 
-    def add(self, losses: dict[str, Tensor]) -> None:
-        """One more step and its losses, which stay on the device: reading them would wait for the step to end."""
-        self.losses.append(losses)
+    def add(self, losses: dict[str, Tensor], counts: bool = True) -> None:
+        """One more step and its losses, which stay on the device: reading them would wait for the step to end.
+
+        One that does not count, since it was skipped, is work done; its losses may be no numbers.
+        """
+        self.steps += 1
+        if counts:
+            self.losses.append(losses)
 
     def mean_losses(self) -> dict[str, Tensor]:
-        """Means over the steps since the last reading, on the device."""
+        """Means over the steps that count since the last reading, on the device; no number where there are none."""
+        if not self.losses:
+            return {"loss": torch.tensor(math.nan)}
         return {name: torch.stack([losses[name] for losses in self.losses]).mean() for name in self.losses[0]}
 
     @contextlib.contextmanager
@@ -49,10 +58,10 @@ class Meter:
         """One row of numbers; waits for the device."""
         row = {name: loss.item() for name, loss in losses.items()} | {"grad_norm": norm.item()}
         seconds = time.perf_counter() - self.started - self.excluded
-        row |= {"samples_per_s": len(self.losses) * self.global_batch / seconds, "data_wait": self.waited / seconds}
+        row |= {"samples_per_s": self.steps * self.global_batch / seconds, "data_wait": self.waited / seconds}
         if norm.is_cuda:
             row["memory_gib"] = torch.cuda.max_memory_allocated(norm.device) / 2**30
-        self._reset()
+        self.restart()
         return row
 
 

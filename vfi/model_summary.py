@@ -27,17 +27,18 @@ from torch import Tensor, nn
 from vfi import presets, profiling
 from vfi.config import Config, ConfigError, ModelConfig, validate
 from vfi.errors import JobError, clear_errors
+from vfi.fitting import TrainingStep
+from vfi.graphs import Graphs
 from vfi.inference import DeviceName, PrecisionName, describe_precision, pick_device, pick_precision, predict
-from vfi.losses import training_losses
 from vfi.model.backbone import STRIDE, level_widths
 from vfi.model.interpolator import MIN_SIZE, FrameInterpolator
+from vfi.numerics import set_numerics
 from vfi.ops.ssd import REFERENCE_CHUNK
-from vfi.optim import build_optimizer
 from vfi.profiling import FIRST_STAGE_LEVEL, Measured
 from vfi.records import write_text
 from vfi.tracking import environment
 
-SCHEMA, VERSION = "vfi-model-summary", 1
+SCHEMA, VERSION = "vfi-model-summary", 2
 OUT_OF_MEMORY = "out of memory"
 _SCAN_ORDERS = 4
 _SEED = 0
@@ -114,6 +115,8 @@ class SizeSummary:
     estimated_ms: float | None = None
     out_of_memory: bool = False
     measured: Measured | None = None
+    graph_ms: float | None = None
+    """As the jobs run it: by a CUDA graph where that pays (vfi/graphs.py)."""
     parts_ms: dict[str, float] | None = None
 
 
@@ -171,7 +174,7 @@ def from_command_line(argv: Sequence[str]) -> tuple[Options, Config]:
         config=(tyro.conf.OmitArgPrefixes,),
     )
     train_batch = preset.data.batch_size if options.train_batch is None else options.train_batch
-    data = dataclasses.replace(preset.data, crop=options.crop, batch_size=train_batch)
+    data = dataclasses.replace(preset.data, crop=options.crop, batch_size=train_batch, curriculum=False)
     config = dataclasses.replace(preset, model=options.model, data=data)
     validate(config)
     _check(options)
@@ -214,7 +217,7 @@ def summarise(options: Options, config: Config, command: str = "") -> Summary:
     device = pick_device(options.device)
     precision = pick_precision(options.precision, device)
     if options.measure and device.type == "cuda":
-        torch.backends.cudnn.benchmark = True
+        set_numerics()
     torch.manual_seed(_SEED)
     # fast paths are chosen by device: on the CPU `auto` is plain torch everywhere, whose operators can be counted
     names = [field.name for field in dataclasses.fields(config.model) if field.name.endswith("_backend")]
@@ -224,7 +227,6 @@ def summarise(options: Options, config: Config, command: str = "") -> Summary:
     told = environment(device) | {
         "command": command,
         "precision": describe_precision(precision),
-        "tf32_cudnn": torch.backends.cudnn.allow_tf32,
         "threads": torch.get_num_threads(),
         "measured": options.measure,
         "assumed_tflops": options.assume_tflops,
@@ -296,13 +298,15 @@ def _measure(
         frames = torch.rand(2, options.batch, 3, H, W, device=device)
         return (*frames, torch.rand(options.batch, device=device) * 0.8 + 0.1)
 
-    def step(frames: tuple[Tensor, ...]) -> Tensor:
-        return predict(model, frames[0], frames[1], frames[2], precision)
+    def step(frames: tuple[Tensor, ...], graphs: Graphs | None = None) -> Tensor:
+        return predict(model, frames[0], frames[1], frames[2], precision, graphs=graphs)
 
     try:
         measured = profiling.measure(step, make, device, options.repeats)
         parts = profiling.measure_parts(model, step, make, device, options.repeats)
-        return dataclasses.replace(summary, measured=measured, parts_ms=parts)
+        graphs = Graphs()
+        again = profiling.measure(lambda frames: step(frames, graphs), make, device, options.repeats).ms
+        return dataclasses.replace(summary, measured=measured, parts_ms=parts, graph_ms=again if graphs.made else None)
     except torch.OutOfMemoryError:
         pass  # the error holds on to its frames, and they to their tensors, until here
     profiling.free_memory()
@@ -312,24 +316,9 @@ def _measure(
 def _measure_training(config: Config, options: Options, device: torch.device, precision: torch.dtype) -> TrainingSummary:
     """Forward, loss, backward and AdamW on random frames."""
     batch, crop = config.data.batch_size, config.data.crop
-
-    def make() -> tuple[Tensor, ...]:
-        return (*torch.rand(3, batch, 3, crop, crop, device=device), torch.rand(batch, device=device) * 0.8 + 0.1)
-
     try:
-        model = FrameInterpolator(config.model, device).train()
-        optimizer = build_optimizer(model, config.optim)
-
-        def step(frames: tuple[Tensor, ...]) -> None:
-            img0, imgt, img1, timestep = frames
-            with torch.autocast(device.type, torch.bfloat16, enabled=precision == torch.bfloat16):
-                prediction = model(img0, img1, timestep, imgt)
-                loss = training_losses(prediction, imgt, config.optim)["loss"]
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-
-        measured = profiling.measure(step, make, device, options.repeats)
+        step = TrainingStep(config, device, precision)
+        measured = profiling.measure(step, step.make_frames, device, options.repeats)
         return TrainingSummary(batch, crop, measured, 1e3 * batch / measured.ms)
     except torch.OutOfMemoryError:
         return TrainingSummary(batch, crop, None, None)
@@ -411,6 +400,8 @@ def _run_rows(summary: Summary) -> list[list[str]]:
     sizes = summary.sizes
     if summary.environment["measured"]:
         rows.append(["ms", *(f"{s.measured.ms:.2f}" if s.measured else OUT_OF_MEMORY for s in sizes)])
+        if any(s.graph_ms for s in sizes):
+            rows.append(["ms by a CUDA graph", *(f"{s.graph_ms:.2f}" if s.graph_ms else "-" for s in sizes)])
         if any(s.measured and s.measured.allocated for s in sizes):
             rows.append(["GiB allocated", *(_gib(s.measured.allocated if s.measured else None) for s in sizes)])
             rows.append(["GiB reserved", *(_gib(s.measured.reserved if s.measured else None) for s in sizes)])
@@ -450,12 +441,14 @@ def markdown(summary: Summary) -> str:
     for size in summary.sizes:
         if size.measured:
             memory = f" · {_gib(size.measured.allocated)} / {_gib(size.measured.reserved)}" if size.measured.allocated else ""
-            cells.append(f"{size.measured.ms:.1f}{memory}")
+            graph = f" ({size.graph_ms:.1f})" if size.graph_ms else ""
+            cells.append(f"{size.measured.ms:.1f}{graph}{memory}")
         else:
             time = f"{size.estimated_ms:.1f} · " if size.estimated_ms else ""
             cells.append(OUT_OF_MEMORY if size.out_of_memory else f"{time}{_gib(size.estimated_bytes)}")
     estimated = f"ms{_assumed(summary)} · " if _assumed(summary) else ""
-    unit = "ms · GiB allocated / reserved" if measured else f"estimate: {estimated}GiB alive at once in plain torch"
+    measures = "ms (by a CUDA graph) · GiB allocated / reserved"
+    unit = measures if measured else f"estimate: {estimated}GiB alive at once in plain torch"
     head = [unit, "params", *(size.size for size in summary.sizes)]
     row = [summary.name, f"{sum(summary.parameters.values()) / 1e6:.1f} M", *cells]
     lines = "\n".join(f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), row))

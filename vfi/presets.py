@@ -14,6 +14,7 @@ from typing import Any
 import tyro
 
 from vfi.config import Config, ConfigError, DataConfig, ModelConfig, OptimConfig, RunConfig, validate
+from vfi.errors import STOPPED
 
 
 def tiny() -> Config:
@@ -99,6 +100,13 @@ def override(config: Config, **values: Any) -> Config:
 ALIASES = {"--use_mhc": ("--mixing", "mhc"), "--no-use_mhc": ("--mixing", "none")}
 
 
+_HELP = f"""Train a model on shards; a run folder holds all that comes of it.
+
+SIGTERM, SIGUSR2 and Ctrl-C finish the step, save and end with exit code {STOPPED}; --resume auto goes on from there. A second
+signal ends at once. Other exit codes: 0 done, 1 a bug or a process that hangs or died, 2 a mistake in settings or data.
+torchrun and accelerate launch make 1 of every code but 0."""
+
+
 def from_command_line(argv: Sequence[str] | None = None, prog: str = "vfi.train") -> Config:
     """Flags -> checked Config. The preset gives every default; `_` and `-` are the same in a flag."""
     argv = expand_aliases(sys.argv[1:] if argv is None else argv)
@@ -106,8 +114,9 @@ def from_command_line(argv: Sequence[str] | None = None, prog: str = "vfi.train"
     finder.add_argument("--preset", default="small")
     default = get(finder.parse_known_args(argv)[0].preset)
     config = tyro.cli(
-        Config, prog=prog, args=argv, default=default, config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes)
-    )
+        Config, prog=prog, description=_HELP, args=argv, default=default,
+        config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes),
+    )  # fmt: skip
     config = override(config, preset=default.run.preset)  # as it is spelt here, however it was typed
     if not config.run.exp_name:
         config = override(config, exp_name=f"{config.run.preset}_phase{config.model.phase}")

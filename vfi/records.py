@@ -1,16 +1,24 @@
-"""How do dataclasses become JSON files and come back, checked? Written whole or not at all, read field by field."""
+"""How do dataclasses become JSON files and come back, checked? Written whole or not at all, read field by field.
+
+Settings of an older program lack the fields that came later: these have their defaults, and it is said. That is why the default
+of a new field must mean what the program did before. A field that this program doesn't know is an error.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import os
+import sys
 import types
 import typing
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
 from vfi.config import Config, ConfigError
+
+_UNIONS = (types.UnionType, typing.Union)
 
 
 class RecordError(ValueError):
@@ -29,42 +37,75 @@ def to_json(record: Any) -> str:
     return json.dumps(dataclasses.asdict(record), indent=1) + "\n"
 
 
-def config_from_json(text: str, where: str = "config.json") -> Config:
-    """Read a Config back; unknown, missing or wrongly typed entries raise ConfigError that names them and `where`."""
+def note(text: str) -> None:
+    """Tell the user something that is no error; on stderr, since stdout is for results."""
+    print(f"note: {text}", file=sys.stderr)
+
+
+def config_from_json(text: str, where: str = "config.json", say: Callable[[str], None] = note) -> Config:
+    """Read a Config back. What an older program did not have yet takes its default, which `say` tells; unknown or wrongly typed
+    entries raise ConfigError that names them and `where`.
+    """
+    defaulted: list[str] = []
     try:
-        return from_object(Config, json.loads(text), where)
+        config: Config = from_object(Config, json.loads(text), where, defaulted)
     except json.JSONDecodeError as error:
         raise ConfigError(f"{where} is not JSON: {error}") from error
-    except RecordError as error:
+    except (RecordError, RecursionError) as error:
         raise ConfigError(str(error)) from error
+    if defaulted:
+        say(f"{where} is older than these settings, which have their defaults: {', '.join(defaulted)}")
+    return config
 
 
-def from_object(kind: Any, content: Any, where: str) -> Any:
-    """One dataclass from a JSON object, with all that lies inside; RecordError names the place that does not fit."""
+def from_object(kind: Any, content: Any, where: str, defaulted: list[str] | None = None) -> Any:
+    """One dataclass from a JSON object, with all that lies inside; RecordError names the place that does not fit.
+
+    With a list, `defaulted`, a missing field that has a default is no error: it takes that, and its name is added to the list.
+    """
     if not isinstance(content, dict):
         raise RecordError(f"{where}: expected an object with the fields of {kind.__name__}, found {content!r}")
     hints = typing.get_type_hints(kind)
-    names = {field.name for field in dataclasses.fields(kind)}
-    if set(content) != names:
-        unknown, missing = sorted(set(content) - names), sorted(names - set(content))
-        raise RecordError(f"{where}: written by another version of the project (unknown fields {unknown}, missing {missing})")
-    return kind(**{name: _value(hints[name], value, f"{where}: {name}") for name, value in content.items()})
+    fields = {field.name: field for field in dataclasses.fields(kind)}
+    missing = [name for name in fields if name not in content]
+    if defaulted is not None:
+        defaulted += [name for name in missing if _has_default(fields[name])]
+        missing = [name for name in missing if not _has_default(fields[name])]
+    if unknown := sorted(set(content) - set(fields)):
+        raise RecordError(f"{where}: written by another version of the project, a newer one? Unknown fields: {unknown}")
+    if missing:
+        raise RecordError(f"{where}: written by another version of the project; missing fields: {missing}")
+    return kind(**{name: _value(hints[name], value, f"{where}: {name}", defaulted) for name, value in content.items()})
 
 
-def _value(hint: Any, value: Any, where: str) -> Any:
+def _has_default(field: dataclasses.Field[Any]) -> bool:
+    return field.default is not dataclasses.MISSING or field.default_factory is not dataclasses.MISSING
+
+
+def _value(hint: Any, value: Any, where: str, defaulted: list[str] | None) -> Any:
     """A value checked against the few kinds of types that records have; lists become tuples."""
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any:
+        return value
     if dataclasses.is_dataclass(hint):
-        return from_object(hint, value, where)
+        return from_object(hint, value, where, defaulted)
     if origin is tuple and isinstance(value, list):
         kinds = inner[:1] * len(value) if inner[-1] is Ellipsis else inner
         if len(kinds) == len(value):
-            return tuple(_value(kinds[i], item, f"{where}[{i}]") for i, item in enumerate(value))
+            return tuple(_value(kinds[i], item, f"{where}[{i}]", defaulted) for i, item in enumerate(value))
     elif origin is dict and isinstance(value, dict):
-        return {name: _value(inner[1], item, f"{where}.{name}") for name, item in value.items()}
+        return {name: _value(inner[1], item, f"{where}.{name}", defaulted) for name, item in value.items()}
+    elif isinstance(value, dict) and (record := _record_in(hint)):
+        return from_object(record, value, where, defaulted)
     elif _is_plain(hint, value):
         return value
     raise RecordError(f"{where} is {value!r}, expected {hint}")
+
+
+def _record_in(hint: Any) -> Any:
+    """The dataclass of one that may be left out, as in `Measured | None`; None where there is none."""
+    kinds = typing.get_args(hint) if typing.get_origin(hint) in _UNIONS else ()
+    return next((kind for kind in kinds if dataclasses.is_dataclass(kind)), None)
 
 
 def _is_plain(hint: Any, value: Any) -> bool:
@@ -72,7 +113,7 @@ def _is_plain(hint: Any, value: Any) -> bool:
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
     if origin is Literal:
         return value in inner
-    if origin in (types.UnionType, typing.Union):
+    if origin in _UNIONS:
         return any(_is_plain(kind, value) for kind in inner)
     if isinstance(value, bool):
         return hint is bool

@@ -11,46 +11,74 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
+import functools
 import math
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+import sys
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple, NoReturn
 
+import psutil
 import torch
-from accelerate.utils import gather_object
+from accelerate.utils import gather_object, set_seed
 from torch import Tensor
 from tqdm import tqdm
 
 from shards.schema import ShardError
-from vfi import checkpoint, presets
-from vfi.checkpoint import CheckpointError, SavedPosition
-from vfi.config import UNTRAINED, Config, ConfigError
+from vfi import checkpoint, presets, weights
+from vfi.checkpoint import CheckpointError, SavedPosition, State
+from vfi.config import UNTRAINED, Config, ConfigError, accumulation
 from vfi.data.augment import FrameTooSmallError
 from vfi.data.faults import Skipped, Tally
 from vfi.data.loader import FrameBatch, TrainingLoader
 from vfi.data.plan import Position
-from vfi.errors import JobError, clear_errors
+from vfi.ema import Ema
+from vfi.errors import JobError, Stopped, clear_errors
+from vfi.fitting import fit_batch
+from vfi.guard import GO, Guard, Verdict, copies, layer_groups, update_ratios
 from vfi.losses import training_losses
 from vfi.meter import Meter
+from vfi.model.execution import compile_parts, recompute
 from vfi.model.hyper_connections import MixingRecord, annealing_factor, mixing_report, recording, set_annealing
 from vfi.model.interpolator import FrameInterpolator
 from vfi.model.transplant import init_mamba_from_attn, untrained_donor
+from vfi.numerics import refusals_explained, set_numerics
 from vfi.optim import annealing, build_optimizer, carry_over, freeze, learning_rate
-from vfi.processes import start_accelerator
+from vfi.processes import asked_precision, idle_gpus, start_accelerator
+from vfi.progress import progress
 from vfi.records import to_json, write_text
-from vfi.tracking import ENVIRONMENT, METRICS, Tracker, environment
-from vfi.validation import Validation
+from vfi.recovery import Part, go_back, suspects
+from vfi.run_status import recorded
+from vfi.sharding import sharding
+from vfi.tracking import METRICS, Tracker, environment, versions, write_environment
+from vfi.training_state import check_agreement, gather_random, on_main, restore, scaler_state
+from vfi.validation import Score, Validation
+from vfi.watch import Watch
 
 FlowTeacher = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 """img0, img1, timestep -> flow_t0, flow_t1 in pixels, to be distilled (Exp-2e) in place of flow stored in the shards."""
 DEFAULT_EPOCHS = {1: 300, 2: 200, 3: 100}  # by phase
 _DRY_RUN_STEPS = 3
 _FAULTS_SHOWN = 5  # on the screen, a row of metrics
+_ANNEALING_RISE = 0.1  # of what is left to the identity, each time that the guard sees an explosion building
 
 
 class TrainingError(RuntimeError):
     """Training can't go on; the message says at which step and why."""
+
+
+class Move(NamedTuple):
+    """What became of a step; tensors are on the device."""
+
+    verdict: Verdict
+    norm: Tensor
+    """Of the whole gradient, before clipping."""
+    norms: Tensor
+    """[groups] of each layer group's gradient."""
+    ratios: Tensor
+    """[groups] norm of the change / norm of the weights; zeros where it was not measured, or nothing moved."""
 
 
 class Trainer:
@@ -64,25 +92,49 @@ class Trainer:
         self.folder = Path(self.run.output_dir) / self.run.exp_name
         self.start_from = self._resume_point()
         self.accelerator = start_accelerator(config)
+        self.shards = sharding(self.accelerator)
         self.accumulation = self.accelerator.gradient_accumulation_steps
         device, rank, world = self.accelerator.device, self.accelerator.process_index, self.accelerator.num_processes
-        torch.backends.cudnn.benchmark = True
+        set_numerics(config.compute.tf32, config.compute.deterministic)
         self.distils = config.optim.distill_weight > 0
         self.loader = TrainingLoader(
             self.data, self.run.seed, device, accumulation=self.accumulation, rank=rank, world=world,
             with_flow=self.distils and flow_teacher is None,
         )  # fmt: skip
         self.validation = Validation(self.data) if self.data.val_path else None
-        torch.manual_seed(self.run.seed)
-        self.network = FrameInterpolator(config.model, device)
+        self.watch = Watch(device, self.run.timeout_minutes * 60, signals=not self.run.dry_run)
+        self._fit_batch()
+        self._build()
+        self.tracker = Tracker(self.folder, self.step, self.accelerator.is_main_process)
+        if self.data.batch_size != config.data.batch_size:
+            numbers = {"batch_size": self.data.batch_size, "accumulation": self.accumulation}
+            self.tracker.log(self.step, "batch", asked=config.data.batch_size, **numbers)
+        self.tally, self.skipped = Tally(), Skipped(self.data.max_fault_rate, self.loader.plan.samples)
+
+    def _fit_batch(self) -> None:
+        """Work on fewer samples at once and accumulate more of them, where a GPU can't hold --batch_size."""
+        smaller = fit_batch(self.config, self.accelerator, self.shards.name, self.say)
+        if smaller is None:
+            return
+        self.config, self.data = smaller, smaller.data
+        self.accumulation = accumulation(smaller, self.accelerator.num_processes)
+        self.accelerator.gradient_accumulation_steps = self.accumulation
+        self.loader.regroup(self.data.batch_size, self.accumulation)
+
+    def _build(self) -> None:
+        """Network, optimizer and place in the data as `start_from` has them; at the start of a run and after a roll-back."""
+        config = self.config
+        set_seed(self.run.seed)
+        self.network = FrameInterpolator(config.model, self.accelerator.device)
         self.step = self._load()
-        self.first_annealing = annealing_factor(self.network)  # read once: every reading waits for the device
+        self.least_annealing = annealing_factor(self.network)  # read once: every reading waits for the device
         if config.run.matvlm_plan != "off" and self.step == 0:
             self._transplant()
         saved = self._saved_position()
         # the checkpoint of the last frozen step is one of a frozen backbone: it thaws with the step after it
         self.frozen = config.optim.freeze_backbone > 0 and saved.position <= Position(config.optim.freeze_backbone)
         self.position = self._position(saved)
+        self.batches = self.loader.batches(self.position)
         epochs = self.run.epochs or DEFAULT_EPOCHS[config.model.phase]
         self.total = self.run.steps or self.step + self.loader.plan.steps_until(self.position, epochs)
         if self.frozen and self.start_from is None:
@@ -92,41 +144,58 @@ class Trainer:
             )
         if self.frozen:
             freeze(self.network.backbone)
-        self.model, self.optimizer = self.accelerator.prepare(self.network, build_optimizer(self.network, config.optim))
-        if self.step and self.start_from:
-            checkpoint.load_optimizer(self.optimizer, self.start_from)
-        self.tracker = Tracker(self.folder, self.step, self.accelerator.is_main_process)
-        self.tally, self.skipped = Tally(), Skipped(self.data.max_fault_rate, self.loader.plan.samples)
+        self.parameters = sum(parameter.numel() for parameter in self.network.parameters())
+        if config.compute.compile:
+            compile_parts(self.network)
+        if config.compute.checkpointing:
+            recompute(self.network)
+        self.shards.settle(config, self.frozen)
+        self.model, self.optimizer = self.shards.prepare(self.network, lambda model: build_optimizer(model, config.optim))
+        self.ema = Ema(self.network, config.optim.ema) if config.optim.ema else None
+        self.score: Score | None = None
+        self.groups = layer_groups(self.network)
+        self.guard = Guard(self.groups, config.guard) if config.guard.guard else None
+        if self.going_on and self.start_from:
+            restore(self.accelerator, self.start_from, self.shards, self.ema, self.guard, self.say)
 
     def _resume_point(self) -> Path | None:
-        """The checkpoint to start from; refuses to mix two runs in one folder."""
-        newest = checkpoint.latest(self.folder)
-        if self.run.resume == "auto":
-            return newest.path if newest else None
-        if newest:
+        """The checkpoint to start from, verified; refuses to mix two runs in one folder."""
+        self.going_on, self.found = False, list[str]()
+        auto, newest = self.run.resume == "auto", checkpoint.latest(self.folder)
+        if newest and not auto:
             raise ConfigError(
                 f"{self.folder} already holds a run at step {newest.step}: go on with it by --resume auto, "
                 f"or give another --exp_name"
             )
-        return checkpoint.find(self.run.resume, self.run.output_dir) if self.run.resume else None
+        if newest:
+            path, self.found = checkpoint.newest_whole(self.folder)
+            self.going_on = True
+            return path
+        first = self.run.start_from or ("" if auto else self.run.resume)
+        if not first:
+            return None
+        path, self.found = checkpoint.find_whole(first, self.run.output_dir)
+        return path
 
     def _load(self) -> int:
         """Load weights; the step to go on from is 0 unless this very run is resumed."""
+        check_agreement(self.accelerator, self.start_from)
+        for line in self.found:
+            self.say(line)
         if self.start_from is None:
             if self.run.resume == "auto":
                 self.say(f"no checkpoint in {self.folder}: starting from scratch")
             return 0
-        step, theirs = checkpoint.read_step(self.start_from), checkpoint.read_config(self.start_from)
-        different = checkpoint.compare_models(self.config, theirs)
-        going_on = self.run.resume == "auto"
-        self.say(f"{'going on' if going_on else 'starting'} from the weights of {self.start_from} (step {step})")
+        step, theirs = checkpoint.read_step(self.start_from), checkpoint.read_config(self.start_from, self.say)
+        different = weights.compare_models(self.config, theirs)
+        self.say(f"{'going on' if self.going_on else 'starting'} from the weights of {self.start_from} (step {step})")
         if different:
             self.say(f"settings of the model that differ from that run's: {different}")
         try:
-            if going_on:
-                checkpoint.load_weights(self.network, self.start_from)
+            if self.going_on:
+                weights.load_weights(self.network, self.start_from)
                 return step
-            for line in checkpoint.load_parts(self.network, self.start_from):
+            for line in weights.load_parts(self.network, self.start_from):
                 self.say(line)
             if factor := annealing_factor(self.network):
                 self.say(f"the mixing's annealing factor starts at {factor:.3g}, under which these weights were trained")
@@ -137,7 +206,7 @@ class Trainer:
     def _saved_position(self) -> SavedPosition:
         """Where in the data the run was that goes on; without a word on it, where so many of these steps lead."""
         plan = self.loader.plan
-        saved = checkpoint.read_position(self.start_from) if self.step and self.start_from else None
+        saved = checkpoint.read_position(self.start_from) if self.going_on and self.start_from else None
         return saved or SavedPosition(plan.at_step(self.step), plan.order)
 
     def _position(self, saved: SavedPosition) -> Position:
@@ -165,7 +234,7 @@ class Trainer:
             heads = self.config.model.head_dim, checkpoint.read_config(path).model.head_dim
             if heads[0] != heads[1]:  # it can't always be seen from the weights
                 raise ConfigError(f"--head_dim is {heads[0]}, that of --matvlm_donor {path} is {heads[1]}: take the donor's")
-            donor, steps = checkpoint.read_weights(path), checkpoint.read_step(path)
+            donor, steps = weights.read_weights(path), checkpoint.read_step(path)
         try:
             self.say(str(init_mamba_from_attn(self.network.backbone, donor, self.run.matvlm_plan, steps)))
         except ValueError as error:
@@ -175,16 +244,16 @@ class Trainer:
         """Print on the main process, above the progress bar."""
         if self.accelerator.is_main_process:
             tqdm.write(text)
+            sys.stdout.flush()  # in a log it would stay behind what stderr says, and be lost with a kill
 
     def describe(self) -> None:
         """Say what is about to happen, and write config.json and environment.json."""
         device, world = self.accelerator.device, self.accelerator.num_processes
-        parameters = sum(parameter.numel() for parameter in self.network.parameters())
+        size = f"{self.parameters / 1e6:.2f} M parameters"
+        self.say(f"run {self.folder}: preset {self.run.preset}, phase {self.config.model.phase}, {size}")
+        where = device.type if self.shards.name == "none" else f"{device.type} in shards ({self.shards.name})"
         self.say(
-            f"run {self.folder}: preset {self.run.preset}, phase {self.config.model.phase}, {parameters / 1e6:.2f} M parameters"
-        )
-        self.say(
-            f"{world} process{'es' * (world > 1)} on {device.type}, precision {self.accelerator.mixed_precision}, "
+            f"{world} process{'es' * (world > 1)} on {where}, precision {asked_precision()}, "
             f"global batch {self.loader.plan.global_batch} = {self.data.batch_size} * {world} * {self.accumulation} accumulated"
         )
         plan = self.loader.plan
@@ -193,55 +262,98 @@ class Trainer:
         self.say(f"{plan.samples} samples{mixed}, {plan.steps_per_epoch} steps an epoch, {epochs:.1f} epochs")
         for choice in self.network.choices():
             self.say(choice)
+        if idle_gpus():
+            self.say(f"{idle_gpus()} more GPUs are visible and not used: accelerate_configs/ddp.yaml uses several")
         if self.accelerator.is_main_process:
             write_text(self.folder / checkpoint.CONFIG, to_json(self.config))
-            content = environment(device) | {"processes": world, "precision": self.accelerator.mixed_precision}
-            write_text(self.folder / ENVIRONMENT, json.dumps(content | {"choices": self.network.choices()}, indent=1) + "\n")
+            content = environment(device) | {"processes": world, "precision": asked_precision(), "sharding": self.shards.name}
+            write_environment(self.folder, content | {"choices": self.network.choices(), "from_step": self.step})
 
     def fit(self) -> None:
         """Train to the last step; log, validate and save on the way."""
         self.describe()
-        batches = self.loader.batches(self.position)
         meter = Meter(self.loader.plan.global_batch)
         self.train_mode()
-        is_main = self.accelerator.is_main_process
-        with tqdm(initial=self.step, total=self.total, unit="step", disable=not is_main, dynamic_ncols=True) as bar:
+        bar = progress(self.step, self.total, self.accelerator.is_main_process)
+        with contextlib.closing(self.tracker), self.watch, bar:
+            self.catch_up()
+            first = self.step
             while self.step < self.total:
-                self.train_step(batches, meter, bar)
-        self.tracker.close()
+                self.train_step(meter, bar)
+                if self.step == first + 1:
+                    self.tracker.log(self.step, "start", seconds=round(time.time() - psutil.Process().create_time(), 1))
 
-    def train_step(self, batches: Iterator[FrameBatch], meter: Meter, bar: tqdm) -> None:
+    def catch_up(self) -> None:
+        """Validate now if the run was stopped before it could, at the step that it goes on from."""
+        due = self.validation is not None and (self.step % self.run.val_every == 0 or self.step >= self.total)
+        missing = self.going_on and due and not self.tracker.has(self.step, "val")
+        if self.watch.agreement.any(missing, at_once=True) and not self.validate():
+            self.end_early()
+
+    def train_step(self, meter: Meter, bar: tqdm) -> None:
         """One optimiser step and whatever is due after it."""
         if self.frozen and self.position.epoch >= self.config.optim.freeze_backbone:
             self.thaw()
         if self.config.optim.mhc_anneal:
             planned = annealing(self.step, self.total, self.config.optim)
-            set_annealing(self.network, max(planned, self.first_annealing))  # it never falls: weights learnt under it
+            set_annealing(self.network, max(planned, self.least_annealing))  # it never falls: weights learnt under it
         last = self.step + 1 == self.total
         due = (self.step + 1) % self.run.log_every == 0 or last
         watching: contextlib.AbstractContextManager[dict[str, MixingRecord]]
         watching = recording(self.network) if due else contextlib.nullcontext({})
         with watching as records:
-            losses, norm = self.optimise(batches, meter)
+            losses, parts = self.optimise(meter)
+        move = self.move(losses["loss"], measured=due)
         self.step += 1
         self.position = self.loader.plan.after(self.position)
-        meter.add(losses)
+        if move.verdict.action != "go":
+            self.respond(move.verdict, parts)
+        if move.verdict.action == "roll_back":
+            meter.restart()
+            bar.n = self.step
+            bar.refresh()
+            return
+        meter.add(losses, move.verdict.moves)
         bar.update()
         if due:
             mean = self.accelerator.reduce(meter.mean_losses(), reduction="mean")
-            row = meter.read(mean, norm) | {"lr": self.rate(self.step - 1), "epoch": self.epoch}
+            row = meter.read(mean, move.norm) | {"lr": self.rate(self.step - 1), "epoch": self.epoch}
+            row |= self.by_group("grad", move.norms)
+            row |= self.by_group("update", move.ratios) if self.shards.measures_updates else {}
             row |= {f"mixing_{name}": value for name, value in mixing_report(records).items()}
             self.check_finite(row["loss"], row["grad_norm"])
-            bar.set_postfix(loss=f"{row['loss']:.4f}", samples_s=f"{row['samples_per_s']:.1f}")
+            bar.set_postfix(loss=f"{row['loss']:.4f}", samples_s=f"{row['samples_per_s']:.1f}", refresh=False)
             self.tracker.log(self.step, "train", **row)
             self.report_faults()
-        if self.validation and (self.step % self.run.val_every == 0 or last):
+        validating = self.validation is not None and (self.step % self.run.val_every == 0 or last)
+        saving = self.step % self.run.save_every == 0 or last
+        stopping = self.watch.stop(at_once=validating or saving)
+        if validating or saving or stopping:
             with meter.paused():
-                self.say(self.validation.run(self.network, self.accelerator, self.tracker, self.step))
-                self.train_mode()
-        if self.step % self.run.save_every == 0 or last:
-            with meter.paused():
-                self.save(losses["loss"], norm)
+                stopping = stopping or (validating and not self.validate())
+                if saving or stopping:
+                    self.save(losses["loss"], move.norm)
+        if stopping:
+            self.end_early()
+
+    def validate(self) -> bool:
+        """Measure the network on all processes and log it; False where one was told to stop meanwhile."""
+        assert self.validation is not None
+        with self.ema.in_place() if self.ema else contextlib.nullcontext():
+            self.score = self.validation.run(
+                self.network, self.accelerator, self.tracker, self.watch, self.step, self.shards.in_step
+            )
+        self.train_mode()
+        if self.score:
+            self.say(f"{self.score}{', EMA weights' if self.ema else ''}")
+        return self.score is not None
+
+    def end_early(self) -> NoReturn:
+        """Say that a signal ended the run, whose last step is saved."""
+        text = f"stopped after step {self.step} of {self.total} ({self.watch.reason}): --resume auto goes on from there"
+        self.tracker.log(self.step, "stop", why=[self.watch.reason])
+        self.say(text)
+        raise Stopped(text)
 
     def train_mode(self) -> None:
         """Training mode, but for a frozen backbone."""
@@ -257,13 +369,7 @@ class Trainer:
         freeze(self.network.backbone, frozen=False)
         optimizer = build_optimizer(self.network, self.config.optim)
         carry_over(old, optimizer)
-        if self.model is self.network:  # to prepare a model twice would leave it without autocast
-            self.optimizer = self.accelerator.prepare(optimizer)
-            return
-        # DistributedDataParallel only averages gradients of what trained when it was made
-        self.network = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
-        self.accelerator.free_memory()
-        self.model, self.optimizer = self.accelerator.prepare(self.network, optimizer)
+        self.model, self.optimizer = self.shards.renew(self.network, optimizer)
 
     @property
     def epoch(self) -> float:
@@ -272,30 +378,105 @@ class Trainer:
 
     def rate(self, step: int) -> float:
         """Learning rate of a step."""
-        return learning_rate(step, self.total, self.config.optim)
+        return learning_rate(step, self.total, self.config.optim) * (self.guard.rate_factor if self.guard else 1)
 
-    def optimise(self, batches: Iterator[FrameBatch], meter: Meter) -> tuple[dict[str, Tensor], Tensor]:
-        """One optimiser step over `accumulation` batches -> mean losses and norm of the gradient, all still on the device."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.rate(self.step)
+    def optimise(self, meter: Meter) -> tuple[dict[str, Tensor], list[Part]]:
+        """The gradient of one step over `accumulation` batches -> mean losses, still on the device, and what they come from."""
         means: dict[str, Tensor] = {}
-        norm = torch.zeros((), device=self.accelerator.device)
+        parts: list[Part] = []
         for _ in range(self.accumulation):
+            self.watch.at(f"the wait for data of step {self.step + 1}")
             with meter.waiting():
-                batch = next(batches)
+                batch = next(self.batches)
+            self.watch.at(f"the forward pass of step {self.step + 1}")
             self.tally.add(len(batch.keys), batch.faults)
-            with self.accelerator.accumulate(self.model):
+            with self.shards.accumulate():
                 prediction = self.model(batch.img0, batch.img1, batch.timestep, batch.imgt)
                 losses = training_losses(prediction, batch.imgt, self.config.optim, self.flow_to_learn(batch))
-                self.accelerator.backward(losses["loss"])
-                if self.accelerator.sync_gradients:
-                    largest = self.config.optim.clip_norm or math.inf
-                    norm = self.accelerator.clip_grad_norm_(self.model.parameters(), largest)
-                self.optimizer.step()
-                self.optimizer.zero_grad()
+                self.watch.at(f"the backward pass of step {self.step + 1}")
+                self.shards.backward(losses["loss"])
+            parts.append((losses["loss"].detach(), batch.keys))
             for name, loss in losses.items():
                 means[name] = means.get(name, 0) + loss.detach() / self.accumulation
-        return means, norm
+        return means, parts
+
+    def move(self, loss: Tensor, measured: bool) -> Move:
+        """Judge the gradient and, if it may, let the optimizer change the weights; `measured`: by how much, too."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.rate(self.step)
+        norms = self.shards.gradient_norms(self.groups)
+        norm, ratios = torch.linalg.vector_norm(norms), torch.zeros_like(norms)
+        verdict = self.judge(loss, norms)
+        if verdict.moves:
+            largest = min(self.config.optim.clip_norm or math.inf, verdict.clip_norm)
+            before = copies(self.groups) if measured and self.shards.measures_updates else None
+            self.shards.step(norm, largest)
+            if self.ema and not self.optimizer.step_was_skipped:
+                self.ema.update()
+            if before:
+                ratios = update_ratios(self.groups, before)
+        else:
+            self.shards.drop()
+        return Move(verdict, norm, norms, ratios)
+
+    def by_group(self, kind: str, values: Tensor) -> dict[str, float]:
+        """One number a layer group -> entries of a row."""
+        return {f"{kind}_{name}": value for name, value in zip(self.groups, values.tolist(), strict=True)}
+
+    def judge(self, loss: Tensor, norms: Tensor) -> Verdict:
+        """What the guard says of this step, from the same numbers on all processes."""
+        if self.guard is None:
+            return GO
+        scaler = self.accelerator.scaler
+        seen = self.accelerator.reduce(torch.cat((loss.reshape(1), norms)), reduction="mean")
+        return self.guard.judge(self.step + 1, seen, scaler.get_scale() if scaler else 1.0)
+
+    def respond(self, verdict: Verdict, parts: list[Part]) -> None:
+        """Do what the guard wants beside the step itself, and write it down; TrainingError where training can't go on."""
+        assert self.guard is not None
+        step, samples = self.step, suspects(parts)
+        numbers: dict[str, float] = {}
+        if verdict.action == "watch":
+            numbers["clip_norm"] = verdict.clip_norm
+        if verdict.building and self.config.model.mixing != "none":
+            numbers["annealing"] = self.raise_annealing()
+        if verdict.action == "roll_back":
+            numbers = self.roll_back(verdict) | {"from_step": step}
+        self.tracker.log(self.step, verdict.action, why=[verdict.why], samples=samples, **numbers)
+        if verdict.action != "watch" or self.guard.in_a_row == 1:
+            given = "".join(f", {name} {value:.3g}" for name, value in numbers.items())
+            self.say(f"step {step}: {verdict.action}{given}: {verdict.why}; samples {', '.join(samples[:_FAULTS_SHOWN])} …")
+        if verdict.action == "stop":
+            self.give_up(verdict.why, f"the run went back {self.guard.roll_backs} times, as --guard_roll_backs allows")
+
+    def raise_annealing(self) -> float:
+        """Bring the residual mixing a tenth of the way nearer to the identity, for good -> the annealing factor."""
+        now = annealing_factor(self.network)
+        set_annealing(self.network, now + _ANNEALING_RISE * (1 - now))
+        self.least_annealing = annealing_factor(self.network)
+        return self.least_annealing
+
+    def roll_back(self, verdict: Verdict) -> dict[str, float]:
+        """Go back to the last good checkpoint, with a lower rate from now on -> what has changed, for the log."""
+        self.watch.at(f"going back from step {self.step}")
+        former, path = self.guard, go_back(self.accelerator, self.folder, verdict.began)
+        if path is None:
+            self.give_up(verdict.why, f"{self.folder} has no good checkpoint from before step {verdict.began} to go back to")
+        self.start_from, self.going_on, self.found = path, True, []
+        self.accelerator.free_memory()
+        self._build()
+        assert self.guard is not None
+        assert former is not None
+        self.guard.go_on_after(former)
+        self.train_mode()
+        return {"roll_backs": self.guard.roll_backs, "rate_factor": self.guard.rate_factor}
+
+    def give_up(self, why: str, more: str) -> NoReturn:
+        """End training where the guard knows no further."""
+        raise TrainingError(
+            f"step {self.step}: {why}; {more}. What was done, and the samples concerned, are in {self.folder / METRICS}. "
+            f"Try a lower --lr or a longer --warmup_steps"
+        )
 
     def flow_to_learn(self, batch: FrameBatch) -> tuple[Tensor, Tensor] | None:
         """Flow from outside that the flow stages are to learn from: the callable's, else the shards'; None without."""
@@ -311,9 +492,10 @@ class Trainer:
     def check_finite(self, loss: float, norm: float) -> None:
         """TrainingError when loss or gradient are no numbers any more, before such weights are saved.
 
-        Both are the same on all processes: all of them stop.
+        Both are the same on all processes: all of them stop. With a guard such a step was not taken.
         """
-        if not (math.isfinite(loss) and math.isfinite(norm)):
+        finite = math.isfinite(loss) and (math.isfinite(norm) or self.optimizer.step_was_skipped)  # by the loss scaler
+        if self.guard is None and not finite:
             raise TrainingError(
                 f"the loss is {loss}, the norm of the gradient {norm} at step {self.step}; the last good checkpoint is "
                 f"{checkpoint.latest(self.folder) or 'none'}. Try a lower --lr or a longer --warmup_steps"
@@ -338,12 +520,19 @@ class Trainer:
         """Write a checkpoint on the main process while the others wait."""
         # the loss is that of before the step: a gradient that is no number shows in the norm alone, which all processes share
         self.check_finite(self.accelerator.reduce(loss, reduction="mean").item(), norm.item())
-        if self.accelerator.is_main_process:
-            position = SavedPosition(self.position, self.loader.plan.order)
-            checkpoint.save(self.folder, self.step, self.network, self.optimizer.optimizer, self.run.keep_last, position)
-        self.accelerator.wait_for_everyone()
+        (epoch, done), order = self.position, self.loader.plan.order
+        model, optimizer = self.shards.weights(), self.shards.optimizer_state()
+        ema, updates = (self.shards.gathered(self.ema.weights()), self.ema.updates) if self.ema else (None, 0)
+        random = gather_random(self.accelerator)
+        psnr = self.score.psnr if self.score and self.score.step == self.step and math.isfinite(self.score.psnr) else None
+        guard = self.guard.state_dict() if self.guard else {}
+        state = State(self.step, epoch, done, order, psnr, updates, scaler_state(self.accelerator), guard, versions())
+        write = functools.partial(checkpoint.save, keep_last=self.run.keep_last, keep_best=self.run.keep_best)
+        with self.watch.on_main(f"the save of step {self.step}"):
+            on_main(self.accelerator, lambda: write(self.folder, state, self.config, model, optimizer, ema=ema, random=random))
 
 
+@refusals_explained()
 def train(config: Config, flow_teacher: FlowTeacher | None = None) -> None:
     """Train as `config` says; a dry run takes a few steps of everything and leaves nothing behind.
 
@@ -352,7 +541,10 @@ def train(config: Config, flow_teacher: FlowTeacher | None = None) -> None:
     if flow_teacher is not None and not config.optim.distill_weight:
         raise ConfigError("a flow_teacher was given, but --distill_weight is 0: it would have no effect")
     if not config.run.dry_run:
-        Trainer(config, flow_teacher).fit()
+        trainer = Trainer(config, flow_teacher)
+        is_main = trainer.accelerator.is_main_process
+        with recorded(trainer.folder, trainer.total, lambda: trainer.step) if is_main else contextlib.nullcontext():
+            trainer.fit()
         return
     run = dataclasses.replace(
         config.run, steps=_DRY_RUN_STEPS, epochs=None, log_every=1, val_every=_DRY_RUN_STEPS, save_every=_DRY_RUN_STEPS,

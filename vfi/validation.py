@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from typing import NamedTuple
+
 import torch
 from accelerate import Accelerator
 from torch import Tensor
@@ -12,6 +15,20 @@ from vfi.data.storage import cache_at, shard_folder
 from vfi.metrics import psnr
 from vfi.model.interpolator import MIN_SIZE, FrameInterpolator, Prediction
 from vfi.tracking import Tracker, flow_picture
+from vfi.watch import Watch
+
+
+class Score(NamedTuple):
+    """PSNR in dB at a step."""
+
+    step: int
+    psnr: float
+    average_psnr: float
+    """Of the frame average."""
+
+    def __str__(self) -> str:
+        step, psnr, average = self
+        return f"step {step}: PSNR {psnr:.2f} dB, frame average {average:.2f} dB, {psnr - average:+.2f} dB"
 
 
 class Validation:
@@ -29,28 +46,46 @@ class Validation:
         next(evaluation_batches(self.folder, torch.device("cpu")))
         self.numbers = evenly_spaced(index.samples, config.val_samples)
 
-    def run(self, network: FrameInterpolator, accelerator: Accelerator, tracker: Tracker, step: int) -> str:
-        """Measure `network`, which is left in eval mode, on all processes together; log it, and say it in one line."""
-        sums = torch.zeros(3, dtype=torch.float64, device=accelerator.device)
+    def run(
+        self, network: FrameInterpolator, accelerator: Accelerator, tracker: Tracker, watch: Watch, step: int, in_step: bool
+    ) -> Score | None:
+        """Measure `network`, which is left in eval mode, on all processes together, and log it.
+
+        None where a process was told to stop meanwhile: nothing is measured then, as all processes know. `in_step`: the network
+        is in shards, which only all processes together can put in use, so each takes as many samples as the others.
+        """
+        watch.at(f"validation after step {step}")
+        sums = torch.zeros(4, dtype=torch.float64, device=accelerator.device)
         network.eval()
         mine = self.numbers[accelerator.process_index :: accelerator.num_processes]
-        batches = evaluation_batches(self.folder, accelerator.device, numbers=mine, workers=self.workers)
+        missing = math.ceil(len(self.numbers) / accelerator.num_processes) - len(mine) if in_step else 0
+        numbers = [*mine, *self.numbers[:missing]]
+        batches = evaluation_batches(self.folder, accelerator.device, numbers=numbers, workers=self.workers)
         for number, batch in enumerate(batches):
+            stopping = not watch.going_on()
+            if watch.stop(at_once=True) if in_step else stopping:
+                sums[3] = 1
+                break
             with torch.no_grad(), accelerator.autocast():
                 prediction = network(batch.img0, batch.img1, batch.timestep)
+            if number >= len(mine):  # only there to keep step
+                break
             imgt = prediction.imgt.float().clamp(0, 1)
             scores = psnr(imgt, batch.imgt), psnr((batch.img0 + batch.img1) / 2, batch.imgt)
-            sums += torch.stack([score.double().sum() for score in scores] + [sums.new_tensor(len(batch.keys))])
+            sums[:3] += torch.stack([score.double().sum() for score in scores] + [sums.new_tensor(len(batch.keys))])
             if number == 0:
                 error = (imgt - batch.imgt).abs() * 5
                 pictures = {"img0": batch.img0, "prediction": imgt, "truth": batch.imgt, "img1": batch.img1, "5 x error": error}
                 tracker.pictures(step, "val", {name: picture[0] for name, picture in pictures.items()})
                 if prediction.flow_t0 is not None:
                     tracker.pictures(step, "val_flow", flow_pictures(prediction))
-        model, average, count = accelerator.reduce(sums, reduction="sum").tolist()
+        watch.at(f"the end of validation after step {step}")
+        model, average, count, broken_off = accelerator.reduce(sums, reduction="sum").tolist()
+        if broken_off:
+            return None
         model, average = model / count, average / count
         tracker.log(step, "val", psnr=model, average_psnr=average, samples=count)
-        return f"step {step}: PSNR {model:.2f} dB, frame average {average:.2f} dB, {model - average:+.2f} dB"
+        return Score(step, model, average)
 
 
 def flow_pictures(prediction: Prediction) -> dict[str, Tensor]:

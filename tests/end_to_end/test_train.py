@@ -76,7 +76,7 @@ def undisturbed(tmp_path_factory, train_shards, val_shards) -> Path:
 
 def test_run_folder_holds_everything(undisturbed):
     assert sorted(path.name for path in undisturbed.iterdir()) == [
-        "checkpoints", "config.json", "environment.json", "metrics.jsonl", "tensorboard",
+        "checkpoints", "config.json", "environment.json", "metrics.jsonl", "status.json", "tensorboard",
     ]  # fmt: skip
     assert [found.step for found in list_checkpoints(undisturbed)] == [4, 8]
     assert [row["step"] for row in rows(undisturbed, "train")] == list(range(1, 9))
@@ -317,6 +317,6 @@ def test_existing_run_is_not_overwritten(capsys, undisturbed, train_shards):
 def test_loss_that_is_no_number_ends_the_run(capsys, tmp_path, train_shards, monkeypatch):
     monkeypatch.setattr(train, "training_losses", lambda prediction, *_: {"loss": prediction.imgt.sum() * float("nan")})
     message = refused(capsys, "--data_path", train_shards, "--batch_size", 4, "--steps", 2, "--output_dir", tmp_path,
-                      "--exp_name", "nan")  # fmt: skip
+                      "--exp_name", "nan", "--no-guard")  # fmt: skip
     assert "the loss is nan, the norm of the gradient nan at step 1; the last good checkpoint is none" in message
     assert latest(tmp_path / "nan") is None

@@ -13,7 +13,7 @@ from scipy import ndimage
 from skimage.metrics import peak_signal_noise_ratio
 
 from shards import synthetic
-from vfi import checkpoint, presets
+from vfi import checkpoint, presets, weights
 from vfi.benchmark import error_map, main
 from vfi.model.interpolator import FrameInterpolator
 from vfi.records import to_json
@@ -43,7 +43,7 @@ def runs(tmp_path_factory) -> Path:
             with torch.no_grad():  # a fresh model may well be the frame average: make it differ
                 for parameter in model.parameters():
                     parameter.add_(0.02 * torch.randn_like(parameter))
-            checkpoint.save(folder / name, step, model, torch.optim.AdamW(model.parameters()), keep_last=2)
+            checkpoint.save(folder / name, checkpoint.State(step), config, model.state_dict(), {}, keep_last=2)
         (folder / name / "config.json").write_text(to_json(config))
     return folder
 
@@ -81,7 +81,7 @@ def test_numbers_are_those_of_independent_code(data, runs, tmp_path, capsys) -> 
     results = read_results(out)
     frames = _frames(data)
     assert [row.model for row in results.rows] == ["frame average", "first", "second"]
-    models = [None, *(checkpoint.load_model(runs / name, torch.device("cpu"))[0] for name in ("first", "second"))]
+    models = [None, *(weights.load_model(runs / name, torch.device("cpu"))[0] for name in ("first", "second"))]
     for row, model in zip(results.rows, models, strict=True):
         assert [image.key for image in row.images] == list(frames)
         for image, (img0, truth, img1) in zip(row.images, frames.values(), strict=True):
@@ -224,7 +224,7 @@ def test_a_model_that_predicts_nan_gets_no_score(data, runs, tmp_path, capsys) -
         for parameter in model.parameters():
             parameter.fill_(torch.nan)
     run = tmp_path / "runs" / "broken"
-    checkpoint.save(run, 1, model, torch.optim.AdamW(model.parameters()), keep_last=1)
+    checkpoint.save(run, checkpoint.State(1), config, model.state_dict(), {})
     (run / "config.json").write_text(to_json(config))
     message = _refusal(capsys, "--model", run, "--data", data, "--out", tmp_path / "r.json")
     assert "not finite" in message
@@ -275,7 +275,7 @@ def test_scale_reaches_the_model(tmp_path, data):
     torch.manual_seed(0)
     model = FrameInterpolator(config.model)
     torch.nn.init.normal_(model.flow.stages[0].head.weight, std=0.1)
-    checkpoint.save(tmp_path / "runs" / "moving", 1, model, torch.optim.AdamW(model.parameters()), keep_last=1)
+    checkpoint.save(tmp_path / "runs" / "moving", checkpoint.State(1), config, model.state_dict(), {})
     (tmp_path / "runs" / "moving" / "config.json").write_text(to_json(config))
     found = {}
     for scale in (1, 0.5):

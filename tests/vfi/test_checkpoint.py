@@ -1,165 +1,336 @@
-"""Checkpoints: whole or absent, exact, and clear about what does not fit."""
+"""Checkpoints: whole or absent, verified, found and pruned, and clear about what is wrong."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
-import pickle
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
 from vfi import checkpoint, presets
-from vfi.checkpoint import CheckpointError, SavedPosition
-from vfi.config import Config
+from vfi.checkpoint import CheckpointError, Found, SavedPosition, State
 from vfi.data.plan import Position
-from vfi.model.interpolator import FrameInterpolator
-from vfi.optim import build_optimizer
-from vfi.records import to_json
+from vfi.manifest import MANIFEST, write_folder
+
+CONFIG = presets.tiny()
+WEIGHTS = {"backbone.weight": torch.arange(6.0).view(2, 3)}
+OPTIMIZER = {"state": {0: {"step": torch.tensor(1.0)}}, "param_groups": []}
 
 
-def make_run(folder: Path, config: Config, steps: list[int], keep_last: int = 3):
-    folder.mkdir(parents=True)
-    (folder / "config.json").write_text(to_json(config))
-    model = FrameInterpolator(config.model)
-    optimizer = build_optimizer(model, config.optim)
-    for step in steps:
-        model(*torch.rand(2, 1, 3, 64, 64), torch.tensor([0.5])).imgt.sum().backward()
-        optimizer.step()
-        checkpoint.save(folder, step, model, optimizer, keep_last)
-    return model, optimizer
+def save(run: Path, step: int, **options) -> Path:
+    """A checkpoint of a model with one parameter; fields of its state and options of `save` by name."""
+    fields = {field.name for field in dataclasses.fields(State)}
+    state = State(step, **{name: value for name, value in options.items() if name in fields})
+    others = {name: value for name, value in options.items() if name not in fields}
+    return checkpoint.save(run, state, CONFIG, WEIGHTS, OPTIMIZER, **others)
 
 
-def test_weights_and_optimizer_come_back_exactly(tmp_path):
-    config = presets.tiny()
-    model, optimizer = make_run(tmp_path / "run", config, [10])
-    other = FrameInterpolator(config.model)
-    other_optimizer = build_optimizer(other, config.optim)
-    found = checkpoint.latest(tmp_path / "run")
-    checkpoint.load_weights(other, found.path)
-    checkpoint.load_optimizer(other_optimizer, found.path)
-    assert checkpoint.read_step(found.path) == 10
-    for name, tensor in model.state_dict().items():
-        assert torch.equal(tensor, other.state_dict()[name]), name
-    for one, two in zip(optimizer.state.values(), other_optimizer.state.values(), strict=True):
-        assert all(torch.equal(one[key], two[key]) for key in one)
+@pytest.fixture
+def run(tmp_path) -> Path:
+    """A run with checkpoints of steps 10 and 20."""
+    for step in (10, 20):
+        save(tmp_path / "run", step)
+    return tmp_path / "run"
 
 
-def test_position_in_the_data_comes_back(tmp_path):
-    model, optimizer = make_run(tmp_path / "run", presets.tiny(), [5])
-    saved = SavedPosition(Position(3, ((16, 2), (24, 5))), "abc")
-    path = checkpoint.save(tmp_path / "run", 10, model, optimizer, 2, saved)
-    assert checkpoint.read_position(path) == saved
-    assert checkpoint.read_step(path) == 10
-    assert checkpoint.read_position(path.with_name("step_00000005")) is None
-    state = json.loads((path / checkpoint.STATE).read_text())
-    for damage in ({"done": 5}, {"done": [[1]]}, {"done": [[0, 1]]}, {"epoch": "x"}, {"epoch": -1}):
-        (path / checkpoint.STATE).write_text(json.dumps(state | damage))
-        with pytest.raises(CheckpointError, match=r"state\.json has no usable position"):
-            checkpoint.read_position(path)
+def steps(run: Path) -> list[int]:
+    return [found.step for found in checkpoint.list_checkpoints(run)]
+
+
+def rewrite(folder: Path, **contents: bytes) -> None:
+    """Replace files of a checkpoint and list them in its manifest, as who means harm would."""
+    files = {path.name: path.read_bytes() for path in folder.iterdir() if path.name != MANIFEST}
+    write_folder(folder, (files | {name.replace("__", "."): content for name, content in contents.items()}).items())
+
+
+def make_old(folder: Path) -> None:
+    """Turn a checkpoint into one of version 1: no manifest, settings and random states."""
+    for name in (MANIFEST, checkpoint.CONFIG, checkpoint.RANDOM):
+        (folder / name).unlink()
+    state = {"version": 1, "step": int(folder.name[-8:]), "torch": "2.11.0", "epoch": 3, "done": [[16, 2]], "order": "abc"}
+    (folder / checkpoint.STATE).write_text(json.dumps(state))
+    (folder.parent.parent / checkpoint.CONFIG).write_text(json.dumps(dataclasses.asdict(CONFIG)))
+
+
+def test_all_of_a_checkpoint_comes_back(tmp_path):
+    guard = {"medians": [0.1, math.inf, 1 / 3], "known": True}
+    state = State(
+        12, 3, ((16, 2), (24, 5)), "abc", 31.25, 7, {"scale": 65536.0}, guard, {"torch": "2.15.0", "git": "0123abc+changes"}
+    )
+    random = [{"torch": "00ff"}, {"torch": "ff00"}]
+    path = checkpoint.save(tmp_path / "run", state, CONFIG, WEIGHTS, OPTIMIZER, ema=WEIGHTS, random=random)
+    assert path == tmp_path / "run" / "checkpoints" / "step_00000012"
+    assert sorted(file.name for file in path.iterdir()) == [
+        "config.json", "ema.safetensors", "manifest.json", "model.safetensors", "optimizer.pt", "random.json", "state.json",
+    ]  # fmt: skip
+    assert checkpoint.check(path) == []
+    assert checkpoint.read_state(path) == state
+    assert checkpoint.read_step(path) == 12
+    assert checkpoint.read_position(path) == SavedPosition(Position(3, ((16, 2), (24, 5))), "abc")
+    assert checkpoint.read_random(path) == random
+    assert checkpoint.read_config(path) == CONFIG
+
+
+def test_a_checkpoint_is_usable_alone(run, tmp_path):
+    """Its settings lie in it: it may be moved away from its run."""
+    alone = tmp_path / "elsewhere" / "best"
+    shutil.copytree(run / "checkpoints" / "step_00000010", alone)
+    shutil.rmtree(run)
+    assert checkpoint.check(alone) == []
+    assert checkpoint.read_config(alone) == CONFIG
+    assert checkpoint.read_step(alone) == 10
+
+
+def test_without_a_position_none_comes_back(run):
+    assert checkpoint.read_position(run / "checkpoints" / "step_00000010") is None
+
+
+# what is kept
 
 
 def test_only_the_newest_are_kept(tmp_path):
-    make_run(tmp_path / "run", presets.tiny(), [5, 10, 20, 100], keep_last=2)
-    assert [found.step for found in checkpoint.list_checkpoints(tmp_path / "run")] == [20, 100]
-    assert sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir()) == ["step_00000020", "step_00000100"]
+    for step in (5, 10, 20, 100):
+        save(tmp_path, step, keep_last=2)
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step_00000020", "step_00000100"]
 
 
-def test_unfinished_checkpoint_is_not_seen(tmp_path, monkeypatch):
-    run = tmp_path / "run"
-    model, optimizer = make_run(run, presets.tiny(), [10])
+@pytest.mark.parametrize(("keep_best", "kept"), [(0, [5, 6]), (1, [2, 5, 6]), (2, [2, 5, 6]), (9, [1, 2, 4, 5, 6])])
+def test_the_best_are_kept_beside_the_newest(tmp_path, keep_best, kept):
+    """The highest PSNR, of equal ones the newest; a step without validation has none and is no candidate."""
+    for step, psnr in ((1, 30.0), (2, 31.0), (3, None), (4, 29.5), (5, 28.0), (6, 30.0)):
+        save(tmp_path, step, psnr=psnr, keep_last=2, keep_best=keep_best)
+        assert checkpoint.latest(tmp_path).step == step
+    assert steps(tmp_path) == kept
 
+
+def test_the_best_is_never_lost_on_the_way(tmp_path):
+    for step in range(1, 30):
+        save(tmp_path, step, psnr=40.0 - abs(step - 7), keep_last=2)
+        assert min(step, 7) in steps(tmp_path)
+    assert steps(tmp_path) == [7, 28, 29]
+
+
+def test_steps_that_a_run_left_behind_are_removed(tmp_path):
+    """A run that goes on from step 10 is not at step 20: what lies there is of another past, and must not count as newest."""
+    for step in (10, 20):
+        save(tmp_path, step, keep_last=1, keep_best=0)
+        save(tmp_path, 10, keep_last=1, keep_best=0)
+        assert steps(tmp_path) == [10]
+    (save(tmp_path, 20) / checkpoint.MODEL).write_bytes(b"damaged")
+    save(tmp_path, 15, keep_last=1, keep_best=0)
+    assert steps(tmp_path) == [15]
+
+
+def test_a_damaged_one_does_not_keep_others_from_being_saved(tmp_path):
+    (save(tmp_path, 10) / checkpoint.STATE).write_text("{")
+    save(tmp_path, 20, psnr=30.0, keep_last=2)
+    assert steps(tmp_path) == [10, 20]
+    save(tmp_path, 30, keep_last=1)
+    assert steps(tmp_path) == [20, 30]
+
+
+def test_a_checkpoint_that_cannot_be_written_leaves_the_others(run, monkeypatch):
     def fail(*_):
-        raise OSError("disk full")
+        raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint.torch, "save", fail)
-    with pytest.raises(OSError, match="disk full"):
-        checkpoint.save(run, 20, model, optimizer, keep_last=1)
-    assert [found.step for found in checkpoint.list_checkpoints(run)] == [10]
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(CheckpointError, match=r"step_00000030 could not be written: No space left on device \(model\.safet"):
+        save(run, 30, keep_last=1)
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step_00000010", "step_00000020"]
+    assert checkpoint.newest_whole(run) == (run / "checkpoints" / "step_00000020", [])
 
 
-def test_model_is_found_by_run_folder_checkpoint_and_file(tmp_path, monkeypatch):
-    model, _ = make_run(tmp_path / "runs" / "mine", presets.tiny(), [10, 20])
-    newest = tmp_path / "runs/mine/checkpoints/step_00000020"
-    monkeypatch.chdir(tmp_path)
-    for path in ("mine", "runs/mine", newest, newest / "model.safetensors"):
-        loaded, config = checkpoint.load_model(path, torch.device("cpu"))
-        assert config == presets.tiny()
-        assert not loaded.training
-        assert torch.equal(loaded.refine.head.weight, model.refine.head.weight)
-    with pytest.raises(CheckpointError, match="no run or checkpoint 'yours'; runs in runs: mine"):
-        checkpoint.find("yours")
-    (tmp_path / "empty").mkdir()
+def test_names_that_are_no_checkpoints_are_not_seen(run):
+    for name in ("step_", "step_x", "step_1x", ".step_00000030.new", "other", "step_²"):
+        (run / "checkpoints" / name).mkdir()
+    assert steps(run) == [10, 20]
+
+
+# verification
+
+
+def test_the_newest_damaged_one_is_named_and_the_one_before_is_used(run):
+    newest = save(run, 30)
+    assert checkpoint.newest_whole(run) == (newest, [])
+    content = bytearray((newest / checkpoint.OPTIMIZER).read_bytes())
+    content[len(content) // 2] ^= 1
+    (newest / checkpoint.OPTIMIZER).write_bytes(content)
+    path, (line,) = checkpoint.newest_whole(run)
+    assert path == run / "checkpoints" / "step_00000020"
+    assert line.startswith(f"DAMAGED and not used: {newest}: optimizer.pt is not what was written (its sha256 differs)")
+    (path / checkpoint.MODEL).unlink()
+    path, lines = checkpoint.newest_whole(run)
+    assert path == run / "checkpoints" / "step_00000010"
+    assert "step_00000030: optimizer.pt" in lines[0]
+    assert "step_00000020: model.safetensors is missing" in lines[1]
+
+
+def test_when_none_is_whole_all_are_named(run):
+    for found in checkpoint.list_checkpoints(run):
+        (found.path / checkpoint.STATE).write_text("{}")
+    with pytest.raises(CheckpointError) as error:
+        checkpoint.newest_whole(run)
+    assert str(error.value).startswith(f"no checkpoint of {run} is whole: ")
+    for step in (10, 20):
+        assert f"step_000000{step}: state.json has 2 bytes instead of" in str(error.value)
+    assert checkpoint.newest_whole(run / "none") == (None, [])
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "random.json", "config.json", "state.json"])
+def test_a_manifest_lists_all_that_is_needed(run, name):
+    path = run / "checkpoints" / "step_00000020"
+    content = json.loads((path / MANIFEST).read_text())
+    del content["files"][name]
+    (path / MANIFEST).write_text(json.dumps(content))
+    assert checkpoint.check(path) == [f"{name} is not in manifest.json"]
+
+
+def test_ema_weights_that_came_later_are_not_trusted(run):
+    path = run / "checkpoints" / "step_00000020"
+    shutil.copy(path / checkpoint.MODEL, path / checkpoint.EMA)
+    assert checkpoint.check(path) == ["ema.safetensors is not in manifest.json"]
+    (path / "notes.txt").write_text("one's own notes are no damage")
+    (path / checkpoint.EMA).unlink()
+    assert checkpoint.check(path) == []
+
+
+def test_one_checkpoint_named_for_a_start_must_be_whole(run):
+    path = run / "checkpoints" / "step_00000020"
+    assert checkpoint.find_whole(path) == (path, [])
+    (path / checkpoint.MODEL).write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"00000020 is damaged: model.safetensors has 0 bytes.* beside it: step_00000010"):
+        checkpoint.find_whole(path)
+    other, (line,) = checkpoint.find_whole("run", run.parent)
+    assert other.name == "step_00000010"
+    assert "step_00000020: model.safetensors has 0 bytes" in line
+
+
+def test_checkpoints_of_version_1_are_used_and_said_to_be_unverified(run):
+    path = run / "checkpoints" / "step_00000020"
+    make_old(path)
+    assert checkpoint.check(path) == []
+    assert not checkpoint.is_verifiable(path)
+    assert checkpoint.read_config(path) == CONFIG
+    assert checkpoint.read_random(path) == []
+    assert checkpoint.read_state(path) == State(
+        20, 3, ((16, 2),), "abc", versions={"torch": "2.11.0"}, version=1
+    )  # fmt: skip
+    found, (line,) = checkpoint.newest_whole(run)
+    assert found == path
+    assert "can't be verified: it was written before checkpoints had a manifest" in line
+    (path / checkpoint.OPTIMIZER).unlink()
+    assert checkpoint.check(path) == ["optimizer.pt is missing"]
+
+
+def test_a_new_checkpoint_without_its_manifest_is_damaged(run):
+    path = run / "checkpoints" / "step_00000020"
+    (path / MANIFEST).unlink()
+    assert checkpoint.is_verifiable(path)
+    assert checkpoint.check(path) == ["manifest.json is missing"]
+
+
+# hostile and absurd content, listed in the manifest as if it had been written so
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"step": -1}, "it is of step -1"),
+        ({"step": 21}, "it is of step 21"),
+        ({"step": True}, "step is True, expected"),
+        ({"step": "20"}, "step is '20', expected"),
+        ({"step": 10**30}, "it is of step 1000"),
+        ({"epoch": -1}, "epoch is -1"),
+        ({"epoch": 10**30}, "epoch is 1000"),
+        ({"epoch": "x"}, "epoch is 'x', expected"),
+        ({"done": 5}, "done is 5, expected"),
+        ({"done": [[1]]}, r"done\[0\] is \[1\], expected"),
+        ({"done": [[0, 1]]}, "done is"),
+        ({"done": [[1, 10**20]]}, "done is"),
+        ({"psnr": math.nan}, "psnr is nan"),
+        ({"psnr": "30"}, "psnr is '30'"),
+        ({"ema_updates": -1}, "ema_updates is -1"),
+        ({"scaler": []}, r"scaler is \[\], expected"),
+        ({"scaler": {"scale": "x"}}, "scaler.scale is 'x'"),
+        ({"guard": "x"}, "guard is 'x'"),
+        ({"version": 3}, "version 3; this program reads versions 1 and 2"),
+        ({"version": "2"}, "version 2; this program"),
+        ({"later": 1}, r"Unknown fields: \['later'\]"),
+    ],
+)
+def test_absurd_states_are_refused(run, change, message):
+    path = run / "checkpoints" / "step_00000020"
+    content = json.loads((path / checkpoint.STATE).read_text()) | {"epoch": 0} | change
+    rewrite(path, state__json=json.dumps(content).encode())
+    with pytest.raises(CheckpointError, match=message):
+        checkpoint.read_state(path)
+    (wrong,) = checkpoint.check(path)
+    assert "state.json" in wrong
+    assert checkpoint.newest_whole(run)[0] == run / "checkpoints" / "step_00000010"
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b"1", b"{", b"\xff", b"[" * 100_000, b'{"version": 2, "step": ' + b"9" * 5000])
+def test_what_is_no_state_at_all_is_refused(run, content):
+    path = run / "checkpoints" / "step_00000020"
+    rewrite(path, state__json=content)
+    with pytest.raises(CheckpointError, match=r"state\.json"):
+        checkpoint.read_state(path)
+    assert len(checkpoint.check(path)) == 1
+
+
+@pytest.mark.parametrize("name", ["../../../secret", "/etc/passwd", "checkpoints/../x"])
+def test_a_manifest_that_leads_out_of_the_checkpoint_is_refused(run, name):
+    path = run / "checkpoints" / "step_00000020"
+    content = json.loads((path / MANIFEST).read_text())
+    content["files"][name] = {"bytes": 0, "sha256": ""}
+    (path / MANIFEST).write_text(json.dumps(content))
+    (wrong,) = checkpoint.check(path)
+    assert f"names {name!r}, which is not the name of a file in this folder" in wrong
+
+
+@pytest.mark.parametrize("content", [b"{}", b"\x80\x04", b"1"])
+def test_random_states_are_a_list(run, content):
+    path = run / "checkpoints" / "step_00000020"
+    rewrite(path, random__json=content)
+    with pytest.raises(CheckpointError, match=r"random\.json"):
+        checkpoint.read_random(path)
+
+
+def test_settings_that_cannot_be_read_are_named(run):
+    path = run / "checkpoints" / "step_00000020"
+    rewrite(path, config__json=b"\xff")
+    with pytest.raises(CheckpointError):
+        checkpoint.read_config(path)
+    (path / checkpoint.CONFIG).unlink()
+    with pytest.raises(CheckpointError, match=r"has no settings: .*config.json cannot be read"):
+        checkpoint.read_config(path)
+
+
+# where checkpoints are
+
+
+def test_a_checkpoint_is_found_by_run_folder_name_and_file(run, monkeypatch):
+    newest = run / "checkpoints" / "step_00000020"
+    for path in (run, newest, newest / checkpoint.MODEL):
+        assert checkpoint.find(path) == newest
+    assert checkpoint.find("run", run.parent) == newest
+    assert checkpoint.latest(run) == Found(newest, 20)
+    with pytest.raises(CheckpointError, match=r"no run or checkpoint 'yours'; runs in .*: run"):
+        checkpoint.find("yours", run.parent)
+    (run.parent / "empty").mkdir()
     with pytest.raises(CheckpointError, match="empty exists but holds no checkpoint"):
-        checkpoint.find("empty")
+        checkpoint.find("empty", run.parent)
 
 
 def test_newest_run_is_the_one_trained_last(tmp_path):
     with pytest.raises(CheckpointError, match="no trained run"):
         checkpoint.newest_run(tmp_path)
     for age, name in enumerate(("b", "c", "a")):
-        make_run(tmp_path / name, presets.tiny(), [1])
-        os.utime(tmp_path / name / "checkpoints" / "step_00000001", (1000 - age, 1000 - age))
+        os.utime(save(tmp_path / name, 1), (1000 - age, 1000 - age))
     (tmp_path / "unfinished" / "checkpoints").mkdir(parents=True)
     assert checkpoint.newest_run(tmp_path) == tmp_path / "b"
-
-
-def test_other_architecture_names_the_keys(tmp_path):
-    make_run(tmp_path / "run", presets.tiny(), [1])
-    path = checkpoint.latest(tmp_path / "run").path
-    wider = FrameInterpolator(dataclasses.replace(presets.tiny().model, width=16))
-    before = wider.refine.head.bias.clone()
-    with pytest.raises(CheckpointError, match=r"another architecture: .*of another shape: .*\[8, 3, 3, 3\] instead of \[16"):
-        checkpoint.load_weights(wider, path)
-    assert torch.equal(wider.refine.head.bias, before)
-    without = FrameInterpolator(dataclasses.replace(presets.tiny().model, backbone_mode="mamba2_only"))
-    with pytest.raises(CheckpointError, match=r"unknown: .*attention\.qkv_gate"):
-        checkpoint.load_weights(without, path)
-
-
-@pytest.mark.parametrize("name", [checkpoint.MODEL, checkpoint.OPTIMIZER, checkpoint.STATE])
-def test_damaged_file_is_named(tmp_path, name):
-    model, optimizer = make_run(tmp_path / "run", presets.tiny(), [1])
-    path = checkpoint.latest(tmp_path / "run").path
-    (path / name).write_bytes(b"\x00\x01 not what it was")
-    load = {
-        checkpoint.MODEL: lambda: checkpoint.load_weights(model, path),
-        checkpoint.OPTIMIZER: lambda: checkpoint.load_optimizer(optimizer, path),
-        checkpoint.STATE: lambda: checkpoint.read_step(path),
-    }[name]
-    with pytest.raises(CheckpointError, match=name):
-        load()
-
-
-class Hostile:
-    def __reduce__(self):
-        return (Path.touch, (Path("executed"),))
-
-
-def test_settings_of_the_optimizer_are_those_of_the_run_that_goes_on(tmp_path):
-    layer = torch.nn.Linear(2, 2)
-    old = torch.optim.AdamW([{"params": [layer.weight], "weight_decay": 1e-4}, {"params": [layer.bias], "weight_decay": 0.0}])
-    layer(torch.ones(1, 2)).sum().backward()
-    old.step()
-    torch.save(old.state_dict(), tmp_path / checkpoint.OPTIMIZER)
-    new = torch.optim.AdamW([{"params": [layer.weight], "weight_decay": 0.05}, {"params": [layer.bias], "weight_decay": 0.0}])
-    checkpoint.load_optimizer(new, tmp_path)
-    assert [group["weight_decay"] for group in new.param_groups] == [0.05, 0.0]
-    assert torch.equal(new.state[layer.weight]["exp_avg"], old.state[layer.weight]["exp_avg"])
-    with pytest.raises(checkpoint.CheckpointError):
-        checkpoint.load_optimizer(torch.optim.AdamW([layer.weight]), tmp_path)
-
-
-def test_loading_executes_nothing(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    _, optimizer = make_run(tmp_path / "run", presets.tiny(), [1])
-    path = checkpoint.latest(tmp_path / "run").path
-    torch.save({"state": Hostile(), "param_groups": []}, path / checkpoint.OPTIMIZER)
-    with pytest.raises(CheckpointError, match="cannot be loaded"):
-        checkpoint.load_optimizer(optimizer, path)
-    (path / checkpoint.OPTIMIZER).write_bytes(pickle.dumps(Hostile()))
-    with pytest.raises(CheckpointError, match="cannot be loaded"):
-        checkpoint.load_optimizer(optimizer, path)
-    assert not (tmp_path / "executed").exists()

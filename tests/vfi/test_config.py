@@ -116,7 +116,13 @@ def test_unsupported_flag_is_refused_by_name(flags):
         ("--backbone_mode mamba2_only --gate off", "--gate off has no effect without a --backbone_mode with attention"),
         ("--backbone_mode gated_attn_only --scan flip", "--scan flip has no effect without a --backbone_mode with a scan"),
         ("--matvlm_plan A", "--matvlm_plan A needs --matvlm_donor"),
-        ("--matvlm_plan A --matvlm_donor x --resume y", "both give the first weights"),
+        ("--matvlm_plan A --matvlm_donor x --resume y", "--matvlm_plan A and --resume y both give the first weights"),
+        ("--matvlm_plan A --matvlm_donor x --start_from y", "--matvlm_plan A and --start_from y both give the first weights"),
+        ("--resume x --start_from y", "--resume x and --start_from y both give the first weights"),
+        ("--keep_best -1", "--keep_best is -1"),
+        ("--keep_best 2", "--keep_best 2 has no effect without --val_path"),
+        ("--ema 1", "--ema is 1.0; it is a decay such as 0.999"),
+        ("--ema -0.1", "--ema is -0.1"),
         ("--data_path A B", "--data_path has 2 folders and there is no --mixed_ratio: give one number a folder, such as "
          "--mixed_ratio 1:1"),
         ("--data_path A --mixed_ratio 2:1", "--data_path has 1 folder and there is --mixed_ratio 2:1"),
@@ -163,8 +169,7 @@ def broken(change) -> str:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda c: c["run"].pop("seed"), r"run: .*missing \['seed'\]"),
-        (lambda c: c["model"].update(new=1), r"model: .*unknown fields \['new'\]"),
+        (lambda c: c["model"].update(new=1), r"model: .* a newer one\? Unknown fields: \['new'\]"),
         (lambda c: c["model"].update(width="16"), "model: width is '16'"),
         (lambda c: c["model"].update(gate="always"), "gate is 'always'"),
         (lambda c: c["model"].update(depths=[3]), "depths"),
@@ -178,6 +183,22 @@ def test_damaged_file_is_named(change, message):
         config_from_json(broken(change), "runs/x/config.json")
     with pytest.raises(ConfigError, match="is not JSON"):
         config_from_json("{")
+
+
+def test_what_an_older_program_lacked_has_its_default_and_is_said():
+    said: list[str] = []
+    older = broken(lambda c: (c["run"].pop("keep_best"), c["optim"].pop("ema"), c.pop("guard"), c["model"].update(width=24)))
+    config = config_from_json(older, "runs/x/config.json", said.append)
+    assert config == dataclasses.replace(Config(), model=dataclasses.replace(Config().model, width=24))
+    assert said == ["runs/x/config.json is older than these settings, which have their defaults: guard, keep_best, ema"]
+    config_from_json(to_json(Config()), say=said.append)
+    assert len(said) == 1
+
+
+@pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(Config().model)])
+def test_every_setting_of_the_model_has_a_default_for_older_runs(field):
+    config = config_from_json(broken(lambda c: c["model"].pop(field)), say=lambda _: None)
+    assert config == Config()
 
 
 def test_ints_are_taken_where_floats_are_meant():

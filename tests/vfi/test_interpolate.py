@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from vfi import checkpoint, presets
+from vfi import checkpoint, presets, weights
 from vfi.interpolate import frames_of, main, write_video
 from vfi.model.interpolator import FrameInterpolator
 from vfi.records import to_json
@@ -26,7 +26,7 @@ def run(tmp_path_factory) -> Path:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.005 * torch.randn_like(parameter))
-    checkpoint.save(folder, 4, model, torch.optim.AdamW(model.parameters()), keep_last=1)
+    checkpoint.save(folder, checkpoint.State(4), config, model.state_dict(), {})
     (folder / "config.json").write_text(to_json(config))
     return folder
 
@@ -52,7 +52,7 @@ def test_the_image_is_the_models(run, tmp_path, capsys, timestep) -> None:
     a, b = _image(tmp_path / "a.png", 51, 37, 1), _image(tmp_path / "b.png", 51, 37, 2)
     out = tmp_path / "new" / "mid.png"
     _call(a, b, "-o", out, "--model", run, *(("--timestep", timestep) if timestep else ()))
-    model, _ = checkpoint.load_model(run, torch.device("cpu"))
+    model, _ = weights.load_model(run, torch.device("cpu"))
     frames = [torch.from_numpy(_pixels(path) / 255).float().permute(2, 0, 1)[None] for path in (a, b)]
     with torch.no_grad():
         imgt = model(*frames, torch.tensor([timestep or 0.5])).imgt.clamp(0, 1)[0].permute(1, 2, 0).numpy()

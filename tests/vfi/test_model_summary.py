@@ -156,12 +156,18 @@ def test_the_parts_add_up_to_what_pytorch_counts(phase, precision) -> None:
     network = FrameInterpolator(dataclasses.replace(presets.tiny().model, phase=phase, mixing="mhc")).eval()
     cost = count(network, 2, (72, 80), precision)
     frames = torch.rand(2, 2, 3, 72, 80)
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # known to torch from 2.15 on
+    with torch.no_grad(), FlopCounterMode(display=False, custom_mapping={attention: _attention_flops}) as counter:
         network(frames[0], frames[1], torch.full((2,), 0.5))
     assert sum(cost.macs.values()) == sum(cost.by_kind.values()) == counter.get_total_flops() // 2
     assert cost.macs["refine"] > 0
     assert ("flow" in cost.macs) == (phase == 2)
     assert cost.macs[REST] == 0
+
+
+def _attention_flops(q, k, v, *_, **__) -> int:
+    """Two products of [tokens, d] and [d, tokens] for every head, from shapes: [windows, heads, tokens, d]."""
+    return 2 * 2 * q[0] * q[1] * q[2] * k[2] * q[3]
 
 
 def test_macs_grow_with_the_area(model) -> None:
@@ -371,10 +377,10 @@ def test_the_parts_take_the_time_of_the_whole(model, monkeypatch) -> None:
 def test_a_size_without_enough_memory_is_a_row(monkeypatch, capsys) -> None:
     """As a GPU would say it, at one of the two sizes."""
 
-    def refuse(model, img0, img1, timestep, precision):
+    def refuse(model, img0, img1, timestep, precision, graphs):
         if img0.shape[2] > 64:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return predict(model, img0, img1, timestep, precision)
+        return predict(model, img0, img1, timestep, precision, graphs=graphs)
 
     monkeypatch.setattr(model_summary, "predict", refuse)
     flags = "--preset tiny --sizes 96x96 64x64 --device cpu --measure --repeats 1 --no-count"

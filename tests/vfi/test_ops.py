@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import sys
 import types
 from importlib.machinery import ModuleSpec
@@ -111,6 +112,30 @@ def test_ssd_backend_choice_says_why():
         choose_ssd("mamba_ssm", cpu)
     with pytest.raises(ValueError, match="does not exist"):
         choose_ssd("cuda", cpu)
+
+
+@pytest.mark.parametrize("asked", [None, "0"])
+def test_what_the_kernels_tuning_finds_is_kept(monkeypatch, asked):
+    """Triton reads the variable when the kernels are defined, so it is set by then; a user's own choice stays."""
+    seen = []
+
+    class Kernels(types.ModuleType):
+        def __getattr__(self, name: str) -> object:
+            seen.append((name, os.environ.get("TRITON_CACHE_AUTOTUNING")))
+            return print
+
+    for name in ("mamba_ssm", "mamba_ssm.ops", "mamba_ssm.ops.triton", "selective_scan_cuda"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    monkeypatch.setitem(sys.modules, "mamba_ssm.ops.triton.ssd_combined", Kernels("mamba_ssm.ops.triton.ssd_combined"))
+    monkeypatch.setenv("TRITON_CACHE_AUTOTUNING", asked or "")
+    if asked is None:
+        monkeypatch.delenv("TRITON_CACHE_AUTOTUNING")
+    ssd._import_kernel.cache_clear()
+    try:
+        assert ssd._import_kernel() is print
+    finally:
+        ssd._import_kernel.cache_clear()
+    assert seen[-1] == ("mamba_chunk_scan_combined", asked or "1")
 
 
 @pytest.mark.gpu

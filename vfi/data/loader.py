@@ -195,6 +195,11 @@ class TrainingLoader:
         check_cache_holds(self.sets, config, share * int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
         self.lanes = np.arange(rank * share, (rank + 1) * share).reshape(accumulation, config.batch_size)
 
+    def regroup(self, batch_size: int, accumulation: int) -> None:
+        """Give each step's samples in so many batches of this size; which samples these are stays the same."""
+        self.config = dataclasses.replace(self.config, batch_size=batch_size)
+        self.lanes = self.lanes.reshape(accumulation, batch_size)
+
     def batches(self, start: Position = START) -> Iterator[FrameBatch]:
         """Batches from a position on, for ever."""
         workers = min(self.config.num_workers, self.config.batch_size)
@@ -257,10 +262,9 @@ def check_cache_holds(sets: Sequence[TrainingSet], config: DataConfig, lanes: in
 
 def check_frames_fit(index: Index, folder: ShardFolder, config: DataConfig) -> None:
     """Raise before training, not in the middle of it, when frames don't hold the largest crop."""
-    largest = max(config.curriculum_crops) if config.curriculum else config.crop
-    if min(index.min_size) < largest:
+    if min(index.min_size) < config.largest_crop:
         height, width = index.min_size
-        given = f"--curriculum_crops goes up to {largest}" if config.curriculum else f"--crop is {largest}"
+        given = f"--curriculum_crops goes up to {config.largest_crop}" if config.curriculum else f"--crop is {config.crop}"
         raise FrameTooSmallError(
             f"{folder} has frames as small as {height}x{width} (height x width) but {given}: "
             f"{crop_advice(height, width, config)}"

@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import math
+import os
 import sys
 import types
 from collections.abc import Callable
@@ -90,6 +91,8 @@ def ssd_mamba_ssm(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Ten
 @functools.cache
 def _import_kernel() -> Callable[..., Tensor]:
     mamba1_obstacle()
+    # Read when the kernels are defined: what their tuning finds, for minutes, is kept beside the compiled kernels.
+    os.environ.setdefault("TRITON_CACHE_AUTOTUNING", "1")
     from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
 
     return mamba_chunk_scan_combined

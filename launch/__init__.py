@@ -1,0 +1,1 @@
+"""How does a run reach a cluster? It starts processes and needs no torch."""

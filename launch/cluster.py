@@ -1,0 +1,96 @@
+"""How does a job get into a queue? Through submitit; with the batch script that it writes, without queueing, for --dry_run.
+
+slurm    sbatch, from a login node
+local    processes of this machine, in the background
+debug    here and now, in this process
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import submitit
+from submitit.core.utils import FailedJobError, FailedSubmissionError
+from submitit.slurm.slurm import _make_sbatch_string
+
+from launch import job
+from vfi.errors import JobError
+
+ClusterName = Literal["slurm", "local", "debug"]
+_TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<first>\d+)(?::(?P<second>\d+))?(?::(?P<third>\d+))?")
+_PACKAGE_PATH = "submitit.core._submit"
+
+
+def minutes(time: str) -> int:
+    """A time limit as Slurm writes it -> minutes, rounded up: 90, 90:00, 24:00:00, 2-12, 2-12:30, 2-12:30:00."""
+    found = _TIME.fullmatch(time)
+    if not found:
+        raise JobError(f"--time {time!r} is no time limit: give minutes (90), hours (24:00:00) or days and hours (2-12:00:00)")
+    days, *parts = (int(part) if part else None for part in found.group("days", "first", "second", "third"))
+    first, second, third = parts
+    if days is not None or third is not None:
+        seconds = (days or 0) * 86400 + (first or 0) * 3600 + (second or 0) * 60 + (third or 0)
+    else:
+        seconds = (first or 0) * 60 + (second or 0)
+    if seconds < 60:
+        raise JobError(f"--time {time!r} is less than a minute")
+    return -(-seconds // 60)
+
+
+def script(folder: Path, parameters: dict[str, Any], tasks: int = 1) -> str:
+    """The batch script of a job, or of an array of so many tasks, as sbatch gets it."""
+    command = f"{shlex.quote(sys.executable)} -u -m {_PACKAGE_PATH} {shlex.quote(str(folder))}"
+    count: dict[str, Any] = {"map_count": tasks} if tasks > 1 else {}
+    return str(_make_sbatch_string(command=command, folder=folder, **parameters, **count))
+
+
+def submit(cluster: ClusterName, folder: Path, parameters: dict[str, Any], submissions: Sequence[Path]) -> list[str]:
+    """Queue one job, or an array, of submission.json files -> their job ids; JobError when the cluster refuses.
+
+    With `debug` they have run when this returns.
+    """
+    executor = _EXECUTORS[cluster](folder, parameters)
+    try:
+        jobs = executor.map_array(job.run, list(map(str, submissions)))
+    except (FailedJobError, FailedSubmissionError) as error:
+        raise JobError(f"the cluster refused the job, nothing was queued: {_refusal(error)}") from error
+    if cluster == "debug":
+        for one in jobs:
+            one.result()
+    return [str(one.job_id) for one in jobs]
+
+
+def _slurm(folder: Path, parameters: dict[str, Any]) -> submitit.Executor:
+    if not shutil.which("sbatch"):
+        raise JobError("no Slurm here (sbatch is not found): submit from a login node, or take --cluster local")
+    executor = submitit.SlurmExecutor(folder)
+    executor.update_parameters(**parameters)
+    return executor
+
+
+def _local(folder: Path, parameters: dict[str, Any]) -> submitit.Executor:
+    executor = submitit.LocalExecutor(folder)
+    executor.update_parameters(
+        timeout_min=parameters["time"], signal_delay_s=parameters["signal_delay_s"], setup=parameters["setup"],
+        gpus_per_node=int((parameters["gres"] or "0").rpartition(":")[2]),
+    )  # fmt: skip
+    return executor
+
+
+def _debug(folder: Path, _: dict[str, Any]) -> submitit.Executor:
+    return submitit.DebugExecutor(folder)
+
+
+_EXECUTORS = {"slurm": _slurm, "local": _local, "debug": _debug}
+
+
+def _refusal(error: Exception) -> str:
+    """What sbatch said, without submitit's frame."""
+    lines = [line.removeprefix("sbatch: ").strip() for line in str(error).splitlines()]
+    return "; ".join(line for line in lines if line.startswith("error:")) or " ".join(filter(None, lines))

@@ -1,0 +1,119 @@
+"""Which training run is meant, and can it start? Checked before anything is queued.
+
+config = presets.from_command_line(argv)
+check(config, processes=16)      # missing shards, an impossible batch: an error now instead of in the queue
+flags(config)                    # the command line that gives this Config again, from its preset
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from pathlib import Path
+from typing import Any
+
+from shards.schema import Index, ShardError, read_index
+from vfi import presets
+from vfi.config import Config, ConfigError, accumulation
+
+_CHECKPOINT = re.compile(r"step_(\d+)")
+
+
+def flags(config: Config) -> list[str]:
+    """Flags of vfi.train that give `config`, each setting that differs from its preset; ConfigError when there are none."""
+    default = presets.get(config.run.preset)
+    argv = ["--preset", config.run.preset]
+    for group in dataclasses.fields(config):
+        ours, theirs = getattr(config, group.name), getattr(default, group.name)
+        for field in dataclasses.fields(ours):
+            value = getattr(ours, field.name)
+            if value != getattr(theirs, field.name):
+                argv += _flag(field.name, value)
+    if presets.from_command_line(argv) != config:
+        raise ConfigError(f"no command line gives these settings: {' '.join(argv)} gives others")
+    return argv
+
+
+def _flag(name: str, value: Any) -> list[str]:
+    if isinstance(value, bool):
+        return [f"--{name}" if value else f"--no-{name}"]
+    values = value if isinstance(value, tuple) else (value,)
+    return [f"--{name}", *map(str, values)]
+
+
+def run_folder(config: Config) -> Path:
+    """Where everything of the run lies."""
+    return Path(config.run.output_dir) / config.run.exp_name
+
+
+def newest_step(folder: Path) -> int:
+    """Step of the newest checkpoint of a run folder; 0 where there is none."""
+    names = (_CHECKPOINT.fullmatch(path.name) for path in (folder / "checkpoints").glob("step_*"))
+    return max((int(name[1]) for name in names if name), default=0)
+
+
+def check(config: Config, processes: int, later: str = "") -> list[str]:
+    """Refuse what can't train -> notes on what could not be checked; ConfigError and ShardError say what to do.
+
+    `later` names a run that will be there by the time (--start_from of a chain).
+    """
+    if config.run.dry_run:
+        raise ConfigError("--dry_run after the -- would be a job that leaves nothing: give it before, to see the script")
+    accumulation(config, processes)
+    if not config.data.data_path:
+        raise ConfigError("--data_path is missing: give a shard folder after the --, as to vfi.train")
+    notes = [note for path in (*config.data.data_path, config.data.val_path) if path for note in _check_shards(path)]
+    _check_size(config, processes)
+    _check_first_weights(config, later)
+    return notes
+
+
+def _check_shards(path: str) -> list[str]:
+    """All shards of a local folder must be there in their full size; a URL is only noted."""
+    if "://" in path:
+        return [f"{path} is remote: it is not checked before the job starts"]
+    for shard in read_index(path).shards:
+        file = Path(path) / shard.name
+        size = file.stat().st_size if file.is_file() else None
+        if size != shard.bytes:
+            found = "is missing" if size is None else f"has {size} bytes, its index says {shard.bytes}"
+            raise ShardError(f"{file} {found}: run `python -m shards.verify {path}`, then copy or make the folder again")
+    return []
+
+
+def _check_size(config: Config, processes: int) -> None:
+    """An epoch must have a step."""
+    data = config.data
+    total = data.global_batch or data.batch_size * processes
+    local = [path for path in data.data_path if "://" not in path]
+    samples = sum(index.samples for index in map(_index, local))
+    if len(local) == len(data.data_path) and samples < total and data.remainder == "drop":
+        raise ConfigError(
+            f"--data_path has {samples} samples, a global batch {total} (--global_batch, or --batch_size {data.batch_size} * "
+            f"{processes} processes): an epoch would have no step. Take a smaller batch, fewer GPUs, or --remainder pad"
+        )
+
+
+def _index(path: str) -> Index:
+    return read_index(path)
+
+
+def _check_first_weights(config: Config, later: str) -> None:
+    """The run must not mix with another one in its folder, and the weights that it starts from must be there."""
+    run, folder = config.run, run_folder(config)
+    if (step := newest_step(folder)) and run.resume != "auto":
+        raise ConfigError(f"{folder} already holds a run at step {step}: go on with it by --resume auto, or take another name")
+    first = run.start_from or (run.resume if run.resume != "auto" else "")
+    if not first or first == later:
+        return
+    places = (Path(first), Path(run.output_dir) / first)
+    if not any(place.is_file() or newest_step(place) or (place / "model.safetensors").is_file() for place in places):
+        raise ConfigError(f"no run or checkpoint {first!r} to start from: looked at {' and '.join(map(str, places))}")
+
+
+def safe_to_repeat(config: Config) -> Config:
+    """The same run as a command that may be given again: it goes on where the run stopped, whatever its first weights were."""
+    run = config.run
+    if run.resume in ("", "auto"):
+        return presets.override(config, resume="auto")
+    return presets.override(config, resume="auto", start_from=run.resume)

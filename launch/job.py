@@ -1,0 +1,274 @@
+"""What does each node of a job execute, and when is the job requeued? One task a node.
+
+Node 0 begins the attempt; every node starts `accelerate launch` with its rank and the head's address, passes on the signals
+that tell training to stop, and in the end tells the others what happened (attempt.py). Then, the same on all of them:
+
+    done                  exit code 0
+    failed by itself      its exit code, as sacct shows it; never requeued
+    stopped by SIGUSR2    training has saved; `scontrol requeue`: the time limit comes, or something more urgent
+    stopped by SIGTERM    training has saved; Slurm decides: scancel ends the job, preemption requeues it
+    a node is gone        `scontrol requeue`, if Slurm has not done it yet
+
+The same job goes on from the newest checkpoint, as often as needed; but not when it got no further so many times in a row.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import FrameType
+from typing import NamedTuple, NoReturn
+
+import submitit
+
+from launch.attempt import Attempt, Outcome, together
+from launch.experiment import newest_step
+from launch.submission import Submission, read_submission
+from vfi.errors import STOPPED
+
+_PERIOD = 0.3  # seconds between two looks; a signal must be passed on within a second (vfi/signals.py)
+_BEGINNING = 300.0  # seconds for node 0 to begin
+_SILENCE = 60.0  # seconds after which a node that does not tell how it ended is gone
+_GRACE = 45.0  # seconds for processes to notice that others have failed, and to say so
+_UNTIL_KILLED = 600.0  # seconds until Slurm must have ended a job that waits for that
+_SHOWN = 15  # last lines of a failed process in the job's log
+_LOCAL_REQUEUE = 144  # exit code by which submitit's local executor starts a job again
+_STATED = ("NCCL_", "TORCH_NCCL", "GLOO_", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES")
+_USER_MISTAKE = 2
+
+
+class Place(NamedTuple):
+    """Where in the cluster this task is."""
+
+    cluster: str
+    job_id: str
+    """Of this very job: a number also for a task of an array."""
+    restart: int
+    node: int
+    hosts: tuple[str, ...]
+
+
+def here(run_folder: Path) -> Place:
+    """This task's place, from the environment that the cluster made."""
+    around = submitit.JobEnvironment()
+    job_id = around.raw_job_id
+    if around.name() == "slurm":
+        restart = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+    else:
+        restart = len(list(Attempt(run_folder, job_id, 0).all.glob(f"{job_id}_*")))
+    return Place(around.name(), job_id, restart, around.node, tuple(around.hostnames))
+
+
+class Signals:
+    """Notes the signals that tell a job to stop."""
+
+    def __init__(self) -> None:
+        self.received: list[signal.Signals] = []
+        for number in (signal.SIGTERM, signal.SIGUSR2):
+            signal.signal(number, self._note)
+
+    def _note(self, number: int, _: FrameType | None) -> None:
+        self.received.append(signal.Signals(number))
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(sorted({one.name for one in self.received}))
+
+
+def run(submission_path: str) -> None:
+    """Execute one task of a submission; exits with the code of what failed, 75 when stopped."""
+    submission = read_submission(Path(submission_path))
+    Node(submission, here(Path(submission.run_folder))).run()
+
+
+class Node:
+    """One node's part of an attempt."""
+
+    def __init__(self, submission: Submission, place: Place) -> None:
+        self.submission, self.place = submission, place
+        self.run_folder = Path(submission.run_folder)
+        self.attempt = Attempt(self.run_folder, place.job_id, place.restart)
+        self.signals = Signals()
+        self.ranks = range(place.node * submission.processes, (place.node + 1) * submission.processes)
+        self.signalled: set[int] = set()
+
+    def run(self) -> None:
+        """From the beginning of the attempt to its end."""
+        self.begin()
+        launcher = subprocess.Popen(self.command(), env=self.environment(), preexec_fn=_ignore_signals, start_new_session=True)
+        try:
+            code = self.watch(launcher)
+        finally:
+            _kill_group(launcher.pid)
+        if not self.attempt.is_current():
+            self.leave()
+        self.attempt.write(self.place.node, self.judge(code))
+        self.end(together(self.attempt.wait_for_all(self.submission.nodes, _SILENCE), self.submission.nodes))
+
+    def begin(self) -> None:
+        """Node 0 begins, unless the run got no further for too long; the others wait for that."""
+        if self.place.node:
+            if not self.attempt.wait_to_begin(_BEGINNING):
+                self.exit(1, f"node 0 ({self.place.hosts[0]}) has not begun within {_BEGINNING:.0f} s")
+            return
+        step = newest_step(self.run_folder)
+        stuck = self.attempt.without_progress(step)
+        if stuck > self.submission.requeues:
+            self.exit(1, f"{stuck} attempts of this job began at step {step} and got no further: not tried again "
+                         f"(--requeues {self.submission.requeues}); their logs are in {self.attempt.all}")  # fmt: skip
+        self.attempt.begin(step, self.place.hosts)
+        self.say(f"attempt {self.attempt.name} begins at step {step}; logs: {self.attempt.folder}")
+
+    def command(self) -> list[str]:
+        """What starts the training processes of this node."""
+        job, processes = self.submission, self.submission.nodes * self.submission.processes
+        command = [*shlex.split(job.python), "-m", "accelerate.commands.launch", "--config_file", job.accelerate_config,
+                   "--num_processes", str(processes), "--num_machines", str(job.nodes),
+                   "--machine_rank", str(self.place.node)]  # fmt: skip
+        if processes > 1:
+            command += ["--main_process_ip", self.head(), "--main_process_port", str(self.port())]
+        if not job.gpus:
+            command += ["--mixed_precision", "no"]
+        return [*command, "--module", "launch.rank", str(self.attempt.folder), f"vfi.{job.job}", *job.arguments]
+
+    def head(self) -> str:
+        """Address of node 0, as the others reach it."""
+        return self.place.hosts[0] if self.submission.nodes > 1 else "127.0.0.1"
+
+    def port(self) -> int:
+        """On which the processes meet: the same on all nodes, other than that of the job's last attempt."""
+        if self.submission.nodes > 1:
+            return 10000 + (int(self.place.job_id) + 1009 * self.place.restart) % 20000
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            return int(free.getsockname()[1])
+
+    def environment(self) -> dict[str, str]:
+        """Of the training processes; what a user has set is kept, and what matters is stated in the log."""
+        job, around = self.submission, dict(os.environ)
+        around["PYTHONPATH"] = os.pathsep.join(filter(None, (job.code, around.get("PYTHONPATH"))))
+        around["PYTHONSAFEPATH"] = "1"  # not from the folder that the job was submitted from
+        around.setdefault("NCCL_DEBUG", "WARN")
+        around.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // job.processes)))
+        if not job.gpus:
+            around |= {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
+        stated = [f"{name}={value}" for name, value in sorted(around.items()) if name.startswith(_STATED)]
+        self.say(f"node {self.place.node} of {job.nodes}, head {self.head()}: {' '.join(stated)}")
+        return around
+
+    def watch(self, launcher: subprocess.Popen[bytes]) -> int:
+        """Wait for the launcher, passing on signals; end it when the job fails elsewhere, or another attempt has begun."""
+        deadline = None
+        while True:
+            try:
+                return launcher.wait(_PERIOD)
+            except subprocess.TimeoutExpired:
+                self.pass_on()
+            if deadline is None and any(told.kind == "failed" for told in self.attempt.read(self.submission.nodes).values()):
+                deadline = time.monotonic() + _GRACE
+            if not self.attempt.is_current() or (deadline and time.monotonic() > deadline):
+                return 1
+
+    def pass_on(self) -> None:
+        """Tell this node's training processes to stop, each once, as soon as it is there."""
+        if not self.signals.received:
+            return
+        for rank in self.ranks:
+            if rank not in self.signalled and (pid := self.attempt.number_of("pid", rank)):
+                self.signalled.add(rank)
+                if _is_rank(pid, self.attempt.folder):
+                    os.kill(pid, self.signals.received[0])
+
+    def judge(self, code: int) -> Outcome:
+        """How it ended on this node, by the launcher's exit code and those of the training processes."""
+        codes = [self.attempt.number_of("exit", rank) for rank in self.ranks]
+        bad = [rank for rank, ended in zip(self.ranks, codes, strict=True) if ended not in (0, STOPPED)]
+        if code == 0:
+            return Outcome("done", signals=self.signals.names)
+        if _USER_MISTAKE not in codes and (self.signals.received or STOPPED in codes):
+            return Outcome("stopped", STOPPED, self.signals.names)
+        telling = [rank for rank in bad if self.attempt.number_of("exit", rank) is not None]
+        first = (telling or bad or [self.ranks[0]])[0]
+        ended = self.attempt.number_of("exit", first)
+        self.show(first)
+        how = "was killed or ended without a word" if ended is None else f"ended with exit code {ended}"
+        return Outcome("failed", ended or code or 1, self.signals.names, f"process {first} {how}")
+
+    def show(self, rank: int) -> None:
+        """The last lines of a process, for the job's own log."""
+        log = self.attempt.folder / f"rank_{rank}.log"
+        if log.is_file():
+            lines = log.read_text(errors="replace").splitlines()[-_SHOWN:]
+            print("\n".join([f"--- the end of {log}", *lines, "---"]), file=sys.stderr, flush=True)
+
+    def end(self, outcome: Outcome) -> None:
+        """Exit, or see to it that the job goes on later; the same on all nodes."""
+        self.say(f"{outcome.kind}{' by ' + ', '.join(outcome.signals) if outcome.signals else ''}"
+                 f"{': ' if outcome.why else ''}{outcome.why}")  # fmt: skip
+        if outcome.kind == "done":
+            return
+        if outcome.kind == "failed":
+            self.exit(outcome.code, "not requeued: it failed by itself")
+        if self.place.cluster == "slurm" and (outcome.signals or outcome.kind == "lost"):
+            if "SIGUSR2" in outcome.signals or outcome.kind == "lost":
+                self.requeue()
+            self.wait_to_be_killed()
+        if self.place.cluster == "local" and "SIGUSR2" in outcome.signals:
+            self.exit(_LOCAL_REQUEUE, "to be started again by submitit")
+        self.exit(STOPPED, "stopped; a new submission with --resume auto goes on from there")
+
+    def requeue(self) -> None:
+        """Ask Slurm to run this job again, from the first node that is left."""
+        if self.place.node != min(self.attempt.read(self.submission.nodes)):
+            return
+        command = ["scontrol", "requeue", self.place.job_id]
+        self.say(shlex.join(command))
+        try:
+            subprocess.run(command, check=True, timeout=60)
+        except (OSError, subprocess.SubprocessError) as error:
+            self.exit(STOPPED, f"could not be requeued ({error}): submit it again with --resume auto")
+
+    def wait_to_be_killed(self) -> None:
+        """Exiting now would end the job before Slurm has put it back."""
+        end = time.monotonic() + _UNTIL_KILLED
+        while time.monotonic() < end:
+            time.sleep(1)
+
+    def leave(self) -> NoReturn:
+        """Another attempt has the run folder: this node was thought dead."""
+        self.exit(1, f"another attempt of this run has begun: this one ({self.attempt.name}) ends")
+
+    def say(self, text: str) -> None:
+        print(f"[{time.strftime('%F %T')} node {self.place.node}] {text}", flush=True)
+
+    def exit(self, code: int, why: str) -> NoReturn:
+        self.say(f"exit code {code}: {why}")
+        sys.exit(code)
+
+
+def _ignore_signals() -> None:
+    """In the launcher: training decides when it ends, and the launcher ends after it."""
+    for number in (signal.SIGTERM, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _kill_group(pid: int) -> None:
+    """End whatever of the launcher's processes is left."""
+    try:
+        os.killpg(pid, signal.SIGKILL)
+    except ProcessLookupError:
+        return
+
+
+def _is_rank(pid: int, folder: Path) -> bool:
+    """Is this process one of the attempt's, and not a later one of the same number?"""
+    try:
+        return str(folder).encode() in Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return False

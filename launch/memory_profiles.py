@@ -1,0 +1,228 @@
+"""Which batch fits which GPU? From memory_profiles.json, which `python -m launch.profile` adds measurements to.
+
+    choice = choose_batch(config, gpu="a100-80gb", processes=8, precision="bf16")
+    choice.device_batch, choice.accumulation, choice.why
+    config = choice.applied_to(config)
+
+What is known, the best first: a *fit* on this card; a fit on another card, with this card's memory; a *point*, a single
+measurement, which stands for its own batch and crop and for smaller ones; a batch that was *stated*, for no model in
+particular. The global batch is never changed: a device gets a divisor of its share of it, and accumulates.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from launch.memory_fit import GIB, Entry, Fit, Point, Profiles, read_profiles, settings
+from vfi.config import Config, ConfigError
+
+OUTSIDE_GIB = 1.0
+"""Of a card, left to what is not torch's: CUDA, libraries, NCCL."""
+MARGIN = 0.06
+"""Part of the rest that is left free: fragmentation, a second copy of gradients (DDP) and of weights (--ema)."""
+Basis = Literal["fit", "point", "stated"]
+_OF_NOMINAL = 0.98  # GiB that a card offers / GB that it is sold with: 79.2 of 80, 15.8 of 16, 139.8 of 141
+_LEAST_CROP, _CROP_STEP = 64, 16  # what vfi.config accepts
+_PRECISIONS = {"no": "fp32", "fp32": "fp32", "bf16": "bf16", "fp16": "fp16"}  # accelerate calls fp32 "no"
+_MEASURE = "measure it by `python -m launch.profile`"
+
+
+@dataclasses.dataclass(frozen=True)
+class Card:
+    """The GPU that a job will run on."""
+
+    kind: str
+    gib: float
+    note: str = ""
+    """How its memory is known, where that was a guess."""
+
+    @property
+    def budget(self) -> float:
+        """Bytes for the peak of a training step."""
+        return max(0.0, (self.gib - OUTSIDE_GIB) * (1 - MARGIN) * GIB)
+
+    def __str__(self) -> str:
+        rule = f"{self.gib:.1f} GiB less {OUTSIDE_GIB:g} GiB and a margin of {MARGIN:.0%}"
+        return f"{self.budget / GIB:.1f} GiB of {self.kind} ({rule})"
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """global batch = device_batch * processes * accumulation."""
+
+    device_batch: int
+    accumulation: int
+    global_batch: int
+    basis: Basis
+    why: str
+    """What it follows from, for the user."""
+    predicted_gib: float | None
+    """Peak of a training step with this batch; None where no formula is known."""
+
+    def applied_to(self, config: Config) -> Config:
+        """The same experiment with this device batch."""
+        data = dataclasses.replace(config.data, batch_size=self.device_batch, global_batch=self.global_batch)
+        return dataclasses.replace(config, data=data)
+
+
+def choose_batch(
+    config: Config,
+    gpu: str,
+    processes: int,
+    precision: str,
+    *,
+    memory_gib: float | None = None,
+    profiles: Profiles | None = None,
+) -> Choice:
+    """The largest device batch that fits and divides the global batch, which stays what `config` makes it for vfi.train.
+
+    Args:
+        gpu: as Slurm or torch names it: a100, a100-80gb, "NVIDIA A100-SXM4-80GB".
+        precision: bf16, fp16 or fp32 (no, as accelerate calls it).
+        memory_gib: of the card, where it is known; else it follows from its name.
+
+    Raises ConfigError when nothing fits, with what does; and for a card of unknown size.
+    """
+    if precision not in _PRECISIONS:
+        raise ConfigError(f"precision {precision!r} does not exist; choose from {', '.join(_PRECISIONS)}")
+    total = config.data.global_batch or config.data.batch_size * processes
+    if total % processes:
+        raise ConfigError(f"--global_batch {total} is not a multiple of {processes} processes: take one that is")
+    profiles = profiles or read_profiles()
+    card = identify(gpu, memory_gib, profiles.cards)
+    limit, why, basis, fit = _Asked(config, _PRECISIONS[precision], card, profiles).limit()
+    share = total // processes
+    batch = max(divisor for divisor in range(1, min(limit, share) + 1) if share % divisor == 0)
+    predicted = fit.bytes_at(batch, config.data.largest_crop) / GIB if fit else None
+    takes = f", predicted to take {predicted:.1f} GiB" if predicted else ""
+    product = f"global batch {total} = {batch} * {processes} processes * {share // batch} accumulated"
+    return Choice(batch, share // batch, total, basis, f"{product}{takes}: {why}{card.note}", predicted)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Asked:
+    """A model on a card, and what is known of it."""
+
+    config: Config
+    precision: str
+    card: Card
+    profiles: Profiles
+
+    @property
+    def crop(self) -> int:
+        return self.config.data.largest_crop
+
+    def limit(self) -> tuple[int, str, Basis, Fit | None]:
+        """The largest batch that fits, why, by what, and the formula where there is one."""
+        known = self.known()
+        entry, fit = _best_fit(known, self.card)
+        if entry and fit:
+            return *self._by_fit(entry, fit), "fit", fit
+        points = [(point, entry) for entry in known for point in entry.points if point.crop >= self.crop]
+        fitting = [pair for pair in points if pair[0].allocated <= self.card.budget]
+        if fitting:
+            return *self._by_point(*max(fitting, key=lambda pair: pair[0].batch)), "point", None
+        return *self._by_statement(), "stated", None
+
+    def known(self, **changed: Any) -> list[Entry]:
+        """Entries that were measured with these settings, or with some of them changed."""
+        compute = self.config.compute
+        asked: dict[str, Any] = {
+            "precision": self.precision,
+            "checkpointing": compute.checkpointing,
+            "compiled": compute.compile,
+        } | changed
+        return [entry for entry in self.profiles.measured if entry.settings == settings(self.config.model, **asked)]
+
+    def _by_fit(self, entry: Entry, fit: Fit) -> tuple[int, str]:
+        limit = fit.largest_batch(self.crop, self.card.budget)
+        if not limit:
+            raise ConfigError(self._refusal(f"a batch of 1 takes {fit.bytes_at(1, self.crop) / GIB:.1f} GiB", fit))
+        most = max(entry.points, key=lambda point: point.pixels)
+        beyond = (
+            f", beyond what was measured (batch {most.batch} at crop {most.crop})" if limit * self.crop**2 > most.pixels else ""
+        )
+        return limit, f"up to {limit} fit into {self.card} at crop {self.crop} by measurement{self._where(entry)}{beyond}"
+
+    def _by_point(self, point: Point, entry: Entry) -> tuple[int, str]:
+        return point.batch, (
+            f"up to {point.batch} by a single measurement{self._where(entry)}, {point.allocated / GIB:.1f} GiB at crop "
+            f"{point.crop}, which {self.card} holds; more may fit, {_MEASURE}"
+        )
+
+    def _where(self, entry: Entry) -> str:
+        own = entry.is_of(self.card.kind, self.card.gib)
+        return "" if own else f" on another card ({entry.card}, {entry.memory_gib:.0f} GiB)"
+
+    def _by_statement(self) -> tuple[int, str]:
+        """Of the card itself, or of the largest one that has no more memory; less where the crop is larger, by its area."""
+        card, nothing = self.card, "no measurement tells of this model on this card"
+        sizes = {row: _OF_NOMINAL * row.gb for row in self.profiles.stated}
+        own = [row for row, gib in sizes.items() if row.card == card.kind and abs(gib - card.gib) < 2]
+        smaller = [row for row, gib in sizes.items() if gib <= card.gib + 0.5]
+        if not own and not smaller:
+            raise ConfigError(self._refusal(f"{nothing}, and no batch is stated for so little memory: give --batch_size", None))
+        row = own[0] if own else max(smaller, key=lambda row: row.gb)
+        limit = row.batch if self.crop <= row.crop else row.batch * row.crop**2 // self.crop**2
+        stated = f"{row.batch} at crop {row.crop} for {row.card} {row.gb} GB"
+        if not limit:
+            raise ConfigError(self._refusal(f"{nothing}; stated is a batch of {stated}: give --batch_size, or measure", None))
+        by = "" if own else f", the nearest to {card.kind} by its memory of {card.gib:.0f} GiB"
+        return limit, f"up to {limit}, as {nothing} and stated is {stated}{by} ({row.source}); {_MEASURE}"
+
+    def _refusal(self, needs: str, fit: Fit | None) -> str:
+        """What was asked, and what does fit."""
+        model, compute = self.config.model, self.config.compute
+        asked = f"{self.config.run.preset}, phase {model.phase}, {self.precision}, crop {self.crop}"
+        asked += ", checkpointing" * compute.checkpointing + ", compiled" * compute.compile
+        advice = [self._smaller_crop(fit)]
+        if not compute.checkpointing:
+            advice.append("--checkpointing" + self._with(checkpointing=True))
+        if self.precision == "fp32":
+            advice.append("mixed precision bf16 (fp16 on cards without it)" + self._with(precision="bf16"))
+        return f"{asked} does not fit into {self.card}: {needs}. Try {'; '.join(advice)}; or a card with more memory"
+
+    def _smaller_crop(self, fit: Fit | None) -> str:
+        flag = "--curriculum_crops" if self.config.data.curriculum else "--crop"
+        if fit is None:
+            return f"a smaller {flag}"
+        crops = [crop for crop in range(_LEAST_CROP, self.crop, _CROP_STEP) if fit.largest_batch(crop, self.card.budget)]
+        return f"{flag} up to {crops[-1]}, which fits by measurement" if crops else f"a smaller network (no {flag} fits)"
+
+    def _with(self, **changed: Any) -> str:
+        """What is known of the same model with other settings."""
+        _, fit = _best_fit(self.known(**changed), self.card)
+        if fit is None:
+            return " (not measured)"
+        limit = fit.largest_batch(self.crop, self.card.budget)
+        return f" (a batch of {limit} fits by measurement)" if limit else " (not enough by measurement)"
+
+
+def _best_fit(entries: Sequence[Entry], card: Card) -> tuple[Entry, Fit] | tuple[None, None]:
+    """A fit on this card, else that of the other card on which most memory was taken."""
+    fitted = [(entry, entry.fit) for entry in entries if entry.fit is not None]
+    own = [pair for pair in fitted if pair[0].is_of(card.kind, card.gib)]
+    return max(own or fitted, key=lambda pair: pair[1].per_pixel, default=(None, None))
+
+
+def identify(gpu: str, memory_gib: float | None, cards: dict[str, tuple[int, ...]]) -> Card:
+    """Kind and memory of a card by its name; ConfigError where that leaves its memory unknown."""
+    tokens = re.findall(r"[a-z0-9]+", re.sub(r"rtx[\s_-]+", "rtx", gpu.lower()))
+    sizes = [int(match[1]) for token in tokens if (match := re.fullmatch(r"(\d+)gb?", token))]
+    words = [token for token in tokens if not re.fullmatch(r"\d+gb?|nvidia|tesla|geforce|quadro", token)]
+    kind = next((token for token in words if token in cards), "-".join(words) or "unknown")
+    if memory_gib is not None:
+        return Card(kind, memory_gib)
+    if sizes:
+        return Card(kind, _OF_NOMINAL * sizes[-1])
+    if kind not in cards:
+        raise ConfigError(
+            f"the memory of a GPU named {gpu!r} is not known (that of {', '.join(cards)} is): write its size after the name, "
+            f"such as {kind}-48gb"
+        )
+    least, most = min(cards[kind]), max(cards[kind])
+    note = f". {kind} was taken to have {least} GB: write {kind}-{most}gb for one that has more" if most > least else ""
+    return Card(kind, _OF_NOMINAL * least, note)

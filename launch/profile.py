@@ -1,0 +1,225 @@
+"""How much memory does training take on this GPU? JOB: measures it and adds the answer to memory_profiles.json.
+
+    python -m launch.profile --preset small --phase 2                     # srun --gres=gpu:1 … on a cluster
+    python -m launch.profile --preset base --phase 1 --crops 256 512 --batches 2 8 24 --check_batches 12 --precision fp32
+
+Each batch at each crop is measured in a process of its own, so that running out of memory at one leaves nothing to the next.
+A formula (launch/memory_fit.py) is fitted to --batches and compared with --check_batches, which it has not seen.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import multiprocessing
+import os
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import torch
+import tyro
+
+from launch.memory_fit import GIB, PROFILES, Entry, Fit, Point, Precision, add, fit_points, read_profiles
+from launch.memory_profiles import Card, identify
+from vfi import presets, profiling
+from vfi.config import Config, ConfigError, validate
+from vfi.errors import JobError, clear_errors
+from vfi.fitting import PRECISIONS, TrainingStep, is_out_of_memory
+from vfi.numerics import numerics, set_numerics
+from vfi.tracking import environment
+
+TOLERANCE = 0.05
+"""Relative error of the formula above which it is said that it does not describe the measurements."""
+_FOREIGN_GIB = 2.0  # more than CUDA and its libraries take
+T = TypeVar("T")
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Each field is a flag of the job."""
+
+    preset: str = "small"
+    """Named set of defaults of vfi.train, or an ablation."""
+    phase: Literal[1, 2, 3] | None = None
+    """Phase of the training; default: the preset's."""
+    crops: tuple[int, ...] = (256, 384, 512)
+    """Sides of the crops in pixels."""
+    batches: tuple[int, ...] = (2, 8, 24)
+    """Samples on the GPU at once, at each crop; above the first one that runs out of memory none is tried."""
+    check_batches: tuple[int, ...] = (12,)
+    """Batches that only check the formula."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Of the forward pass; auto is bf16 where the GPU has it, fp16 elsewhere."""
+    checkpointing: bool = False
+    """As in vfi.train."""
+    compile: bool = False
+    """As in vfi.train."""
+    out: Path = PROFILES
+    """File that the entry is added to."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Gpu:
+    """What the measurements are made on."""
+
+    name: str
+    memory_gib: float
+    has_bf16: bool
+    environment: dict[str, Any]
+
+
+Measure = Callable[[Config, Precision], Point | None]
+"""One training step -> its memory, or None when there was not enough."""
+
+
+@clear_errors(ConfigError)
+def main(argv: Sequence[str] | None = None) -> None:
+    """The job: measure, fit, print, and add to the file."""
+    options = tyro.cli(Options, prog="python -m launch.profile", description=__doc__, args=argv)
+    check_options(options)
+    if not torch.cuda.is_available():
+        raise JobError(
+            "no GPU here: launch.profile measures the one that it runs on. Start it on a machine that has one, such as by "
+            "srun --gres=gpu:1 python -m launch.profile …"
+        )
+    entry = profile(options, in_own_process(look), lambda config, precision: in_own_process(measure, config, precision))
+    add(entry, options.out)
+    print(f"added to {options.out}")
+
+
+def check_options(options: Options) -> None:
+    """Refuse what can't be measured or written, before anything is."""
+    read_profiles(options.out)
+    if not options.crops or not options.batches:
+        raise JobError("--crops and --batches need at least one number each")
+    if shared := set(options.batches) & set(options.check_batches):
+        raise JobError(f"--check_batches {sorted(shared)} are among --batches: a check needs batches that were not fitted")
+    for crop in options.crops:
+        for batch in (*options.batches, *options.check_batches):
+            validate(step_config(options, crop, batch))
+
+
+def step_config(options: Options, crop: int, batch: int) -> Config:
+    """Settings of one measured step."""
+    phase = {} if options.phase is None else {"phase": options.phase}
+    changed = {"checkpointing": options.checkpointing, "compile": options.compile, "curriculum": False}
+    return presets.override(presets.get(options.preset), crop=crop, batch_size=batch, **phase, **changed)
+
+
+def profile(options: Options, gpu: Gpu, measure: Measure) -> Entry:
+    """Measure every batch at every crop, fit, print what was found; JobError when nothing could be measured."""
+    precision: Precision = options.precision if options.precision != "auto" else "bf16" if gpu.has_bf16 else "fp16"
+    if precision == "bf16" and not gpu.has_bf16:
+        raise JobError(f"{gpu.name} has no bf16: take --precision fp16")
+    card = identify(gpu.name, gpu.memory_gib, read_profiles(options.out).cards)
+    config = step_config(options, options.crops[0], options.batches[0])
+    print(f"{config.run.preset}, phase {config.model.phase}, {precision} on {gpu.name}, {gpu.memory_gib:.1f} GiB")
+    points = measure_points(options, precision, measure)
+    fitted = tuple(point for point in points if point.batch in options.batches)
+    held_out = tuple(point for point in points if point.batch in options.check_batches)
+    if not fitted:
+        raise JobError(
+            f"{gpu.name} ran out of memory at each of --crops {options.crops} with the smallest of --batches "
+            f"{options.batches}: take smaller ones, or --checkpointing"
+        )
+    fit = fit_points(fitted, held_out)
+    for line in findings(fit, fitted, held_out, card, options.crops):
+        print(line)
+    compute = config.compute
+    return Entry(
+        config.run.preset, card.kind, gpu.memory_gib, config.model, precision, compute.checkpointing, compute.compile,
+        fitted, fit, held_out, gpu.environment,
+    )  # fmt: skip
+
+
+def measure_points(options: Options, precision: Precision, measure: Measure) -> list[Point]:
+    """All that fits into memory, the smallest first."""
+    points = []
+    for crop in sorted(set(options.crops)):
+        for batch in sorted({*options.batches, *options.check_batches}):
+            point = measure(step_config(options, crop, batch), precision)
+            if point is None:
+                print(f"crop {crop}, batch {batch}: out of memory", flush=True)
+                break
+            print(f"crop {crop}, batch {batch}: {point.allocated / GIB:.2f} GiB", flush=True)
+            points.append(point)
+    return points
+
+
+def findings(
+    fit: Fit | None, fitted: Sequence[Point], held_out: Sequence[Point], card: Card, crops: Iterable[int]
+) -> list[str]:
+    """What the formula says, where it errs, and what it leads to."""
+    lines = []
+    outside = max((point.outside or 0 for point in (*fitted, *held_out)), default=0)
+    if outside > _FOREIGN_GIB * GIB:
+        lines.append(f"note: {outside / GIB:.1f} GiB of this GPU are taken outside of torch: is there another process on it?")
+    if fit is None:
+        return [*lines, "no formula: it takes three points of different batch * crop^2. The points are kept as they are"]
+    lines.append(f"peak = {fit.fixed / GIB:.2f} GiB + {fit.per_pixel:,.0f} bytes * batch * crop^2")
+    for name, points in (("fitted", fitted), ("not fitted", held_out)):
+        if points:
+            worst = max(map(abs, fit.errors(points)))
+            lines.append(f"largest error at the {len(points)} points {name}: {worst:.1%}")
+    if fit.residual > TOLERANCE:
+        lines.append(
+            f"note: the formula errs by more than {TOLERANCE:.0%}, and batches are chosen the smaller by that. It holds for "
+            f"crops whose sixteenth is a multiple of --window_size"
+        )
+    for crop in sorted(set(crops)):
+        lines.append(f"largest batch at crop {crop}: {fit.largest_batch(crop, card.budget)} in {card}")
+    return lines
+
+
+def in_own_process(work: Callable[..., T], *arguments: Any) -> T:
+    """What `work` returns or raises, done by a new process; JobError when that dies."""
+    with ProcessPoolExecutor(max_workers=1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        try:
+            return pool.submit(work, *arguments).result()
+        except BrokenProcessPool as error:
+            raise JobError("the process that measured died: was it killed, for want of the machine's own memory?") from error
+
+
+def look() -> Gpu:
+    """The GPU, and what else bears on its memory."""
+    device = torch.device("cuda")
+    set_numerics()
+    properties = torch.cuda.get_device_properties(device)
+    told = environment(device) | numerics() | {
+        "cudnn": torch.backends.cudnn.version(),
+        "allocator": os.environ.get("PYTORCH_CUDA_ALLOC_CONF", os.environ.get("PYTORCH_ALLOC_CONF", "")),
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+    }  # fmt: skip
+    return Gpu(properties.name, properties.total_memory / GIB, torch.cuda.is_bf16_supported(False), told)
+
+
+def measure(config: Config, precision: Precision) -> Point | None:
+    """Memory of a training step with the gradient of earlier batches beside it, as when batches are accumulated."""
+    device = torch.device("cuda")
+    set_numerics(config.compute.tf32, config.compute.deterministic)
+    try:
+        return _measure(TrainingStep(config, device, PRECISIONS[precision], accumulating=True), config, device)
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+    return None
+
+
+def _measure(step: TrainingStep, config: Config, device: torch.device) -> Point:
+    first = profiling.measure(step, step.make_frames, device, repeats=1)
+    assert first.allocated is not None
+    frames = step.make_frames()
+    profiling.free_memory()
+    torch.cuda.reset_peak_memory_stats(device)
+    step(frames)
+    reserved = torch.cuda.max_memory_reserved(device)
+    free, total = torch.cuda.mem_get_info(device)
+    outside = total - free - torch.cuda.memory_reserved(device)
+    return Point(config.data.batch_size, config.data.crop, first.allocated, reserved, first.reserved, outside)
+
+
+if __name__ == "__main__":
+    main()

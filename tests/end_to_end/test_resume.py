@@ -1,0 +1,414 @@
+"""A run that stops goes on as if it had not: averages, random numbers, damaged checkpoints, full disks, chains of runs."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import resource
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from vfi import checkpoint, checkpoint_list, runs, train
+from vfi.checkpoint import latest, list_checkpoints
+from vfi.manifest import MANIFEST, write_folder
+
+ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.usefixtures("one_thread")
+FLAGS = ["--preset", "tiny", "--crop", "64", "--num_workers", "0", "--log_every", "1", "--warmup_steps", "2",
+         "--batch_size", "2", "--lr", "2e-4", "--ema", "0.9", "--save_every", "2"]  # fmt: skip
+
+
+def run(out: Path, name: str, *flags: object) -> Path:
+    """Train in this process; the run folder."""
+    train.main([*FLAGS, "--output_dir", str(out), "--exp_name", name, *map(str, flags)])
+    return out / name
+
+
+def refused(capsys, *arguments: object) -> str:
+    """The message with which the job ends."""
+    with pytest.raises(SystemExit) as error:
+        run(*arguments)
+    assert error.value.code == 2
+    return capsys.readouterr().err.splitlines()[-1]
+
+
+def same_tensors(one: Path, other: Path) -> bool:
+    """Have both runs the same newest weights and averages, bit for bit?"""
+    pairs = [(load_file(latest(one).path / n), load_file(latest(other).path / n)) for n in (checkpoint.MODEL, checkpoint.EMA)]
+    return all(torch.equal(tensor, theirs[name]) for mine, theirs in pairs for name, tensor in mine.items())
+
+
+def seed_everything(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def rows(folder: Path, event: str) -> list[dict]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["event"] == event]
+
+
+@pytest.fixture(scope="module")
+def noisy():
+    """Training whose loss depends on the random numbers of torch, numpy and Python."""
+    plain = train.training_losses
+
+    def noisy_losses(*arguments):
+        factor = 1 + 0.3 * torch.rand(()) + 0.3 * random.random() + 0.3 * float(np.random.rand())
+        return {name: factor * loss for name, loss in plain(*arguments).items()}
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "training_losses", noisy_losses)
+        yield
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, one_thread, noisy, train_shards, val_shards) -> Path:
+    """Six steps, saved and validated every two, without a stop; not to be changed."""
+    seed_everything(1)
+    out = tmp_path_factory.mktemp("runs")
+    return run(out, "whole", "--data_path", train_shards, "--val_path", val_shards, "--val_every", 2, "--keep_last", 9,
+               "--steps", 6)  # fmt: skip
+
+
+@pytest.fixture
+def again(whole, tmp_path) -> Path:
+    """A copy of the run as it was after its step 4; only that folder."""
+    folder = tmp_path / "again"
+    shutil.copytree(whole, folder)
+    shutil.rmtree(folder / "checkpoints" / "step_00000006")
+    return folder
+
+
+def go_on(folder: Path, train_shards: Path, val_shards: Path, *flags: object) -> None:
+    seed_everything(99)  # another process has other numbers to begin with
+    run(folder.parent, folder.name, "--data_path", train_shards, "--val_path", val_shards, "--val_every", 2, "--keep_last", 9,
+        "--steps", 6, "--resume", "auto", *flags)  # fmt: skip
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_averages_and_random_numbers_go_on_bit_for_bit(whole, again, noisy, train_shards, val_shards, workers):
+    go_on(again, train_shards, val_shards, "--num_workers", workers)
+    assert same_tensors(whole, again)
+    assert rows(whole, "val") == rows(again, "val")
+    assert checkpoint.read_state(latest(again).path).ema_updates == 6
+    assert checkpoint.read_random(latest(again).path) == checkpoint.read_random(latest(whole).path)
+
+
+def test_the_average_is_that_of_the_weights_of_each_step(tmp_path, train_shards):
+    """Saved after each step, the weights give the average by its recurrence."""
+    folder = run(tmp_path, "each", "--data_path", train_shards, "--steps", 3, "--save_every", 1)
+    name = "refine.head.weight"
+    saved = [(load_file(found.path / checkpoint.MODEL)[name], load_file(found.path / checkpoint.EMA)[name])
+             for found in list_checkpoints(folder)]  # fmt: skip
+    (_, average), *later = saved
+    for n, (weight, expected) in enumerate(later, start=2):
+        decay = min(0.9, (1 + n) / (10 + n))
+        average = decay * average + (1 - decay) * weight
+        assert torch.allclose(average, expected, atol=1e-7, rtol=0)
+        assert (expected - weight).abs().max() > 1e-5
+
+
+def test_validation_measures_the_average(whole, train_shards, val_shards, tmp_path, capsys):
+    """The PSNR of a step is that of the EMA weights of its checkpoint, not of those that train."""
+    for file, alike in ((checkpoint.EMA, True), (checkpoint.MODEL, False)):
+        alone = tmp_path / file
+        shutil.copytree(latest(whole).path, alone / "checkpoints" / "step_00000006")
+        (alone / "checkpoints" / "step_00000006" / file).rename(tmp_path / "kept")
+        files = {path.name: path.read_bytes() for path in (alone / "checkpoints" / "step_00000006").iterdir()
+                 if path.name not in (MANIFEST, checkpoint.EMA, checkpoint.MODEL)}  # fmt: skip
+        files[checkpoint.MODEL] = (tmp_path / "kept").read_bytes()
+        write_folder(alone / "checkpoints" / "step_00000006", files.items())
+        measured = run(tmp_path, f"from_{file}", "--data_path", train_shards, "--val_path", val_shards, "--steps", 1, "--lr", 0,
+                       "--lr_min", 0, "--ema", 0, "--resume", alone)  # fmt: skip
+        psnr = checkpoint.read_state(latest(whole).path).psnr
+        assert psnr == rows(whole, "val")[-1]["psnr"]
+        assert (abs(rows(measured, "val")[-1]["psnr"] - psnr) < 1e-9) == alike
+    assert "EMA weights" not in capsys.readouterr().out
+
+
+def test_ema_may_begin_and_end_with_a_resume(again, train_shards, val_shards, capsys):
+    go_on(again, train_shards, val_shards, "--ema", 0)
+    assert not (latest(again).path / checkpoint.EMA).exists()
+    assert "--ema is 0: the EMA weights of" in capsys.readouterr().out
+    go_on(again, train_shards, val_shards, "--steps", 8)
+    assert "has no EMA weights: the average starts from its weights" in capsys.readouterr().out
+    assert checkpoint.read_state(latest(again).path).ema_updates == 2
+
+
+def test_the_newest_damaged_checkpoint_is_refused_and_the_one_before_is_used(
+    whole, tmp_path, noisy, train_shards, val_shards, capsys
+):
+    folder = tmp_path / "again"
+    shutil.copytree(whole, folder)
+    damaged = latest(folder).path / checkpoint.OPTIMIZER
+    content = bytearray(damaged.read_bytes())
+    content[len(content) // 2] ^= 1
+    damaged.write_bytes(content)
+    with pytest.raises(SystemExit) as stop:
+        checkpoint_list.main([str(folder)])
+    assert stop.value.code == 1
+    go_on(folder, train_shards, val_shards)
+    printed = capsys.readouterr().out
+    assert f"DAMAGED and not used: {damaged.parent}: optimizer.pt is not what was written" in printed
+    assert f"going on from the weights of {folder / 'checkpoints' / 'step_00000004'} (step 4)" in printed
+    assert same_tensors(whole, folder)
+    assert [row["step"] for row in rows(folder, "train")] == list(range(1, 7))
+    checkpoint_list.main([str(folder)])
+
+
+def test_when_none_is_whole_the_run_neither_goes_on_nor_starts_anew(again, train_shards, capsys):
+    for found in list_checkpoints(again):
+        (found.path / checkpoint.MODEL).write_bytes(b"")
+    before = (again / "metrics.jsonl").read_bytes()
+    message = refused(capsys, again.parent, "again", "--data_path", train_shards, "--steps", 6, "--resume", "auto")
+    assert f"no checkpoint of {again} is whole: " in message
+    assert all(found.path.name in message for found in list_checkpoints(again))
+    assert (again / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_hostile_checkpoint_with_a_good_manifest_executes_nothing(again, train_shards, tmp_path, capsys):
+    class Hostile:
+        def __reduce__(self):
+            return (Path.touch, (tmp_path / "executed",))
+
+    torch.save({"state": Hostile(), "param_groups": []}, tmp_path / "hostile.pt")
+    newest = latest(again).path
+    files = {path.name: path.read_bytes() for path in newest.iterdir() if path.name != MANIFEST}
+    write_folder(newest, (files | {checkpoint.OPTIMIZER: (tmp_path / "hostile.pt").read_bytes()}).items())
+    message = refused(capsys, again.parent, "again", "--data_path", train_shards, "--steps", 6, "--resume", "auto")
+    assert "optimizer.pt cannot be loaded" in message
+    assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("state.json", {"scaler": {"scale": 2.0}}, None),
+        ("state.json", {"guard": {"step": "x"}}, "no usable state of the guard"),
+        ("random.json", [{"torch": "zz"}], "random.json is not usable"),
+        ("random.json", [{"torch": "00", "python": [3, [1], None], "numpy": []}], "random.json is not usable"),
+        ("random.json", [5], "random.json is not usable"),
+    ],
+)
+def test_states_that_make_no_sense_are_refused_by_name(again, train_shards, capsys, name, change, message):
+    newest = latest(again).path
+    files = {path.name: path.read_bytes() for path in newest.iterdir() if path.name != MANIFEST}
+    changed = json.loads(files[name]) | change if isinstance(change, dict) else change
+    write_folder(newest, (files | {name: json.dumps(changed).encode()}).items())
+    flags = (again.parent, "again", "--data_path", train_shards, "--steps", 5, "--resume", "auto")
+    if message is None:  # a loss scale is of no interest in fp32
+        run(*flags)
+    else:
+        assert message in refused(capsys, *flags)
+
+
+def test_other_numbers_of_processes_have_no_random_states_to_take(again, train_shards, val_shards, capsys):
+    newest = latest(again).path
+    files = {path.name: path.read_bytes() for path in newest.iterdir() if path.name != MANIFEST}
+    files[checkpoint.RANDOM] = json.dumps(checkpoint.read_random(newest) * 2).encode()
+    write_folder(newest, files.items())
+    go_on(again, train_shards, val_shards)
+    assert "has the random states of 2 processes, now there are 1: they start from --seed" in capsys.readouterr().out
+
+
+def test_checkpoints_of_version_1_are_resumed_and_said_to_be_unverified(whole, again, train_shards, val_shards, capsys):
+    newest = latest(again).path
+    state = json.loads((newest / checkpoint.STATE).read_text())
+    old = {name: state[name] for name in ("step", "epoch", "done", "order")} | {"version": 1, "torch": "2.11.0"}
+    (newest / checkpoint.STATE).write_text(json.dumps(old))
+    for name in (MANIFEST, checkpoint.CONFIG, checkpoint.RANDOM, checkpoint.EMA):
+        (newest / name).unlink()
+    config = json.loads((again / "config.json").read_text())
+    del config["run"]["start_from"], config["optim"]["ema"]
+    (again / "config.json").write_text(json.dumps(config))
+    go_on(again, train_shards, val_shards)
+    printed = capsys.readouterr().out
+    assert "can't be verified: it was written before checkpoints had a manifest" in printed
+    assert "is older than these settings, which have their defaults: start_from, ema" in printed
+    assert checkpoint.check(latest(again).path) == []
+    assert latest(again).step == 6
+
+
+# chains of runs
+
+
+def test_a_chained_run_may_be_started_again_with_the_same_command(whole, tmp_path, train_shards, val_shards, capsys):
+    flags = ("--data_path", train_shards, "--phase", 2, "--save_every", 1, "--resume", "auto", "--start_from", whole)
+    second = run(tmp_path, "second", *flags, "--steps", 2)
+    printed = capsys.readouterr().out
+    assert f"starting from the weights of {latest(whole).path} (step 6)" in printed
+    assert "they are the EMA weights" in printed
+    assert "from scratch" not in printed
+    run(tmp_path, "second", *flags, "--steps", 3)
+    assert f"going on from the weights of {second / 'checkpoints' / 'step_00000002'} (step 2)" in capsys.readouterr().out
+    straight = run(tmp_path, "straight", *flags, "--steps", 3)
+    assert same_tensors(second, straight)
+
+
+def test_start_from_is_resume_with_a_name(whole, tmp_path, train_shards):
+    flags = ("--data_path", train_shards, "--steps", 1)
+    runs_ = [run(tmp_path, flag.strip("-"), *flags, flag, whole) for flag in ("--resume", "--start_from")]
+    assert same_tensors(*runs_)
+
+
+def test_two_sources_of_first_weights_are_refused(whole, tmp_path, train_shards, capsys):
+    message = refused(capsys, tmp_path, "x", "--data_path", train_shards, "--steps", 1, "--resume", "a", "--start_from", "b")
+    assert "--resume a and --start_from b both give the first weights: drop one" in message
+
+
+def test_a_damaged_start_is_refused(whole, tmp_path, train_shards, capsys):
+    other = tmp_path / "other"
+    shutil.copytree(whole, other)
+    (latest(other).path / checkpoint.MODEL).write_bytes(b"")
+    flags = (tmp_path, "next", "--data_path", train_shards, "--steps", 1, "--start_from")
+    assert "step_00000006 is damaged: model.safetensors has 0 bytes" in refused(capsys, *flags, latest(other).path)
+    run(*flags, other)
+    printed = capsys.readouterr().out
+    assert "step_00000006: model.safetensors has 0 bytes" in printed
+    assert "starting from the weights of" in printed
+    assert "step_00000004" in printed
+
+
+# what is kept
+
+
+def test_the_best_checkpoint_is_kept_and_listed(tmp_path, train_shards, val_shards, monkeypatch, capsys):
+    scores = iter([31.0, 33.0, 32.0, 29.0, float("nan")])
+
+    def score(self, network, accelerator, tracker, watch, step, in_step):
+        found = train.Score(step, next(scores), 30.0)
+        tracker.log(found.step, "val", psnr=found.psnr, average_psnr=30.0, samples=1)
+        return found
+
+    monkeypatch.setattr(train.Validation, "run", score)
+    folder = run(tmp_path, "best", "--data_path", train_shards, "--val_path", val_shards, "--steps", 5, "--save_every", 1,
+                 "--val_every", 1, "--keep_last", 2)  # fmt: skip
+    assert {found.step: checkpoint.read_state(found.path).psnr for found in list_checkpoints(folder)} == {
+        2: 33.0,
+        4: 29.0,
+        5: None,
+    }
+    assert checkpoint.newest_whole(folder)[0] == folder / "checkpoints" / "step_00000005"
+    capsys.readouterr()
+    runs.main(["--output_dir", str(tmp_path), "--json"])
+    (found,) = json.loads(capsys.readouterr().out)
+    assert (found["state"], found["step"], found["total"], found["best_psnr"], found["gain"]) == ("finished", 5, 5, 33.0, 3.0)
+
+
+def test_a_step_without_validation_has_no_score(tmp_path, train_shards, val_shards):
+    folder = run(tmp_path, "rare", "--data_path", train_shards, "--val_path", val_shards, "--steps", 4, "--save_every", 1,
+                 "--val_every", 2, "--val_samples", 1, "--keep_last", 9)  # fmt: skip
+    assert [checkpoint.read_state(found.path).psnr is None for found in list_checkpoints(folder)] == [True, False, True, False]
+
+
+# disks that are full
+
+
+def start(*flags: object, limit: int = 0, **environment: str) -> subprocess.CompletedProcess[str]:
+    """The job as a process of its own, whose files the system lets grow to `limit` bytes."""
+    settings = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""} | environment
+    return subprocess.run(
+        [sys.executable, "-m", "vfi.train", *FLAGS, *map(str, flags)], cwd=ROOT, env=settings, text=True, timeout=300,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False,
+        preexec_fn=(lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))) if limit else None,
+    )  # fmt: skip
+
+
+def assert_ended_by_the_disk(done: subprocess.CompletedProcess[str], folder: Path, why: str) -> None:
+    """A clear error, the last good checkpoint, nothing half-written, and a state that says it."""
+    assert done.returncode not in (0, None), done.stdout
+    assert "Traceback" not in done.stdout
+    assert f"{why} (optimizer.pt: " in done.stdout
+    assert "bytes needed, " in done.stdout
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step_00000004"]
+    assert checkpoint.check(latest(folder).path) == []
+
+
+def test_a_limit_on_files_ends_the_run_and_keeps_the_last_checkpoint(again, train_shards, capsys):
+    shutil.rmtree(again / "checkpoints" / "step_00000002")
+    flags = ("--data_path", train_shards, "--steps", 6, "--exp_name", "again", "--output_dir", again.parent, "--resume", "auto")
+    assert_ended_by_the_disk(start(*flags, limit=8_000_000), again, "step_00000006 could not be written: File too large")
+    runs.main(["--output_dir", str(again.parent), "--json"])
+    (found,) = json.loads(capsys.readouterr().out)
+    assert found["state"] == "failed"
+    assert "File too large" in found["why"]
+
+
+def test_a_full_disk_ends_the_run_and_keeps_the_last_checkpoint(again, tmp_path, train_shards):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=32m", "tmpfs", disk], capture_output=True, check=False)
+    if mount.returncode:
+        pytest.skip(f"no file system of its own can be mounted here: {mount.stderr.decode().strip()}")
+    try:
+        shutil.rmtree(again / "checkpoints" / "step_00000002")  # one checkpoint has 21 MB
+        shutil.copytree(again, disk / "again")
+        flags = ("--data_path", train_shards, "--steps", 6, "--exp_name", "again", "--output_dir", disk, "--resume", "auto")
+        assert_ended_by_the_disk(start(*flags), disk / "again", "step_00000006 could not be written: No space left on device")
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+# several processes
+
+RANKS = """
+import os, random, sys
+from vfi import train
+plain, rank = train.training_losses, int(os.environ["RANK"])
+draw = lambda: [random.random() for _ in range(1 + rank)][-1]
+train.training_losses = lambda *a: {name: (1 + draw()) * loss for name, loss in plain(*a).items()}
+train.main(sys.argv[1:])
+"""
+
+
+def two_processes(*flags: object) -> str:
+    """The job in two processes, whose losses depend on random numbers of their own; what the first one printed."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    command = [sys.executable, "-c", RANKS, *FLAGS, *map(str, flags)]
+    fixed = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "WORLD_SIZE": "2",
+             "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}  # fmt: skip
+    ranks = [
+        subprocess.Popen(command, cwd=ROOT, env=os.environ | fixed | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+                         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        for rank in range(2)
+    ]  # fmt: skip
+    outputs = [process.communicate(timeout=300)[0] for process in ranks]
+    return "\n".join(f"{process.returncode}: {output}" for process, output in zip(ranks, outputs, strict=True))
+
+
+@pytest.mark.slow
+def test_each_process_gets_its_own_random_state_back(tmp_path, train_shards):
+    flags = ("--data_path", train_shards, "--output_dir", tmp_path, "--resume", "auto")
+    first = two_processes(*flags, "--exp_name", "whole", "--steps", 4)
+    assert first.count("0: ") >= 1, first
+    states = [checkpoint.read_random(found.path) for found in list_checkpoints(tmp_path / "whole")]
+    assert [len(state) for state in states] == [2, 2]
+    assert states[0][0]["python"] != states[0][1]["python"]
+    shutil.copytree(tmp_path / "whole", tmp_path / "again")
+    shutil.rmtree(latest(tmp_path / "again").path)
+    two_processes(*flags, "--exp_name", "again", "--steps", 4)
+    assert latest(tmp_path / "again").step == 4
+    assert same_tensors(tmp_path / "whole", tmp_path / "again")
+    assert checkpoint.read_random(latest(tmp_path / "again").path) == states[1]
+
+
+@pytest.mark.slow
+def test_all_processes_end_where_the_main_one_cannot_write(tmp_path, train_shards):
+    (tmp_path / "blocked").mkdir()
+    (tmp_path / "blocked" / "checkpoints").write_text("in the way")
+    output = two_processes("--data_path", train_shards, "--output_dir", tmp_path, "--exp_name", "blocked", "--steps", 2)
+    assert output.count("error: ") == 2
+    assert output.count("step_00000002 could not be written: File exists") == 2

@@ -1,0 +1,113 @@
+"""CUDA graphs: the same bits as without, from inputs, weights and caches as they are when they are replayed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from vfi import graphs, presets
+from vfi.graphs import Graphs
+from vfi.inference import predict
+from vfi.model.interpolator import FrameInterpolator
+from vfi.ops import scan_order
+
+
+class Recorded:
+    """In place of a graph: calls the function, and counts."""
+
+    def __init__(self, function, inputs, pool):
+        self.function, self.replays = function, 0
+
+    def __call__(self, inputs):
+        self.replays += 1
+        return self.function(*inputs)
+
+
+@pytest.fixture
+def on_cpu(monkeypatch):
+    """Graphs are made of frames on a CPU, too."""
+    monkeypatch.setattr(graphs, "_pays", lambda frames: frames.shape[0] * frames.shape[2] * frames.shape[3] <= 64)
+    monkeypatch.setattr(graphs, "_Graph", Recorded)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
+
+
+def double(frames: Tensor) -> Tensor:
+    return 2 * frames
+
+
+def test_the_third_call_of_a_shape_is_recorded(on_cpu):
+    calls = Graphs()
+    for number in range(5):
+        frames = torch.rand(1, 3, 8, 8)
+        assert torch.equal(calls(double, frames), 2 * frames)
+        assert len(calls.made) == (number >= 2)
+    assert calls.made.popitem()[1].replays == 3
+    for _ in range(5):
+        calls(double, torch.rand(2, 3, 8, 8))  # too large
+    assert not calls.made
+
+
+def test_whatever_makes_a_difference_has_a_graph_of_its_own(on_cpu):
+    calls = Graphs()
+    frames = torch.rand(1, 3, 8, 8)
+    for _ in range(3):
+        calls(double, frames)
+        calls(lambda frames: frames, frames, kind="same")
+        calls(double, frames.contiguous(memory_format=torch.channels_last))
+        calls(double, frames.double())
+    assert len(calls.made) == 4
+    assert torch.equal(calls(lambda frames: frames, frames, kind="same"), frames)
+
+
+def test_the_last_used_are_kept(on_cpu):
+    calls = Graphs()
+    for width in (2, 3, 4, 5, 2, 6):
+        for _ in range(3):
+            calls(double, torch.rand(1, 3, 4, width))
+    assert [key[1][0][3] for key in calls.made] == [4, 5, 2, 6]
+    calls(double, torch.rand(1, 3, 4, 3))  # one that was dropped starts anew
+    assert [key[1][0][3] for key in calls.made] == [4, 5, 2, 6]
+
+
+def test_on_a_cpu_nothing_is_recorded():
+    calls = Graphs()
+    for _ in range(5):
+        calls(double, torch.rand(1, 3, 8, 8))
+    assert not calls.made
+    assert not calls.seen
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("phase", [1, 2])
+def test_the_same_bits_as_without(phase, precision):
+    torch.manual_seed(0)
+    config = presets.override(presets.get("tiny"), phase=phase)
+    model = FrameInterpolator(config.model, "cuda").eval()
+    if phase > 1:  # flow that starts at zero would move nothing
+        for head in model.flow.modules():
+            if isinstance(head, torch.nn.Conv2d):
+                torch.nn.init.normal_(head.weight, std=0.05)
+    calls = Graphs()
+
+    def both(H: int, W: int, batch: int = 1) -> None:
+        frames = torch.rand(2, batch, 3, H, W, device="cuda")
+        timestep = torch.rand(batch, device="cuda") * 0.8 + 0.1
+        expected = predict(model, *frames, timestep, precision)
+        found = predict(model, *frames, timestep, precision, graphs=calls)
+        assert torch.equal(found, expected)
+
+    for _ in range(4):
+        both(123, 77)
+        both(128, 192, batch=2)
+    assert len(calls.made) == 2
+    scan_order._cache.clear()  # and its memory goes to somebody else
+    rubbish = [torch.full((2**18,), 10**9, dtype=torch.int32, device="cuda") for _ in range(64)]
+    both(123, 77)
+    del rubbish
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.01)
+    both(123, 77)
+    both(128, 192, batch=2)

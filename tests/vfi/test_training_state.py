@@ -1,0 +1,79 @@
+"""What comes back beside weights: random generators and the loss scale, exactly, and nothing that makes no sense."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from vfi import presets
+from vfi.checkpoint import CheckpointError, State, save
+from vfi.training_state import random_state, restore, scaler_state, set_random_state
+
+
+def draws(device: torch.device) -> list[float]:
+    """Some numbers of every generator."""
+    numbers = [random.random(), random.gauss(0, 1), *np.random.rand(3), np.random.randn(), *torch.rand(3).tolist()]
+    return numbers + (torch.rand(3, device=device).tolist() if device.type == "cuda" else [])
+
+
+@pytest.mark.parametrize("kind", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_random_generators_go_on_where_they_were(kind):
+    """Through JSON; also from within a pair of normal numbers, of which Python and numpy keep the second one."""
+    device = torch.device(kind)
+    random.gauss(0, 1)
+    np.random.randn()
+    state = json.loads(json.dumps(random_state(device)))
+    expected = draws(device)
+    assert draws(device) != expected
+    set_random_state(state, device)
+    assert draws(device) == expected
+
+
+def process(scaler: torch.amp.GradScaler | None) -> SimpleNamespace:
+    """As much of a process as is asked of it: one of one, on the CPU."""
+    return SimpleNamespace(scaler=scaler, num_processes=1, process_index=0, device=torch.device("cpu"))
+
+
+def saved(folder: Path, scaler: dict[str, float]) -> Path:
+    here = [random_state(torch.device("cpu"))]
+    return save(folder, State(1, scaler=scaler), presets.tiny(), {"w": torch.zeros(1)}, {}, random=here)
+
+
+def put_back(scaler: torch.amp.GradScaler | None, checkpoint: Path) -> list[str]:
+    """What is said while it is put back into a process with this loss scale."""
+    said: list[str] = []
+    whole = SimpleNamespace(load_optimizer=lambda _: None)
+    restore(process(scaler), checkpoint, whole, None, None, said.append)
+    return said
+
+
+def test_the_loss_scale_comes_back(tmp_path):
+    old, new = torch.amp.GradScaler("cpu", init_scale=2.0**9), torch.amp.GradScaler("cpu")
+    old.scale(torch.ones(1))
+    old.update(2.0**7)
+    assert put_back(new, saved(tmp_path, scaler_state(process(old)))) == []
+    assert scaler_state(process(new)) == scaler_state(process(old))
+    assert new.scale(torch.ones(1)).item() == 2.0**7
+
+
+def test_a_change_of_precision_is_said(tmp_path):
+    assert scaler_state(process(None)) == {}
+    (line,) = put_back(torch.amp.GradScaler("cpu"), saved(tmp_path, {}))
+    assert "was not made in fp16: the loss scale starts anew" in line
+    assert put_back(None, saved(tmp_path, {"scale": 2.0})) == []
+
+
+@pytest.mark.parametrize(
+    "change", [{"scale": 0.0}, {"scale": -1.0}, {"scale": math.inf}, {"more": 1.0}, {"_growth_tracker": -1}]
+)
+def test_an_absurd_loss_scale_is_refused(tmp_path, change):
+    good = scaler_state(process(torch.amp.GradScaler("cpu")))
+    with pytest.raises(CheckpointError, match=r"state\.json has no usable loss scale"):
+        put_back(torch.amp.GradScaler("cpu"), saved(tmp_path, good | change))

@@ -1,0 +1,115 @@
+"""Which checkpoints does a run have, and is each of them whole? JOB (`vfi checkpoints`).
+
+    vfi checkpoints runs/NAME
+    vfi checkpoints runs/NAME --json
+
+Every file is read again and compared with the manifest. Exits with 1 if a checkpoint is damaged: `--resume auto` does without
+it. Those of an older version have no manifest: they are unverified.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+from vfi.checkpoint import CheckpointError, check, is_verifiable, list_checkpoints, newest_run, read_state
+from vfi.errors import JobError, clear_errors
+from vfi.run_status import age
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Each field is a flag of the job."""
+
+    run: tyro.conf.Positional[Path | None] = None
+    """Folder of a run; by default the run in ./runs that was trained last."""
+    json: bool = False
+    """Print a JSON list in place of the table."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint in numbers; None: not known."""
+
+    name: str
+    step: int
+    status: Literal["verified", "unverified", "damaged"]
+    problems: tuple[str, ...]
+    """What is wrong with which file."""
+    best: bool
+    """It has the highest PSNR of those that are here."""
+    psnr: float | None
+    """Of the validation at this step, in dB."""
+    epoch: int | None
+    ema: bool
+    """It has EMA weights."""
+    bytes: int
+    written: float
+    """Seconds since 1970."""
+
+
+@clear_errors(CheckpointError)
+def main(argv: Sequence[str] | None = None) -> None:
+    """The job: one line a checkpoint, the oldest first."""
+    options = tyro.cli(Options, prog="vfi checkpoints", description=__doc__, args=argv)
+    run = options.run or newest_run()
+    checkpoints = describe_all(run)
+    print(json.dumps([dataclasses.asdict(c) for c in checkpoints], indent=1) if options.json else table(checkpoints))
+    if damaged := sum(checkpoint.status == "damaged" for checkpoint in checkpoints):
+        print(f"error: {damaged} of {len(checkpoints)} checkpoints of {run} damaged", file=sys.stderr)
+        sys.exit(1)
+
+
+def describe_all(run_folder: Path) -> list[Checkpoint]:
+    """All checkpoints of a run, verified; JobError where there is none."""
+    found = list_checkpoints(run_folder)
+    if not found:
+        raise JobError(f"{run_folder} holds no checkpoint: give the folder of a run (`vfi runs` lists them)")
+    checkpoints = [_describe(checkpoint.path, checkpoint.step) for checkpoint in found]
+    best = max((c.psnr for c in checkpoints if c.psnr is not None), default=None)
+    return [dataclasses.replace(c, best=best is not None and c.psnr == best) for c in checkpoints]
+
+
+def _describe(path: Path, step: int) -> Checkpoint:
+    problems = check(path)
+    try:
+        state = read_state(path)
+        psnr, epoch, ema = state.psnr, state.epoch, state.ema_updates > 0
+    except CheckpointError:  # among the problems
+        psnr, epoch, ema = None, None, False
+    return Checkpoint(
+        name=path.name,
+        step=step,
+        status="damaged" if problems else "verified" if is_verifiable(path) else "unverified",
+        problems=tuple(problems),
+        best=False,
+        psnr=psnr,
+        epoch=epoch,
+        ema=ema,
+        bytes=sum(file.lstat().st_size for file in path.iterdir()),
+        written=path.stat().st_mtime,
+    )
+
+
+def table(checkpoints: Sequence[Checkpoint]) -> str:
+    """Checkpoints as aligned text."""
+    lines = [f"{'step':>10}  {'written':>10}  {'size':>9}  {'PSNR':>9}  {'epoch':>5}  {'EMA':<3}  status"]
+    for c in checkpoints:
+        psnr = "-" if c.psnr is None else f"{c.psnr:.2f} dB"
+        epoch = "-" if c.epoch is None else str(c.epoch)
+        status = ", ".join([c.status.upper() if c.problems else c.status, *c.problems, *["best"] * c.best])
+        lines.append(
+            f"{c.step:>10}  {age(c.written) + ' ago':>10}  {c.bytes / 1e6:>6.1f} MB  {psnr:>9}  {epoch:>5}  "
+            f"{'yes' if c.ema else '-':<3}  {status}"
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,61 @@
+"""How are weights averaged over the steps? An exponential moving average in fp32, beside the weights that train.
+
+    average <- decay * average + (1 - decay) * weight        after each step that changed the weights
+
+decay is min(--ema, (1 + n) / (10 + n)) in the n-th step, n = 1, 2, …: at the start the average must forget the weights that
+it began with. Averaged are all parameters, also those of a frozen part; buffers are taken as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+
+class Ema:
+    """The average of a model's parameters, which starts as they are now."""
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.model, self.decay, self.updates = model, decay, 0
+        self.average = {name: tensor.detach().float().clone() for name, tensor in model.named_parameters()}
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Take the parameters as they are now into the average."""
+        self.updates += 1
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        weights = [parameter.detach().float() for parameter in self.model.parameters()]
+        torch._foreach_lerp_(list(self.average.values()), weights, 1 - decay)
+
+    def weights(self) -> dict[str, Tensor]:
+        """A state dict for the model, with the average in place of its parameters."""
+        return self.model.state_dict() | self.average
+
+    @torch.no_grad()
+    def load(self, weights: dict[str, Tensor], updates: int) -> None:
+        """Go on from an average that was saved, over so many updates."""
+        for name, tensor in self.average.items():
+            whole = weights[name].to(tensor.device)
+            if isinstance(tensor, DTensor):
+                whole = distribute_tensor(whole, tensor.device_mesh, tensor.placements)
+            tensor.copy_(whole)
+        self.updates = updates
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """While this lasts the model has the average as its parameters; afterwards its own, to the last bit."""
+        own = [parameter.detach().clone() for parameter in self.model.parameters()]
+        self._fill(list(self.average.values()))
+        try:
+            yield
+        finally:
+            self._fill(own)
+
+    @torch.no_grad()
+    def _fill(self, values: list[Tensor]) -> None:
+        for parameter, value in zip(self.model.parameters(), values, strict=True):
+            parameter.copy_(value)

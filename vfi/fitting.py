@@ -1,0 +1,146 @@
+"""Does a training step fit into the memory of this GPU? Tried before training starts, and halved until it does.
+
+    smaller = fit_batch(config, accelerator, sharding="none", say=print)     # None: as it is
+
+The trial takes two steps of a network of its own, on frames of the run's largest crop, with all that a run holds beside it;
+nothing of it is left behind. So the run is from its first step on the one that --batch_size with the smaller number gives: the
+global batch is the same, and so are the samples of every step (vfi/data/plan.py).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from vfi import profiling
+from vfi.config import Config, accumulation
+from vfi.errors import JobError
+from vfi.losses import training_losses
+from vfi.model.execution import compile_parts, recompute
+from vfi.model.interpolator import FrameInterpolator
+from vfi.numerics import refusals_explained
+from vfi.optim import build_optimizer
+from vfi.signals import Agreement
+
+_HEADROOM = 256 * 2**20  # bytes that stay free beside a step: batches under way, metrics, fragmentation
+PRECISIONS = {"no": torch.float32, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# what else than torch.OutOfMemoryError says so: CUDA itself, Triton, cuBLAS, cuDNN
+_OUT_OF_MEMORY = ("out of memory", "STATUS_ALLOC_FAILED", "DEVICE_ALLOCATION_FAILED")
+
+
+def fit_batch(config: Config, accelerator: Accelerator, sharding: str, say: Callable[[str], None]) -> Config | None:
+    """The same experiment with a smaller --batch_size, where a process's GPU can't hold it; None where all of them can.
+
+    To be called by all processes together. JobError when not even one sample fits. On a CPU nothing is tried, nor with sharded
+    weights, where a process that has run out of memory would leave the others waiting for it.
+    """
+    if not can_try(accelerator.device):
+        return None
+    if sharding != "none":
+        say(f"with {sharding} it is not tried beforehand whether --batch_size {config.data.batch_size} fits into memory")
+        return None
+    agreement, fitting = Agreement(accelerator.device), config
+    agreement.any(False, at_once=True)  # what the processes need to talk to each other is in memory from here on
+    precision = PRECISIONS[accelerator.mixed_precision]
+    while agreement.any(not fits(fitting, accelerator.device, precision, accelerator.num_processes), at_once=True):
+        if fitting.data.batch_size == 1:
+            raise JobError(_nothing_fits(fitting, accelerator.device))
+        fitting = with_smaller_batch(fitting, accelerator.num_processes)
+    if fitting is config:
+        return None
+    say(
+        f"--batch_size {config.data.batch_size} does not fit into the memory of a GPU at crop {config.data.largest_crop}: this "
+        f"run takes {fitting.data.batch_size} and accumulates {accumulation(fitting, accelerator.num_processes)}; the global "
+        f"batch stays {fitting.data.global_batch}, and so does what every step sees"
+    )
+    return fitting
+
+
+def can_try(device: torch.device) -> bool:
+    """Does this device say that its memory is full? A CPU ends the process instead."""
+    return device.type == "cuda"
+
+
+def with_smaller_batch(config: Config, processes: int) -> Config:
+    """The largest --batch_size up to its half that divides it; the global batch stays."""
+    batch = config.data.batch_size
+    smaller = max(divisor for divisor in range(1, batch // 2 + 1) if batch % divisor == 0)
+    total = batch * processes * accumulation(config, processes)
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, batch_size=smaller, global_batch=total))
+
+
+def fits(config: Config, device: torch.device, precision: torch.dtype, processes: int) -> bool:
+    """Can a training step of this process be taken? Its memory is given back afterwards."""
+    try:
+        with refusals_explained():
+            rehearse(config, device, precision, processes)
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        done = False
+    else:
+        done = True
+    profiling.free_memory()  # not before here: the error holds on to its frames, and they to their tensors
+    if config.compute.compile:
+        torch.compiler.reset()  # or what comes next would be compiled for any batch, not for its own
+    return done
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Was the device's memory full? Libraries below torch have words of their own for that."""
+    return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in _OUT_OF_MEMORY)
+
+
+def rehearse(config: Config, device: torch.device, precision: torch.dtype, processes: int) -> None:
+    """Two training steps, the second of which has AdamW's moments beside it; raises when memory is full."""
+    step = TrainingStep(config, device, precision, accumulating=accumulation(config, processes) > 1)
+    copies = (processes > 1) + (config.optim.ema > 0)  # DDP's buckets of the gradient, the running mean
+    spare = torch.empty(_HEADROOM + copies * step.weights, dtype=torch.uint8, device=device)
+    for _ in range(2):
+        step(step.make_frames())
+    del spare
+
+
+class TrainingStep:
+    """Forward, loss, backward and AdamW of a new network: `step(step.make_frames())`. Frames are random, of the largest crop.
+
+    `accumulating`: the gradient of earlier batches is in memory, too; `weights`: bytes.
+    """
+
+    def __init__(self, config: Config, device: torch.device, precision: torch.dtype, accumulating: bool = False) -> None:
+        self.config, self.device, self.precision, self.accumulating = config, device, precision, accumulating
+        self.model = FrameInterpolator(config.model, device).train()
+        if config.compute.compile:
+            compile_parts(self.model)
+        if config.compute.checkpointing:
+            recompute(self.model)
+        self.optimizer = build_optimizer(self.model, config.optim)
+        self.weights = sum(parameter.nbytes for parameter in self.model.parameters())
+
+    def make_frames(self) -> tuple[Tensor, ...]:
+        """img0, imgt, img1, timestep."""
+        batch, crop = self.config.data.batch_size, self.config.data.largest_crop
+        frames = torch.rand(3, batch, 3, crop, crop, device=self.device)
+        return (*frames, torch.rand(batch, device=self.device) * 0.8 + 0.1)
+
+    def __call__(self, frames: tuple[Tensor, ...]) -> None:
+        img0, imgt, img1, timestep = frames
+        with torch.autocast(self.device.type, self.precision, enabled=self.precision != torch.float32):
+            prediction = self.model(img0, img1, timestep, imgt)
+            loss = training_losses(prediction, imgt, self.config.optim)["loss"]
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=not self.accumulating)
+
+
+def _nothing_fits(config: Config, device: torch.device) -> str:
+    free, total = torch.cuda.mem_get_info(device)
+    return (
+        f"not even one sample fits into the memory of {torch.cuda.get_device_name(device)}, {free / 2**30:.1f} of "
+        f"{total / 2**30:.1f} GiB of which are free, at crop {config.data.largest_crop}: take a smaller --crop, "
+        f"--checkpointing, mixed precision (bf16, or fp16), or a GPU with more memory"
+    )

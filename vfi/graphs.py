@@ -1,0 +1,98 @@
+"""How does a small frame not wait for the CPU? Its forward pass is recorded once, as a CUDA graph, and replayed.
+
+    graphs = Graphs()
+    imgt = graphs(function, img0, img1, timestep)       # function(img0, img1, timestep), to the bit
+
+A network is hundreds of kernels, and to start them one by one takes longer than they do on frames up to about 1080p. What is
+recorded are the kernels and the addresses they work on. So the function may depend on nothing else than its inputs and on
+tensors that stay where they are, such as weights; those that its operators read are kept alive with the graph.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+_BEFORE = 2  # calls of a shape before its graph is worth its making; in them kernels are tuned and caches filled
+_LARGEST = 1088 * 1920  # pixels of all frames of the batch: above, the GPU is what one waits for
+_KEPT = 4  # graphs, those used last; they share one pool of memory
+
+Function = Callable[..., Tensor]
+
+
+class Graphs:
+    """Calls functions of tensors by CUDA graphs where that pays: on a GPU, for small frames of a shape that comes again."""
+
+    def __init__(self) -> None:
+        self.seen: Counter[Hashable] = Counter()
+        self.made: OrderedDict[Hashable, _Graph] = OrderedDict()
+        self.pool: Any = None
+
+    def __call__(self, function: Function, *inputs: Tensor, kind: Hashable = None) -> Tensor:
+        """`function(*inputs)`. Two functions that compute something else for the same shapes must differ in `kind`."""
+        if not _pays(inputs[0]):
+            return function(*inputs)
+        key = (kind, *((tensor.shape, tensor.stride(), tensor.dtype, tensor.device) for tensor in inputs))
+        if key not in self.made:
+            self.seen[key] += 1
+            if self.seen[key] <= _BEFORE:
+                return function(*inputs)
+            self._make(key, function, inputs)
+        self.made.move_to_end(key)
+        return self.made[key](inputs)
+
+    def _make(self, key: Hashable, function: Function, inputs: tuple[Tensor, ...]) -> None:
+        if len(self.made) == _KEPT:
+            dropped, _ = self.made.popitem(last=False)
+            self.seen[dropped] = 0
+        self.pool = self.pool or torch.cuda.graph_pool_handle()
+        self.made[key] = _Graph(function, inputs, self.pool)
+
+
+class _Graph:
+    """One function at one shape."""
+
+    def __init__(self, function: Function, inputs: tuple[Tensor, ...], pool: Any) -> None:
+        self.inputs = [tensor.clone() for tensor in inputs]
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph, pool=pool), _Reads() as reads:
+            self.output = function(*self.inputs)
+        self.kept = list(reads.kept.values())
+
+    def __call__(self, inputs: tuple[Tensor, ...]) -> Tensor:
+        for own, given in zip(self.inputs, inputs, strict=True):
+            own.copy_(given)
+        self.graph.replay()
+        return self.output.clone()
+
+
+class _Reads(TorchDispatchMode):
+    """The tensors from before that operators read, such as indices that a cache may drop."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept: dict[int, Tensor] = {}
+        self.own: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for tensor in _tensors((args, kwargs)):
+            if (address := tensor.untyped_storage().data_ptr()) not in self.own:
+                self.kept.setdefault(address, tensor)
+        result = func(*args, **(kwargs or {}))
+        self.own.update(tensor.untyped_storage().data_ptr() for tensor in _tensors(result))
+        return result
+
+
+def _tensors(values: Any) -> list[Tensor]:
+    return [value for value in tree_leaves(values) if isinstance(value, Tensor)]
+
+
+def _pays(frames: Tensor) -> bool:
+    """`frames`: [B, 3, H, W]."""
+    return frames.is_cuda and frames.shape[0] * frames.shape[2] * frames.shape[3] <= _LARGEST

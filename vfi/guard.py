@@ -1,0 +1,255 @@
+"""Is the gradient about to ruin the weights, and what is to be done? Watched by layer group, answered in stages.
+
+    groups = layer_groups(network)                          # each parameter is in one of them
+    seen = torch.stack([loss, *gradient_norms(groups)])     # the same numbers on all processes
+    verdict = guard.judge(step, seen)                       # before the optimizer moves
+
+| verdict   | when                                              | the step                                                   |
+| --------- | ------------------------------------------------- | ---------------------------------------------------------- |
+| go        | nothing is unusual                                | as it is                                                   |
+| watch     | the norm of a group is far above its median       | gradient clipped to its usual norm; at every third one in  |
+|           |                                                   | a row the mixing's annealing factor rises                  |
+| scale     | gradient no number, loss fine, loss scaled (fp16) | left to the scaler, which tries a smaller scale            |
+| skip      | loss or gradient is no number                     | weights and optimizer stay, the data goes on               |
+| roll_back | too many skips; or the loss is high and stays so  | weights, optimizer and place in the data are those of the  |
+|           |                                                   | last checkpoint before that began; the rate is lowered     |
+| stop      | that, once too often                              | the run ends                                               |
+
+A norm is judged by the median and the spread of its logarithm over the last steps that were usual: norms are skewed, and grow
+by factors where a network wakes up. When most of the latest steps are unusual and the loss is not high, the norms have come to
+a new level, and that is the usual one from then on: a healthy run is not clipped for ever. The loss stays high when it is above
+twice its median in more than half of the last quarter of the window; many a run comes down by itself before.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import statistics
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from vfi.config import KNOWN_STEPS, GuardConfig
+
+LayerGroups = dict[str, list[nn.Parameter]]
+Action = Literal["go", "watch", "scale", "skip", "roll_back", "stop"]
+_LATEST = 20  # steps, more than half of which make a new level
+_HIGH = 2.0  # times the usual loss is a high one
+_BUILDING = 3  # unusual steps in a row: no single bad batch any more
+_SPREAD = 1.4826  # of a normal distribution: standard deviation / median of the distances from the median
+
+
+class Verdict(NamedTuple):
+    """What is to be done with a step."""
+
+    action: Action
+    why: str = ""
+    clip_norm: float = math.inf
+    """Largest norm of the whole gradient."""
+    building: bool = False
+    """The annealing factor of the residual mixing is to rise."""
+    began: int = 0
+    """Of roll_back and stop: the step at which the trouble began, as far as the guard can tell."""
+
+    @property
+    def moves(self) -> bool:
+        """May the optimizer change the weights?"""
+        return self.action in ("go", "watch")
+
+
+GO = Verdict("go")
+
+
+class Guard:
+    """What a run knows of its own loss and norms, and what it has done about them; the same on all processes."""
+
+    def __init__(self, groups: Iterable[str], config: GuardConfig) -> None:
+        self.config, self.names, self.patience = config, tuple(groups), config.guard_window // 4
+        self.window = torch.zeros(len(self.names), config.guard_window, dtype=torch.float64)
+        """Norms of usual steps, a column each, written round and round; 0 is nothing known: a frozen group has no gradient."""
+        self.columns = 0
+        """Written so far."""
+        self.latest: list[tuple[list[float], bool]] = []
+        """Norms of the latest steps, oldest first, and whether they were unusual."""
+        self.losses: list[tuple[int, float]] = []
+        """Steps and losses of the last guard_window steps that had one, oldest first."""
+        self.in_a_row = 0
+        """Unusual steps up to the last one."""
+        self.step = 0
+        """The last one judged."""
+        self.skips: list[int] = []
+        """Steps skipped among the last guard_window."""
+        self.roll_backs = 0
+        self.rate_factor = 1.0
+        """Of the learning rate, from now on."""
+
+    def judge(self, step: int, seen: Tensor, scale: float = 1.0) -> Verdict:
+        """`seen` `[1 + groups]`: the loss of a step and its gradient norms, as all processes see them.
+
+        `scale`: what the loss was multiplied by before the backward pass; the gradient is divided by it again.
+        """
+        median, limit = self.usual()  # before the numbers are read, which waits for the device
+        loss, *norms = seen.tolist()
+        self.step = step
+        self.skips = [skipped for skipped in self.skips if skipped > step - self.config.guard_window]
+        numbers = zip(("loss", *self.names), (loss, *norms), strict=True)
+        if broken := [f"{name} {value}" for name, value in numbers if not math.isfinite(value)]:
+            if scale > 1 and math.isfinite(loss):
+                return Verdict("scale", f"{', '.join(broken)} with the loss scaled by {scale:g}")
+            return self._skip(", ".join(broken))
+        self.losses = [*self.losses[1 - self.config.guard_window :], (step, loss)]
+        high = [i for i, norm in enumerate(norms) if norm > limit[i]]
+        self.latest = [*self.latest[1 - _LATEST :], (norms, bool(high))]
+        self.in_a_row = self.in_a_row + 1 if high else 0
+        if len(since := self._high_losses(self.patience)) > self.patience // 2:
+            why = f"the loss is {loss:.3g} and stays high, where {self._usual_loss():.3g} was usual"
+            return self._roll_back(why, since[0])
+        if not high:
+            self._learn(norms)
+            return GO
+        why = ", ".join(f"{self.names[i]} {norms[i]:.3g} where {median[i]:.3g} is usual" for i in high)
+        if sum(unusual for _, unusual in self.latest) > _LATEST // 2 >= len(self._high_losses(_LATEST)):
+            self._learn_anew(norms for norms, _ in self.latest)
+            self.latest = [(norms, False) for norms, _ in self.latest]
+            why += "; it stays so, and the loss is as usual: this is the usual level from now on"
+        return Verdict("watch", why, math.hypot(*median), building=self.in_a_row % _BUILDING == 0)
+
+    def usual(self) -> tuple[list[float], list[float]]:
+        """Median of each norm, and what it must not exceed; 0 and inf where too few steps are known."""
+        known = torch.where(self.window > 0, self.window, torch.nan).log()
+        median = known.nanmedian(dim=1, keepdim=True).values
+        spread = _SPREAD * (known - median).abs().nanmedian(dim=1, keepdim=True).values
+        factor = self.config.guard_factor
+        limit = (median + torch.clamp(factor * spread, min=math.log(factor))).exp()
+        unknown = (self.window > 0).sum(dim=1, keepdim=True) < KNOWN_STEPS
+        return median.exp().nan_to_num(0)[:, 0].tolist(), limit.masked_fill(unknown, math.inf)[:, 0].tolist()
+
+    def go_on_after(self, former: Guard) -> None:
+        """The run has gone back to when this was known; `former` is what was known when that was decided."""
+        self.roll_backs = former.roll_backs + 1
+        self.rate_factor = former.rate_factor * self.config.guard_rate_factor
+        self.latest, self.in_a_row, self.skips = [], 0, []
+
+    def state_dict(self) -> dict[str, Any]:
+        """All of it, as JSON takes it; the window's columns oldest first."""
+        kept = range(max(0, self.columns - self.window.shape[1]), self.columns)
+        columns = [number % self.window.shape[1] for number in kept]
+        return {
+            "step": self.step,
+            "skips": list(self.skips),
+            "roll_backs": self.roll_backs,
+            "rate_factor": self.rate_factor,
+            "losses": [list(pair) for pair in self.losses],
+            "names": list(self.names),
+            "window": self.window[:, columns].T.tolist(),
+            "latest": [[norms, unusual] for norms, unusual in self.latest],
+            "in_a_row": self.in_a_row,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from `state`; of a network with other groups, what was done and the losses count, the norms don't."""
+        self.step, self.skips = int(state["step"]), list(map(int, state["skips"]))
+        self.roll_backs, self.rate_factor = int(state["roll_backs"]), float(state["rate_factor"])
+        self.losses = [(int(step), float(loss)) for step, loss in state["losses"]][-self.config.guard_window :]
+        if state["names"] != list(self.names):
+            return
+        self._learn_anew(state["window"])
+        self.latest = [(list(map(float, norms)), bool(unusual)) for norms, unusual in state["latest"]]
+        self.in_a_row = int(state["in_a_row"])
+
+    def _skip(self, why: str) -> Verdict:
+        self.skips.append(self.step)
+        if len(self.skips) <= self.config.guard_skips:
+            return Verdict("skip", why)
+        why = f"{why}, and so it was in {len(self.skips)} of the last {self.config.guard_window} steps"
+        return self._roll_back(why, self.skips[0])
+
+    def _roll_back(self, why: str, began: int) -> Verdict:
+        return Verdict("roll_back" if self.roll_backs < self.config.guard_roll_backs else "stop", why, began=began)
+
+    def _usual_loss(self) -> float:
+        """Median of the losses before those that are judged; inf where too few are known."""
+        before = [loss for _, loss in self.losses[: -self.patience]]
+        return statistics.median(before) if len(before) >= KNOWN_STEPS else math.inf
+
+    def _high_losses(self, number: int) -> list[int]:
+        """The steps, among the last so many, whose losses are high."""
+        limit = _HIGH * self._usual_loss()
+        return [step for step, loss in self.losses[-number:] if loss > limit]
+
+    def _learn(self, norms: Sequence[float]) -> None:
+        self.window[:, self.columns % self.window.shape[1]] = torch.tensor(norms, dtype=torch.float64)
+        self.columns += 1
+
+    def _learn_anew(self, rows: Iterable[Sequence[float]]) -> None:
+        self.window.zero_()
+        self.columns = 0
+        for norms in rows:
+            self._learn(norms)
+
+
+def layer_groups(network: nn.Module) -> LayerGroups:
+    """Parameters by group; every one is in exactly one of them."""
+    groups: LayerGroups = {}
+    for name, parameter in network.named_parameters():
+        groups.setdefault(group_of(name), []).append(parameter)
+    return groups
+
+
+def group_of(name: str) -> str:
+    """stem, down, stage0, stage1 (with the norm at its end), mixing, flow, teacher or refine; else the name's first word."""
+    words = [word for word in name.split(".") if not word.startswith("_")]  # wrappers begin with an underscore
+    if "coefficients" in words:
+        return "mixing"
+    if words[0] == "backbone":
+        return f"stage{words[2]}" if words[1] in ("stages", "norms") else words[1]
+    return "teacher" if words[:2] == ["flow", "teacher"] else words[0]
+
+
+def gradient_norms(groups: LayerGroups) -> Tensor:
+    """`[groups]` fp32 on the device: norm of each group's gradient; 0 where it has none."""
+    return group_norms([[p.grad for p in parameters if p.grad is not None] for parameters in groups.values()])
+
+
+def copies(groups: LayerGroups) -> list[list[Tensor]]:
+    """The weights as they are now."""
+    return [[parameter.detach().clone() for parameter in parameters] for parameters in groups.values()]
+
+
+def update_ratios(groups: LayerGroups, before: list[list[Tensor]]) -> Tensor:
+    """`[groups]`: norm of the change since `before` / norm of the weights then; 0 where there were none but zeros."""
+    moved = [
+        [new.detach() - old for new, old in zip(parameters, olds, strict=True)]
+        for parameters, olds in zip(groups.values(), before, strict=True)
+    ]
+    change, size = group_norms(moved), group_norms(before)
+    return torch.where(size > 0, change / size, 0)
+
+
+def group_norms(groups: Sequence[Sequence[Tensor]]) -> Tensor:
+    """`[groups]` fp32: the norm of all tensors of a group together, of their shards on all processes where they are sharded."""
+    tensors = list(itertools.chain(*groups))
+    if not tensors:
+        return torch.zeros(len(groups))
+    local = [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
+    each = torch.stack(torch._foreach_norm(local, 2, dtype=torch.float32))
+    norms = torch.stack(torch._foreach_norm(each.split([len(group) for group in groups])))
+    return _over_shards(norms, tensors)
+
+
+def _over_shards(norms: Tensor, tensors: Sequence[Tensor]) -> Tensor:
+    """Norms of what this process holds -> of the whole. All tensors are plain, or all are sharded in the same way."""
+    sharded = [tensor for tensor in tensors if isinstance(tensor, DTensor)]
+    if not sharded:
+        return norms
+    if len(sharded) < len(tensors) or len({(tensor.device_mesh, tensor.placements) for tensor in sharded}) > 1:
+        raise ValueError("gradients are sharded in different ways: their norms can't be added up")
+    squares = norms.double().square()
+    for dim, placement in enumerate(sharded[0].placements):
+        if not placement.is_replicate():
+            torch.distributed.all_reduce(squares, group=sharded[0].device_mesh.get_group(dim))
+    return squares.sqrt().to(norms.dtype)

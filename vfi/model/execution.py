@@ -1,0 +1,69 @@
+"""How is a network run, for the same numbers? Parts of it compiled, or with activations that are computed anew.
+
+Both change `forward` of parts in place: modules, parameters and their names stay as they are.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from vfi.model.backbone import LGSBlock
+from vfi.model.flow import FlowStage
+from vfi.model.interpolator import FrameInterpolator
+from vfi.model.refine import RefineNet
+from vfi.model.ss2d import SS2D
+from vfi.model.window_attention import GatedWindowAttention
+from vfi.ops.scan_order import Scan
+from vfi.ops.window_attention import gated_window_attention
+
+_VARIANTS = 64  # of the same code: widths, windows shifted or not, crops of a curriculum, frozen or not; by default the ninth
+# would run uncompiled, with a word in the log
+
+
+def compile_parts(network: FrameInterpolator) -> None:
+    """Compile, for training, what lies between the sums of an LGS block, the flow stages and RefineNet.
+
+    To be called before `recompute`. Left as they are: the reordering and the core of the scan, which have kernels of their own;
+    the residual mixing, for it is recorded by hooks, which compiled code would leave out; and forward passes without
+    gradients, for frames to be validated on come in all sizes.
+    """
+    from torch._dynamo import config as dynamo  # it takes a second to load
+
+    for module in network.modules():
+        if isinstance(module, SS2D):
+            scan, unscan, sequences = module.scan
+            module.scan = Scan(torch.compiler.disable(scan), torch.compiler.disable(unscan), sequences)
+            module.island = torch.compiler.disable(module.island)
+        if isinstance(module, GatedWindowAttention) and module.attend is not gated_window_attention:
+            module.attend = torch.compiler.disable(module.attend)
+    dynamo.recompile_limit = max(dynamo.recompile_limit, _VARIANTS)
+    for part in _compiled(network):
+        part.forward = _in_training(torch.compile(part.forward, dynamic=False), part.forward)
+
+
+def _compiled(network: FrameInterpolator) -> Iterator[nn.Module]:
+    for module in network.modules():
+        if isinstance(module, LGSBlock):
+            yield from (*module.branches.values(), module.fusion)
+        elif isinstance(module, FlowStage | RefineNet):
+            yield module
+
+
+def _in_training(compiled: Callable[..., Any], plain: Callable[..., Any]) -> Callable[..., Any]:
+    def forward(*args: Any) -> Any:
+        return compiled(*args) if torch.is_grad_enabled() else plain(*args)
+
+    return forward
+
+
+def recompute(network: FrameInterpolator) -> None:
+    """Keep for the backward pass what goes into an LGS block, a flow stage or RefineNet, and compute the rest anew there."""
+    parts: list[nn.Module] = [part for part in network.modules() if isinstance(part, LGSBlock | FlowStage | RefineNet)]
+    for part in parts:  # nothing in them is random
+        part.forward = functools.partial(checkpoint, part.forward, use_reentrant=False, preserve_rng_state=False)

@@ -1,0 +1,100 @@
+"""What is a run doing? Its main process writes it down at the start and at the end; whoever reads it sees if that is still so.
+
+with recorded(folder, total, step):     status.json: running …
+    train()                             … finished, stopped or failed, unless it is killed
+read_status(folder)                     one of STATES
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import platform
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from vfi.errors import Stopped, message_of
+from vfi.records import RecordError, from_object, to_json, write_text
+
+STATUS = "status.json"
+STATES = {
+    "running": "its process is there",
+    "finished": "all steps are done",
+    "stopped": "told to stop before that",
+    "failed": "an error ended it",
+    "killed": "its process is gone and had no time to say why",
+    "unclear": "started on another machine, and has not said that it ended",
+    "unknown": "nothing was written down",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Status:
+    """What status.json holds."""
+
+    state: str
+    """One of STATES; the file holds one of the first four."""
+    total: int = 0
+    """Steps that the run is to have; 0: unknown."""
+    why: str = ""
+    host: str = ""
+    pid: int = 0
+    started: str = ""
+    """Start time of the process, which tells it from a later one with the same number."""
+
+
+@contextmanager
+def recorded(folder: Path, total: int, step: Callable[[], int]) -> Iterator[None]:
+    """Write down that this process trains in `folder` towards `total` steps, and how it ended: `step` tells the last one."""
+    status = Status("running", total, "", platform.node(), os.getpid(), _start_of(os.getpid()))
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / STATUS, to_json(status))
+    state, why = "stopped", ""
+    try:
+        yield
+        state = "finished" if step() >= total else "stopped"
+    except Exception as error:
+        state, why = "stopped" if isinstance(error, Stopped) else "failed", message_of(error) or type(error).__name__
+        raise
+    finally:
+        with suppress(OSError):  # a full disk: what ended the run matters more, and is on the screen
+            write_text(folder / STATUS, to_json(dataclasses.replace(status, state=state, why=why)))
+
+
+def read_status(folder: Path) -> Status:
+    """The state of a run folder, as far as it can be told from here."""
+    try:
+        status: Status = from_object(Status, json.loads((folder / STATUS).read_bytes()), STATUS)
+    except FileNotFoundError:
+        return Status("unknown")
+    except (OSError, ValueError, RecordError) as error:
+        return Status("unknown", why=f"{STATUS} cannot be read: {error}")
+    if status.state != "running":
+        return status
+    if status.host != platform.node():
+        return dataclasses.replace(status, state="unclear", why=f"started on {status.host}")
+    if _start_of(status.pid) != status.started:
+        return dataclasses.replace(status, state="killed", why=f"process {status.pid} is gone")
+    return status
+
+
+def _start_of(pid: int) -> str:
+    """When a living process started, in the kernel's ticks; empty for one that is gone."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()  # the name before it may hold anything
+    except OSError:
+        return ""
+    state, start = fields[0], fields[19]
+    return "" if state in "ZX" else start
+
+
+def age(moment: float) -> str:
+    """Time since `moment` (seconds since 1970) in its largest unit."""
+    seconds = max(0.0, time.time() - moment)
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.0f} {unit}"
+    return f"{seconds:.0f} s"

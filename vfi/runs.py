@@ -1,0 +1,132 @@
+"""Which runs are there, and how far is each? JOB.
+
+    vfi runs
+    vfi runs --output_dir /data/runs --json
+
+A run's state is what its main process wrote down (status.json), and whether that process is still there. Step, epoch and PSNR
+are those of metrics.jsonl.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import tyro
+
+from vfi.checkpoint import CONFIG, latest
+from vfi.config import ConfigError
+from vfi.errors import JobError, clear_errors
+from vfi.records import config_from_json
+from vfi.run_status import STATES, age, read_status
+from vfi.tracking import METRICS, read_rows
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Each field is a flag of the job."""
+
+    output_dir: Path = Path("runs")
+    """Folder of all runs."""
+    json: bool = False
+    """Print a JSON list in place of the table."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A run folder in numbers; None: not known."""
+
+    name: str
+    preset: str | None
+    phase: int | None
+    state: str
+    why: str
+    step: int
+    total: int | None
+    checkpoint: int | None
+    """Step of the newest checkpoint."""
+    epoch: float | None
+    best_psnr: float | None
+    gain: float | None
+    """Of the best PSNR over the frame average, in dB."""
+    last_activity: float
+    """Seconds since 1970."""
+
+
+@clear_errors()
+def main(argv: Sequence[str] | None = None) -> None:
+    """The job: one line a run, the one that moved last first."""
+    options = tyro.cli(Options, prog="vfi runs", description=__doc__, args=argv)
+    if not options.output_dir.is_dir():
+        raise JobError(f"--output_dir {options.output_dir} is no folder: give the folder that the runs lie in")
+    runs = sorted(map(describe, run_folders(options.output_dir)), key=lambda run: run.last_activity, reverse=True)
+    if options.json:
+        print(json.dumps([dataclasses.asdict(run) for run in runs], indent=1))
+        return
+    print(table(runs) if runs else f"no run in {options.output_dir}")
+
+
+def run_folders(output_dir: Path) -> list[Path]:
+    """The folders in `output_dir` that a training run wrote."""
+    return [path for path in output_dir.iterdir() if (path / CONFIG).is_file() or (path / "checkpoints").is_dir()]
+
+
+def describe(folder: Path) -> Run:
+    """What a run folder says of its run."""
+    status, newest = read_status(folder), latest(folder)
+    why = status.why
+    try:
+        config = config_from_json((folder / CONFIG).read_text(), CONFIG, say=lambda _: None)
+        preset, phase, planned = config.run.preset, int(config.model.phase), config.run.steps
+    except (OSError, UnicodeDecodeError, ConfigError) as error:
+        preset, phase, planned, why = None, None, None, why or f"{CONFIG} cannot be read: {error}"
+    rows = read_rows(folder / METRICS)
+    scores = [row for row in rows if row.get("event") == "val" and row.get("psnr") is not None]
+    best = max(scores, key=lambda row: row["psnr"], default=None)
+    epochs = [row["epoch"] for row in rows if "epoch" in row]
+    files = [path for path in (folder / METRICS, newest.path if newest else folder, folder) if path.exists()]
+    return Run(
+        name=folder.name,
+        preset=preset,
+        phase=phase,
+        state=status.state,
+        why=why,
+        step=max([row["step"] for row in rows] + [newest.step if newest else 0]),
+        total=status.total or planned,
+        checkpoint=newest.step if newest else None,
+        epoch=epochs[-1] if epochs else None,
+        best_psnr=best["psnr"] if best else None,
+        gain=best["psnr"] - best["average_psnr"] if best else None,
+        last_activity=max(path.stat().st_mtime for path in files),
+    )
+
+
+def table(runs: Sequence[Run]) -> str:
+    """Runs as aligned text, and below it why those ended that did not finish."""
+    head = ("run", "preset", "phase", "state", "step", "saved", "epoch", "best PSNR", "gain", "last activity")
+    rows = [head] + [
+        (
+            run.name,
+            run.preset or "?",
+            str(run.phase or "?"),
+            run.state,
+            f"{run.step}/{run.total or '?'}",
+            "-" if run.checkpoint is None else str(run.checkpoint),
+            "-" if run.epoch is None else f"{run.epoch:.1f}",
+            "-" if run.best_psnr is None else f"{run.best_psnr:.2f} dB",
+            "-" if run.gain is None else f"{run.gain:+.2f} dB",
+            f"{age(run.last_activity)} ago",
+        )
+        for run in runs
+    ]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
+    lines = ["  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    states = sorted({run.state for run in runs}, key=list(STATES).index)
+    lines += ["", *(f"{state}: {STATES[state]}" for state in states)]
+    return "\n".join(lines + [f"{run.name}: {run.why}" for run in runs if run.why])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,201 @@
+"""Does the run still move, and should it stop? Threads of every process watch its training and tell each other.
+
+    with Watch(device, seconds) as watch:
+        watch.at("waiting for data")     # all processes pass the same places in the same order
+        if watch.stop(): …               # the same answer on all of them after the same step
+
+A process that hangs lets all others wait for it in a collective operation, and none of them learns which one is missing. So
+each counts the places that it passes, and writes the count into the store over which the launcher brought the processes
+together. Where nothing has moved for too long, the process that is silent or behind is named, and the run ends.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import math
+import os
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple, NoReturn, Self
+
+import torch
+import torch.distributed as dist
+
+from vfi.signals import Agreement, StopSignals
+
+_PERIOD = 0.5  # seconds between two looks
+_LISTEN = 8  # looks at the others before one is named: who is alive writes at each
+# seconds that the one that hangs outlives the others, so that theirs is this error and not that of a broken connection
+_LINGER = 3.0
+_LOST = 30.0  # seconds without progress that are enough once the store is gone, as it is with the process that held it
+_numbers = itertools.count()
+
+
+class Beat(NamedTuple):
+    """What a process writes about itself at every look."""
+
+    number: int
+    """It stays the same when the whole process is stopped or gone."""
+    passed: int
+    """Places that training has come to."""
+    idle: float
+    """Seconds since it moved."""
+    place: str
+
+
+_NOTHING = Beat(0, 0, 0.0, "the start")
+
+
+class Watch:
+    """Progress of this process and of the others, and the wish to stop; to be entered around training.
+
+    Ends the process with code 1 when no process has moved for `seconds`.
+    """
+
+    def __init__(self, device: torch.device, seconds: float, signals: bool = True) -> None:
+        self.seconds = seconds
+        several = dist.is_initialized() and dist.get_world_size() > 1
+        self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if several else (0, 1)
+        self.store = _store() if several else None
+        self.signals = StopSignals() if signals else None
+        self.agreement = Agreement(device)
+        self.others_stop = False
+        self.place, self.passed, self.moves, self.idle = _NOTHING.place, 0, 0, 0.0
+        self.talks, self.lost = 0, False  # with the store
+        self.listened, self.heard, self.silent = 0, [_NOTHING] * self.world, [0] * self.world
+        self.done = threading.Event()
+        targets = [self._look] + [self._talk] * several
+        self.threads = [threading.Thread(target=target, daemon=True) for target in targets]
+
+    def __enter__(self) -> Self:
+        self.watched = threading.get_ident()
+        if self.signals:
+            self.signals.__enter__()
+        for thread in self.threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.done.set()
+        for thread in self.threads:
+            thread.join(timeout=5)  # a store that does not answer would keep it
+        if self.signals:
+            self.signals.__exit__()
+
+    def at(self, place: str) -> None:
+        """Training has come to `place`."""
+        self.place, self.passed, self.moves = place, self.passed + 1, self.moves + 1
+
+    @contextlib.contextmanager
+    def on_main(self, place: str) -> Iterator[None]:
+        """Around what the main process does while the others wait for it: they are one place ahead meanwhile."""
+        self.at(place)
+        if self.rank:
+            self.at(f"the wait for rank 0 at {place}")
+        yield
+        if not self.rank:
+            self.at(f"the end of {place}")
+
+    def going_on(self) -> bool:
+        """Within a long place, as often as may be: it moves. False when a process wants to stop, which others learn later."""
+        self.moves += 1
+        return not self.wanted
+
+    @property
+    def wanted(self) -> bool:
+        """Has this process been told to stop, or heard that another one has?"""
+        return self.others_stop or (self.signals is not None and self.signals.received is not None)
+
+    def stop(self, at_once: bool = False) -> bool:
+        """Does any process want to stop? See `Agreement.any`."""
+        return self.agreement.any(self.wanted, at_once)
+
+    @property
+    def reason(self) -> str:
+        """Why training stops."""
+        received = self.signals.received if self.signals else None
+        return received.name if received else "another process was told to stop"
+
+    def _look(self) -> None:
+        """Thread: measure the time without progress, in looks of its own, so that a computer that slept has not lost any."""
+        seen, talks, deaf = self.moves, 0, 0
+        while not self.done.wait(_PERIOD):
+            self.idle = self.idle + _PERIOD if self.moves == seen else 0.0
+            deaf = deaf + 1 if self.talks == talks else 0
+            seen, talks = self.moves, self.talks
+            if self.idle < min(self.seconds, _LOST if self.lost else math.inf):
+                continue
+            if self.store is None:
+                self._end([self.rank], f"this process hangs at {self.place}")
+            elif self.lost or deaf >= _LISTEN:
+                self._end([0], "rank 0, or the launcher that holds the store of the processes, does not answer")
+            elif self.listened >= _LISTEN and (found := hanging(self.heard, self.silent, self.seconds)):
+                self._end(*found)
+
+    def _talk(self) -> None:
+        """Thread: write about this process into the store, and read about the others there; the store may make it wait."""
+        assert self.store is not None
+        try:
+            for number in itertools.count(1):
+                if self.done.wait(_PERIOD):
+                    return
+                self._exchange(self.store, number)
+                self.talks += 1
+        except dist.DistError:  # the process that held the store has ended, or training has
+            self.lost = True
+
+    def _exchange(self, store: dist.Store, number: int) -> None:
+        """One look: who reads about the others is the one who begins to suspect them."""
+        store.set(f"beat {self.rank}", json.dumps(Beat(number, self.passed, self.idle, self.place)))
+        if self.signals and self.signals.received:
+            store.set("stop", "")
+        elif store.check(["stop"]):
+            self.others_stop = True
+        if self.idle < self.seconds - _LISTEN * _PERIOD:
+            self.listened = 0
+            return
+        for rank in range(self.world):
+            key = f"beat {rank}"
+            beat = Beat(*json.loads(store.get(key))) if store.check([key]) else _NOTHING
+            self.silent[rank] = self.silent[rank] + 1 if self.listened and beat.number == self.heard[rank].number else 0
+            self.heard[rank] = beat
+        self.listened += 1
+
+    def _end(self, named: Sequence[int], text: str) -> NoReturn:
+        """Say which process hangs and, if it is this one, where; then end it, whatever it is waiting for."""
+        where = "".join(traceback.format_stack(sys._current_frames()[self.watched])) if self.rank in named else ""
+        print(f"\n{where}error: nothing has moved for {self.idle:.0f} s (--timeout_minutes {self.seconds / 60:g}): {text}",
+              file=sys.stderr, flush=True)  # fmt: skip
+        if self.rank in named and self.world > 1:
+            time.sleep(_LINGER)
+        os._exit(1)
+
+
+def hanging(heard: Sequence[Beat], silent: Sequence[int], seconds: float) -> tuple[list[int], str] | None:
+    """The ranks that all others wait for, and words on it; None while a process still moves.
+
+    By rank: `heard`, the last beat; `silent`, looks without a new one.
+    """
+    gone = [rank for rank, looks in enumerate(silent) if looks >= _LISTEN - 2]
+    if any(beat.idle < seconds / 2 for rank, beat in enumerate(heard) if rank not in gone):
+        return None
+    last = min(beat.passed for beat in heard)
+    behind = gone or [rank for rank, beat in enumerate(heard) if beat.passed == last]
+    names = ", ".join(f"rank {rank} at {heard[rank].place}" for rank in behind)
+    if gone:
+        return gone, f"no sign of life (stopped, killed, or its machine is gone) from {names}"
+    if len(behind) == len(heard):
+        return behind, f"all processes stand at {heard[0].place}"
+    return behind, f"the others wait for {names}"
+
+
+def _store() -> dist.Store:
+    """An own connection to the store of the launcher (or of rank 0), for keys that no other watch has used."""
+    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, wait_for_workers=False)
+    restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return dist.PrefixStore(f"vfi watch {restarts} {next(_numbers)}", store)

@@ -1,0 +1,155 @@
+"""How do saved weights get into a model, and what if they don't fit? Nothing that is read here can execute anything."""
+
+from __future__ import annotations
+
+import dataclasses
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from vfi.checkpoint import EMA, MODEL, OPTIMIZER, STATE, CheckpointError, config_of, find, read_config, refuse_damage
+from vfi.config import Config
+from vfi.model.interpolator import FrameInterpolator
+from vfi.records import note
+
+PARTS = ("flow.teacher", "backbone", "flow", "refine")  # of the network, the longest name first
+
+
+def load_model(path: str | Path, device: torch.device, say: Callable[[str], None] = note) -> tuple[FrameInterpolator, Config]:
+    """The model of a run (name or folder), checkpoint folder or weights file, in eval mode on `device`, and its settings.
+
+    Its files are verified first. Where there are EMA weights these are taken, which `say` tells; a file is taken as it is.
+    """
+    checkpoint = find(path)
+    name = Path(path).name if Path(path).suffix == ".safetensors" else best_weights(checkpoint)
+    refuse_damage(checkpoint, [name, STATE])
+    if name == EMA and Path(path).name != EMA:
+        say(f"{checkpoint}: the EMA weights are taken; those without averaging are in {MODEL} beside them")
+    config = read_config(checkpoint, say)
+    model = FrameInterpolator(config.model, device)
+    load_weights(model, checkpoint, name)
+    return model.eval(), config
+
+
+def best_weights(checkpoint: Path) -> str:
+    """The file with the weights to use: the EMA where there is one."""
+    return EMA if (checkpoint / EMA).is_file() else MODEL
+
+
+def load_weights(model: nn.Module, checkpoint: Path, name: str = MODEL) -> None:
+    """Put a checkpoint's weights into `model`; CheckpointError names the keys and shapes that differ, and changes nothing."""
+    weights = read_weights(checkpoint, name)
+    refuse_differences(model.state_dict(), weights, checkpoint, name)
+    model.load_state_dict(weights)
+
+
+def read_weights(checkpoint: Path, name: str = MODEL) -> dict[str, Tensor]:
+    """Weights by name."""
+    path = checkpoint / name
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+
+
+def load_parts(model: nn.Module, checkpoint: Path) -> list[str]:
+    """Put the weights of another phase into `model`; returns lines that say what was loaded, what is new, what was left.
+
+    Whole parts (`PARTS`) may be new or left over; inside a part that both have every key and shape must agree. Otherwise
+    CheckpointError names the differences, and nothing changes.
+    """
+    name = best_weights(checkpoint)
+    weights = read_weights(checkpoint, name)
+    own, theirs = _by_part(model.state_dict()), _by_part(weights)
+    both = [part for part in own if part in theirs]
+    refuse_differences(
+        {k: v for part in both for k, v in own[part].items()},
+        {k: v for part in both for k, v in theirs[part].items()},
+        checkpoint,
+        name,
+    )
+    model.load_state_dict({key: tensor for part in both for key, tensor in theirs[part].items()}, strict=False)
+    groups = {
+        "loaded": [f"{part} {_size(own[part])}" for part in both],
+        "new": [f"{part} {_size(own[part])}" for part in own if part not in theirs],
+        "left": [f"{part} {_size(theirs[part])}" for part in theirs if part not in own],
+    }
+    lines = [f"{kind}: {', '.join(parts)}" for kind, parts in groups.items() if parts]
+    return [f"they are the EMA weights ({EMA})", *lines] if name == EMA else lines
+
+
+def _by_part(weights: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """Weights by part; a part is named by the longest entry of PARTS that a key begins with, else by its first word."""
+    parts: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in weights.items():
+        part = next((part for part in PARTS if name.startswith(part + ".")), name.partition(".")[0])
+        parts.setdefault(part, {})[name] = tensor
+    return parts
+
+
+def _size(weights: dict[str, Tensor]) -> str:
+    return f"({sum(tensor.numel() for tensor in weights.values()) / 1e6:.2f} M)"
+
+
+def read_optimizer(checkpoint: Path) -> dict[str, Any]:
+    """State of an optimizer as it was saved; CheckpointError for a file that is damaged or holds more than plain values."""
+    path = checkpoint / OPTIMIZER
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, EOFError, RuntimeError, ValueError, KeyError, pickle.UnpicklingError) as error:
+        raise CheckpointError(f"{path} cannot be loaded: {error}") from error
+    if not isinstance(state, dict):
+        raise CheckpointError(f"{path} cannot be loaded: it holds a {type(state).__name__}, no state of an optimizer")
+    return state
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, checkpoint: Path) -> None:
+    """Put a checkpoint's optimizer state back: settings are those of the run as it is started now, the state is the file's."""
+    state = read_optimizer(checkpoint)
+    try:
+        for saved, own in zip(state["param_groups"], optimizer.param_groups, strict=True):
+            saved.update({name: value for name, value in own.items() if name != "params"})
+        optimizer.load_state_dict(state)
+        for parameter, values in optimizer.state.items():
+            for name, value in values.items():
+                if isinstance(value, Tensor) and value.dim() and value.shape != parameter.shape:
+                    raise ValueError(f"{name} is of shape {list(value.shape)} instead of {list(parameter.shape)}")
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{checkpoint / OPTIMIZER} cannot be loaded: {error}") from error
+
+
+def compare_models(ours: Config, theirs: Config) -> str:
+    """The settings of the model that differ, for messages; empty when none does."""
+    mine, other = dataclasses.asdict(ours.model), dataclasses.asdict(theirs.model)
+    return ", ".join(f"{name}: {mine[name]} here, {other[name]} there" for name in mine if mine[name] != other[name])
+
+
+def refuse_differences(
+    expected: dict[str, Tensor], found: dict[str, Tensor], checkpoint: Path, name: str = MODEL, limit: int = 6
+) -> None:
+    """CheckpointError that names missing and unknown keys and differing shapes, if there are any."""
+    groups = {
+        "missing": [key for key in expected if key not in found],
+        "unknown": [key for key in found if key not in expected],
+        "of another shape": [
+            f"{key} {list(found[key].shape)} instead of {list(expected[key].shape)}"
+            for key in expected
+            if key in found and found[key].shape != expected[key].shape
+        ],
+    }
+    differences = "; ".join(
+        f"{len(keys)} {kind}: {', '.join(keys[:limit])}{', …' if len(keys) > limit else ''}"
+        for kind, keys in groups.items()
+        if keys
+    )
+    if differences:
+        raise CheckpointError(
+            f"{checkpoint / name} is of another architecture: {differences}. Give the model that run's settings "
+            f"(see {config_of(checkpoint)})"
+        )
