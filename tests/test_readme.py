@@ -34,8 +34,9 @@ def test_tree_lists_every_module_and_nothing_else():
     paths = tree_paths()
     missing = [path for path in paths if not (ROOT / path).exists()]
     assert not missing
-    modules = {str(path.relative_to(ROOT)) for package in ("launch", "shards", "vfi") for path in (ROOT / package).rglob("*.py")}
-    modules = {module for module in modules if not module.endswith("__init__.py")}
+    packages = (ROOT / name for name in ("launch", "shards", "vfi"))
+    files = [path for package in packages for path in package.rglob("*.py") if path.name != "__init__.py"]
+    modules = {str(path.relative_to(ROOT)) for path in files}
     assert modules == {path for path in paths if path.endswith(".py")}
 
 
