@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -40,11 +40,13 @@ class Meter:
         return {name: torch.stack([losses[name] for losses in self.losses]).mean() for name in self.losses[0]}
 
     @contextlib.contextmanager
-    def waiting(self) -> Iterator[None]:
-        """Around the wait for a batch."""
+    def waiting(self, device: torch.device) -> Iterator[None]:
+        """Around the wait for a batch, which costs nothing if the device is still busy at its end with what it had before."""
+        at_work = _at_work(device)
         before = time.perf_counter()
         yield
-        self.waited += time.perf_counter() - before
+        if not at_work():
+            self.waited += time.perf_counter() - before
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -63,6 +65,15 @@ class Meter:
             row["memory_gib"] = torch.cuda.max_memory_allocated(norm.device) / 2**30
         self.restart()
         return row
+
+
+def _at_work(device: torch.device) -> Callable[[], bool]:
+    """Is the device still busy with what it was given up to now? A CPU never is: it does one thing after the other."""
+    if device.type != "cuda":
+        return lambda: False
+    given = torch.cuda.Event()
+    given.record(torch.cuda.current_stream(device))
+    return lambda: not given.query()
 
 
 def _forget_peak() -> None:

@@ -60,6 +60,8 @@ class Options:
     """auto takes a GPU if there is one."""
     precision: PrecisionName = "auto"
     """auto is bf16 autocast on a GPU that has it, fp32 on the CPU."""
+    tf32: bool = False
+    """As in vfi.train."""
     count: bool = True
     """Count MACs and estimate memory. That takes minutes for the many operators of --ssm mamba1 in plain torch."""
     measure: bool = False
@@ -217,7 +219,7 @@ def summarise(options: Options, config: Config, command: str = "") -> Summary:
     device = pick_device(options.device)
     precision = pick_precision(options.precision, device)
     if options.measure and device.type == "cuda":
-        set_numerics()
+        set_numerics(options.tf32)
     torch.manual_seed(_SEED)
     # fast paths are chosen by device: on the CPU `auto` is plain torch everywhere, whose operators can be counted
     names = [field.name for field in dataclasses.fields(config.model) if field.name.endswith("_backend")]

@@ -135,6 +135,7 @@ class Trainer:
         self.frozen = config.optim.freeze_backbone > 0 and saved.position <= Position(config.optim.freeze_backbone)
         self.position = self._position(saved)
         self.batches = self.loader.batches(self.position)
+        self.upcoming: FrameBatch | None = None
         epochs = self.run.epochs or DEFAULT_EPOCHS[config.model.phase]
         self.total = self.run.steps or self.step + self.loader.plan.steps_until(self.position, epochs)
         if self.frozen and self.start_from is None:
@@ -385,9 +386,10 @@ class Trainer:
         means: dict[str, Tensor] = {}
         parts: list[Part] = []
         for _ in range(self.accumulation):
-            self.watch.at(f"the wait for data of step {self.step + 1}")
-            with meter.waiting():
-                batch = next(self.batches)
+            if self.upcoming is None:
+                self.fetch(meter, self.step + 1)
+            batch, self.upcoming = self.upcoming, None
+            assert batch is not None
             self.watch.at(f"the forward pass of step {self.step + 1}")
             self.tally.add(len(batch.keys), batch.faults)
             with self.shards.accumulate():
@@ -398,10 +400,20 @@ class Trainer:
             parts.append((losses["loss"].detach(), batch.keys))
             for name, loss in losses.items():
                 means[name] = means.get(name, 0) + loss.detach() / self.accumulation
+            of_this_step = len(parts) < self.accumulation
+            if of_this_step or self.step + 1 < self.total:
+                self.fetch(meter, self.step + 1 if of_this_step else self.step + 2)
         return means, parts
+
+    def fetch(self, meter: Meter, step: int) -> None:
+        """Have the next batch at hand, while a GPU is still busy with the one before."""
+        self.watch.at(f"the wait for data of step {step}")
+        with meter.waiting(self.accelerator.device):
+            self.upcoming = next(self.batches)
 
     def move(self, loss: Tensor, measured: bool) -> Move:
         """Judge the gradient and, if it may, let the optimizer change the weights; `measured`: by how much, too."""
+        self.watch.at(f"the update of step {self.step + 1}")
         for group in self.optimizer.param_groups:
             group["lr"] = self.rate(self.step)
         norms = self.shards.gradient_norms(self.groups)

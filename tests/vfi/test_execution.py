@@ -16,6 +16,7 @@ from torch._dynamo.utils import counters
 from vfi import presets, train
 from vfi.config import ModelConfig
 from vfi.losses import training_losses
+from vfi.model import execution
 from vfi.model.backbone import LGSBlock
 from vfi.model.execution import compile_parts, recompute
 from vfi.model.flow import FlowStage
@@ -34,6 +35,7 @@ NETWORKS = {
     "mixed, phase 2": dataclasses.replace(TWO, mixing="mhc", mixing_streams=2, sinkhorn_iterations=3),
 }
 SIZE = (64, 80)
+CPU = torch.device("cpu")
 
 
 class Step(NamedTuple):
@@ -45,7 +47,7 @@ class Step(NamedTuple):
     records: dict[str, MixingRecord]
 
 
-def network(config: ModelConfig) -> FrameInterpolator:
+def network(config: ModelConfig, device: torch.device = CPU) -> FrameInterpolator:
     """In float64: where a flow points just beside a pixel, the rounding of fp32 would decide which one its gradient is of.
 
     And nothing starts at zero: a last layer of zeros would keep all gradients from what lies before it.
@@ -55,7 +57,7 @@ def network(config: ModelConfig) -> FrameInterpolator:
     with torch.no_grad():
         for parameter in made.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
-    return made.train()
+    return made.to(device).train()
 
 
 def frames(size: tuple[int, int] = SIZE) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -67,15 +69,16 @@ def frames(size: tuple[int, int] = SIZE) -> tuple[Tensor, Tensor, Tensor, Tensor
 
 def step(made: FrameInterpolator) -> Step:
     with recording(made) as records:
-        prediction = made(*frames())
-        loss = training_losses(prediction, frames()[3], OPTIM)["loss"]
+        given = tuple(tensor.to(next(made.parameters()).device) for tensor in frames())
+        prediction = made(*given)
+        loss = training_losses(prediction, given[3], OPTIM)["loss"]
         loss.backward()
     return Step(prediction, loss, {name: p.grad for name, p in made.named_parameters()}, dict(records))
 
 
 @functools.cache
-def plain_step(name: str) -> Step:
-    return step(network(NETWORKS[name]))
+def plain_step(name: str, device: torch.device = CPU) -> Step:
+    return step(network(NETWORKS[name], device))
 
 
 def tensors(prediction: Prediction) -> dict[str, Tensor]:
@@ -113,9 +116,31 @@ def test_recomputed_it_is_the_same_to_the_bit(name):
 
 @pytest.mark.parametrize("name", NETWORKS)
 @pytest.mark.parametrize("recomputed", [False, True])
-def test_compiled_it_is_the_same_but_for_rounding(name, recomputed):
-    """The first one is compiled for half a minute; to the others that code is known."""
-    made, plain = network(NETWORKS[name]), plain_step(name)
+def test_compiled_it_is_the_same_but_for_rounding(name, recomputed, monkeypatch):
+    """Captured forward and backward as for compiling, and run operator by operator."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    compare_compiled(name, recomputed)
+
+
+def test_the_compilers_own_code_is_the_same_but_for_rounding(monkeypatch):
+    """Of an LGS block and a flow stage: that of the whole network takes minutes to compile."""
+    parts = execution._compiled
+
+    def some(made: FrameInterpolator) -> list[nn.Module]:
+        return [*list(parts(made))[:3], made.flow.stages[-1]]
+
+    monkeypatch.setattr(execution, "_compiled", some)
+    compare_compiled("mixed, phase 2", recomputed=False)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("recomputed", [False, True])
+def test_all_of_the_compilers_code_on_a_gpu(recomputed):
+    compare_compiled("mixed, phase 2", recomputed, torch.device("cuda"))
+
+
+def compare_compiled(name: str, recomputed: bool, device: torch.device = CPU) -> None:
+    made, plain = network(NETWORKS[name], device), plain_step(name, device)
     compile_parts(made)
     if recomputed:
         recompute(made)

@@ -142,7 +142,10 @@ def test_what_the_kernels_tuning_finds_is_kept(monkeypatch, asked):
 @pytest.mark.parametrize("L", [100, 1000])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_ssd_kernel_against_float64(L, dtype):
-    """Error, forward and backward, against plain torch on inputs of the same dtype (the kernel's products: TF32 or bf16)."""
+    """Error, forward and backward, against plain torch on inputs of the same dtype (the kernel's products: TF32 or bf16).
+
+    Triton cuts both factors of a product to 10 bits of mantissa for TF32 where cuBLAS rounds: up to 2 * 2^-10, one way.
+    """
     kernel, reason = choose_ssd("auto", torch.device("cuda"))
     assert "mamba_ssm" in reason
     exact = [t.requires_grad_() for t in ssd_inputs(L, H=4, P=32, G=1, S=64, device="cuda")]
@@ -159,7 +162,7 @@ def test_ssd_kernel_against_float64(L, dtype):
     torch.backends.cuda.matmul.allow_tf32 = False
     print(dtype, L, errors)
     for of_kernel, of_reference in zip(errors["kernel"], errors["reference"], strict=True):
-        assert of_kernel < 2 * of_reference + {torch.float32: 1e-3, torch.bfloat16: 1e-2}[dtype]
+        assert of_kernel < 2 * of_reference + {torch.float32: 2**-9, torch.bfloat16: 1e-2}[dtype]
 
 
 def test_causal_conv_is_the_depthwise_convolution():
