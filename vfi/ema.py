@@ -13,7 +13,8 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
+
+from vfi.processes import is_in_shards
 
 
 class Ema:
@@ -40,7 +41,9 @@ class Ema:
         """Go on from an average that was saved, over so many updates."""
         for name, tensor in self.average.items():
             whole = weights[name].to(tensor.device)
-            if isinstance(tensor, DTensor):
+            if is_in_shards(tensor):
+                from torch.distributed.tensor import distribute_tensor
+
                 whole = distribute_tensor(whole, tensor.device_mesh, tensor.placements)
             tensor.copy_(whole)
         self.updates = updates

@@ -31,9 +31,9 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from vfi.config import KNOWN_STEPS, GuardConfig
+from vfi.processes import is_in_shards
 
 LayerGroups = dict[str, list[nn.Parameter]]
 Action = Literal["go", "watch", "scale", "skip", "roll_back", "stop"]
@@ -84,15 +84,30 @@ class Guard:
         self.skips: list[int] = []
         """Steps skipped among the last guard_window."""
         self.roll_backs = 0
+        self.known: tuple[list[float], list[float]] | None = None
+        """What `usual` gave for the step that is about to be judged."""
         self.rate_factor = 1.0
         """Of the learning rate, from now on."""
+
+    def doubts(self, seen: Tensor) -> Tensor:
+        """[] fp32 on the device, without waiting for it: 1 where `judge` will not say go, or only after a look at the past.
+
+        0 where these numbers are usual. Then `judge` says go, or that the run has to go back.
+        """
+        _, limit = self.known = self.usual()
+        most = torch.tensor([math.inf, *limit], dtype=torch.float64)
+        if seen.is_cuda:  # from other memory the copy would wait
+            most = most.pin_memory()
+        usual = seen.isfinite() & (seen.double() <= most.to(seen.device, non_blocking=True))
+        return 1 - usual.all().float()
 
     def judge(self, step: int, seen: Tensor, scale: float = 1.0) -> Verdict:
         """`seen` `[1 + groups]`: the loss of a step and its gradient norms, as all processes see them.
 
         `scale`: what the loss was multiplied by before the backward pass; the gradient is divided by it again.
         """
-        median, limit = self.usual()  # before the numbers are read, which waits for the device
+        median, limit = self.known or self.usual()  # before the numbers are read, which waits for the device
+        self.known = None
         loss, *norms = seen.tolist()
         self.step = step
         self.skips = [skipped for skipped in self.skips if skipped > step - self.config.guard_window]
@@ -235,7 +250,7 @@ def group_norms(groups: Sequence[Sequence[Tensor]]) -> Tensor:
     tensors = list(itertools.chain(*groups))
     if not tensors:
         return torch.zeros(len(groups))
-    local = [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
+    local = [tensor.to_local() if is_in_shards(tensor) else tensor for tensor in tensors]
     each = torch.stack(torch._foreach_norm(local, 2, dtype=torch.float32))
     norms = torch.stack(torch._foreach_norm(each.split([len(group) for group in groups])))
     return _over_shards(norms, tensors)
@@ -243,7 +258,7 @@ def group_norms(groups: Sequence[Sequence[Tensor]]) -> Tensor:
 
 def _over_shards(norms: Tensor, tensors: Sequence[Tensor]) -> Tensor:
     """Norms of what this process holds -> of the whole. All tensors are plain, or all are sharded in the same way."""
-    sharded = [tensor for tensor in tensors if isinstance(tensor, DTensor)]
+    sharded = [tensor for tensor in tensors if is_in_shards(tensor)]
     if not sharded:
         return norms
     if len(sharded) < len(tensors) or len({(tensor.device_mesh, tensor.placements) for tensor in sharded}) > 1:

@@ -13,6 +13,7 @@ the carried states of the scan.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import gc
 import statistics
 import time
@@ -27,7 +28,6 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
 from vfi.model.backbone import LEVELS
 
@@ -35,12 +35,6 @@ FIRST_STAGE_LEVEL = LEVELS - 2
 """Pyramid level of the backbone's first stage of blocks; the second one follows."""
 REST = "rest"
 """What runs outside of every part: padding, blending, residual sums."""
-# before torch 2.15 the registry knows attention on GPUs only
-_FORMULAS = {
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(
-        q.shape, k.shape, v.shape
-    )
-}
 WARMUP = 3
 _ROTATION = 3  # different inputs, so that none of them stays in a cache
 
@@ -148,7 +142,7 @@ class CostCounter(TorchDispatchMode):
         new = [storage for tensor in made if (storage := tensor.untyped_storage()) not in self._seen and storage not in given]
         if func.is_view or not (new or func._schema.is_mutable):  # or a question, such as that for a tensor's device
             return out
-        formula = _FORMULAS.get(func.overloadpacket) or flop_registry.get(func.overloadpacket)
+        formula = _formulas().get(func.overloadpacket)
         macs = formula(*args, **kwargs, out_val=out) // 2 if formula else 0
         if macs:
             self.macs += macs
@@ -167,6 +161,18 @@ class CostCounter(TorchDispatchMode):
 
     def _free(self, nbytes: int) -> None:
         self.live -= nbytes
+
+
+@functools.cache
+def _formulas() -> dict[Any, Callable[..., int]]:
+    """Floating-point operations of an operator, by its packet."""
+    from torch.utils.flop_counter import flop_registry, sdpa_flop_count  # takes half a second, and few want to count
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> int:
+        return sdpa_flop_count(q.shape, k.shape, v.shape)
+
+    # before torch 2.15 the registry knows attention on GPUs only
+    return flop_registry | {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention}
 
 
 def _nbytes(tensor: Tensor) -> int:

@@ -22,9 +22,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from vfi.checkpoint import CheckpointError
 from vfi.config import Config, ConfigError
@@ -33,7 +30,7 @@ from vfi.model.backbone import LGSBlock
 from vfi.model.flow import FlowStage
 from vfi.model.interpolator import FrameInterpolator
 from vfi.model.refine import RefineNet
-from vfi.processes import asked_precision, asked_sharding
+from vfi.processes import asked_precision, asked_sharding, is_in_shards
 from vfi.weights import load_optimizer, read_optimizer
 
 MakeOptimizer = Callable[[nn.Module], torch.optim.Optimizer]
@@ -89,6 +86,25 @@ class Whole:
         """Change the weights by the gradient, whose norm is `norm`, shortened to `largest`."""
         torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), largest, norm)
         self.optimizer.step()
+        self.forget()
+
+    @property
+    def can_try(self) -> bool:
+        """Can the optimizer be told on the device, which the program runs ahead of, whether a step counts?"""
+        groups = self.optimizer.param_groups
+        return type(self) is Whole and self.accelerator.scaler is None and all(group.get("fused") for group in groups)
+
+    def try_step(self, norm: Tensor, largest: float, doubts: Tensor) -> None:
+        """As `step` where `doubts`, on the device, is 0; where it is 1, nothing changes. The gradient stays until `forget`."""
+        kept = torch.where(doubts > 0, 0, norm)  # one that is too short to be shortened
+        torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), largest, kept)
+        fused = self.optimizer.optimizer
+        fused.found_inf = doubts  # what a loss scaler would say
+        self.optimizer.step()
+        del fused.found_inf
+
+    def forget(self) -> None:
+        """Forget the gradient of a step that was taken."""
         self.optimizer.zero_grad()
 
     def drop(self) -> None:
@@ -127,6 +143,9 @@ class Fsdp2(Whole):
         _refuse_frozen(frozen, "FSDP2")
 
     def prepare(self, network: FrameInterpolator, make: MakeOptimizer) -> tuple[nn.Module, AcceleratedOptimizer]:
+        from torch.distributed.device_mesh import init_device_mesh  # what other kinds don't need, for it takes a second
+        from torch.distributed.fsdp import fully_shard
+
         device = self.accelerator.device
         _make_ready(network, device)
         mesh = init_device_mesh(device.type, (self.accelerator.num_processes,))
@@ -149,7 +168,7 @@ class Fsdp2(Whole):
         return {name: self._whole(tensor) for name, tensor in tensors.items()}
 
     def _whole(self, value: Any) -> Any:
-        if not isinstance(value, DTensor):
+        if not is_in_shards(value):
             return value
         whole = value.full_tensor()
         return whole.cpu() if self.accelerator.is_main_process else whole.new_empty(0)
@@ -160,6 +179,8 @@ class Fsdp2(Whole):
         return state | {"state": whole}
 
     def load_optimizer(self, checkpoint: Path) -> None:
+        from torch.distributed.tensor import distribute_tensor
+
         load_optimizer(self.optimizer, checkpoint)
         for parameter, values in self.optimizer.state.items():
             for name, value in values.items():

@@ -136,6 +136,7 @@ class Trainer:
         self.position = self._position(saved)
         self.batches = self.loader.batches(self.position)
         self.upcoming: FrameBatch | None = None
+        self.begun: dict[str, Tensor] | None = None
         epochs = self.run.epochs or DEFAULT_EPOCHS[config.model.phase]
         self.total = self.run.steps or self.step + self.loader.plan.steps_until(self.position, epochs)
         if self.frozen and self.start_from is None:
@@ -390,11 +391,9 @@ class Trainer:
                 self.fetch(meter, self.step + 1)
             batch, self.upcoming = self.upcoming, None
             assert batch is not None
-            self.watch.at(f"the forward pass of step {self.step + 1}")
             self.tally.add(len(batch.keys), batch.faults)
             with self.shards.accumulate():
-                prediction = self.model(batch.img0, batch.img1, batch.timestep, batch.imgt)
-                losses = training_losses(prediction, batch.imgt, self.config.optim, self.flow_to_learn(batch))
+                losses, self.begun = self.begun or self.forward(batch, self.step + 1), None
                 self.watch.at(f"the backward pass of step {self.step + 1}")
                 self.shards.backward(losses["loss"])
             parts.append((losses["loss"].detach(), batch.keys))
@@ -404,6 +403,12 @@ class Trainer:
             if of_this_step or self.step + 1 < self.total:
                 self.fetch(meter, self.step + 1 if of_this_step else self.step + 2)
         return means, parts
+
+    def forward(self, batch: FrameBatch, step: int) -> dict[str, Tensor]:
+        """The losses of a batch in that step."""
+        self.watch.at(f"the forward pass of step {step}")
+        prediction = self.model(batch.img0, batch.img1, batch.timestep, batch.imgt)
+        return training_losses(prediction, batch.imgt, self.config.optim, self.flow_to_learn(batch))
 
     def fetch(self, meter: Meter, step: int) -> None:
         """Have the next batch at hand, while a GPU is still busy with the one before."""
@@ -418,11 +423,16 @@ class Trainer:
             group["lr"] = self.rate(self.step)
         norms = self.shards.gradient_norms(self.groups)
         norm, ratios = torch.linalg.vector_norm(norms), torch.zeros_like(norms)
-        verdict = self.judge(loss, norms)
+        longest = self.config.optim.clip_norm or math.inf
+        verdict = self.judge(loss, norms, norm, longest) if self.guard else GO
+        if verdict.action != "go":
+            self.begun = None
         if verdict.moves:
-            largest = min(self.config.optim.clip_norm or math.inf, verdict.clip_norm)
             before = copies(self.groups) if measured and self.shards.measures_updates else None
-            self.shards.step(norm, largest)
+            if self.begun:
+                self.shards.forget()
+            else:
+                self.shards.step(norm, min(longest, verdict.clip_norm))
             if self.ema and not self.optimizer.step_was_skipped:
                 self.ema.update()
             if before:
@@ -431,17 +441,37 @@ class Trainer:
             self.shards.drop()
         return Move(verdict, norm, norms, ratios)
 
+    def judge(self, loss: Tensor, norms: Tensor, norm: Tensor, longest: float) -> Verdict:
+        """What the guard says of this step, from the same numbers on all processes.
+
+        Reading them, the program waits for the device, which would then wait for the program. So, where possible, the step of
+        the optimizer is tried, and the next forward pass is begun, before: see `may_run_ahead`.
+        """
+        assert self.guard is not None
+        scaler = self.accelerator.scaler
+        seen = self.accelerator.reduce(torch.cat((loss.reshape(1), norms)), reduction="mean")
+        if self.upcoming and self.may_run_ahead():
+            self.shards.try_step(norm, longest, self.guard.doubts(seen))
+            self.begun = self.forward(self.upcoming, self.step + 2)
+        return self.guard.judge(self.step + 1, seen, scaler.get_scale() if scaler else 1.0)
+
+    def may_run_ahead(self) -> bool:
+        """May the next forward pass begin before the guard has seen the numbers of this step?
+
+        Where nothing else comes between or is different in the next step. A step that is not as usual is left undone on the
+        device and that forward pass thrown away: the run is to the bit what it would be with waiting.
+        """
+        this, run = self.step + 1, self.run
+        special = this + 1 == self.total or any(
+            step % every == 0 for every in (run.log_every, run.save_every, run.val_every) for step in (this, this + 1)
+        )
+        changes = self.frozen or annealing(this, self.total, self.config.optim) > 0
+        able = self.accumulation == 1 and self.shards.can_try and _waits_for(self.accelerator.device)
+        return able and not special and not changes
+
     def by_group(self, kind: str, values: Tensor) -> dict[str, float]:
         """One number a layer group -> entries of a row."""
         return {f"{kind}_{name}": value for name, value in zip(self.groups, values.tolist(), strict=True)}
-
-    def judge(self, loss: Tensor, norms: Tensor) -> Verdict:
-        """What the guard says of this step, from the same numbers on all processes."""
-        if self.guard is None:
-            return GO
-        scaler = self.accelerator.scaler
-        seen = self.accelerator.reduce(torch.cat((loss.reshape(1), norms)), reduction="mean")
-        return self.guard.judge(self.step + 1, seen, scaler.get_scale() if scaler else 1.0)
 
     def respond(self, verdict: Verdict, parts: list[Part]) -> None:
         """Do what the guard wants beside the step itself, and write it down; TrainingError where training can't go on."""
@@ -542,6 +572,11 @@ class Trainer:
         write = functools.partial(checkpoint.save, keep_last=self.run.keep_last, keep_best=self.run.keep_best)
         with self.watch.on_main(f"the save of step {self.step}"):
             on_main(self.accelerator, lambda: write(self.folder, state, self.config, model, optimizer, ema=ema, random=random))
+
+
+def _waits_for(device: torch.device) -> bool:
+    """Does the device work on while the program goes on, until its numbers are read?"""
+    return device.type == "cuda"
 
 
 @refusals_explained()

@@ -212,6 +212,22 @@ def test_trouble_began_with_the_first_high_loss_or_skip_that_counts():
     assert (verdicts[4].action, verdicts[4].began) == ("roll_back", 131)
 
 
+def test_doubts_are_what_is_not_judged_usual():
+    """Beforehand and on the device: also at the limit itself, and of numbers that are none."""
+    draw, watched = random.Random(0), guard(guard_skips=400)
+    found: dict[str, int] = {}
+    for step in range(400):
+        seen = torch.tensor([1.0, draw.lognormvariate(0, 0.3), draw.lognormvariate(1, 0.3)])
+        if step % 9 == 5:
+            seen[1 + step % 2] = draw.choice([math.nan, math.inf, 1e3, watched.usual()[1][step % 2]])
+        doubts = watched.doubts(seen)
+        verdict = watched.judge(step, seen)
+        found[verdict.action] = found.get(verdict.action, 0) + 1
+        assert doubts.item() == (verdict.action != "go"), (step, seen, verdict)
+    assert found["go"] > 300
+    assert min(found["skip"], found["watch"]) > 5
+
+
 def test_goes_on_from_its_state_as_if_never_stopped():
     """Through a JSON file, at every kind of moment: filling, full, unusual steps, skips."""
     draw = random.Random(5)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import os
 import sys
@@ -138,18 +139,38 @@ def test_what_the_kernels_tuning_finds_is_kept(monkeypatch, asked):
     assert seen[-1] == ("mamba_chunk_scan_combined", asked or "1")
 
 
+def test_a_part_of_a_package_is_imported_without_the_whole(tmp_path, monkeypatch):
+    (tmp_path / "heavy" / "inner").mkdir(parents=True)
+    (tmp_path / "heavy" / "__init__.py").write_text("from heavy.inner.part import answer\nweight = 10\n")
+    (tmp_path / "heavy" / "inner" / "__init__.py").write_text("")
+    (tmp_path / "heavy" / "inner" / "part.py").write_text("import heavy\nanswer = 42\nlight = not hasattr(heavy, 'weight')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with ssd._bare_package("heavy"):
+        part = importlib.import_module("heavy.inner.part")
+    assert (part.answer, part.light) == (42, True)
+    whole = importlib.import_module("heavy")
+    assert (whole.answer, whole.weight) == (42, 10)
+    with ssd._bare_package("heavy"):
+        assert importlib.import_module("heavy") is whole
+    with pytest.raises(ModuleNotFoundError, match="heavier is not installed"), ssd._bare_package("heavier"):
+        pass
+    for name in [name for name in sys.modules if name.partition(".")[0] == "heavy"]:
+        monkeypatch.delitem(sys.modules, name)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("L", [100, 1000])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_ssd_kernel_against_float64(L, dtype):
     """Error, forward and backward, against plain torch on inputs of the same dtype (the kernel's products: TF32 or bf16).
 
-    Triton cuts both factors of a product to 10 bits of mantissa for TF32 where cuBLAS rounds: up to 2 * 2^-10, one way.
+    Triton cuts the factors of a product to 10 bits of mantissa for TF32 where cuBLAS rounds: up to 2^-10 each, one way, which
+    sums over many tokens don't even out.
     """
     kernel, reason = choose_ssd("auto", torch.device("cuda"))
     assert "mamba_ssm" in reason
     exact = [t.requires_grad_() for t in ssd_inputs(L, H=4, P=32, G=1, S=64, device="cuda")]
-    grad = torch.randn(2, L, 4, 32, dtype=torch.float64, device="cuda")
+    grad = torch.randn(2, L, 4, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).cuda()
     truth = [ssd_reference(*exact), *torch.autograd.grad(ssd_reference(*exact), exact, grad)]
     errors = {}
     torch.backends.cuda.matmul.allow_tf32 = True
@@ -162,7 +183,7 @@ def test_ssd_kernel_against_float64(L, dtype):
     torch.backends.cuda.matmul.allow_tf32 = False
     print(dtype, L, errors)
     for of_kernel, of_reference in zip(errors["kernel"], errors["reference"], strict=True):
-        assert of_kernel < 2 * of_reference + {torch.float32: 2**-9, torch.bfloat16: 1e-2}[dtype]
+        assert of_kernel < 2 * of_reference + {torch.float32: 2**-8, torch.bfloat16: 1e-2}[dtype]
 
 
 def test_causal_conv_is_the_depthwise_convolution():

@@ -9,13 +9,14 @@ Source: Mamba-2 (arXiv 2405.21060), section 6. Both backends have the signature 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import math
 import os
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -90,12 +91,31 @@ def ssd_mamba_ssm(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Ten
 
 @functools.cache
 def _import_kernel() -> Callable[..., Tensor]:
-    mamba1_obstacle()
     # Read when the kernels are defined: what their tuning finds, for minutes, is kept beside the compiled kernels.
     os.environ.setdefault("TRITON_CACHE_AUTOTUNING", "1")
-    from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
+    with _bare_package("mamba_ssm"):
+        from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
 
     return mamba_chunk_scan_combined
+
+
+@contextlib.contextmanager
+def _bare_package(name: str) -> Iterator[None]:
+    """While this lasts, parts of a package are imported without the package itself, unless it is there already.
+
+    mamba_ssm's own __init__ brings in transformers, for ten seconds, and wants Mamba-1's CUDA extension.
+    """
+    if name in sys.modules:
+        yield
+        return
+    spec = importlib.util.find_spec(name)
+    if spec is None:
+        raise ModuleNotFoundError(f"the package {name} is not installed", name=name)
+    sys.modules[name] = importlib.util.module_from_spec(spec)
+    try:
+        yield
+    finally:
+        del sys.modules[name]
 
 
 def ssd_elements(L: int, H: int, P: int, G: int, S: int) -> int:
