@@ -14,7 +14,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from vfi.processes import is_in_shards
+from vfi.ops.dtensor import is_in_shards
 
 
 class Ema:

@@ -33,7 +33,7 @@ import torch
 from torch import Tensor, nn
 
 from vfi.config import KNOWN_STEPS, GuardConfig
-from vfi.processes import is_in_shards
+from vfi.ops.dtensor import is_in_shards
 
 LayerGroups = dict[str, list[nn.Parameter]]
 Action = Literal["go", "watch", "scale", "skip", "roll_back", "stop"]

@@ -34,7 +34,8 @@ def set_numerics(tf32: bool = False, deterministic: bool = False) -> None:
     torch.backends.cudnn.allow_tf32 = tf32
     torch.backends.cudnn.benchmark = not deterministic  # what is fastest by measurement is not the same every time
     torch.backends.cudnn.deterministic = deterministic
-    torch.use_deterministic_algorithms(deterministic)
+    if torch.are_deterministic_algorithms_enabled() != deterministic:  # to set it imports torch's compiler, for seconds
+        torch.use_deterministic_algorithms(deterministic)
 
 
 def numerics() -> dict[str, bool | str | None]:

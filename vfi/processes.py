@@ -8,18 +8,14 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import sys
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, Literal, TypeGuard
+from typing import Literal
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, InitProcessGroupKwargs
 
 from vfi.config import Config, ConfigError, accumulation
-
-if TYPE_CHECKING:
-    from torch.distributed.tensor import DTensor
 
 Sharding = Literal["none", "zero", "fsdp2"]
 Precision = Literal["no", "bf16", "fp16"]
@@ -65,12 +61,6 @@ def asked_precision() -> Precision:
 def idle_gpus() -> int:
     """GPUs of this machine that the run can see and does not use."""
     return torch.cuda.device_count() - int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if _on_gpu() else 0
-
-
-def is_in_shards(tensor: Any) -> TypeGuard[DTensor]:
-    """Is it a DTensor? That class takes a second to import, so it is left alone unless somebody has made one."""
-    module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and isinstance(tensor, module.DTensor)
 
 
 def _process_group(config: Config, sharding: Sharding) -> InitProcessGroupKwargs:

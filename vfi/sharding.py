@@ -30,7 +30,8 @@ from vfi.model.backbone import LGSBlock
 from vfi.model.flow import FlowStage
 from vfi.model.interpolator import FrameInterpolator
 from vfi.model.refine import RefineNet
-from vfi.processes import asked_precision, asked_sharding, is_in_shards
+from vfi.ops.dtensor import is_in_shards
+from vfi.processes import asked_precision, asked_sharding
 from vfi.weights import load_optimizer, read_optimizer
 
 MakeOptimizer = Callable[[nn.Module], torch.optim.Optimizer]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -83,19 +83,28 @@ def collate(samples: Sequence[dict[str, Any]]) -> _Part:
 def to_device(parts: Sequence[_Part], device: torch.device) -> FrameBatch:
     """Join the parts of a batch on the device and scale their colours to [0, 1]; frames are channels-last in memory."""
 
-    def join(tensors: Iterable[Tensor]) -> tuple[Tensor, ...]:
-        joined = torch.cat([tensor.to(device, non_blocking=True) for tensor in tensors])
-        return joined.permute(1, 0, 4, 2, 3).unbind()
-
-    img0, imgt, img1 = (frame / 255 for frame in join(part.frames for part in parts))  # of bytes, floats in one pass
+    img0, imgt, img1 = _join([part.frames for part in parts], device, divisor=255)
     flows = [part.flows for part in parts if part.flows is not None]
-    flow_t0, flow_t1 = join(flows) if flows else (None, None)
+    flow_t0, flow_t1 = _join(flows, device) if flows else (None, None)
     timestep = torch.tensor([timestep for part in parts for timestep in part.timesteps])
     if device.type == "cuda":  # from other memory the copy would wait for the device
         timestep = timestep.pin_memory()
     keys = tuple(key for part in parts for key in part.keys)
     faults = tuple(fault for part in parts for fault in part.faults)
     return FrameBatch(img0, imgt, img1, timestep.to(device, non_blocking=True), keys, flow_t0, flow_t1, faults)
+
+
+def _join(tensors: Sequence[Tensor], device: torch.device, divisor: float = 1) -> tuple[Tensor, ...]:
+    """[n, K, H, W, C] each -> K of [B, C, H, W], float on the device, channels-last in memory; it is written only once."""
+    count, sizes = sum(len(tensor) for tensor in tensors), tensors[0].shape[1:]
+    joined = torch.empty(sizes[0], count, *sizes[1:], device=device)
+    start = 0
+    for tensor in tensors:
+        joined[:, start : start + len(tensor)] = tensor.to(device, non_blocking=True).transpose(0, 1)
+        start += len(tensor)
+    if divisor != 1:
+        joined /= divisor
+    return joined.permute(0, 1, 4, 2, 3).unbind()
 
 
 @dataclasses.dataclass(frozen=True)
