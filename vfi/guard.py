@@ -120,9 +120,9 @@ class Guard:
         high = [i for i, norm in enumerate(norms) if norm > limit[i]]
         self.latest = [*self.latest[1 - _LATEST :], (norms, bool(high))]
         self.in_a_row = self.in_a_row + 1 if high else 0
-        if len(since := self._high_losses(self.patience)) > self.patience // 2:
+        if len(self._high_losses(self.patience)) > self.patience // 2:
             why = f"the loss is {loss:.3g} and stays high, where {self._usual_loss():.3g} was usual"
-            return self._roll_back(why, since[0])
+            return self._roll_back(why, self._began())
         if not high:
             self._learn(norms)
             return GO
@@ -190,6 +190,17 @@ class Guard:
         """Median of the losses before those that are judged; inf where too few are known."""
         before = [loss for _, loss in self.losses[: -self.patience]]
         return statistics.median(before) if len(before) >= KNOWN_STEPS else math.inf
+
+    def _began(self) -> int:
+        """The first of the high losses: they may have been so for longer than is judged, where nothing was usual yet."""
+        high = set(self._high_losses(len(self.losses)))
+        steps, began = [step for step, _ in self.losses], self.step
+        for end in range(len(steps), 0, -1):
+            those = [step for step in steps[max(0, end - self.patience) : end] if step in high]
+            if len(those) <= self.patience // 2:
+                break
+            began = those[0]
+        return began
 
     def _high_losses(self, number: int) -> list[int]:
         """The steps, among the last so many, whose losses are high."""

@@ -11,6 +11,7 @@ import os
 from datetime import timedelta
 from typing import Literal
 
+import psutil
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, InitProcessGroupKwargs
@@ -79,6 +80,11 @@ def _refuse_traps(world: int) -> None:
             "process: use accelerate_configs/ddp.yaml, on a CPU ACCELERATE_USE_CPU=true torchrun --nproc_per_node N "
             "-m vfi.train …, or --num_processes 1"
         )
+    if (asked := _asked_processes()) not in (None, world):
+        raise ConfigError(
+            f"accelerate launch was asked for {asked} processes and started {world}: --num_processes counts those of all "
+            f"machines, and must be a multiple of --num_machines"
+        )
     if world > 1 and not torch.cuda.is_available() and not _uses_cpu() and asked_sharding() != "zero":
         raise ConfigError(
             f"{world} processes were started and no GPU is visible: accelerate would train {world} times on its own. "
@@ -92,6 +98,20 @@ def _refuse_traps(world: int) -> None:
         )
     if os.environ.get("ACCELERATE_DYNAMO_BACKEND", "NO").upper() != "NO":
         raise ConfigError("the accelerate config has a dynamo_backend: leave it out, and compile by --compile")
+
+
+def _asked_processes() -> int | None:
+    """--num_processes of the `accelerate launch` that started this process; None where it was not that, or has no such flag.
+
+    It rounds that down to the same number on each machine and passes on no word of it.
+    """
+    words = (psutil.Process().parent() or psutil.Process()).cmdline()
+    if not any("accelerate" in word for word in words):
+        return None
+    for (flag, _, value), following in zip((word.partition("=") for word in words), [*words[1:], ""], strict=True):
+        if flag.replace("-", "_") == "__num_processes" and (value or following).isdecimal():
+            return int(value or following)
+    return None
 
 
 def _refuse_zero() -> None:

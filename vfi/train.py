@@ -506,7 +506,10 @@ class Trainer:
             self.give_up(verdict.why, f"{self.folder} has no good checkpoint from before step {verdict.began} to go back to")
         self.start_from, self.going_on, self.found = path, True, []
         self.accelerator.free_memory()
+        raised = self.least_annealing
         self._build()
+        self.least_annealing = max(self.least_annealing, raised)  # it was raised for good
+        set_annealing(self.network, self.least_annealing)
         assert self.guard is not None
         assert former is not None
         self.guard.go_on_after(former)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import math
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,6 +28,26 @@ FLAGS = ["--preset", "tiny", "--width", "2", "--head_dim", "8", "--backbone_mode
          "--num_workers", "0", "--batch_size", "2", "--log_every", "1", "--warmup_steps", "2", "--val_every", "1000",
          "--save_every", "10", "--keep_last", "9", "--lr", "1e-3"]  # fmt: skip
 GUARDED = ["--guard_window", "40"]
+UNSTABLE = ["--mixing", "mhc", "--mixing_streams", "2", "--sinkhorn_iterations", "3", "--depths", "2", "2", "--steps", "150",
+            "--warmup_steps", "100", "--lr_min", "0"]  # fmt: skip
+GOOD_RATE = 3e-3  # of 1e-3, 3e-3 and 1e-2 it ends with the lowest loss: 0.0316, 0.02905, 0.02907
+INF_ON_ONE = """
+import os, sys
+import torch
+from vfi import presets, train
+torch.set_num_threads(1)
+plain, calls = train.training_losses, 0
+def losses(*arguments):
+    global calls
+    calls += 1
+    found = plain(*arguments)
+    return {name: loss * torch.inf for name, loss in found.items()} if calls == 3 and os.environ["RANK"] == "1" else found
+train.training_losses = losses
+trainer = train.Trainer(presets.from_command_line(sys.argv[2:]))
+trainer.fit()
+torch.save(trainer.network.state_dict(), sys.argv[1] + os.environ["RANK"])
+torch.distributed.destroy_process_group()
+"""  # of two processes, in the third step
 
 Fault = Callable[[train.Trainer], None]
 
@@ -276,3 +300,57 @@ def test_an_explosion_that_builds_up_raises_the_annealing_for_good_and_resumes_e
     assert factors == pytest.approx([0.0] * 31 + [0.1] * 3)
     assert_same_weights(weights(again), weights(whole))
     assert read_state(latest(again).path).guard == read_state(latest(whole).path).guard
+
+
+def test_inf_on_one_process_is_skipped_by_both_which_stay_equal(tmp_path, train_shards):
+    """By DDP; the samples that are named are those of the process whose loss it was."""
+    script, two = tmp_path / "job.py", tmp_path / "two"
+    script.write_text(INF_ON_ONE)
+    flags = [*FLAGS, "--data_path", train_shards, "--output_dir", tmp_path, "--exp_name", "two", "--steps", 6,
+             "--save_every", 1]  # fmt: skip
+    launcher = ["torch.distributed.run", "--nproc_per_node", 2, "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
+    settings = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", *launcher, script, tmp_path / "rank", *flags]
+    subprocess.run(list(map(str, command)), cwd=ROOT, env=settings, timeout=120, check=True)
+    (event,) = rows(two, "skip")
+    config = presets.from_command_line([*FLAGS, "--data_path", str(train_shards)])
+    loader = train.TrainingLoader(config.data, 0, torch.device("cpu"), accumulation=1, rank=1, world=2)
+    assert event["step"] == 3
+    assert "loss inf" in event["why"][0]
+    assert event["samples"] == list(next(itertools.islice(loader.batches(START), 2, None)).keys)
+    ranks = [torch.load(tmp_path / f"rank{rank}", weights_only=True) for rank in (0, 1)]
+    assert_same_weights(ranks[1], ranks[0])
+    assert_same_weights(weights(two), ranks[0])
+    assert_same_weights(weights(two, 3), weights(two, 2))
+    assert not torch.equal(weights(two, 4)["refine.head.weight"], weights(two, 3)["refine.head.weight"])
+
+
+@pytest.fixture
+def brighter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The truth is a little brighter than the frames: something to learn within few steps."""
+    plain = train.training_losses
+    monkeypatch.setattr(train, "training_losses", lambda prediction, imgt, *rest: plain(prediction, imgt + 0.05, *rest))
+
+
+def last_epoch(run: Path) -> float:
+    """Mean loss of the last 11 steps, in which every sample comes once."""
+    return sum(row["loss"] for row in rows(run, "train")[-11:]) / 11
+
+
+@pytest.mark.slow
+def test_a_rate_30_times_too_high_ends_as_the_good_one_does_and_without_the_guard_diverges(run, brighter, tmp_path):
+    """It explodes by itself, on the way up to that rate. What is compared is the loss in training over the last epoch."""
+    good = run("good", *UNSTABLE, "--lr", GOOD_RATE)
+    high = run("high", *UNSTABLE, "--lr", 30 * GOOD_RATE, "--guard_rate_factor", 0.1)
+    with contextlib.suppress(SystemExit):  # it may come to losses that are no numbers, and end there
+        run("lost", *UNSTABLE, "--lr", 30 * GOOD_RATE, "--no-guard")
+    assert last_epoch(good) < 0.5 * rows(good, "train")[0]["loss"]  # there was something to learn
+    assert not rows(good, "roll_back")
+    assert last_epoch(high) == pytest.approx(last_epoch(good), rel=0.01)
+    assert any("annealing" in row for row in rows(high, "watch"))
+    assert rows(high, "train")[-1]["mixing_annealing"] > 0  # raised for good, also where the run went back since
+    went_back = len(rows(high, "roll_back"))
+    assert 1 <= went_back == read_state(latest(high).path).guard["roll_backs"]
+    rates, usual = ({row["step"]: row["lr"] for row in rows(name, "train")} for name in (high, good))  # the last of each step
+    assert rates[149] == pytest.approx(30 * 0.1**went_back * usual[149])
+    assert last_epoch(tmp_path / "lost") > 100 * last_epoch(good)

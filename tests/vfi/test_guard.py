@@ -212,6 +212,14 @@ def test_trouble_began_with_the_first_high_loss_or_skip_that_counts():
     assert (verdicts[4].action, verdicts[4].began) == ("roll_back", 131)
 
 
+def test_trouble_from_before_anything_was_usual_began_then():
+    watcher = guard(guard_window=40)
+    feed(watcher, 13)
+    verdicts = [judge(watcher, step, 0.5, 1.0, 2.0) for step in range(14, 31)]
+    assert [verdict.action for verdict in verdicts] == ["go"] * 16 + ["roll_back"]  # 20 losses, and 10 that are judged by them
+    assert verdicts[-1].began == 14
+
+
 def test_doubts_are_what_is_not_judged_usual():
     """Beforehand and on the device: also at the limit itself, and of numbers that are none."""
     draw, watched = random.Random(0), guard(guard_skips=400)
