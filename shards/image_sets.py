@@ -105,7 +105,7 @@ def make(job: str, options: AnyOptions, find: Callable[[AnyOptions], ImageSet]) 
     _check_keys(found.groups)
     if len(found.groups) != found.published_samples:
         _warn(job, f"{found.title} has {len(found.groups):,} samples, the published one has {found.published_samples:,}")
-    files = _stat_files(options.src, found)
+    files = stat_files(options.src, found)
     arguments: dict[str, Any] = {
         name: value for name, value in dataclasses.asdict(options).items() if name not in ("out", "workers")
     }
@@ -215,7 +215,7 @@ def _range(index: Index) -> str:
     return f"{low}x{left}" + (f" to {high}x{right}" if index.min_size != index.max_size else "")
 
 
-def _stat_files(src: Path, found: ImageSet) -> list[tuple[str, os.stat_result]]:
+def stat_files(src: Path, found: ImageSet) -> list[tuple[str, os.stat_result]]:
     """Every file with its size and time. Raises ShardError naming the first files that are missing, and their count."""
     stats, missing = [], {}
     for file in (file for group in found.groups for file in group.files):

@@ -1,25 +1,25 @@
-"""How good is a model? PSNR and SSIM on a shard folder, beside the average of the two frames.
+"""How good is a model? PSNR, SSIM and interpolation error, beside the average of the two frames.
 
     vfi benchmark --model runs/tiny_phase1 --data shards/synthetic/val --out results.json
-    vfi benchmark --model runs/a runs/b --data shards/vimeo/test --out results.json --device cuda
+    vfi benchmark --model runs/a runs/b --data SNU-FILM --protocol snu_film_hard --out hard.json --device cuda
 
-Whole frames, one at a time, in the order of the index; the prediction is clamped to [0, 1] and not rounded. Writes
-results.json (see vfi/results.py) and a folder of pictures beside it, from the worst to the best gain over the average.
+Without a protocol: the whole frames of a shard folder, one at a time, in the order of the index; the prediction is clamped to
+[0, 1] and not rounded. With one, what vfi/protocols.py says of it, on shards or on the published folder. Writes results.json
+(see vfi/results.py) and a folder of pictures beside it, from the worst to the best gain over the average.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import datetime
-import hashlib
-import json
 import os
 import platform
 import shlex
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -28,9 +28,9 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from shards.schema import Index, ShardError
+from shards.schema import ShardError
+from vfi.bench import Bench, Sample, Target, protocol_bench, shard_bench
 from vfi.checkpoint import CheckpointError
-from vfi.data.loader import FrameBatch, evaluation_batches
 from vfi.data.storage import ShardFolder, cache_at, shard_folder
 from vfi.errors import JobError, clear_errors
 from vfi.inference import (
@@ -43,9 +43,9 @@ from vfi.inference import (
     pick_device,
     pick_precision,
 )
-from vfi.metrics import psnr, ssim_matlab
-from vfi.model.interpolator import MIN_SIZE
+from vfi.protocols import Rules
 from vfi.results import ERROR_WHITE, FRAME_AVERAGE, ImageScore, Picture, Results, Row, write_results
+from vfi.scoring import Ask, predict_between, score
 from vfi.tracking import git_state
 
 _ERROR_COLOURS = np.array([[0, 0, 4], [87, 16, 110], [188, 55, 84], [249, 142, 9], [252, 255, 224]], dtype=np.float64)
@@ -58,15 +58,25 @@ class Options:
     model: tuple[Path, ...]
     """Run folders, checkpoint folders or .safetensors files; one or more."""
     data: str
-    """Shard folder to measure on, or its URL: http(s)://, s3://, gs:// …"""
+    """Shard folder to measure on, or its URL: http(s)://, s3://, gs:// …; with --protocol also the set's published folder."""
     out: Path
     """Results file to write, a .json."""
     device: DeviceName = "auto"
     """auto takes a GPU if there is one."""
     precision: PrecisionName = "auto"
     """auto is bf16 autocast on a GPU that has it, fp32 on the CPU. Metrics are fp32 at least, always."""
+    protocol: str = ""
+    """Published benchmark: a name of vfi/protocols.py, such as vimeo90k or snu_film_hard."""
+    profile: Literal["vfimamba", "ema", "rife", "amt"] = "vfimamba"
+    """Whose way of measuring it: padding, flow scale, rounding, kind of SSIM."""
+    tta: bool = False
+    """Take the mean with the prediction of the frames turned by 180 degrees; twice the time. Published numbers of full-size
+    EMA-VFI and VFIMamba are with it."""
+    allow_partial: bool = False
+    """Measure a protocol on another number or size of frames than published; the results say so."""
     scale: float | None = None
-    """Flow is estimated at this fraction of the frames' size: 1, 0.5 or 0.25; by default each model's own setting."""
+    """Flow is estimated at this fraction of the frames' size: 1, 0.5 or 0.25; by default each model's own setting, and with
+    --protocol what that says."""
     limit: int | None = None
     """Only the first this many samples."""
     pictures: int = 6
@@ -100,28 +110,25 @@ def benchmark(options: Options, command: str = "") -> Results:
     Raises JobError, ShardError or CheckpointError for options that are not usable, before anything is measured.
     """
     _check(options)
-    index = options.folder.read_index()
-    if min(index.min_size) < MIN_SIZE:
-        height, width = index.min_size
-        raise JobError(f"--data {options.data} has frames as small as {height}x{width}: each side must be at least {MIN_SIZE}")
-    samples = min(options.limit or index.samples, index.samples)
     device = pick_device(options.device)
     precision = pick_precision(options.precision, device)
+    bench = protocol_bench(options, device) if options.protocol else shard_bench(options, device)
     models = [load(path, device) for path in options.model]
-    check_scale(options.scale, models)
     names = _distinct_names(models)
+    check_scale(bench.rules.scale, [model for model in models if not (options.protocol and model.config.model.phase == 1)])
     options.out.parent.mkdir(parents=True, exist_ok=True)
 
-    scores = _measure(options, dict(zip(names, models, strict=True)), samples, device, precision)
+    asks = {name: _ask(model, precision, bench.rules.scale) for name, model in zip(names, models, strict=True)}
+    scores = _measure(options, bench, asks)
     rows = [_row(FRAME_AVERAGE, None, scores[FRAME_AVERAGE], options.out)]
     rows += [_row(name, model, scores[name], options.out) for name, model in zip(names, models, strict=True)]
-    pictures = _draw_pictures(options, dict(zip(names, models, strict=True)), rows, device, precision)
+    pictures = _draw_pictures(options, bench, asks, rows)
     results = Results(
         data=str(options.data),
-        index_sha256=hashlib.sha256(options.folder.index_bytes()).hexdigest(),
+        index_sha256=bench.sha256,
         samples=len(rows[0].images),
-        available=index.samples,
-        protocol=_protocol(index, len(rows[0].images), options.scale),
+        available=bench.available,
+        protocol=bench.facts,
         environment=_environment(device, precision, command),
         rows=tuple(rows),
         pictures=tuple(pictures),
@@ -134,10 +141,10 @@ def table(results: Results) -> str:
     """The rows as aligned text."""
     average = results.rows[0].psnr
     width = max(len(row.model) for row in results.rows)
-    lines = [f"{'model':<{width}}  {'PSNR dB':>8}  {'SSIM':>7}  {'gain dB':>8}"]
+    lines = [f"{'model':<{width}}  {'PSNR dB':>8}  {'SSIM':>7}  {'IE':>6}  {'gain dB':>8}"]
     for row in results.rows:
         gain = f"{row.psnr - average:+8.3f}" if row.path else f"{'':>8}"
-        lines.append(f"{row.model:<{width}}  {row.psnr:8.3f}  {row.ssim:7.4f}  {gain}")
+        lines.append(f"{row.model:<{width}}  {row.psnr:8.3f}  {row.ssim:7.4f}  {row.ie:6.3f}  {gain}")
     return "\n".join([*lines, f"{results.samples} samples of {results.data}"])
 
 
@@ -154,6 +161,8 @@ def _check(options: Options) -> None:
             raise JobError(f"--out {options.out}: {parent} is not a folder")
     if options.limit is not None and options.limit < 1:
         raise JobError(f"--limit {options.limit} must be at least 1")
+    if options.scale is not None and options.protocol:
+        raise JobError(f"--scale {options.scale} does not go with --protocol {options.protocol}: its profile fixes the scale")
     if options.pictures < 0 or options.workers < 0:
         raise JobError(f"--pictures {options.pictures} and --workers {options.workers} must not be negative")
     folder = _pictures_folder(options.out)
@@ -170,30 +179,38 @@ def _distinct_names(models: Sequence[LoadedModel]) -> list[str]:
     raise JobError(f"--model was given the same model twice: {', '.join(str(model.path) for model in models)}")
 
 
-def _measure(
-    options: Options, models: dict[str, LoadedModel], samples: int, device: torch.device, precision: torch.dtype
-) -> dict[str, list[ImageScore]]:
-    """Scores of the frame average and of every model, image by image in the order of the index."""
-    scores: dict[str, list[ImageScore]] = {name: [] for name in (FRAME_AVERAGE, *models)}
-    batches = evaluation_batches(options.folder, device, workers=options.workers, numbers=range(samples))
-    for batch in tqdm(batches, total=samples, unit="image", desc="benchmark", disable=None):
-        for name in scores:
-            image = _frame_average(batch) if name == FRAME_AVERAGE else _predict(models[name], batch, precision, options.scale)
-            value, similarity = psnr(image, batch.imgt).item(), ssim_matlab(image, batch.imgt).item()
-            if not np.isfinite([value, similarity]).all():
-                raise JobError(f"{name} predicts values that are not finite for sample {batch.keys[0]!r}: it cannot be scored")
-            scores[name].append(ImageScore(batch.keys[0], value, similarity))
+def _measure(options: Options, bench: Bench, asks: dict[str, Ask]) -> dict[str, list[ImageScore]]:
+    """Scores of the frame average and of every model, image by image in the order of the set."""
+    scores: dict[str, list[ImageScore]] = {name: [] for name in (FRAME_AVERAGE, *asks)}
+    numbers = range(bench.samples)
+    for sample in tqdm(bench.read(numbers), total=len(numbers), unit="sample", desc="benchmark", disable=None):
+        for name, found in scores.items():
+            images = _predict(sample, asks.get(name), bench.rules, options.tta)
+            for target, image in zip(sample.targets, images, strict=True):
+                values = score(image, target.truth, bench.rules)
+                if not np.isfinite(values).all():
+                    raise JobError(f"{name} predicts values that are not finite for {target.key!r}: it cannot be scored")
+                found.append(ImageScore(target.key, *values))
     if not scores[FRAME_AVERAGE]:
         raise JobError(f"--data {options.data} holds no samples: nothing was measured")
     return scores
 
 
-def _predict(model: LoadedModel, batch: FrameBatch, precision: torch.dtype, scale: float | None) -> Tensor:
-    return model.predict(batch.img0, batch.img1, batch.timestep, precision, scale)
+def _ask(model: LoadedModel, precision: torch.dtype, scale: float | None) -> Ask:
+    """How a model is asked for a frame; one without flow has no scale to be told."""
+    own = None if model.config.model.phase == 1 else scale
+    return lambda img0, img1, timestep: model.predict(img0, img1, timestep, precision, own)
 
 
-def _frame_average(batch: FrameBatch) -> Tensor:
-    return (batch.img0 + batch.img1) / 2
+def _predict(sample: Sample, ask: Ask | None, rules: Rules, tta: bool) -> list[Tensor]:
+    """A frame for each target; the frame average where there is no model to be asked."""
+    if ask is None:
+        return [_frame_average(sample)] * len(sample.targets)
+    return predict_between(ask, sample.img0, sample.img1, [target.timestep for target in sample.targets], rules, tta)
+
+
+def _frame_average(sample: Sample) -> Tensor:
+    return (sample.img0 + sample.img1) / 2
 
 
 def _row(name: str, loaded: LoadedModel | None, images: Sequence[ImageScore], out: Path) -> Row:
@@ -208,6 +225,7 @@ def _row(name: str, loaded: LoadedModel | None, images: Sequence[ImageScore], ou
         phase=loaded.config.model.phase if loaded else None,
         psnr=float(np.mean([image.psnr for image in images])),
         ssim=float(np.mean([image.ssim for image in images])),
+        ie=float(np.mean([image.ie for image in images])),
         images=tuple(images),
     )
 
@@ -216,10 +234,8 @@ def _pictures_folder(out: Path) -> Path:
     return out.with_name(f"{out.stem}_pictures")
 
 
-def _draw_pictures(
-    options: Options, models: dict[str, LoadedModel], rows: Sequence[Row], device: torch.device, precision: torch.dtype
-) -> list[Picture]:
-    """Predict the chosen samples again and save their frames: which ones is known only after all were measured."""
+def _draw_pictures(options: Options, bench: Bench, asks: dict[str, Ask], rows: Sequence[Row]) -> list[Picture]:
+    """Predict the chosen images again and save their frames: which ones is known only after all were measured."""
     gains = np.array([b.psnr - a.psnr for a, b in zip(rows[0].images, rows[1].images, strict=True)])
     order = np.argsort(gains, kind="stable")
     ranks = sorted({round(rank) for rank in np.linspace(0, len(order) - 1, min(options.pictures, len(order)))})
@@ -229,9 +245,13 @@ def _draw_pictures(
     temporary.mkdir()
     try:
         pictures = []
-        for number, batch in _chosen(options, set(rank_of), device):
-            images = {name: _predict(model, batch, precision, options.scale) for name, model in models.items()}
-            pictures.append(_save_picture(temporary, folder.name, rank_of[number], len(order), batch, images))
+        numbers = sorted({image // bench.targets for image in rank_of})
+        for number, sample in zip(numbers, bench.read(numbers), strict=True):
+            images = {name: _predict(sample, ask, bench.rules, options.tta) for name, ask in asks.items()}
+            for which, target in enumerate(sample.targets):
+                if rank := rank_of.get(number * bench.targets + which):
+                    chosen = {name: found[which] for name, found in images.items()}
+                    pictures.append(_save_picture(temporary, folder.name, rank, len(order), sample, target, chosen))
         shutil.rmtree(folder, ignore_errors=True)
         if pictures:
             temporary.replace(folder)
@@ -240,29 +260,23 @@ def _draw_pictures(
     return sorted(pictures, key=lambda picture: picture.rank)
 
 
-def _chosen(options: Options, numbers: set[int], device: torch.device) -> Iterator[tuple[int, FrameBatch]]:
-    """The samples with these numbers, read again."""
-    chosen = sorted(numbers)
-    yield from zip(chosen, evaluation_batches(options.folder, device, workers=options.workers, numbers=chosen), strict=True)
-
-
 def _save_picture(
-    folder: Path, shown_as: str, rank: int, of: int, batch: FrameBatch, predictions: dict[str, Tensor]
+    folder: Path, shown_as: str, rank: int, of: int, sample: Sample, target: Target, predictions: dict[str, Tensor]
 ) -> Picture:
     def save(kind: str, image: np.ndarray) -> str:
         name = f"{rank:06d}_{kind}.png"
         Image.fromarray(image).save(folder / name)
         return f"{shown_as}/{name}"
 
-    frames = {"img0": batch.img0, "img1": batch.img1, "truth": batch.imgt, "average": _frame_average(batch)}
+    frames = {"img0": sample.img0, "img1": sample.img1, "truth": target.truth, "average": _frame_average(sample)}
     return Picture(
-        key=batch.keys[0],
+        key=target.key,
         rank=rank,
         of=of,
         **{kind: save(kind, _to_bytes(image)) for kind, image in frames.items()},
-        average_error=save("average_error", error_map(frames["average"], batch.imgt)),
+        average_error=save("average_error", error_map(frames["average"], target.truth)),
         predictions={name: save(f"model{i}", _to_bytes(image)) for i, (name, image) in enumerate(predictions.items())},
-        errors={name: save(f"error{i}", error_map(image, batch.imgt)) for i, (name, image) in enumerate(predictions.items())},
+        errors={name: save(f"error{i}", error_map(image, target.truth)) for i, (name, image) in enumerate(predictions.items())},
     )
 
 
@@ -276,25 +290,6 @@ def error_map(prediction: Tensor, truth: Tensor) -> np.ndarray:
     error = (prediction - truth).abs().mean(1)[0].cpu().numpy() / ERROR_WHITE
     stops = np.linspace(0, 1, len(_ERROR_COLOURS))
     return np.stack([np.interp(error, stops, channel) for channel in _ERROR_COLOURS.T], axis=-1).round().astype(np.uint8)
-
-
-def _protocol(index: Index, samples: int, scale: float | None) -> dict[str, str]:
-    """What the numbers mean, for people; see the field names."""
-    return {
-        "protocol": "shards",
-        "frames": f"first and last of the {index.frames} frames of a sample in, its middle frame is the truth",
-        "frame set": "all samples" if samples == index.samples else f"the first {samples} of {index.samples} samples",
-        "split": index.split,
-        "codec": index.codec,
-        "sizes": f"{index.min_size[0]}x{index.min_size[1]} to {index.max_size[0]}x{index.max_size[1]}",
-        "PSNR": "-10 log10 of the mean squared error over RGB in 0..1, per image, then the mean over images",
-        "SSIM": "ssim_matlab: 3-D Gaussian 11x11x11, sigma 1.5, over the colour x H x W volume, borders replicated",
-        "rounding": "none",
-        "padding": "replicate, centred, to the model's multiple",
-        "TTA": "none",
-        "flow scale": "each model's own setting" if scale is None else str(scale),
-        "source": json.dumps(index.source, ensure_ascii=False),
-    }
 
 
 def _environment(device: torch.device, precision: torch.dtype, command: str) -> dict[str, str]:

@@ -1,10 +1,10 @@
 """How close is a predicted frame to the true one? PSNR and SSIM, one number an image.
 
-    psnr(prediction, truth), ssim_matlab(prediction, truth)
+    psnr(prediction, truth), ssim_matlab(prediction, truth)      # and ssim_skimage, interpolation_error
 
-Both take RGB in [0, 1], `[B, 3, H, W]`, and return `[B]`. They compute in float32 (float64 if given float64) whatever autocast
-says, without convolutions, so that TF32 cannot round them on a GPU. SSIM is the kind that the repositories of the field call
-`ssim_matlab`; it is neither scikit-image's nor TensorFlow's, and its values must not be compared with theirs.
+All take RGB in [0, 1], `[B, 3, H, W]`, and return `[B]`. They compute in float32 (float64 if given float64) whatever autocast
+says, without convolutions, so that TF32 cannot round them on a GPU. The SSIM that the repositories of the field call
+`ssim_matlab` is neither scikit-image's nor TensorFlow's, and its values must not be compared with theirs.
 """
 
 from __future__ import annotations
@@ -38,6 +38,31 @@ def ssim_matlab(prediction: Tensor, truth: Tensor) -> Tensor:
     over its faces by its border values (also along the three colours). Images are taken one by one, to bound the memory.
     """
     return fp32_island(_ssim_matlab, *_comparable(prediction, truth))
+
+
+def ssim_skimage(prediction: Tensor, truth: Tensor) -> Tensor:
+    """scikit-image's structural similarity of 8-bit images: means over 7x7 pixels, each colour alone, without the border.
+
+    `[B, 3, H, W]` in [0, 1] -> `[B]` float64. Both are rounded to 8 bits; the sides must be at least 7.
+    """
+    from skimage.metrics import structural_similarity  # takes a second to import, and few protocols use it
+
+    pairs = zip(*(_bytes(image).permute(0, 2, 3, 1).cpu().numpy() for image in _comparable(prediction, truth)), strict=True)
+    values = [structural_similarity(y, x, data_range=255, channel_axis=-1) for x, y in pairs]
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def interpolation_error(prediction: Tensor, truth: Tensor) -> Tensor:
+    """Mean of |prediction - truth| over pixels and colours of 8-bit images (IE of the Middlebury benchmark).
+
+    `[B, 3, H, W]` in [0, 1] -> `[B]`, from 0 to 255. Both are rounded to 8 bits.
+    """
+    x, y = (_bytes(image).double() for image in _comparable(prediction, truth))
+    return (x - y).abs().flatten(1).mean(1)
+
+
+def _bytes(image: Tensor) -> Tensor:
+    return (image.clamp(0, 1) * 255).round().to(torch.uint8)
 
 
 def _comparable(prediction: Tensor, truth: Tensor) -> tuple[Tensor, Tensor]:

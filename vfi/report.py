@@ -60,7 +60,20 @@ def markdown(groups: Sequence[Group]) -> str:
 
 def _section(group: Group) -> list[str]:
     average = group.average
-    rows = [(FRAME_AVERAGE, "", "", f"{average.psnr:.2f}", f"{average.ssim:.4f}", "", "", str(group.samples), group.data)]
+    rows = [
+        (
+            FRAME_AVERAGE,
+            "",
+            "",
+            f"{average.psnr:.2f}",
+            f"{average.ssim:.4f}",
+            f"{average.ie:.2f}",
+            "",
+            "",
+            str(group.samples),
+            group.data,
+        )
+    ]
     for entry in group.entries:
         row = entry.row
         rows.append(
@@ -70,6 +83,7 @@ def _section(group: Group) -> list[str]:
                 str(row.step),
                 f"{row.psnr:.2f}",
                 f"{row.ssim:.4f}",
+                f"{row.ie:.2f}",
                 f"{row.psnr - average.psnr:+.2f}",
                 better_on(entry, group),
                 str(group.samples),
@@ -77,8 +91,10 @@ def _section(group: Group) -> list[str]:
             )
         )
     lines = ["", f"## {_escape(group.data)}", ""]
-    lines.append("| model | parameters | step | PSNR dB | SSIM | gain over frame average dB | better on | samples | data |")
-    lines.append("| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | --- |")
+    lines.append(
+        "| model | parameters | step | PSNR dB | SSIM | IE | gain over frame average dB | better on | samples | data |"
+    )
+    lines.append("| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | --- |")
     lines += ["| " + " | ".join(_escape(cell) for cell in row) + " |" for row in rows]
     for path, results in group.files:
         facts = {"index sha256": results.index_sha256} | results.protocol | results.environment

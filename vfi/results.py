@@ -17,7 +17,7 @@ from typing import Any
 from vfi.records import RecordError, from_object, write_text
 
 SCHEMA = "vfi-results"
-VERSION = 1
+VERSION = 2
 FRAME_AVERAGE = "frame average"
 """Name of the row that every results file has: the mean of img0 and img1, which any model has to beat."""
 ERROR_WHITE = 0.25
@@ -35,11 +35,14 @@ class ImageScore:
     key: str
     psnr: float
     ssim: float
+    """Of the kind that the protocol names."""
+    ie: float
+    """Interpolation error, 0 … 255."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One model, or the frame average (then the fields about a model are None). psnr and ssim are means over the images."""
+    """One model, or the frame average (then the fields about a model are None). psnr, ssim, ie are means over the images."""
 
     model: str
     path: str | None
@@ -50,6 +53,7 @@ class Row:
     phase: int | None
     psnr: float
     ssim: float
+    ie: float
     images: tuple[ImageScore, ...]
 
 
@@ -148,11 +152,24 @@ class Group:
     files: tuple[tuple[Path, Results], ...]
 
 
+def _title(results: Results) -> str:
+    """What was measured on, and how."""
+    facts = results.protocol
+    if "profile" not in facts:
+        return results.data
+    tta = "" if facts["TTA"] == "none" else ", TTA"
+    return f"{facts['protocol']}, profile {facts['profile']}{tta}: {results.data}"
+
+
 def group_by_data(files: dict[Path, Results]) -> list[Group]:
-    """One group for each set of samples (same index, same number of them), in the order in which they first appear."""
-    together: dict[tuple[str, int], list[tuple[Path, Results]]] = {}
+    """One group for each set of samples and way of measuring, in the order in which they first appear.
+
+    Together are results on the same index and number of samples, by the same protocol and profile, all with TTA or all without.
+    """
+    together: dict[tuple[object, ...], list[tuple[Path, Results]]] = {}
     for path, results in files.items():
-        together.setdefault((results.index_sha256, results.samples), []).append((path, results))
+        way = [results.protocol.get(fact) for fact in ("protocol", "profile", "TTA")]
+        together.setdefault((results.index_sha256, results.samples, *way), []).append((path, results))
     groups = []
     for members in together.values():
         first = members[0][1]
@@ -162,5 +179,5 @@ def group_by_data(files: dict[Path, Results]) -> list[Group]:
             Entry(row.model if names.count(row.model) == 1 else f"{row.model} ({path})", row, path, results)
             for row, path, results in rows
         )
-        groups.append(Group(first.data, first.samples, first.rows[0], entries, tuple(members)))
+        groups.append(Group(_title(first), first.samples, first.rows[0], entries, tuple(members)))
     return groups

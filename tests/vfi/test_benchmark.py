@@ -257,7 +257,7 @@ def test_results_hold_plain_json(data, runs, tmp_path) -> None:
     _run("--model", runs / "second", "--data", data, "--out", out, "--limit", 1, "--pictures", 0)
     content = json.loads(out.read_text(), parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
     assert content["schema"] == "vfi-results"
-    assert content["version"] == 1
+    assert content["version"] == 2
 
 
 @pytest.mark.parametrize(("scale", "message"), [(0.5, "is of phase 1, without flow"), (0.3, "choose from 1.0, 0.5, 0.25")])

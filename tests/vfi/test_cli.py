@@ -91,8 +91,8 @@ def test_the_message_of_a_loader_process_is_its_last_line() -> None:
 
 
 def _results(gain: float) -> Results:
-    rows = [Row(FRAME_AVERAGE, None, None, None, None, None, None, 30.0, 0.9, ())]
-    rows.append(Row("tiny", "runs/tiny", "runs/tiny", 9, 1, "tiny", 1, 30.0 + gain, 0.91, ()))
+    rows = [Row(FRAME_AVERAGE, None, None, None, None, None, None, 30.0, 0.9, 1.0, ())]
+    rows.append(Row("tiny", "runs/tiny", "runs/tiny", 9, 1, "tiny", 1, 30.0 + gain, 0.91, 1.0, ()))
     return Results("val", "0", 0, 0, {}, {}, tuple(rows), ())
 
 

@@ -6,7 +6,7 @@ import torch
 from scipy import ndimage
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
-from vfi.metrics import PSNR_MAX, psnr, ssim_matlab
+from vfi.metrics import PSNR_MAX, interpolation_error, psnr, ssim_matlab, ssim_skimage
 
 
 def _pair(height: int, width: int, seed: int = 0, batch: int = 1) -> tuple[np.ndarray, np.ndarray]:
@@ -113,3 +113,19 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
         psnr(torch.zeros(1, 3, 8, 8), torch.zeros(1, 3, 8, 9))
     with pytest.raises(ValueError, match="expected two tensors"):
         ssim_matlab(torch.zeros(3, 8, 8), torch.zeros(3, 8, 8))
+
+
+def test_interpolation_error_is_the_mean_difference_of_bytes():
+    x, y = torch.rand(2, 3, 9, 12, dtype=torch.float64) * 1.2 - 0.1, torch.rand(2, 3, 9, 12, dtype=torch.float64)
+    for image in range(2):
+        total = 0
+        for a, b in zip(x[image].flatten().tolist(), y[image].flatten().tolist(), strict=True):
+            total += abs(round(min(max(a, 0), 1) * 255) - round(b * 255))
+        assert interpolation_error(x, y)[image].item() == pytest.approx(total / (3 * 9 * 12), rel=1e-12)
+
+
+def test_ssim_skimage_is_that_of_eight_bit_images():
+    x, y = torch.rand(2, 3, 9, 12), torch.rand(2, 3, 9, 12)
+    for image in range(2):
+        eight = [(t[image] * 255).round().to(torch.uint8).permute(1, 2, 0).numpy() for t in (y, x)]
+        assert ssim_skimage(x, y)[image].item() == structural_similarity(*eight, data_range=255, channel_axis=-1)

@@ -60,11 +60,13 @@ class _Page(HTMLParser):
 
 
 def _row(model: str, values: list[tuple[float, float]], run: str | None = None) -> Row:
-    images = tuple(ImageScore(f"sample-{i}", psnr, ssim) for i, (psnr, ssim) in enumerate(values))
+    images = tuple(ImageScore(f"sample-{i}", psnr, ssim, 100 - psnr) for i, (psnr, ssim) in enumerate(values))
     mean = [float(np.mean(column)) for column in zip(*values, strict=True)]
     if model == FRAME_AVERAGE:
-        return Row(model, None, None, None, None, None, None, mean[0], mean[1], images)
-    return Row(model, f"runs/{model}", run or f"runs/{model}", 1200, 1_330_000, "tiny", 1, mean[0], mean[1], images)
+        return Row(model, None, None, None, None, None, None, mean[0], mean[1], 100 - mean[0], images)
+    return Row(
+        model, f"runs/{model}", run or f"runs/{model}", 1200, 1_330_000, "tiny", 1, mean[0], mean[1], 100 - mean[0], images
+    )
 
 
 AVERAGE = [(30.0, 0.9), (32.0, 0.92), (28.0, 0.85)]
@@ -109,8 +111,8 @@ def test_what_is_written_is_read_back(tmp_path) -> None:
 def test_tables_hold_the_numbers(tmp_path) -> None:
     text, page = _report(tmp_path, _results())
     (table,) = _markdown_tables(text)
-    assert table[2] == ["frame average", "", "", "30.00", "0.8900", "", "", "3", "shards/val"]
-    assert table[3] == ["tiny", "1.33 M", "1200", "31.83", "0.9167", "+1.83", "2 / 3", "3", "shards/val"]
+    assert table[2] == ["frame average", "", "", "30.00", "0.8900", "70.00", "", "", "3", "shards/val"]
+    assert table[3] == ["tiny", "1.33 M", "1200", "31.83", "0.9167", "68.17", "+1.83", "2 / 3", "3", "shards/val"]
     assert "- codec: png" in text
     (shown,) = page.rows
     assert shown[1] == ["frame average", "30.00", "", "0.8900", "", "", "", ""]

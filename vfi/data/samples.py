@@ -51,6 +51,13 @@ class ShardReader:
 
     def read(self, number: int, triplet: Triplet | None = None) -> dict[str, Any]:
         """`__key__`, `__number__`, `__where__`, and a member's bytes under each extension; FaultError when it can't be had."""
+        return self._read(number, {*triplet_members(self.index, triplet), *FLOW_MEMBERS})
+
+    def read_all(self, number: int) -> dict[str, Any]:
+        """The same with all frames of the sample; for a reader of `any_triplet`."""
+        return self._read(number, {*frame_members(self.index.frames, self.index.codec)})
+
+    def _read(self, number: int, wanted: set[str]) -> dict[str, Any]:
         shard = int(np.searchsorted(self.ends, number, side="right"))
         position = number - (int(self.ends[shard - 1]) if shard else 0)
         entry = self.index.shards[shard]
@@ -58,7 +65,6 @@ class ShardReader:
         where = f"{self.folder}/{entry.name}: sample {printable(key)}"
         if not is_first:
             raise _fault("duplicate", where, "its key was there before in the same shard")
-        wanted = {*triplet_members(self.index, triplet), *FLOW_MEMBERS}
         sample: dict[str, Any] = {"__key__": key, "__number__": number, "__where__": where}
         try:
             with self.folder.open(entry) as file:

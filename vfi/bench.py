@@ -1,0 +1,179 @@
+"""What is measured on? A shard folder as it is, or a published set by its protocol: samples with their truths, and the rules.
+
+bench = protocol_bench(options, device)
+for sample in bench.read(range(bench.samples)): …
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from shards.schema import Index
+from vfi.data.loader import evaluation_batches
+from vfi.errors import JobError
+from vfi.frame_sets import open_frames
+from vfi.model.interpolator import MIN_SIZE
+from vfi.protocols import PROTOCOLS, Protocol, Rules
+from vfi.scoring import prepare
+
+if TYPE_CHECKING:
+    from vfi.benchmark import Options
+
+_PSNR = "-10 log10 of the mean squared error over RGB in 0..1, per image, then the mean over images"
+_SSIM = {
+    "ssim_matlab": "ssim_matlab: 3-D Gaussian 11x11x11, sigma 1.5, over the colour x H x W volume, borders replicated",
+    "ssim_skimage": "scikit-image's structural_similarity of 8-bit images, 7x7 means, the mean over colours",
+}
+
+
+class Target(NamedTuple):
+    """A frame to be predicted."""
+
+    key: str
+    timestep: float
+    truth: Tensor
+    """[1, 3, H, W] in [0, 1]."""
+
+
+class Sample(NamedTuple):
+    """Two frames `[1, 3, H, W]` in [0, 1], and what lies between."""
+
+    img0: Tensor
+    img1: Tensor
+    targets: list[Target]
+
+
+@dataclasses.dataclass(frozen=True)
+class Bench:
+    """Samples, and how a model is measured on them."""
+
+    samples: int
+    """How many are measured."""
+    available: int
+    targets: int
+    """Of each sample."""
+    rules: Rules
+    facts: dict[str, str]
+    """What the numbers mean, for people."""
+    sha256: str
+    """Of the index, or of the list of files."""
+    read: Callable[[Sequence[int]], Iterator[Sample]]
+    """Numbers of samples, ascending -> the samples, on the device."""
+
+
+def shard_bench(options: Options, device: torch.device) -> Bench:
+    """The middle frames of a shard folder. JobError for frames that a model can't take."""
+    index = options.folder.read_index()
+    if min(index.min_size) < MIN_SIZE:
+        height, width = index.min_size
+        raise JobError(f"--data {options.data} has frames as small as {height}x{width}: each side must be at least {MIN_SIZE}")
+    samples, rules = min(options.limit or index.samples, index.samples), Rules(scale=options.scale)
+
+    def read(numbers: Sequence[int]) -> Iterator[Sample]:
+        for batch in evaluation_batches(options.folder, device, workers=options.workers, numbers=numbers):
+            yield Sample(batch.img0, batch.img1, [Target(batch.keys[0], batch.timestep.item(), batch.imgt)])
+
+    facts = {
+        "protocol": "shards",
+        "frames": f"first and last of the {index.frames} frames of a sample in, its middle frame is the truth",
+        "frame set": _frame_set(samples, index.samples),
+        **_about(index),
+        **_rules(rules, options.tta),
+    }
+    sha256 = hashlib.sha256(options.folder.index_bytes()).hexdigest()
+    return Bench(samples, index.samples, 1, rules, facts, sha256, read)
+
+
+def protocol_bench(options: Options, device: torch.device) -> Bench:
+    """A published set, measured as --profile does. JobError for an unknown protocol, and for frames that are not the set's."""
+    if options.protocol not in PROTOCOLS:
+        raise JobError(f"--protocol {options.protocol} does not exist: choose from {', '.join(PROTOCOLS)}")
+    protocol = PROTOCOLS[options.protocol]
+    rules = protocol.rules(options.profile)
+    frames = open_frames(options.data, options.folder, protocol, options.allow_partial)
+    available = len(frames.keys)
+    samples = min(options.limit or available, available)
+
+    def sample(number: int) -> Sample:
+        images = [prepare(frame, protocol.prepare, device) for frame in frames.read(number)]
+        key = frames.keys[number]
+        names = [key if len(protocol.truths) == 1 else f"{key}@{truth}" for truth in protocol.truths]
+        truths = zip(names, protocol.truths, strict=True)
+        return Sample(images[0], images[-1], [Target(name, protocol.timestep(t), images[t]) for name, t in truths])
+
+    facts = {
+        "protocol": options.protocol,
+        "profile": options.profile,
+        "frames": _frames(protocol),
+        "frame set": _frame_set(samples, available) + (f"; NOT COMPARABLE: {frames.differs}" if frames.differs else ""),
+        **_rules(rules, options.tta),
+    }
+    sha256 = hashlib.sha256("\n".join(frames.keys).encode()).hexdigest()
+    read = _ahead(sample, options.workers)
+    return Bench(samples, available, len(protocol.truths), rules, facts, sha256, read)
+
+
+def _ahead(read: Callable[[int], Sample], workers: int) -> Callable[[Iterable[int]], Iterator[Sample]]:
+    """Read so many samples beforehand, each in a thread; none with 0."""
+
+    def iterate(numbers: Iterable[int]) -> Iterator[Sample]:
+        if not workers:
+            yield from map(read, numbers)
+            return
+        with ThreadPoolExecutor(workers) as pool:
+            waiting: deque[Future[Sample]] = deque()
+            try:
+                for number in numbers:
+                    waiting.append(pool.submit(read, number))
+                    if len(waiting) > workers:
+                        yield waiting.popleft().result()
+                while waiting:
+                    yield waiting.popleft().result()
+            finally:
+                for left in waiting:
+                    left.cancel()
+
+    return iterate
+
+
+def _frames(protocol: Protocol) -> str:
+    wanted = ", ".join(map(str, protocol.truths))
+    prepared = "" if protocol.prepare == "as they are" else f", {protocol.prepare}"
+    return f"{protocol.title}: 0 and {protocol.frames - 1} of a sample in, {wanted} out{prepared}"
+
+
+def _frame_set(samples: int, published: int) -> str:
+    return "all samples" if samples == published else f"the first {samples} of {published} samples"
+
+
+def _about(index: Index) -> dict[str, str]:
+    """A shard folder, for people."""
+    return {
+        "split": index.split,
+        "codec": index.codec,
+        "sizes": f"{index.min_size[0]}x{index.min_size[1]} to {index.max_size[0]}x{index.max_size[1]}",
+        "source": json.dumps(index.source, ensure_ascii=False),
+    }
+
+
+def _rules(rules: Rules, tta: bool) -> dict[str, str]:
+    """Rules, for people."""
+    return {
+        "PSNR": _PSNR,
+        "SSIM": _SSIM[rules.ssim],
+        "IE": "mean absolute difference of 8-bit images, 0..255",
+        "rounding": "to 8 bits, before PSNR and SSIM" if rules.rounded else "none",
+        "padding": str(rules.padding) if rules.padding else "replicate, centred, to the model's multiple",
+        "TTA": "the mean with the frames turned by 180 degrees" if tta else "none",
+        "flow scale": "each model's own setting" if rules.scale is None else str(rules.scale),
+        "times": "by bisecting, from the model's own frames" if rules.recursive else "each directly",
+    }

@@ -1,0 +1,113 @@
+"""Where do the frames of a benchmark come from? The published folder, or shards of it: sample number -> frames.
+
+Both give the same pixels: shards are taken only where their codec is lossless. What is missing, or of another number or size
+than published, is an error that names it; with `partial` another number or size will do, and the results say so.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from shards import images
+from shards.image_sets import ImageSet, key_of, stat_files
+from shards.schema import INDEX_NAME, Index, ShardError, frame_members
+from vfi.data.samples import ShardReader
+from vfi.data.storage import ShardFolder
+from vfi.errors import JobError
+from vfi.protocols import Protocol
+
+_LOSSLESS = ("png", "qoi")
+
+
+@dataclasses.dataclass(frozen=True)
+class FrameSet:
+    """The samples of a protocol, in the order of the published list."""
+
+    keys: tuple[str, ...]
+    read: Callable[[int], list[np.ndarray]]
+    """Number of a sample -> its frames, `[H, W, 3]` uint8, checked."""
+    differs: str
+    """From the published set; empty: not at all."""
+
+
+def open_frames(location: str, folder: ShardFolder, protocol: Protocol, partial: bool = False) -> FrameSet:
+    """Look at what lies at `location` (`folder`: the same as shards) and check it. JobError, ShardError."""
+    path = Path(location)
+    if path.is_dir() and not (path / INDEX_NAME).is_file():
+        keys, read = _published(path, protocol)
+    else:
+        keys, read = _shards(folder, protocol)
+    if len(keys) != protocol.count and not partial:
+        raise JobError(
+            f"--data {location} has {len(keys):,} samples of {protocol.title}, the published set has {protocol.count:,}: what "
+            f"is measured on them can't be compared. Complete it, or take --allow_partial, which labels the results"
+        )
+
+    if not keys:
+        raise JobError(f"--data {location} holds no samples of {protocol.title}")
+    size, differs = protocol.size, [] if len(keys) == protocol.count else [f"{len(keys):,} of {protocol.count:,} samples"]
+    if size and partial and (found := read(0)[0].shape[:2]) != size:
+        differs.append(f"frames of {found[0]}x{found[1]} instead of {size[0]}x{size[1]}")
+        size = found
+
+    def checked(number: int) -> list[np.ndarray]:
+        frames = read(number)
+        sizes = sorted({frame.shape[:2] for frame in frames})
+        if len(sizes) > 1:
+            raise JobError(f"--data {location}: sample {keys[number]} has frames of different sizes: {sizes}")
+        if size and sizes != [size]:
+            raise JobError(
+                f"--data {location}: sample {keys[number]} is {sizes[0][0]}x{sizes[0][1]}, the frames of {protocol.title} are "
+                f"{size[0]}x{size[1]}; --allow_partial takes a set of another size, and labels the results"
+            )
+        return frames
+
+    return FrameSet(tuple(keys), checked, ", ".join(differs))
+
+
+def _published(path: Path, protocol: Protocol) -> tuple[list[str], Callable[[int], list[np.ndarray]]]:
+    """Of the set's own folder; whatever is missing is named before anything is read."""
+    job = importlib.import_module(protocol.job)
+    found: ImageSet = job.find(job.Options(src=path, out=path, **protocol.arguments))
+    stat_files(path, found)
+
+    def read(number: int) -> list[np.ndarray]:
+        files = [path / file for file in found.groups[number].files]
+        return [images.decode(file.read_bytes(), file.suffix, str(file)) for file in files]
+
+    return [key_of(group.name) for group in found.groups], read
+
+
+def _shards(folder: ShardFolder, protocol: Protocol) -> tuple[list[str], Callable[[int], list[np.ndarray]]]:
+    """Of shards that the set's job made, with the arguments of this protocol."""
+    index = folder.read_index()
+    _check_source(folder, index, protocol)
+    reader = ShardReader(folder, index, any_triplet=True)
+    members = frame_members(index.frames, index.codec)
+    keys = [key for number in range(len(index.shards)) for key, _, _ in reader.contents(number)]
+
+    def read(number: int) -> list[np.ndarray]:
+        sample = reader.read_all(number)
+        return [images.decode(sample[member], member.rpartition(".")[2], sample["__where__"]) for member in members]
+
+    return keys, read
+
+
+def _check_source(folder: ShardFolder, index: Index, protocol: Protocol) -> None:
+    job, arguments = index.source.get("job"), index.source.get("arguments", {})
+    flags = " ".join(f"--{name} {value}" for name, value in protocol.arguments.items())
+    command = f"`python -m {protocol.job} --src SET --out SHARDS {flags}`".replace(" `", "`")
+    if job != protocol.job or any(arguments.get(name) != value for name, value in protocol.arguments.items()):
+        made = " ".join([str(job), *(f"--{name} {arguments[name]}" for name in protocol.arguments if name in arguments)])
+        raise JobError(
+            f"{folder} holds shards of {made}, not of {protocol.title}: make them by {command}, or give the set's own folder"
+        )
+    if index.codec not in _LOSSLESS:
+        raise ShardError(f"{folder} holds {index.codec} frames, not the published pixels: make png shards by {command}")
+    if index.frames != protocol.frames:
+        raise ShardError(f"{folder} has {index.frames} frames a sample, {protocol.title} has {protocol.frames}")

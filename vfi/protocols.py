@@ -1,0 +1,166 @@
+"""How were the published numbers measured? Each benchmark as data: its frames, and how each profile pads, rounds and compares.
+
+    PROTOCOLS["snu_film_hard"].rules("vfimamba")
+
+A profile is the way of one family of repositories: `vfimamba`, `ema` (which differs from it on X-TEST alone), `rife`, `amt`. A
+protocol that a family never measured, or that its repositories quote at two values, has no such profile.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+from vfi.errors import JobError
+
+Ssim = Literal["ssim_matlab", "ssim_skimage"]
+Prepare = Literal["as they are", "half size", "half size, rounded", "centre crop"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Padding:
+    """What is added to the inputs, and cut off the prediction."""
+
+    mode: Literal["replicate", "zeros"]
+    side: Literal["centred", "bottom right"]
+    divisor: int = 1
+    """Both sides become a multiple of it …"""
+    smallest: tuple[int, int] = (0, 0)
+    """… and at least so large: (height, width)."""
+
+    def amounts(self, height: int, width: int) -> tuple[int, int, int, int]:
+        """Left, right, top, bottom."""
+        missing = [
+            max(least, -(-side // self.divisor) * self.divisor) - side
+            for side, least in zip((height, width), self.smallest, strict=True)
+        ]
+        (top, left) = (amount // 2 for amount in missing) if self.side == "centred" else (0, 0)
+        return left, missing[1] - left, top, missing[0] - top
+
+    def __str__(self) -> str:
+        size = f"a multiple of {self.divisor}" if self.divisor > 1 else "at least {}x{}".format(*self.smallest)
+        return f"{self.mode}, {self.side}, to {size}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Rules:
+    """What a profile fixes for a protocol."""
+
+    padding: Padding | None = None
+    scale: float | None = None
+    """Flow is estimated at this fraction of the frames' size; None: each model's own setting."""
+    rounded: bool = False
+    """Is the prediction rounded to 8 bits before it is compared?"""
+    recursive: bool = False
+    """Are the frames between found by bisecting, from the model's own unrounded frames?"""
+    ssim: Ssim = "ssim_matlab"
+    measures_ie: bool = False
+    """Is the interpolation error what is published?"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Protocol:
+    """A benchmark: which frames of which set, and how each profile measures on them."""
+
+    title: str
+    job: str
+    """The module that knows the published layout, and makes shards of it."""
+    arguments: dict[str, str]
+    """Of that job, for this protocol."""
+    count: int
+    """Samples, as published."""
+    frames: int
+    """Of a sample; the first and the last are the inputs."""
+    truths: tuple[int, ...]
+    """Positions in a sample of the frames to be predicted."""
+    profiles: dict[str, Rules]
+    prepare: Prepare = "as they are"
+    size: tuple[int, int] | None = None
+    """(height, width) of the published frames, where all have one."""
+
+    def rules(self, profile: str) -> Rules:
+        """JobError for a profile that does not exist for this protocol."""
+        if profile not in self.profiles:
+            raise JobError(f"--profile {profile} does not measure on {self.title}: choose from {', '.join(self.profiles)}")
+        return self.profiles[profile]
+
+    def timestep(self, truth: int) -> float:
+        """Where a frame of a sample lies between the inputs."""
+        return truth / (self.frames - 1)
+
+
+def _both(rules: Rules) -> dict[str, Rules]:
+    return {"vfimamba": rules, "ema": rules}
+
+
+_TO_32 = Padding("replicate", "centred", 32)
+_SNU = {
+    **_both(Rules(_TO_32, scale=0.5)),
+    "amt": Rules(Padding("replicate", "centred", 20), scale=0.8),
+}
+_MIDDLEBURY = Rules(Padding("zeros", "bottom right", smallest=(480, 640)), measures_ie=True)
+_UHD = (2160, 4096)
+
+
+def _xtest(half: bool, truths: tuple[int, ...]) -> Protocol:
+    ema = Rules(_TO_32, scale=0.5 if half else 0.25, rounded=True)
+    return Protocol(
+        title=f"X-TEST {'2K' if half else '4K'}" + (", frame 16 alone" if len(truths) == 1 else ""),
+        job="shards.x4k1000fps",
+        arguments={"split": "test"},
+        count=15,
+        frames=9,
+        truths=truths,
+        profiles={"vfimamba": dataclasses.replace(ema, recursive=len(truths) > 1), "ema": ema},
+        prepare="half size" if half else "as they are",
+        size=_UHD,
+    )
+
+
+def _xiph(half: bool) -> Protocol:
+    return Protocol(
+        title=f"Xiph {'2K' if half else '4K'}",
+        job="shards.xiph",
+        arguments={},
+        count=392,
+        frames=3,
+        truths=(1,),
+        profiles=_both(Rules(Padding("replicate", "centred", 16), scale=0.5, rounded=True, ssim="ssim_skimage")),
+        prepare="half size, rounded" if half else "centre crop",
+        size=_UHD,
+    )
+
+
+PROTOCOLS: dict[str, Protocol] = {
+    "vimeo90k": Protocol(
+        title="Vimeo90K triplets", job="shards.vimeo90k", arguments={"kind": "triplet", "split": "test"}, count=3_782, frames=3,
+        truths=(1,), profiles={**_both(Rules()), "rife": Rules(rounded=True), "amt": Rules()}, size=(256, 448),
+    ),
+    "vimeo90k_septuplet_147": Protocol(
+        title="Vimeo90K septuplets, frames 1, 4 and 7", job="shards.vimeo90k",
+        arguments={"kind": "septuplet", "split": "test"}, count=7_824, frames=7, truths=(3,), profiles=_both(Rules()),
+        size=(256, 448),
+    ),
+    "ucf101": Protocol(
+        title="UCF101", job="shards.ucf101", arguments={}, count=379, frames=3, truths=(1,),
+        profiles={**_both(Rules(rounded=True)), "rife": Rules(rounded=True), "amt": Rules()}, size=(256, 256),
+    ),
+    **{
+        f"snu_film_{split}": Protocol(
+            title=f"SNU-FILM {split}", job="shards.snu_film", arguments={"split": split}, count=310, frames=3, truths=(1,),
+            profiles=_SNU,
+        )
+        for split in ("easy", "medium", "hard", "extreme")
+    },
+    "middlebury": Protocol(
+        title="Middlebury-Other", job="shards.middlebury", arguments={}, count=12, frames=3, truths=(1,),
+        profiles={**_both(Rules(_TO_32, measures_ie=True)), "rife": _MIDDLEBURY, "amt": _MIDDLEBURY},
+    ),
+    "xtest_4k": _xtest(half=False, truths=tuple(range(1, 8))),
+    "xtest_2k": _xtest(half=True, truths=tuple(range(1, 8))),
+    "xtest_l_4k": _xtest(half=False, truths=(4,)),
+    "xtest_l_2k": _xtest(half=True, truths=(4,)),
+    "xiph_4k": _xiph(half=False),
+    "xiph_2k": _xiph(half=True),
+}  # fmt: skip
+PROFILES = ("vfimamba", "ema", "rife", "amt")
