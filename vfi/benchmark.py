@@ -29,6 +29,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from shards.schema import ShardError
+from vfi.adapters import Adapter, is_adapter, load_adapter
 from vfi.bench import Bench, Sample, Target, protocol_bench, shard_bench
 from vfi.checkpoint import CheckpointError
 from vfi.data.storage import ShardFolder, cache_at, shard_folder
@@ -48,6 +49,7 @@ from vfi.results import ERROR_WHITE, FRAME_AVERAGE, ImageScore, Picture, Results
 from vfi.scoring import Ask, predict_between, score
 from vfi.tracking import git_state
 
+Model = LoadedModel | Adapter
 _ERROR_COLOURS = np.array([[0, 0, 4], [87, 16, 110], [188, 55, 84], [249, 142, 9], [252, 255, 224]], dtype=np.float64)
 
 
@@ -55,8 +57,9 @@ _ERROR_COLOURS = np.array([[0, 0, 4], [87, 16, 110], [188, 55, 84], [249, 142, 9
 class Options:
     """Each field is a flag of the job."""
 
-    model: tuple[Path, ...]
-    """Run folders, checkpoint folders or .safetensors files; one or more."""
+    model: tuple[str, ...]
+    """Run folders, checkpoint folders, .safetensors files, or MODULE:FACTORY for a model of another repository (see
+    vfi/adapters.py); one or more."""
     data: str
     """Shard folder to measure on, or its URL: http(s)://, s3://, gs:// …; with --protocol also the set's published folder."""
     out: Path
@@ -113,9 +116,10 @@ def benchmark(options: Options, command: str = "") -> Results:
     device = pick_device(options.device)
     precision = pick_precision(options.precision, device)
     bench = protocol_bench(options, device) if options.protocol else shard_bench(options, device)
-    models = [load(path, device) for path in options.model]
+    models = [load_adapter(model, device) if is_adapter(model) else load(model, device) for model in options.model]
     names = _distinct_names(models)
-    check_scale(bench.rules.scale, [model for model in models if not (options.protocol and model.config.model.phase == 1)])
+    ours = [model for model in models if isinstance(model, LoadedModel)]
+    check_scale(bench.rules.scale, [model for model in ours if not (options.protocol and model.config.model.phase == 1)])
     options.out.parent.mkdir(parents=True, exist_ok=True)
 
     asks = {name: _ask(model, precision, bench.rules.scale) for name, model in zip(names, models, strict=True)}
@@ -170,13 +174,13 @@ def _check(options: Options) -> None:
         raise JobError(f"{folder} is where the pictures go, but holds something else: move it or take another --out")
 
 
-def _distinct_names(models: Sequence[LoadedModel]) -> list[str]:
+def _distinct_names(models: Sequence[Model]) -> list[str]:
     """Names for the rows: the run's, with the step or the path where that is not enough."""
     for name in (lambda m: m.name, lambda m: f"{m.name}@{m.step}", lambda m: str(m.path)):
-        names = [name(model) for model in models]
+        names = [model.name if isinstance(model, Adapter) else name(model) for model in models]
         if len(set(names)) == len(names) and FRAME_AVERAGE not in names:
             return names
-    raise JobError(f"--model was given the same model twice: {', '.join(str(model.path) for model in models)}")
+    raise JobError(f"--model was given the same model twice: {', '.join(names)}")
 
 
 def _measure(options: Options, bench: Bench, asks: dict[str, Ask]) -> dict[str, list[ImageScore]]:
@@ -196,8 +200,10 @@ def _measure(options: Options, bench: Bench, asks: dict[str, Ask]) -> dict[str, 
     return scores
 
 
-def _ask(model: LoadedModel, precision: torch.dtype, scale: float | None) -> Ask:
+def _ask(model: Model, precision: torch.dtype, scale: float | None) -> Ask:
     """How a model is asked for a frame; one without flow has no scale to be told."""
+    if isinstance(model, Adapter):
+        return lambda img0, img1, timestep: model.ask(img0, img1, timestep.item(), scale)
     own = None if model.config.model.phase == 1 else scale
     return lambda img0, img1, timestep: model.predict(img0, img1, timestep, precision, own)
 
@@ -213,16 +219,16 @@ def _frame_average(sample: Sample) -> Tensor:
     return (sample.img0 + sample.img1) / 2
 
 
-def _row(name: str, loaded: LoadedModel | None, images: Sequence[ImageScore], out: Path) -> Row:
-    run = loaded.run_folder if loaded else None
+def _row(name: str, model: Model | None, images: Sequence[ImageScore], out: Path) -> Row:
+    ours = model if isinstance(model, LoadedModel) else None
     return Row(
         model=name,
-        path=str(loaded.path) if loaded else None,
-        run=os.path.relpath(run, out.parent) if run else None,
-        step=loaded.step if loaded else None,
-        parameters=loaded.parameters if loaded else None,
-        preset=loaded.config.run.preset if loaded else None,
-        phase=loaded.config.model.phase if loaded else None,
+        path=str(ours.path) if ours else model.name if model else None,
+        run=os.path.relpath(ours.run_folder, out.parent) if ours else None,
+        step=ours.step if ours else None,
+        parameters=model.parameters if model else None,
+        preset=ours.config.run.preset if ours else None,
+        phase=ours.config.model.phase if ours else None,
         psnr=float(np.mean([image.psnr for image in images])),
         ssim=float(np.mean([image.ssim for image in images])),
         ie=float(np.mean([image.ie for image in images])),

@@ -80,7 +80,7 @@ def _section(group: Group) -> list[str]:
             (
                 entry.label,
                 short_number(row.parameters),
-                str(row.step),
+                "" if row.step is None else str(row.step),
                 f"{row.psnr:.2f}",
                 f"{row.ssim:.4f}",
                 f"{row.ie:.2f}",

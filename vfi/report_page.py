@@ -90,13 +90,14 @@ def _table(group: Group) -> str:
     for entry in group.entries:
         row = entry.row
         gain = row.psnr - group.average.psnr
+        step = "" if row.step is None else f"{row.step:,}"
         cells.append(
             f"<td>{escape(entry.label)}</td>"
             f"<td{_class('best', row.psnr == best_psnr)}>{row.psnr:.2f}</td>"
             f'<td class="{_kind(gain)}">{_signed(gain)}</td>'
             f"<td{_class('best', row.ssim == best_ssim)}>{row.ssim:.4f}</td>"
             f"<td>{better_on(entry, group)}</td><td>{short_number(row.parameters)}</td>"
-            f"<td>{row.step:,}</td><td>{escape(entry.results.environment.get('precision', ''))}</td>"
+            f"<td>{step}</td><td>{escape(entry.results.environment.get('precision', ''))}</td>"
         )
     head = "".join(f'<th scope="col">{name}</th>' for name in names)
     body = "".join(f"<tr>{row}</tr>" for row in cells)

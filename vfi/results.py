@@ -42,7 +42,10 @@ class ImageScore:
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One model, or the frame average (then the fields about a model are None). psnr, ssim, ie are means over the images."""
+    """One model, or the frame average. psnr, ssim, ie are means over the images.
+
+    Fields about a run are None for a model of another repository, and all about a model for the frame average.
+    """
 
     model: str
     path: str | None

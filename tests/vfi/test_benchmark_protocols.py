@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from vfi import bench, checkpoint, presets
 from vfi.benchmark import main
 from vfi.model.interpolator import FrameInterpolator
 from vfi.records import to_json
+from vfi.report import report
 from vfi.results import read_results
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -158,3 +160,42 @@ def test_a_size_that_was_not_published_is_refused_unless_allowed(model, tmp_path
     assert results.protocol["frame set"] == "all samples; NOT COMPARABLE: frames of 40x56 instead of 256x256"
     Image.fromarray(photograph(0)[:-2]).save(tmp_path / "set" / "1" / "frame_00.png")
     assert "sample 1 has frames of different sizes: [(38, 56), (40, 56)]" in refused(capsys, *flags, "--allow_partial")
+
+
+ADAPTERS = """
+def later(device):
+    def interpolate(img0, img1, timestep, scale):
+        assert (timestep, scale) == (0.5, None)
+        return img0 * 0.25 + img1 * 0.75
+    interpolate.parameters = 7
+    return interpolate
+
+def bytes_of(device):
+    return lambda img0, img1, timestep, scale: (img0 * 255).byte()
+
+def nothing(device):
+    return None
+"""
+
+
+def test_a_model_of_another_repository_is_measured_in_the_same_way(model, published, tmp_path, monkeypatch, capsys):
+    (tmp_path / "other_models.py").write_text(ADAPTERS)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", [*sys.path])
+    flags = ("--data", published, "--out", tmp_path / "r.json", *UCF)
+    run("--model", "other_models:later", model, *flags)
+    results = read_results(tmp_path / "r.json")
+    row = results.rows[1]
+    assert (row.model, row.path, row.parameters, row.run, row.step) == ("other_models:later",) * 2 + (7, None, None)
+    frames = [photograph(2 * number).astype(np.float64) for number in range(3)]
+    expected = np.round(frames[0] * 0.25 + frames[2] * 0.75)
+    assert row.images[0].psnr == pytest.approx(peak_signal_noise_ratio(frames[1], expected, data_range=255), abs=0.02)
+    report([tmp_path / "r.json"], tmp_path / "report")
+    assert "other\\_models:later" in (tmp_path / "report" / "report.md").read_text()
+    for name, words in {
+        "other_models:bytes_of": "gave [1, 3, 40, 56] torch.uint8 for frames [1, 3, 40, 56]: expected floats of the same shape",
+        "other_models:nothing": "nothing(device) gave NoneType, expected a function",
+        "other_models:missing": "has no function missing",
+        "no_such_module:f": "No module named 'no_such_module'; start the job in the adapter's folder",
+    }.items():
+        assert words in refused(capsys, "--model", name, *flags)

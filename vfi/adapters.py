@@ -1,0 +1,72 @@
+"""How is a model of another repository measured in the same way? By ten lines of the user's own, named MODULE:FACTORY.
+
+    # rife_adapter.py, in the folder that `vfi benchmark --model rife_adapter:rife` is started in (or on PYTHONPATH)
+    def rife(device):
+        from model.RIFE import Model
+        model = Model(); model.load_model("train_log"); model.eval(); model.device()
+        def interpolate(img0, img1, timestep, scale):   # [B, 3, H, W] RGB in [0, 1], float, scale or None -> the same
+            return model.inference(img0, img1)
+        interpolate.parameters = sum(p.numel() for p in model.flownet.parameters())   # optional
+        return interpolate
+
+The frames come padded as the protocol says; what a network needs beyond that is the adapter's matter. It runs in the precision
+that it chooses.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from vfi.errors import JobError
+
+Interpolate = Callable[[Tensor, Tensor, float, float | None], Tensor]
+
+
+class Adapter(NamedTuple):
+    """A model that the user brought."""
+
+    name: str
+    """MODULE:FACTORY."""
+    interpolate: Interpolate
+    parameters: int | None
+
+    def ask(self, img0: Tensor, img1: Tensor, timestep: float, scale: float | None) -> Tensor:
+        """The frame between, float32, clamped to [0, 1]; JobError for a result that is no such frame."""
+        with torch.inference_mode():
+            found: Any = self.interpolate(img0, img1, timestep, scale)
+        if not isinstance(found, Tensor) or found.shape != img0.shape or not found.is_floating_point():
+            kind = f"{list(found.shape)} {found.dtype}" if isinstance(found, Tensor) else type(found).__name__
+            raise JobError(f"--model {self.name} gave {kind} for frames {list(img0.shape)}: expected floats of the same shape")
+        return found.float().clamp(0, 1).to(img0.device)
+
+
+def is_adapter(model: str) -> bool:
+    """MODULE:FACTORY, and not a path."""
+    return re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", model) is not None and not Path(model).exists()
+
+
+def load_adapter(model: str, device: torch.device) -> Adapter:
+    """Call the factory. JobError when there is no such module or factory, or it gives nothing that can be called."""
+    module_name, _, factory_name = model.partition(":")
+    if str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        raise JobError(f"--model {model}: {error}; start the job in the adapter's folder, or set PYTHONPATH") from error
+    factory = getattr(module, factory_name, None)
+    if not callable(factory):
+        raise JobError(f"--model {model}: {module.__file__} has no function {factory_name}")
+    interpolate = factory(device)
+    if not callable(interpolate):
+        raise JobError(f"--model {model}: {factory_name}(device) gave {type(interpolate).__name__}, expected a function")
+    parameters = getattr(interpolate, "parameters", None)
+    return Adapter(model, interpolate, parameters if isinstance(parameters, int) else None)
