@@ -102,9 +102,9 @@ class Attempt:
         }
 
     def wait_for_all(self, nodes: int, seconds: float) -> dict[int, Outcome]:
-        """As `read`, once all have told, or after so many seconds."""
+        """As `read`, once all have told, another attempt has begun, or so many seconds have passed."""
         end = time.monotonic() + seconds
-        while len(told := self.read(nodes)) < nodes and time.monotonic() < end:
+        while len(told := self.read(nodes)) < nodes and self.is_current() and time.monotonic() < end:
             time.sleep(_PERIOD)
         return told
 
@@ -114,6 +114,17 @@ class Attempt:
             return int((self.folder / f"rank_{rank}.{kind}").read_text())
         except FileNotFoundError:
             return None
+
+
+def last_outcome(run_folder: Path, nodes: int) -> Outcome | None:
+    """How the attempt ended that was the last one; None where none has begun or told."""
+    attempts = Attempt(run_folder, "", 0).all
+    try:
+        job_id, _, restart = (attempts / _CURRENT).read_text().rpartition("_")
+    except FileNotFoundError:
+        return None
+    told = Attempt(run_folder, job_id, int(restart)).read(nodes)
+    return together(told, nodes) if told else None
 
 
 def together(told: dict[int, Outcome], nodes: int) -> Outcome:

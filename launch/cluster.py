@@ -7,11 +7,13 @@ debug    here and now, in this process
 
 from __future__ import annotations
 
+import contextlib
+import os
 import re
 import shlex
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,6 +27,7 @@ from vfi.errors import JobError
 ClusterName = Literal["slurm", "local", "debug"]
 _TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<first>\d+)(?::(?P<second>\d+))?(?::(?P<third>\d+))?")
 _PACKAGE_PATH = "submitit.core._submit"
+_PYTHON_LINES = ("export PYTHONPATH={code}${{PYTHONPATH:+:$PYTHONPATH}}", "export PYTHONSAFEPATH=1")
 
 
 def minutes(time: str) -> int:
@@ -43,27 +46,36 @@ def minutes(time: str) -> int:
     return -(-seconds // 60)
 
 
-def script(folder: Path, parameters: dict[str, Any], tasks: int = 1) -> str:
+def script(folder: Path, code: Path, parameters: dict[str, Any], tasks: int = 1) -> str:
     """The batch script of a job, or of an array of so many tasks, as sbatch gets it."""
     command = f"{shlex.quote(sys.executable)} -u -m {_PACKAGE_PATH} {shlex.quote(str(folder))}"
     count: dict[str, Any] = {"map_count": tasks} if tasks > 1 else {}
-    return str(_make_sbatch_string(command=command, folder=folder, **parameters, **count))
+    return str(_make_sbatch_string(command=command, folder=folder, **_running(code, parameters), **count))
 
 
-def submit(cluster: ClusterName, folder: Path, parameters: dict[str, Any], submissions: Sequence[Path]) -> list[str]:
-    """Queue one job, or an array, of submission.json files -> their job ids; JobError when the cluster refuses.
+def submit(
+    cluster: ClusterName, folder: Path, code: Path, parameters: dict[str, Any], submissions: Sequence[Path]
+) -> list[str]:
+    """Queue one job, or an array, of submission.json files, run from `code` -> their job ids; JobError when it is refused.
 
-    With `debug` they have run when this returns.
+    With `debug` they have run when this returns, and the exit code of one that fails is raised as SystemExit.
     """
-    executor = _EXECUTORS[cluster](folder, parameters)
+    executor = _EXECUTORS[cluster](folder, _running(code, parameters))
     try:
-        jobs = executor.map_array(job.run, list(map(str, submissions)))
+        with _no_output() if cluster == "local" else contextlib.nullcontext():
+            jobs = executor.map_array(job.run, list(map(str, submissions)))
     except (FailedJobError, FailedSubmissionError) as error:
         raise JobError(f"the cluster refused the job, nothing was queued: {_refusal(error)}") from error
     if cluster == "debug":
         for one in jobs:
             one.result()
     return [str(one.job_id) for one in jobs]
+
+
+def _running(code: Path, parameters: dict[str, Any]) -> dict[str, Any]:
+    """The same for a job that imports from `code`."""
+    lines = [line.format(code=shlex.quote(str(code))) for line in _PYTHON_LINES]
+    return parameters | {"setup": [*parameters["setup"], *lines]}
 
 
 def _slurm(folder: Path, parameters: dict[str, Any]) -> submitit.Executor:
@@ -75,12 +87,30 @@ def _slurm(folder: Path, parameters: dict[str, Any]) -> submitit.Executor:
 
 
 def _local(folder: Path, parameters: dict[str, Any]) -> submitit.Executor:
-    executor = submitit.LocalExecutor(folder)
+    # submitit's own set-up lines make its shell the job or not, as that shell likes, and the job's id with it
+    lines = " && ".join([*parameters["setup"], 'exec "$0" "$@"'])
+    executor = submitit.LocalExecutor(folder, python=shlex.join(["bash", "-c", lines, sys.executable]))
     executor.update_parameters(
-        timeout_min=parameters["time"], signal_delay_s=parameters["signal_delay_s"], setup=parameters["setup"],
+        timeout_min=parameters["time"], signal_delay_s=parameters["signal_delay_s"], stderr_to_stdout=True,
         gpus_per_node=int((parameters["gres"] or "0").rpartition(":")[2]),
     )  # fmt: skip
     return executor
+
+
+@contextlib.contextmanager
+def _no_output() -> Iterator[None]:
+    """What is started meanwhile does not keep our output open: it outlives us, and whoever reads that would wait for it."""
+    kept = [os.dup(number) for number in (0, 1, 2)]
+    sys.stdout.flush()
+    with open(os.devnull, "r+b") as nothing:
+        for number in (0, 1, 2):
+            os.dup2(nothing.fileno(), number)
+    try:
+        yield
+    finally:
+        for number, former in enumerate(kept):
+            os.dup2(former, number)
+            os.close(former)
 
 
 def _debug(folder: Path, _: dict[str, Any]) -> submitit.Executor:

@@ -12,7 +12,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from shards.schema import Index, ShardError, read_index
+from shards.schema import ShardError, read_index
 from vfi import presets
 from vfi.config import Config, ConfigError, accumulation
 
@@ -20,7 +20,15 @@ _CHECKPOINT = re.compile(r"step_(\d+)")
 
 
 def flags(config: Config) -> list[str]:
-    """Flags of vfi.train that give `config`, each setting that differs from its preset; ConfigError when there are none."""
+    """Flags of vfi.train that give `config`; ConfigError when there are none."""
+    argv = differences(config)
+    if presets.from_command_line(argv) != config:
+        raise ConfigError(f"no command line gives these settings: {' '.join(argv)} gives others")
+    return argv
+
+
+def differences(config: Config) -> list[str]:
+    """The preset, and a flag for each setting that differs from it."""
     default = presets.get(config.run.preset)
     argv = ["--preset", config.run.preset]
     for group in dataclasses.fields(config):
@@ -29,8 +37,6 @@ def flags(config: Config) -> list[str]:
             value = getattr(ours, field.name)
             if value != getattr(theirs, field.name):
                 argv += _flag(field.name, value)
-    if presets.from_command_line(argv) != config:
-        raise ConfigError(f"no command line gives these settings: {' '.join(argv)} gives others")
     return argv
 
 
@@ -62,23 +68,24 @@ def check(config: Config, processes: int, later: str = "") -> list[str]:
     accumulation(config, processes)
     if not config.data.data_path:
         raise ConfigError("--data_path is missing: give a shard folder after the --, as to vfi.train")
-    notes = [note for path in (*config.data.data_path, config.data.val_path) if path for note in _check_shards(path)]
+    paths = [path for path in (*config.data.data_path, config.data.val_path) if path]
+    for path in paths:
+        if "://" not in path:
+            check_shards(path)
     _check_size(config, processes)
+    refuse_other_run(config)
     _check_first_weights(config, later)
-    return notes
+    return [f"{path} is remote: it is not checked before the job starts" for path in paths if "://" in path]
 
 
-def _check_shards(path: str) -> list[str]:
-    """All shards of a local folder must be there in their full size; a URL is only noted."""
-    if "://" in path:
-        return [f"{path} is remote: it is not checked before the job starts"]
+def check_shards(path: str) -> None:
+    """All shards of a local folder must be there in their full size."""
     for shard in read_index(path).shards:
         file = Path(path) / shard.name
         size = file.stat().st_size if file.is_file() else None
         if size != shard.bytes:
             found = "is missing" if size is None else f"has {size} bytes, its index says {shard.bytes}"
             raise ShardError(f"{file} {found}: run `python -m shards.verify {path}`, then copy or make the folder again")
-    return []
 
 
 def _check_size(config: Config, processes: int) -> None:
@@ -86,7 +93,7 @@ def _check_size(config: Config, processes: int) -> None:
     data = config.data
     total = data.global_batch or data.batch_size * processes
     local = [path for path in data.data_path if "://" not in path]
-    samples = sum(index.samples for index in map(_index, local))
+    samples = sum(read_index(path).samples for path in local)
     if len(local) == len(data.data_path) and samples < total and data.remainder == "drop":
         raise ConfigError(
             f"--data_path has {samples} samples, a global batch {total} (--global_batch, or --batch_size {data.batch_size} * "
@@ -94,15 +101,16 @@ def _check_size(config: Config, processes: int) -> None:
         )
 
 
-def _index(path: str) -> Index:
-    return read_index(path)
+def refuse_other_run(config: Config) -> None:
+    """The run must not mix with another one in its folder."""
+    folder = run_folder(config)
+    if (step := newest_step(folder)) and config.run.resume != "auto":
+        raise ConfigError(f"{folder} already holds a run at step {step}: go on with it by --resume auto, or take another name")
 
 
 def _check_first_weights(config: Config, later: str) -> None:
-    """The run must not mix with another one in its folder, and the weights that it starts from must be there."""
-    run, folder = config.run, run_folder(config)
-    if (step := newest_step(folder)) and run.resume != "auto":
-        raise ConfigError(f"{folder} already holds a run at step {step}: go on with it by --resume auto, or take another name")
+    """The weights that the run starts from must be there."""
+    run = config.run
     first = run.start_from or (run.resume if run.resume != "auto" else "")
     if not first or first == later:
         return

@@ -101,7 +101,10 @@ class Node:
     def run(self) -> None:
         """From the beginning of the attempt to its end."""
         self.begin()
-        launcher = subprocess.Popen(self.command(), env=self.environment(), preexec_fn=_ignore_signals, start_new_session=True)
+        command, environment = self.command(), self.environment()
+        with self.launcher_log.open("ab") as log:
+            launcher = subprocess.Popen(command, env=environment, stdout=log, stderr=log, preexec_fn=_ignore_signals,
+                                        start_new_session=True)  # fmt: skip
         try:
             code = self.watch(launcher)
         finally:
@@ -109,7 +112,10 @@ class Node:
         if not self.attempt.is_current():
             self.leave()
         self.attempt.write(self.place.node, self.judge(code))
-        self.end(together(self.attempt.wait_for_all(self.submission.nodes, _SILENCE), self.submission.nodes))
+        told = self.attempt.wait_for_all(self.submission.nodes, _SILENCE)
+        if not self.attempt.is_current():
+            self.leave()
+        self.end(together(told, self.submission.nodes))
 
     def begin(self) -> None:
         """Node 0 begins, unless the run got no further for too long; the others wait for that."""
@@ -133,8 +139,7 @@ class Node:
                    "--machine_rank", str(self.place.node)]  # fmt: skip
         if processes > 1:
             command += ["--main_process_ip", self.head(), "--main_process_port", str(self.port())]
-        if not job.gpus:
-            command += ["--mixed_precision", "no"]
+        command += ["--mixed_precision", {"fp32": "no"}.get(job.precision, job.precision)]
         return [*command, "--module", "launch.rank", str(self.attempt.folder), f"vfi.{job.job}", *job.arguments]
 
     def head(self) -> str:
@@ -154,6 +159,7 @@ class Node:
         job, around = self.submission, dict(os.environ)
         around["PYTHONPATH"] = os.pathsep.join(filter(None, (job.code, around.get("PYTHONPATH"))))
         around["PYTHONSAFEPATH"] = "1"  # not from the folder that the job was submitted from
+        around["PET_SIGNALS_TO_HANDLE"] = "SIGINT"  # torchrun would pass on others, and kill 30 s later what still saves
         around.setdefault("NCCL_DEBUG", "WARN")
         around.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // job.processes)))
         if not job.gpus:
@@ -184,6 +190,7 @@ class Node:
                 self.signalled.add(rank)
                 if _is_rank(pid, self.attempt.folder):
                     os.kill(pid, self.signals.received[0])
+                    self.say(f"{self.signals.received[0].name}: process {rank} is to save and stop")
 
     def judge(self, code: int) -> Outcome:
         """How it ended on this node, by the launcher's exit code and those of the training processes."""
@@ -201,11 +208,16 @@ class Node:
         return Outcome("failed", ended or code or 1, self.signals.names, f"process {first} {how}")
 
     def show(self, rank: int) -> None:
-        """The last lines of a process, for the job's own log."""
+        """The last lines of a process, or of the launcher if it has not begun, for the job's own log."""
         log = self.attempt.folder / f"rank_{rank}.log"
-        if log.is_file():
-            lines = log.read_text(errors="replace").splitlines()[-_SHOWN:]
-            print("\n".join([f"--- the end of {log}", *lines, "---"]), file=sys.stderr, flush=True)
+        log = log if log.is_file() else self.launcher_log
+        lines = log.read_text(errors="replace").splitlines()[-_SHOWN:]
+        print("\n".join([f"--- the end of {log}", *lines, "---"]), file=sys.stderr, flush=True)
+
+    @property
+    def launcher_log(self) -> Path:
+        """What the launcher says: little, as a rule."""
+        return self.attempt.folder / f"launcher_{self.place.node}.log"
 
     def end(self, outcome: Outcome) -> None:
         """Exit, or see to it that the job goes on later; the same on all nodes."""

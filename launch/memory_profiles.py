@@ -224,5 +224,6 @@ def identify(gpu: str, memory_gib: float | None, cards: dict[str, tuple[int, ...
             f"such as {kind}-48gb"
         )
     least, most = min(cards[kind]), max(cards[kind])
-    note = f". {kind} was taken to have {least} GB: write {kind}-{most}gb for one that has more" if most > least else ""
+    other = f"write {kind}-{most}gb for one that has more, or --gpu_gb {most} to launch.submit"
+    note = f". {kind} was taken to have {least} GB: {other}" if most > least else ""
     return Card(kind, _OF_NOMINAL * least, note)

@@ -19,11 +19,19 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from vfi.errors import JobError
+
 ROOT = Path(__file__).resolve().parents[1]
 CODE, PATCH, ENVIRONMENT = "code", "changes.patch", "environment.json"
 PACKAGES = ("vfi", "shards", "launch", "accelerate_configs")
 _VARIABLES = ("NCCL_", "TORCH", "GLOO_", "OMP_", "CUDA_", "ACCELERATE_", "TRITON_", "PYTHON", "VIRTUAL_ENV", "CONDA_PREFIX",
               "SLURM_", "SBATCH_")  # fmt: skip
+
+
+def require_checkout() -> None:
+    """JobError where the packages lie without their accelerate_configs/, as an install that is not editable leaves them."""
+    if not (ROOT / "accelerate_configs").is_dir():
+        raise JobError(f"{ROOT} is no checkout of this project: submit from one, installed by pip install -e '.[slurm]'")
 
 
 def copy_code(folder: Path) -> Path:

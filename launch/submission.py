@@ -10,7 +10,7 @@ from typing import Any, Literal
 from vfi.errors import JobError
 from vfi.records import RecordError, from_object, to_json, write_text
 
-LAUNCH, SUBMISSION = "launch", "submission.json"
+LAUNCH, SUBMISSION, QUEUED = "launch", "submission.json", "queued.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,11 +34,15 @@ class Submission:
     """Interpreter of the training processes, perhaps with a container's command before it."""
     accelerate_config: str
     """File for `accelerate launch`: how processes and precision are arranged."""
+    precision: str
+    """bf16, fp16 or fp32."""
     requeues: int
     """Times that the run may begin anew without having got any further."""
     cluster: Literal["slurm", "local", "debug"]
     parameters: dict[str, Any]
     """What Slurm was asked for."""
+    after: str = ""
+    """Folder of the run that must have finished before."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,11 +56,21 @@ class Queued:
 
 def read_submission(path: Path) -> Submission:
     """The submission at `path`; JobError when it is not usable."""
+    found: Submission = _read(Submission, path)
+    return found
+
+
+def read_queued(folder: Path) -> Queued:
+    """The job of the submission in `folder`; JobError when it is not known."""
+    found: Queued = _read(Queued, folder / QUEUED)
+    return found
+
+
+def _read(kind: type, path: Path) -> Any:
     try:
-        found: Submission = from_object(Submission, json.loads(path.read_bytes()), str(path))
+        return from_object(kind, json.loads(path.read_bytes()), str(path), defaulted=[])
     except (OSError, ValueError, RecordError) as error:
         raise JobError(f"{path} is not usable: {error}") from error
-    return found
 
 
 def write_submission(folder: Path, submission: Submission) -> Path:

@@ -19,6 +19,7 @@ from typing import Any
 from PIL import Image, UnidentifiedImageError
 
 from vfi.charts import Series, legend, line_chart, scatter_chart, thin
+from vfi.published import published_cells
 from vfi.results import ERROR_WHITE, FRAME_AVERAGE, Entry, Group, Picture, ResultError, Results
 
 TEMPLATE = Path(__file__).with_name("report_template.html")
@@ -68,6 +69,9 @@ def _section(group: Group) -> str:
     protocol = first.protocol
     about = f"{_count(group.samples, 'sample')}, {protocol.get('sizes', '')}, {protocol.get('codec', '')}"
     parts = [f"<section><h2>{escape(group.data)}</h2>", f'<p class="muted">{escape(about)}</p>', _table(group)]
+    if published := published_cells(protocol.get("protocol", "")):
+        parts.append("<h3>Published, not measured here</h3>")
+        parts.append(_plain_table(("Model", "PSNR dB", "SSIM", "IE", ""), published, "Published results"))
     parts.append(f"<h3>Image by image, and training</h3>{legend([entry.label for entry in group.entries])}")
     parts.append(f'<div class="charts">{_scatter(group)}{_curves(group)}</div>')
     pictures = [(path, results) for path, results in group.files if results.pictures]
@@ -99,10 +103,19 @@ def _table(group: Group) -> str:
             f"<td>{better_on(entry, group)}</td><td>{short_number(row.parameters)}</td>"
             f"<td>{step}</td><td>{escape(entry.results.environment.get('precision', ''))}</td>"
         )
+    return _scrolling_table(names, cells, "Results")
+
+
+def _plain_table(names: Sequence[str], rows: Sequence[Sequence[str]], label: str) -> str:
+    return _scrolling_table(names, ["".join(f"<td>{escape(cell)}</td>" for cell in row) for row in rows], label)
+
+
+def _scrolling_table(names: Sequence[str], rows: Sequence[str], label: str) -> str:
+    """`rows`: the cells of each, already HTML."""
     head = "".join(f'<th scope="col">{name}</th>' for name in names)
-    body = "".join(f"<tr>{row}</tr>" for row in cells)
+    body = "".join(f"<tr>{row}</tr>" for row in rows)
     table = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
-    return f'<div class="scroll" tabindex="0" role="region" aria-label="Results">{table}</div>'
+    return f'<div class="scroll" tabindex="0" role="region" aria-label="{label}">{table}</div>'
 
 
 def _class(name: str, given: bool) -> str:

@@ -5,6 +5,9 @@ set -euo pipefail
 export DEBIAN_FRONTEND=noninteractive
 [ "$(id -u)" = 0 ] || { echo "needs root: it installs packages, makes devices and names in /etc/hosts" >&2; exit 1; }
 
+if [ -e /etc/slurm/slurm.conf ] && ! grep -qs fakegpu /etc/slurm/gres.conf; then
+  echo "this machine has a Slurm of its own in /etc/slurm" >&2; exit 1
+fi
 if [ "${1:-}" = stop ]; then
   for name in slurmd-n1 slurmd-n2 slurmctld slurmdbd; do kill "$(cat /run/$name.pid 2>/dev/null)" 2>/dev/null || true; done
   mariadb-admin shutdown 2>/dev/null || true
@@ -52,11 +55,11 @@ PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 JobRequeue=1
 MinJobAge=3600
-KillWait=5
+KillWait=3
 ReturnToService=2
 InactiveLimit=0
 SlurmctldTimeout=30
-SlurmdTimeout=10
+SlurmdTimeout=5
 GresTypes=gpu
 NodeName=n1 NodeHostname=$host NodeAddr=127.0.0.1 Port=17001 CPUs=4 RealMemory=4000 Gres=gpu:a100:2 State=UNKNOWN
 NodeName=n2 NodeHostname=$host NodeAddr=127.0.0.1 Port=17002 CPUs=4 RealMemory=4000 Gres=gpu:h100:2 State=UNKNOWN

@@ -191,7 +191,11 @@ def test_a_model_of_another_repository_is_measured_in_the_same_way(model, publis
     expected = np.round(frames[0] * 0.25 + frames[2] * 0.75)
     assert row.images[0].psnr == pytest.approx(peak_signal_noise_ratio(frames[1], expected, data_range=255), abs=0.02)
     report([tmp_path / "r.json"], tmp_path / "report")
-    assert "other\\_models:later" in (tmp_path / "report" / "report.md").read_text()
+    text, page = ((tmp_path / "report" / name).read_text() for name in ("report.md", "report.html"))
+    assert "| other\\_models:later | 7 |  |" in text
+    assert "| EMA-VFI | 35.48 | 0.9701 |  | TTA |" in text
+    assert "<td>EMA-VFI</td><td>35.48</td><td>0.9701</td><td></td><td>TTA</td>" in page
+    assert "ucf101, profile vfimamba" in text
     for name, words in {
         "other_models:bytes_of": "gave [1, 3, 40, 56] torch.uint8 for frames [1, 3, 40, 56]: expected floats of the same shape",
         "other_models:nothing": "nothing(device) gave NoneType, expected a function",

@@ -15,6 +15,7 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from vfi.errors import JobError
 from vfi.metrics import ssim_matlab
 from vfi.protocols import PROFILES, PROTOCOLS, Padding, Rules
+from vfi.published import PUBLISHED
 from vfi.scoring import predict_between, prepare, score
 
 CPU = torch.device("cpu")
@@ -188,3 +189,15 @@ def test_bisecting_asks_for_the_middle_of_its_own_frames():
     assert direct[0].mean() < 0.5
     with pytest.raises(ValueError, match="bisecting finds 1, 3, 7"):
         predict_between(middle, img0, img1, [0.25, 0.5], rules, tta=False)
+
+
+def test_published_numbers_are_of_known_protocols_and_in_range():
+    assert set(PUBLISHED) < set(PROTOCOLS)
+    for protocol, rows in PUBLISHED.items():
+        assert len({row.model for row in rows}) == len(rows)
+        for row in rows:
+            assert row.psnr is not None or row.ie is not None
+            assert row.psnr is None or 20 < row.psnr < 45
+            assert row.ssim is None or 0.9 < row.ssim < 1
+            assert (row.ie is not None) <= PROTOCOLS[protocol].rules("ema").measures_ie
+    assert not any("TTA" in row.note for rows in PUBLISHED.values() for row in rows if row.model in ("RIFE", "EMA-VFI-S"))

@@ -1,0 +1,177 @@
+"""Which runs does a submission ask for? A training, phases one after the other, an ablation with its seeds, or a benchmark.
+
+    runs, notes = plan(options, [["--data_path", "SHARDS"]])
+
+Each is checked as its job checks it: a bad flag, missing shards or an impossible batch is an error here, before anything is
+queued. A training is planned so that its command may be given again and again: it goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+from launch import experiment
+from launch.memory_profiles import choose_batch
+from launch.options import Options
+from vfi import presets
+from vfi.config import Config, ConfigError
+from vfi.errors import JobError
+
+_NO_BF16 = ("v100", "t4", "p100")
+_SHARDED = re.compile(r"^distributed_type:\s*'?(FSDP|DEEPSPEED)", re.MULTILINE)
+_MIXED_PRECISION = re.compile(r"^mixed_precision:\s*'?(\w+)", re.MULTILINE)
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One run to be queued."""
+
+    name: str
+    job: Literal["train", "benchmark"]
+    arguments: tuple[str, ...]
+    """Of vfi.train or vfi.benchmark."""
+    folder: Path
+    """Absolute: where its results, logs and state lie."""
+    workers: int
+    """Loader processes of each training process."""
+    after: str = ""
+    """Folder of the run that must have finished before."""
+
+
+def plan(options: Options, groups: Sequence[Sequence[str]], config_file: Path) -> tuple[list[Run], list[str]]:
+    """The runs, in their order, and notes for the user; `groups` is what stands after each --.
+
+    Raises JobError, ConfigError or ShardError for what could not run.
+    """
+    common = list(groups[0]) if groups else []
+    if len(groups) > 1 and len(groups) != 1 + len(options.phases):
+        phases = f"one for each phase of --chain {options.chain}" if options.chain else "only with --chain"
+        raise JobError(f"there are {len(groups)} times --: one before flags for all, and further ones {phases}")
+    for argument in (argument for group in groups for argument in group):
+        if argument.partition("=")[0].replace("-", "_") in ("__preset", "__phase") and options.job == "train":
+            raise JobError(f"{argument} stands after the --: give it before")
+    if options.job == "benchmark":
+        return [_benchmark(common)], []
+    precision = mixed_precision(options, config_file)
+    if options.ablation:
+        return _ablation(options, common, precision)
+    if options.chain:
+        return _chain(options, common, groups[1:], precision)
+    phase = [] if options.phase is None else ["--phase", str(options.phase)]
+    config, notes = _checked(options, ["--preset", options.preset, *phase, *common], precision)
+    return [_training(config)], notes
+
+
+def mixed_precision(options: Options, config_file: Path) -> str:
+    """Of the training: bf16, fp16 or fp32."""
+    text = config_file.read_text()
+    precision: str = options.precision
+    if precision == "auto":
+        found = _MIXED_PRECISION.search(text)
+        precision = {"no": "fp32"}.get(found[1], found[1]) if found and options.gpus_per_node else "fp32"
+        words = re.findall(r"[a-z0-9]+", options.gpu.lower())
+        precision = "fp16" if precision == "bf16" and any(word in _NO_BF16 for word in words) else precision
+    if precision == "fp16" and _SHARDED.search(text):
+        raise JobError(f"{config_file} shards over the processes, which is not supported in fp16: take bf16 or fp32, or DDP")
+    return precision
+
+
+def _checked(options: Options, flags: Sequence[str], precision: str, later: str = "") -> tuple[Config, list[str]]:
+    """Settings of a training that can start, with the batch that fits its GPUs; `later`: a run that will be there by then."""
+    config, notes = presets.from_command_line(flags, prog="vfi.train"), []
+    processes = options.nodes * options.processes
+    if options.gpu and not _given(flags, "batch_size"):
+        card = f"{options.gpu}-{options.gpu_gb}gb" if options.gpu_gb else options.gpu
+        choice = choose_batch(config, card, processes, precision)
+        config, notes = choice.applied_to(config), [f"batch: {choice.why}"]
+    elif options.gpu_gb:
+        raise JobError(f"--gpu_gb {options.gpu_gb} has no effect with --batch_size: drop one of them")
+    notes += experiment.check(config, processes, later)
+    return config, notes
+
+
+def _training(config: Config, after: str = "") -> Run:
+    arguments = tuple(experiment.flags(experiment.safe_to_repeat(config)))
+    return Run(
+        config.run.exp_name, "train", arguments, experiment.run_folder(config).absolute(), config.data.num_workers, after
+    )
+
+
+def _chain(options: Options, common: list[str], own: Sequence[Sequence[str]], precision: str) -> tuple[list[Run], list[str]]:
+    """Each phase starts from the weights of the one before."""
+    runs, notes, before = list[Run](), list[str](), ""
+    prefix = _value(common, "exp_name") or options.preset
+    for number, phase in enumerate(options.phases):
+        name = f"{prefix}_phase{phase}"
+        flags = ["--preset", options.preset, "--phase", str(phase), *common, *(own[number] if own else ())]
+        flags += ["--exp_name", name, *(["--start_from", before, "--resume", "auto"] if before else [])]
+        config, more = _checked(options, flags, precision, later=before)
+        runs.append(_training(config, after=str(runs[-1].folder) if runs else ""))
+        notes += [f"phase {phase}: {note}" for note in more]
+        before = name
+    return runs, notes
+
+
+def _ablation(options: Options, common: list[str], precision: str) -> tuple[list[Run], list[str]]:
+    """Each experiment with each seed."""
+    assert options.ablation
+    if _given(common, "seed"):
+        raise JobError("--seed after the -- with --ablation: give --seeds before it, the number of runs of each experiment")
+    rows = [row for row in presets.ABLATIONS if row.startswith(f"Exp-{options.ablation[-1]}")]
+    if unknown := [row for row in options.only if row not in rows]:
+        raise JobError(f"--only {' '.join(unknown)}: --ablation {options.ablation} has {', '.join(rows)}")
+    runs, notes, prefix = list[Run](), dict[str, None](), _value(common, "exp_name") or options.ablation
+    for row in options.only or rows:
+        try:
+            config, more = _checked(options, ["--preset", row, *common, "--exp_name", f"{prefix}_{row}_seed0"], precision)
+            first = _training(config)
+            for seed in range(options.seeds):
+                name = f"{prefix}_{row}_seed{seed}"
+                other = presets.override(config, seed=seed, exp_name=name)
+                experiment.refuse_other_run(other)
+                arguments = tuple(experiment.differences(experiment.safe_to_repeat(other)))
+                runs.append(dataclasses.replace(first, name=name, arguments=arguments, folder=first.folder.with_name(name)))
+        except ConfigError as error:
+            raise ConfigError(f"{row}: {error}") from error
+        notes |= dict.fromkeys(more if options.gpu == "" else [f"{row}: {note}" for note in more])
+    return runs, list(notes)
+
+
+def _benchmark(arguments: list[str]) -> Run:
+    """One benchmark, whose logs lie beside its results."""
+    job = importlib.import_module("vfi.benchmark")  # not above: it imports torch, which no other submission needs
+    options = tyro.cli(job.Options, prog="vfi benchmark", args=arguments)
+    if options.out.suffix != ".json":
+        raise JobError(f"--out {options.out} must end in .json")
+    if missing := [model for model in options.model if not Path(model).exists() and not job.is_adapter(model)]:
+        raise JobError(f"--model {' '.join(missing)} is not there")
+    if options.protocol and not (Path(options.data).is_dir() or "://" in options.data):
+        raise JobError(f"--data {options.data} is no folder: give the set's own, or shards of it")
+    if "://" not in options.data and not options.protocol:
+        experiment.check_shards(options.data)
+    folder = options.out.absolute().with_name(f"{options.out.stem}_job")
+    return Run(options.out.stem, "benchmark", tuple(arguments), folder, options.workers)
+
+
+def _given(arguments: Sequence[str], name: str) -> bool:
+    return any(argument.partition("=")[0].replace("-", "_") == f"__{name}" for argument in arguments)
+
+
+def _value(arguments: list[str], name: str) -> str:
+    """What a flag is given, which is taken out of `arguments`; empty without it."""
+    for number, argument in enumerate(arguments):
+        flag, separator, value = argument.partition("=")
+        if flag.replace("-", "_") == f"__{name}":
+            if not separator and number + 1 == len(arguments):
+                raise JobError(f"--{name} stands without a value")
+            given = [value] if separator else arguments[number + 1 : number + 2]
+            del arguments[number : number + (1 if separator else 2)]
+            return given[0]
+    return ""

@@ -1,0 +1,99 @@
+"""What does Slurm say of jobs, and how are they cancelled? By its own commands, each under a time-out.
+
+states(["4711", "4712_3"])     {"4711": JobState("RUNNING", ""), "4712_3": JobState("FAILED", "exit code 2")}
+"""
+
+from __future__ import annotations
+
+import getpass
+import re
+import shutil
+import subprocess
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+from vfi.errors import JobError
+
+_PATIENCE = 60.0  # seconds
+_AT_ONCE = 200  # job ids on a command line
+_ARRAY = re.compile(r"(\d+)_\[([\d,-]+)(?:%\d+)?\]")
+
+
+class JobState(NamedTuple):
+    """Of one job, or of one task of an array."""
+
+    state: str
+    """Slurm's word: PENDING, RUNNING, COMPLETED, FAILED …; UNKNOWN where Slurm has forgotten it."""
+    why: str
+
+
+def states(job_ids: Iterable[str]) -> dict[str, JobState]:
+    """The state of each job: those in the queue by squeue, the others by sacct."""
+    asked = set(job_ids)
+    if not asked:
+        return {}
+    if not shutil.which("squeue"):
+        raise JobError("no Slurm here (squeue is not found): ask on a login node")
+    queue = _call("squeue", "--noheader", "--array", "--user", getpass.getuser(), "--format", "%i|%T|%r")
+    found = {job: JobState(state, _reason(why)) for job, state, why in _fields(queue, 3) if job in asked}
+    ended = sorted({job.partition("_")[0] for job in asked - set(found)})
+    why = "Slurm knows nothing of it any more"
+    try:
+        for start in range(0, len(ended), _AT_ONCE):
+            found = _accounted(ended[start : start + _AT_ONCE], asked) | found
+    except JobError as error:  # a cluster may keep no accounts; the run folders tell something, too
+        why = str(error)
+    return found | {job: JobState("UNKNOWN", why) for job in asked - set(found)}
+
+
+def _accounted(job_ids: Sequence[str], asked: set[str]) -> dict[str, JobState]:
+    rows = _call(
+        "sacct", "--allocations", "--noheader", "--parsable2", "--format", "JobID,State,ExitCode", "--jobs", ",".join(job_ids)
+    )
+    found: dict[str, JobState] = {}
+    for job, state, code in _fields(rows, 3):
+        word = state.split()[0]  # "CANCELLED by 1000"
+        status, _, number = code.partition(":")
+        why = f"exit code {status}" if status != "0" else f"signal {number}" if number not in ("", "0") else ""
+        found |= {one: JobState(word, why) for one in _single(job) if one in asked}
+    return found
+
+
+def _single(job: str) -> list[str]:
+    """4712_[3,5-7%2] -> 4712_3, 4712_5, 4712_6, 4712_7."""
+    many = _ARRAY.fullmatch(job)
+    if not many:
+        return [job]
+    ranges = [(part.partition("-")[0], part.rpartition("-")[2]) for part in many[2].split(",")]
+    return [f"{many[1]}_{task}" for first, last in ranges for task in range(int(first), int(last) + 1)]
+
+
+def cancel(job_ids: Sequence[str]) -> None:
+    """Take jobs out of the queue; what runs is told to stop, saves, and ends."""
+    for start in range(0, len(job_ids), _AT_ONCE):
+        _call("scancel", *job_ids[start : start + _AT_ONCE])
+
+
+def _reason(why: str) -> str:
+    return "" if why == "None" else why
+
+
+def _fields(text: str, number: int) -> list[list[str]]:
+    rows = (line.split("|") for line in text.splitlines())
+    return [row for row in rows if len(row) == number]
+
+
+def _call(*command: str) -> str:
+    """What a command of Slurm prints; JobError with what it says when it fails."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=_PATIENCE)
+    except FileNotFoundError as error:
+        raise JobError(f"no Slurm here ({command[0]} is not found): take a login node") from error
+    except subprocess.TimeoutExpired as error:
+        raise JobError(
+            f"{command[0]} has not answered within {_PATIENCE:.0f} s: is Slurm's controller up (scontrol ping)?"
+        ) from error
+    except subprocess.CalledProcessError as error:
+        said = (error.stderr or error.stdout).strip()
+        raise JobError(f"{command[0]} failed with exit code {error.returncode}: {said}") from error
+    return done.stdout

@@ -1,0 +1,183 @@
+"""How far are the runs that were submitted? JOB.
+
+    python -m launch.status                       all runs of runs/
+    python -m launch.status first phase1_Exp-1a_seed0 --output_dir /data/runs
+
+One line a run: what Slurm says of its job (or, without Slurm, whether its process is there), steps, PSNR, and the time that is
+left at the rate of the last steps, without validations.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from launch import slurm
+from launch.attempt import last_outcome
+from launch.slurm import JobState
+from launch.submission import QUEUED, SUBMISSION, Submission, read_queued, read_submission, submissions
+from vfi.errors import JobError, clear_errors
+from vfi.records import config_from_json, note
+from vfi.run_status import read_status
+
+WAITING = ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "SUSPENDED", "RESIZING", "SIGNALING")
+"""States of a job that goes on by itself."""
+_LAST = 5  # rows of metrics that the rate is taken from
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Each field is a flag of the job."""
+
+    names: tyro.conf.Positional[tuple[str, ...]] = ()
+    """Runs; default: all."""
+    output_dir: Path = Path("runs")
+    """Folder of all runs."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Launched:
+    """A run, its newest submission, and how far it is; None: not known."""
+
+    name: str
+    folder: Path
+    submission: Submission
+    job_id: str
+    state: str
+    """Slurm's word for the state of a job."""
+    why: str
+    attempts: int
+    step: int = 0
+    total: int | None = None
+    psnr: float | None = None
+    """Of the last validation, in dB."""
+    eta: float | None = None
+    """Seconds to the last step."""
+
+    @property
+    def goes_on(self) -> bool:
+        """Is it in the queue, or does it run?"""
+        return self.state in WAITING
+
+    @property
+    def finished(self) -> bool:
+        """Has it done what it was to do?"""
+        return self.state == "COMPLETED"
+
+
+@clear_errors()
+def main(argv: Sequence[str] | None = None) -> None:
+    """The job: one line a run, in the order of their names."""
+    options = tyro.cli(Options, prog="python -m launch.status", description=__doc__, args=argv)
+    print(table(look(options.output_dir, options.names)))
+
+
+def look(output_dir: Path, names: Sequence[str] = ()) -> list[Launched]:
+    """The submitted runs in a folder, all or those named; JobError for a name that was never submitted."""
+    if not output_dir.is_dir():
+        raise JobError(f"--output_dir {output_dir} is no folder: give the folder that the runs lie in")
+    folders = {path.name: path.absolute() for path in output_dir.iterdir() if _newest(path)}
+    if unknown := [name for name in names if name not in folders]:
+        raise JobError(f"{', '.join(unknown)}: no such run was submitted in {output_dir}")
+    return look_at([folders[name] for name in (names or sorted(folders))])
+
+
+def look_at(folders: Sequence[Path]) -> list[Launched]:
+    """Those of the run folders that were submitted."""
+    found: dict[Path, tuple[Submission, str]] = {}
+    for folder in folders:
+        if newest := _newest(folder):
+            try:
+                found[folder] = read_submission(newest / SUBMISSION), read_queued(newest).job_id
+            except JobError as error:  # of another version: the other runs are of interest all the same
+                note(f"{folder.name} is left out: {error}")
+    states = slurm.states(job_id for submission, job_id in found.values() if submission.cluster == "slurm")
+    return [_launched(folder, submission, job_id, states) for folder, (submission, job_id) in found.items()]
+
+
+def _newest(folder: Path) -> Path | None:
+    """The newest submission of a run that was queued."""
+    queued = [path for path in submissions(folder) if (path / SUBMISSION).is_file() and (path / QUEUED).is_file()]
+    return queued[-1] if queued else None
+
+
+def _launched(folder: Path, submission: Submission, job_id: str, states: dict[str, JobState]) -> Launched:
+    state = states.get(job_id, JobState("UNKNOWN", ""))
+    if state.state == "UNKNOWN":
+        state = _without_slurm(folder, submission, job_id) or state
+    attempts = len(list(folder.glob("launch/attempts/*/begin.json")))
+    plain = Launched(folder.name, folder, submission, job_id, *state, attempts=attempts)
+    if submission.job != "train":
+        return plain
+    rows = list(_rows(folder / "metrics.jsonl"))
+    step = max((row["step"] for row in rows), default=0)
+    scores = [row["psnr"] for row in rows if row.get("event") == "val" and row.get("psnr") is not None]
+    total = read_status(folder).total or None
+    eta = _seconds_left(folder, submission, rows, total - step) if total and state.state == "RUNNING" else None
+    return dataclasses.replace(plain, step=step, total=total, psnr=scores[-1] if scores else None, eta=eta)
+
+
+def _without_slurm(folder: Path, submission: Submission, job_id: str) -> JobState | None:
+    """Of a job of this machine, or one that Slurm has forgotten: by its process, and by how the last attempt ended."""
+    if submission.cluster == "local" and is_controller(job_id, submission):
+        return JobState("RUNNING", "")
+    outcome = last_outcome(folder, submission.nodes)
+    if outcome is None:
+        return None if submission.cluster == "slurm" else JobState("FAILED", "it ended without a word")
+    return JobState({"done": "COMPLETED", "stopped": "CANCELLED"}.get(outcome.kind, "FAILED"), outcome.why)
+
+
+def is_controller(job_id: str, submission: Submission) -> bool:
+    """Is the process that submitit's local executor left behind for this submission still there?"""
+    try:
+        return submission.logs.encode() in Path(f"/proc/{int(job_id)}/cmdline").read_bytes()
+    except (OSError, ValueError):
+        return False
+
+
+def _seconds_left(folder: Path, submission: Submission, rows: list[dict[str, Any]], steps: int) -> float | None:
+    rates = [row["samples_per_s"] for row in rows if row.get("samples_per_s")][-_LAST:]
+    if not rates:
+        return None
+    data = config_from_json((folder / "config.json").read_text(), "config.json", say=lambda _: None).data
+    batch = data.global_batch or data.batch_size * submission.nodes * submission.processes
+    return steps * batch * len(rates) / sum(rates)
+
+
+def _rows(path: Path) -> Iterable[dict[str, Any]]:
+    """Of metrics.jsonl; the last one may not be whole yet."""
+    for line in path.read_text().splitlines() if path.is_file() else ():
+        try:
+            yield json.loads(line)
+        except json.JSONDecodeError:
+            return
+
+
+def table(runs: Sequence[Launched]) -> str:
+    """Aligned text, a line a run; below it why those ended that did not finish."""
+    if not runs:
+        return "no run was submitted here"
+    rows = [("run", "job", "state", "attempts", "step", "PSNR", "left")]
+    for run in runs:
+        steps = f"{run.step}" + f" of {run.total}" * bool(run.total)
+        psnr = "-" if run.psnr is None else f"{run.psnr:.2f} dB"
+        rows.append(
+            (run.name, run.job_id, run.state, str(run.attempts), steps, psnr, "-" if run.eta is None else _time(run.eta))
+        )
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = ["  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return "\n".join(lines + [f"{run.name}: {run.why}" for run in runs if run.why])
+
+
+def _time(seconds: float) -> str:
+    days, rest = divmod(int(seconds), 86400)
+    return f"{days}-" * bool(days) + f"{rest // 3600:02d}:{rest % 3600 // 60:02d}:{rest % 60:02d}"
+
+
+if __name__ == "__main__":
+    main()

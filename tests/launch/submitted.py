@@ -1,0 +1,99 @@
+"""A run that was submitted, as its tests follow, hold and compare it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from launch.submission import read_queued, submissions
+from vfi import checkpoint
+
+TRAINING = ["--crop", "64", "--num_workers", "0", "--log_every", "1", "--warmup_steps", "2", "--batch_size", "2",
+            "--lr", "2e-4", "--steps", "10", "--save_every", "3", "--keep_last", "9", "--ema", "0.9"]  # fmt: skip
+
+
+def wait_for(found: Callable[[], object], what: str, seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not found():
+        assert time.monotonic() < end, f"not within {seconds} s: {what}"
+        time.sleep(0.05)
+
+
+class Submitted:
+    """A run by its folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.newest = submissions(folder)[-1]
+        self.id = read_queued(self.newest).job_id
+
+    def log(self) -> str:
+        """What the tasks of all nodes say."""
+        return "\n".join(path.read_text() for path in sorted(self.newest.glob("slurm/*.out")))
+
+    def pids(self) -> list[int]:
+        """Training processes of the attempt under way, by rank."""
+        attempts = self.folder / "launch" / "attempts"
+        current = attempts / (attempts / "current").read_text()
+        return [int(path.read_text()) for path in sorted(current.glob("rank_*.pid"))]
+
+    def steps(self) -> list[int]:
+        """Those that it wrote down."""
+        path = self.folder / "metrics.jsonl"
+        lines = path.read_text().splitlines() if path.is_file() else []
+        return [json.loads(line)["step"] for line in lines if line.endswith("}")]
+
+    def has_ended(self) -> bool:
+        """Will it get no further?"""
+        return False
+
+    def hold_at(self, step: int) -> None:
+        """Let it train past a step, and stop its processes where they are."""
+        wait_for(lambda: step in self.steps() or self.has_ended(), f"step {step} of {self.folder}")
+        assert step in self.steps(), self.log()
+        for pid in self.pids():
+            os.kill(pid, signal.SIGSTOP)
+
+    def go_on(self) -> None:
+        """After it was held."""
+        for pid in self.pids():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGCONT)
+
+    def go_on_when_told(self, name: str = "") -> None:
+        """Once the processes were sent a signal of this name, or any."""
+        text = f"{name}: process 0 is to save and stop".removeprefix(": ")
+        wait_for(lambda: text in self.log(), f"{name or 'a signal'} to {self.folder}")
+        self.go_on()
+
+    def begun_at(self) -> list[int]:
+        """The step at which each attempt began."""
+        return [begin["step"] for begin in self._begun()]
+
+    def last_begin(self) -> float:
+        """When the last attempt began, in seconds since 1970."""
+        return self._begun()[-1]["time"]
+
+    def _begun(self) -> list[dict]:
+        begun = [json.loads(path.read_text()) for path in self.folder.glob("launch/attempts/*/begin.json")]
+        return sorted(begun, key=lambda begin: begin["time"])
+
+
+def assert_same(folder: Path, other: Path) -> None:
+    """Every step once, and the same weights and running means to the last bit."""
+    last, expected = checkpoint.latest(folder), checkpoint.latest(other)
+    assert last.step == expected.step == 10
+    for file in (checkpoint.MODEL, checkpoint.EMA):
+        mine, theirs = load_file(last.path / file), load_file(expected.path / file)
+        assert mine.keys() == theirs.keys()
+        assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if row["event"] == "train"] == list(range(1, 11))

@@ -1,0 +1,87 @@
+"""What did an ablation find? The runs of its experiments -> a Markdown table of validation PSNR, means over their seeds.
+
+    print(ablation_table(Path("runs"), "phase1"))
+
+Runs are told by the preset in their config.json; only those that have finished count.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from vfi.checkpoint import CONFIG
+from vfi.config import Config, ConfigError
+from vfi.errors import JobError
+from vfi.presets import ABLATIONS
+from vfi.records import config_from_json
+from vfi.run_status import read_status
+from vfi.tracking import METRICS, read_rows
+
+AblationName = Literal["phase1", "phase2", "phase3"]
+_COMPARED_WITH = {"phase1": "Exp-1c", "phase2": "Exp-2c", "phase3": "Exp-3a"}
+_OF_EACH_RUN = {"preset", "exp_name", "seed", "resume", "start_from", "output_dir", "batch_size", "num_workers"}
+
+
+class _Run(NamedTuple):
+    """One run of an experiment."""
+
+    config: Config
+    finished: bool
+    psnr: float | None
+    """Of the last validation, in dB."""
+    average: float | None
+    """Of the frame average on the same samples, in dB."""
+
+
+def ablation_table(output_dir: Path, ablation: AblationName) -> str:
+    """The table of the runs in `output_dir`; JobError when there are none of this ablation."""
+    rows = [row for row in ABLATIONS if row.startswith(f"Exp-{ablation[-1]}")]
+    runs = _read_runs(output_dir)
+    found = {row: [run for run in runs if run.config.run.preset == row] for row in rows}
+    if not any(found.values()):
+        raise JobError(f"--output_dir {output_dir} has no run of --ablation {ablation}: its presets are {', '.join(rows)}")
+    reference = _COMPARED_WITH[ablation]
+    scores = {row: [run.psnr for run in found[row] if run.finished and run.psnr is not None] for row in rows}
+    head = ("experiment", "what is different", "finished", "PSNR dB", "± over seeds", f"gain over {reference} dB")
+    lines = ["| " + " | ".join(head) + " |", "| --- | --- | --- | ---: | ---: | ---: |"]
+    for row in rows:
+        psnr = scores[row]
+        mean = f"{statistics.mean(psnr):.2f}" if psnr else "-"
+        spread = f"{statistics.stdev(psnr):.2f}" if len(psnr) > 1 else "-"
+        gain = "-"
+        if psnr and scores[reference] and row != reference:
+            gain = f"{statistics.mean(psnr) - statistics.mean(scores[reference]):+.2f}"
+        different = ", ".join(f"{name} {value}" for name, value in ABLATIONS[row].items()) or "nothing"
+        lines.append(f"| {row} | {different} | {len(psnr)} of {len(found[row])} | {mean} | {spread} | {gain} |")
+    counted = [run for row in rows for run in found[row] if run.finished and run.psnr is not None]
+    return "\n".join([*lines, "", *_notes(counted, {name for row in rows for name in ABLATIONS[row]})])
+
+
+def _read_runs(output_dir: Path) -> list[_Run]:
+    runs = []
+    for folder in sorted(path.parent for path in output_dir.glob(f"*/{CONFIG}")):
+        try:
+            config = config_from_json((folder / CONFIG).read_text(), str(folder / CONFIG), say=lambda _: None)
+        except (OSError, ConfigError) as error:
+            raise JobError(f"{folder} is not a usable run: {error}") from error
+        last: dict[str, Any] = next((row for row in reversed(read_rows(folder / METRICS)) if row.get("event") == "val"), {})
+        runs.append(_Run(config, read_status(folder).state == "finished", last.get("psnr"), last.get("average_psnr")))
+    return runs
+
+
+def _notes(runs: Sequence[_Run], varied: set[str]) -> list[str]:
+    """What was measured, and which settings differ between the runs that should not."""
+    if not runs:
+        return ["No run has finished yet."]
+    averages = sorted({f"{run.average:.2f} dB" for run in runs if run.average is not None})
+    notes = [f"PSNR of the last validation; the frame average has {', '.join(averages)}."]
+    for group in ("run", "data", "optim", "model"):
+        for field in dataclasses.fields(getattr(runs[0].config, group)):
+            values: set[Any] = {getattr(getattr(run.config, group), field.name) for run in runs}
+            if len(values) > 1 and field.name not in varied | _OF_EACH_RUN:
+                notes.append(f"The runs differ in --{field.name}, too: {', '.join(sorted(map(str, values)))}.")
+    return notes
