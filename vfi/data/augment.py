@@ -65,9 +65,7 @@ def draw_change(rng: np.random.Generator, height: int, width: int, size: int, co
 
 def apply_change(change: Change, frames: Sequence[np.ndarray], timestep: float) -> tuple[list[np.ndarray], float]:
     """Frames `[H, W, 3]` in order of time and the timestep of the middle one -> changed frames and timestep."""
-    changed = [_move_pixels(change, frame) for frame in frames]
-    if change.reverse_channels:
-        changed = [np.ascontiguousarray(frame[:, :, ::-1]) for frame in changed]
+    changed = [_move_pixels(change, frame, change.reverse_channels) for frame in frames]
     return (changed[::-1], 1 - timestep) if change.reverse_time else (changed, timestep)
 
 
@@ -81,11 +79,17 @@ def apply_change_to_flows(change: Change, flows: Sequence[np.ndarray]) -> list[n
     return changed[::-1] if change.reverse_time else changed
 
 
-def _move_pixels(change: Change, image: np.ndarray) -> np.ndarray:
-    """Crop, flips and rotation of an image `[H, W, C]`; its values stay as they are."""
-    image = np.ascontiguousarray(image[change.top : change.top + change.size, change.left : change.left + change.size])
-    pixels = image.view(f"V{image.itemsize * image.shape[2]}")[:, :, 0]  # whole pixels move faster than single values
+def _move_pixels(change: Change, image: np.ndarray, reverse_channels: bool = False) -> np.ndarray:
+    """Crop, flips, rotation and order of channels of an image `[H, W, C]`; its values stay as they are."""
+    pixels = image[change.top : change.top + change.size, change.left : change.left + change.size]
     pixels = pixels[::-1] if change.flip_vertical else pixels
     pixels = pixels[:, ::-1] if change.flip_horizontal else pixels
-    moved = np.ascontiguousarray(np.rot90(pixels, change.quarter_turns))
-    return moved[:, :, None].view(image.dtype)
+    pixels = np.rot90(pixels, change.quarter_turns)
+    if reverse_channels:
+        pixels = pixels[:, :, ::-1]
+    if pixels.strides[2] == pixels.itemsize == pixels.strides[1] // pixels.shape[2]:
+        return np.ascontiguousarray(pixels)  # whole rows
+    moved = np.empty_like(pixels, order="C")
+    for channel in range(pixels.shape[2]):  # three to seven times as fast as numpy's copy, pixel by pixel
+        moved[:, :, channel] = pixels[:, :, channel]
+    return moved
