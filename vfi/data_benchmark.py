@@ -34,6 +34,7 @@ from vfi.config import DataConfig
 from vfi.data.augment import FrameTooSmallError, apply_change, draw_change
 from vfi.data.loader import TrainingLoader, evaluation_batches, evenly_spaced
 from vfi.errors import JobError, clear_errors
+from vfi.numerics import set_numerics
 from vfi.records import write_text
 from vfi.tracking import environment
 
@@ -172,6 +173,7 @@ def table(cases: Sequence[Case]) -> str:
 def main(argv: Sequence[str] | None = None) -> None:
     """The job: measure, print the table, write the numbers."""
     options = tyro.cli(Options, prog="python -m vfi.data_benchmark", description=__doc__, args=argv)
+    set_numerics()  # as training does, which decides on the memory of a CPU's tensors, too
     cases = measure(options)
     print(table(cases))
     if options.out is not None:

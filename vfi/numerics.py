@@ -15,6 +15,7 @@ import torch
 from vfi.config import ConfigError
 
 _WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
+_HUGE_PAGES = "THP_MEM_ALLOC_ENABLE"  # for large tensors of a CPU, read by torch when it makes the first: half the page faults
 _REPEATABLE = (":4096:8", ":16:8")  # the workspaces under which cuBLAS gives the same sums every time
 _COMPLAINT = "does not have a deterministic implementation"  # so torch begins to say which operator it is
 
@@ -30,6 +31,7 @@ def set_numerics(tf32: bool = False, deterministic: bool = False) -> None:
             f"--deterministic needs {_WORKSPACE} to be one of {', '.join(_REPEATABLE)}, and the environment sets it to "
             f"{os.environ[_WORKSPACE]!r}: unset it"
         )
+    os.environ.setdefault(_HUGE_PAGES, "1")
     torch.backends.cuda.matmul.allow_tf32 = tf32
     torch.backends.cudnn.allow_tf32 = tf32
     torch.backends.cudnn.benchmark = not deterministic  # what is fastest by measurement is not the same every time
