@@ -10,7 +10,7 @@ demo: $(VENV)/.ready            ## synthetic shards -> train `tiny` -> benchmark
 	$(BIN)/vfi demo --out $(DEMO)
 
 test: $(VENV)/.ready            ## all tests (those that need a GPU skip with their reason)
-	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: $(VENV)/.ready            ## style and types
 	$(BIN)/ruff check .
