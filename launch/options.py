@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from vfi.errors import JobError
+from vfi.presets import AblationName
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,7 +21,7 @@ class Options:
     """Phase of the training; default: the preset's."""
     chain: str = ""
     """Phases one after the other, such as 1,2,3: each a job that starts from the weights of the one before."""
-    ablation: Literal["phase1", "phase2", "phase3"] | None = None
+    ablation: AblationName | None = None
     """All experiments Exp-1…, Exp-2… or Exp-3… of vfi/presets.py as one array of jobs."""
     only: tuple[str, ...] = ()
     """Of --ablation only these, such as Exp-1a Exp-1c."""

@@ -124,7 +124,7 @@ def _ablation(options: Options, common: list[str], precision: str) -> tuple[list
     assert options.ablation
     if _given(common, "seed"):
         raise JobError("--seed after the -- with --ablation: give --seeds before it, the number of runs of each experiment")
-    rows = [row for row in presets.ABLATIONS if row.startswith(f"Exp-{options.ablation[-1]}")]
+    rows = presets.experiments(options.ablation)
     if unknown := [row for row in options.only if row not in rows]:
         raise JobError(f"--only {' '.join(unknown)}: --ablation {options.ablation} has {', '.join(rows)}")
     runs, notes, prefix = list[Run](), dict[str, None](), _value(common, "exp_name") or options.ablation

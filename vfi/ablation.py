@@ -11,17 +11,16 @@ import dataclasses
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from vfi.checkpoint import CONFIG
 from vfi.config import Config, ConfigError
 from vfi.errors import JobError
-from vfi.presets import ABLATIONS
+from vfi.presets import ABLATIONS, AblationName, experiments
 from vfi.records import config_from_json
 from vfi.run_status import read_status
 from vfi.tracking import METRICS, read_rows
 
-AblationName = Literal["phase1", "phase2", "phase3"]
 _COMPARED_WITH = {"phase1": "Exp-1c", "phase2": "Exp-2c", "phase3": "Exp-3a"}
 _OF_EACH_RUN = {"preset", "exp_name", "seed", "resume", "start_from", "output_dir", "batch_size", "num_workers"}
 
@@ -39,7 +38,7 @@ class _Run(NamedTuple):
 
 def ablation_table(output_dir: Path, ablation: AblationName) -> str:
     """The table of the runs in `output_dir`; JobError when there are none of this ablation."""
-    rows = [row for row in ABLATIONS if row.startswith(f"Exp-{ablation[-1]}")]
+    rows = experiments(ablation)
     runs = _read_runs(output_dir)
     found = {row: [run for run in runs if run.config.run.preset == row] for row in rows}
     if not any(found.values()):

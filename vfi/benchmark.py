@@ -19,7 +19,6 @@ import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
@@ -44,7 +43,7 @@ from vfi.inference import (
     pick_device,
     pick_precision,
 )
-from vfi.protocols import Rules
+from vfi.protocols import ProfileName, Rules
 from vfi.results import ERROR_WHITE, FRAME_AVERAGE, ImageScore, Picture, Results, Row, write_results
 from vfi.scoring import Ask, predict_between, score
 from vfi.tracking import git_state
@@ -70,7 +69,7 @@ class Options:
     """auto is bf16 autocast on a GPU that has it, fp32 on the CPU. Metrics are fp32 at least, always."""
     protocol: str = ""
     """Published benchmark: a name of vfi/protocols.py, such as vimeo90k or snu_film_hard."""
-    profile: Literal["vfimamba", "ema", "rife", "amt"] = "vfimamba"
+    profile: ProfileName = "vfimamba"
     """Whose way of measuring it: padding, flow scale, rounding, kind of SSIM."""
     tta: bool = False
     """Take the mean with the prediction of the frames turned by 180 degrees; twice the time. Published numbers of full-size

@@ -9,7 +9,7 @@ import argparse
 import dataclasses
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import tyro
 
@@ -41,6 +41,7 @@ def base() -> Config:
 # 2b … 2e with 2c, 3b … 3d with 3a. They differ in nothing else.
 _MOTION = {"phase": 2, "freeze_backbone": 50}  # from the checkpoint of a phase-1 run: --resume NAME
 _MIXED = {"phase": 3, "mixed_ratio": "2:1", "sequence": ("middle", "random_gap")}  # --data_path VIMEO90K X4K1000FPS
+AblationName = Literal["phase1", "phase2", "phase3"]
 ABLATIONS: dict[str, dict[str, Any]] = {
     "Exp-1a": {"backbone_mode": "mamba2_only"},
     "Exp-1b": {"backbone_mode": "gated_attn_only"},
@@ -65,6 +66,11 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "Exp-3d": {"phase": 3, "sequence": ("random_gap",), "curriculum": True},  # as 3b: Vimeo90K's frames don't hold crops of 384
 }
 PRESETS: dict[str, Callable[[], Config]] = {preset.__name__: preset for preset in (tiny, small, base)}
+
+
+def experiments(ablation: AblationName) -> list[str]:
+    """The presets of an ablation, in their order: Exp-1a, Exp-1b … of phase1."""
+    return [name for name in ABLATIONS if name.startswith(f"Exp-{ablation[-1]}")]
 
 
 def names() -> list[str]:

@@ -9,10 +9,12 @@ protocol that a family never measured, or that its repositories quote at two val
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import Literal, get_args
 
 from vfi.errors import JobError
 
+ProfileName = Literal["vfimamba", "ema", "rife", "amt"]
+PROFILES = get_args(ProfileName)
 Ssim = Literal["ssim_matlab", "ssim_skimage"]
 Prepare = Literal["as they are", "half size", "half size, rounded", "centre crop"]
 
@@ -163,4 +165,3 @@ PROTOCOLS: dict[str, Protocol] = {
     "xiph_4k": _xiph(half=False),
     "xiph_2k": _xiph(half=True),
 }  # fmt: skip
-PROFILES = ("vfimamba", "ema", "rife", "amt")

@@ -19,8 +19,9 @@ from pathlib import Path
 import tyro
 
 from vfi import gates
-from vfi.ablation import AblationName, ablation_table
+from vfi.ablation import ablation_table
 from vfi.errors import JobError, clear_errors
+from vfi.presets import AblationName
 from vfi.published import published_cells
 from vfi.records import write_text
 from vfi.report_page import better_on, page, short_number
