@@ -47,6 +47,8 @@ class Whole:
     """Can a forward pass only be done by all processes together?"""
     measures_updates = True
     """Can the weights be compared with what they were before a step?"""
+    tries_steps = True
+    """Is `try_step` for it?"""
 
     def __init__(self, accelerator: Accelerator) -> None:
         self.accelerator = accelerator
@@ -93,7 +95,7 @@ class Whole:
     def can_try(self) -> bool:
         """Can the optimizer be told on the device, which the program runs ahead of, whether a step counts?"""
         groups = self.optimizer.param_groups
-        return type(self) is Whole and self.accelerator.scaler is None and all(group.get("fused") for group in groups)
+        return self.tries_steps and self.accelerator.scaler is None and all(group.get("fused") for group in groups)
 
     def try_step(self, norm: Tensor, largest: float, doubts: Tensor) -> None:
         """As `step` where `doubts`, on the device, is 0; where it is 1, nothing changes. The gradient stays until `forget`."""
@@ -138,7 +140,7 @@ class Fsdp2(Whole):
     each process by itself.
     """
 
-    name, in_step = "fsdp2", True
+    name, in_step, tries_steps = "fsdp2", True, False
 
     def settle(self, config: Config, frozen: bool) -> None:
         _refuse_frozen(frozen, "FSDP2")
@@ -194,6 +196,8 @@ class Zero(Whole):
 
     Its optimizer holds, for each of AdamW's groups, one flat tensor with this process's shards of all parameters in a row.
     """
+
+    tries_steps = False
 
     def __init__(self, accelerator: Accelerator) -> None:
         super().__init__(accelerator)
