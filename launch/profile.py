@@ -3,12 +3,13 @@
     python -m launch.profile --preset small --phase 2                     # srun --gres=gpu:1 … on a cluster
     python -m launch.profile --preset base --phase 1 --crops 256 512 --batches 2 8 24 --check_batches 12 --precision fp32
 
-Each batch at each crop is measured in a process of its own, so that running out of memory at one leaves nothing to the next.
+Measured is in a process of its own, and after a batch that runs out of memory in a new one: nothing of it is left to the next.
 A formula (launch/memory_fit.py) is fitted to --batches and compared with --check_batches, which it has not seen.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import multiprocessing
 import os
@@ -85,7 +86,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             "no GPU here: launch.profile measures the one that it runs on. Start it on a machine that has one, such as by "
             "srun --gres=gpu:1 python -m launch.profile …"
         )
-    entry = profile(options, in_own_process(look), lambda config, precision: in_own_process(measure, config, precision))
+    with contextlib.closing(OwnProcess()) as process:
+        entry = profile(options, process.do(look), lambda config, precision: process.do(measure, config, precision))
     add(entry, options.out)
     print(f"added to {options.out}")
 
@@ -174,13 +176,30 @@ def findings(
     return lines
 
 
-def in_own_process(work: Callable[..., T], *arguments: Any) -> T:
-    """What `work` returns or raises, done by a new process; JobError when that dies."""
-    with ProcessPoolExecutor(max_workers=1, mp_context=multiprocessing.get_context("spawn")) as pool:
+class OwnProcess:
+    """A process beside this one; after what ended in an error or in None, that is without enough memory, it is a new one."""
+
+    def __init__(self) -> None:
+        self.pool: ProcessPoolExecutor | None = None
+
+    def do(self, work: Callable[..., T], *arguments: Any) -> T:
+        """What `work` returns or raises there; JobError when the process dies."""
+        self.pool = self.pool or ProcessPoolExecutor(max_workers=1, mp_context=multiprocessing.get_context("spawn"))
+        result = None
         try:
-            return pool.submit(work, *arguments).result()
+            result = self.pool.submit(work, *arguments).result()
         except BrokenProcessPool as error:
             raise JobError("the process that measured died: was it killed, for want of the machine's own memory?") from error
+        finally:
+            if result is None:
+                self.close()
+        return result
+
+    def close(self) -> None:
+        """End the process."""
+        if self.pool:
+            self.pool.shutdown()
+        self.pool = None
 
 
 def look() -> Gpu:
@@ -205,6 +224,9 @@ def measure(config: Config, precision: Precision) -> Point | None:
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
+    finally:
+        profiling.free_memory()
+        torch.compiler.reset()  # or a second batch would be compiled for any one
     return None
 
 

@@ -26,7 +26,7 @@ from __future__ import annotations
 import itertools
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -216,6 +216,20 @@ class Guard:
         self.columns = 0
         for norms in rows:
             self._learn(norms)
+
+
+def on_its_way(seen: Tensor) -> Callable[[], Tensor]:
+    """Have numbers copied from a GPU -> what waits for that copy, and not for the work that the GPU is given meanwhile."""
+    if not seen.is_cuda:
+        return lambda: seen
+    copy, arrived = seen.to("cpu", non_blocking=True), torch.cuda.Event()
+    arrived.record(torch.cuda.current_stream(seen.device))
+
+    def wait() -> Tensor:
+        arrived.synchronize()
+        return copy
+
+    return wait
 
 
 def layer_groups(network: nn.Module) -> LayerGroups:

@@ -37,7 +37,7 @@ from vfi.data.plan import Position
 from vfi.ema import Ema
 from vfi.errors import JobError, Stopped, clear_errors
 from vfi.fitting import fit_batch
-from vfi.guard import GO, Guard, Verdict, copies, layer_groups, update_ratios
+from vfi.guard import GO, Guard, Verdict, copies, layer_groups, on_its_way, update_ratios
 from vfi.losses import training_losses
 from vfi.meter import Meter
 from vfi.model.execution import compile_parts, recompute
@@ -451,8 +451,10 @@ class Trainer:
         scaler = self.accelerator.scaler
         seen = self.accelerator.reduce(torch.cat((loss.reshape(1), norms)), reduction="mean")
         if self.upcoming and self.may_run_ahead():
+            arrived = on_its_way(seen)
             self.shards.try_step(norm, longest, self.guard.doubts(seen))
             self.begun = self.forward(self.upcoming, self.step + 2)
+            seen = arrived()
         return self.guard.judge(self.step + 1, seen, scaler.get_scale() if scaler else 1.0)
 
     def may_run_ahead(self) -> bool:

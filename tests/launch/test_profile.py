@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import shutil
@@ -13,7 +14,7 @@ import torch
 from launch import profile
 from launch.memory_fit import GIB, PROFILES, Point, add, read_profiles
 from launch.memory_profiles import choose_batch
-from launch.profile import Gpu, Options, in_own_process, main
+from launch.profile import Gpu, Options, OwnProcess, main
 from vfi import presets
 from vfi.config import Config, ConfigError
 from vfi.errors import JobError
@@ -157,13 +158,22 @@ def refuse() -> None:
     raise ConfigError("no")
 
 
-def test_every_measurement_has_a_process_of_its_own():
-    first, second = in_own_process(os.getpid), in_own_process(os.getpid)
-    assert len({first, second, os.getpid()}) == 3
-    with pytest.raises(ConfigError, match="no"):
-        in_own_process(refuse)
-    with pytest.raises(JobError, match="the process that measured died"):
-        in_own_process(die)
+def run_out() -> None:
+    return None
+
+
+def test_a_process_measures_until_something_is_amiss():
+    with contextlib.closing(OwnProcess()) as process:
+        first, second = process.do(os.getpid), process.do(os.getpid)
+        assert first == second != os.getpid()
+        assert process.do(run_out) is None
+        third = process.do(os.getpid)
+        with pytest.raises(ConfigError, match="no"):
+            process.do(refuse)
+        fourth = process.do(os.getpid)
+        assert len({first, third, fourth}) == 3
+        with pytest.raises(JobError, match="the process that measured died"):
+            process.do(die)
 
 
 @pytest.mark.parametrize(
@@ -202,5 +212,17 @@ def test_prediction_is_within_5_percent_of_what_was_not_fitted(out):
 @pytest.mark.gpu
 def test_out_of_memory_is_found_and_the_next_process_is_not_harmed():
     huge = profile.step_config(Options(preset="small", phase=2), 512, 20_000)
-    assert in_own_process(profile.measure, huge, "fp32") is None
-    assert in_own_process(profile.measure, profile.step_config(Options(preset="tiny"), 256, 2), "fp32").allocated > 0
+    with contextlib.closing(OwnProcess()) as process:
+        assert process.do(profile.measure, huge, "fp32") is None
+        assert process.do(profile.measure, profile.step_config(Options(preset="tiny"), 256, 2), "fp32").allocated > 0
+
+
+@pytest.mark.gpu
+def test_a_measurement_does_not_depend_on_those_before_it():
+    small, large = (profile.step_config(Options(preset="tiny", phase=1), 256, batch) for batch in (2, 16))
+    with contextlib.closing(OwnProcess()) as process:
+        alone = process.do(profile.measure, small, "bf16")
+        process.do(profile.measure, large, "bf16")
+        after = process.do(profile.measure, small, "bf16")
+    assert after.allocated == pytest.approx(alone.allocated, rel=0.005)
+    assert after.reserved == pytest.approx(alone.reserved, rel=0.05)

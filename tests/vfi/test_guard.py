@@ -13,7 +13,7 @@ from torch import nn
 
 from vfi import presets
 from vfi.config import ConfigError, GuardConfig, validate
-from vfi.guard import GO, Guard, copies, gradient_norms, group_of, layer_groups, update_ratios
+from vfi.guard import GO, Guard, copies, gradient_norms, group_of, layer_groups, on_its_way, update_ratios
 from vfi.model.interpolator import FrameInterpolator
 
 GROUPS = ("stem", "flow")
@@ -346,3 +346,20 @@ def test_bad_settings_are_refused(settings, message):
     with pytest.raises(ConfigError, match="--guard") as error:
         validate(presets.override(presets.get("tiny"), **settings))
     assert message in str(error.value)
+
+
+def test_on_a_cpu_numbers_are_there_at_once():
+    seen = torch.rand(3)
+    assert on_its_way(seen)() is seen
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_numbers_arrive_before_the_work_that_follows_them_is_done():
+    seen = torch.arange(3.0, device="cuda") + 1
+    arrived = on_its_way(seen)
+    torch.cuda._sleep(2_000_000_000)  # clock cycles: a second
+    done = torch.cuda.Event()
+    done.record()
+    assert arrived().tolist() == [1.0, 2.0, 3.0]
+    assert not done.query()
+    assert arrived().device.type == "cpu"
