@@ -275,7 +275,10 @@ def test_file_of_the_project_holds_what_is_known():
         ("v100", 16, 2, 256), ("rtx5090", 32, 8, 256), ("a100", 80, 16, 256),
     }  # fmt: skip
     for one in known.measured:
-        assert one.fit == fit_points(one.points, one.held_out)
+        again = fit_points(one.points, one.held_out)
+        assert (one.fit is None) == (again is None)
+        if again:  # Python 3.12 sums more exactly
+            assert dataclasses.astuple(one.fit) == pytest.approx(dataclasses.astuple(again), rel=1e-9)
 
 
 def test_an_entry_replaces_its_own_kind_only(tmp_path):
