@@ -31,7 +31,7 @@ from tqdm import tqdm
 from shards import images, writer
 from shards.schema import SampleMeta, ShardError, read_index
 from vfi.config import DataConfig
-from vfi.data.augment import FrameTooSmallError, apply_change, draw_change
+from vfi.data.augment import FrameTooSmallError, apply_change, copy_pixels, draw_change
 from vfi.data.loader import TrainingLoader, evaluation_batches, evenly_spaced
 from vfi.errors import JobError, clear_errors
 from vfi.numerics import set_numerics
@@ -97,7 +97,7 @@ class LooseFiles(Dataset):
         height, width = frames[0].shape[:2]
         change = draw_change(rng, height, width, self.config.crop, self.config)
         changed, _ = apply_change(change, frames, 0.5)
-        return tuple(torch.from_numpy(frame).permute(2, 0, 1) for frame in changed)
+        return tuple(torch.from_numpy(copy_pixels(frame)).permute(2, 0, 1) for frame in changed)
 
 
 def loose_batches(folder: Path, samples: int, config: DataConfig) -> Iterator[tuple[Tensor, ...]]:

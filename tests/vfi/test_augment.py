@@ -13,7 +13,15 @@ from hypothesis import strategies as st
 
 from shards.synthetic_scene import scene
 from vfi.config import DataConfig
-from vfi.data.augment import Change, FrameTooSmallError, apply_change, apply_change_to_flows, crop_at, draw_change
+from vfi.data.augment import (
+    Change,
+    FrameTooSmallError,
+    apply_change,
+    apply_change_to_flows,
+    copy_pixels,
+    crop_at,
+    draw_change,
+)
 
 # every combination of channel reversal, the two flips, quarter turns and time reversal, on a crop that is off the centre
 CHANGES = [
@@ -113,6 +121,18 @@ def test_flow_leads_to_the_same_pixels_after_every_change():
             assert np.array_equal(warped[inside], middle[inside]), change
 
 
+def test_copied_pixels_are_those_of_the_view_in_memory_of_their_own():
+    frames = scattered(np.random.default_rng(1), 70, 90)[0]
+    for change in CHANGES:
+        for view in apply_change(change, frames, 0.5)[0]:
+            copied, into = copy_pixels(view), np.zeros((64, 64, 3), np.uint8)
+            assert copy_pixels(view, into=into) is into
+            assert np.array_equal(copied, view)
+            assert np.array_equal(into, view)
+            assert copied.flags.c_contiguous
+            assert not np.shares_memory(copied, view)
+
+
 def test_crop_alone_leaves_flow_as_it_is():
     flows = list(np.random.default_rng(0).standard_normal((2, 70, 90, 2), dtype=np.float32))
     for before, after in zip(flows, apply_change_to_flows(CROP, flows), strict=True):
@@ -125,7 +145,7 @@ def warped_psnr(frame, flow, truth):
     height, width = flow.shape[:2]
     y, x = np.mgrid[:height, :width] + 0.5
     grid = np.stack([(x + flow[..., 0]) * 2 / width - 1, (y + flow[..., 1]) * 2 / height - 1], axis=-1)
-    image = torch.from_numpy(frame).permute(2, 0, 1)[None].double()
+    image = torch.from_numpy(copy_pixels(frame)).permute(2, 0, 1)[None].double()
     warped = F.grid_sample(image, torch.from_numpy(grid)[None], "bilinear", "border", align_corners=False)
     error = warped[0].permute(1, 2, 0).numpy() - truth
     return float(10 * np.log10(255**2 / np.mean(error**2)))

@@ -64,7 +64,7 @@ def draw_change(rng: np.random.Generator, height: int, width: int, size: int, co
 
 
 def apply_change(change: Change, frames: Sequence[np.ndarray], timestep: float) -> tuple[list[np.ndarray], float]:
-    """Frames `[H, W, 3]` in order of time and the timestep of the middle one -> changed frames and timestep."""
+    """Frames `[H, W, 3]` in order of time and the timestep of the middle one -> changed frames, as views, and timestep."""
     changed = [_move_pixels(change, frame, change.reverse_channels) for frame in frames]
     return (changed[::-1], 1 - timestep) if change.reverse_time else (changed, timestep)
 
@@ -75,21 +75,25 @@ def apply_change_to_flows(change: Change, flows: Sequence[np.ndarray]) -> list[n
     quarter_turn = np.array([[0, 1], [-1, 0]])  # against the clock, as np.rot90 turns; y points down
     # a vector turns with its frame; the entries are 0, 1 and -1, so that no value is rounded
     matrix = (np.linalg.matrix_power(quarter_turn, change.quarter_turns) @ flip).astype(np.float32)
-    changed = [_move_pixels(change, flow) @ matrix.T for flow in flows]
+    changed = [copy_pixels(_move_pixels(change, flow)) @ matrix.T for flow in flows]
     return changed[::-1] if change.reverse_time else changed
 
 
+def copy_pixels(pixels: np.ndarray, into: np.ndarray | None = None) -> np.ndarray:
+    """An image `[H, W, C]` that may be a view of another one -> the same in contiguous memory, by default its own."""
+    into = np.empty(pixels.shape, pixels.dtype) if into is None else into
+    if pixels.strides[2] == pixels.itemsize == pixels.strides[1] // pixels.shape[2]:
+        into[:] = pixels  # whole rows
+    else:
+        for channel in range(pixels.shape[2]):  # three to seven times as fast as numpy's copy, pixel by pixel
+            into[:, :, channel] = pixels[:, :, channel]
+    return into
+
+
 def _move_pixels(change: Change, image: np.ndarray, reverse_channels: bool = False) -> np.ndarray:
-    """Crop, flips, rotation and order of channels of an image `[H, W, C]`; its values stay as they are."""
+    """Crop, flips, rotation and order of channels of an image `[H, W, C]`: a view."""
     pixels = image[change.top : change.top + change.size, change.left : change.left + change.size]
     pixels = pixels[::-1] if change.flip_vertical else pixels
     pixels = pixels[:, ::-1] if change.flip_horizontal else pixels
     pixels = np.rot90(pixels, change.quarter_turns)
-    if reverse_channels:
-        pixels = pixels[:, :, ::-1]
-    if pixels.strides[2] == pixels.itemsize == pixels.strides[1] // pixels.shape[2]:
-        return np.ascontiguousarray(pixels)  # whole rows
-    moved = np.empty_like(pixels, order="C")
-    for channel in range(pixels.shape[2]):  # three to seven times as fast as numpy's copy, pixel by pixel
-        moved[:, :, channel] = pixels[:, :, channel]
-    return moved
+    return pixels[:, :, ::-1] if reverse_channels else pixels

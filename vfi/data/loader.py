@@ -7,6 +7,7 @@ Which samples a step sees is planned in plan.py and depends on neither ranks nor
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -20,7 +21,15 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from shards.schema import Index
 from vfi.config import ConfigError, DataConfig, SequenceKind, folder_ratio
-from vfi.data.augment import FrameTooSmallError, apply_change, apply_change_to_flows, crop_advice, crop_at, draw_change
+from vfi.data.augment import (
+    FrameTooSmallError,
+    apply_change,
+    apply_change_to_flows,
+    copy_pixels,
+    crop_advice,
+    crop_at,
+    draw_change,
+)
 from vfi.data.faults import Fault
 from vfi.data.plan import START, Plan, Position
 from vfi.data.samples import ShardReader, check_has_middle, decode_triplet, usable_sample
@@ -71,13 +80,25 @@ class _Part(NamedTuple):
 def collate(samples: Sequence[dict[str, Any]]) -> _Part:
     """Samples -> a part of a batch, on the CPU."""
     flows = np.array([sample["flows"] for sample in samples], dtype=np.float32)
+    frames = _to_be_sent((len(samples), 3, *samples[0]["frames"][0].shape))
+    for place, sample in zip(frames.numpy(), samples, strict=True):
+        for pixels, frame in zip(place, sample["frames"], strict=True):
+            copy_pixels(frame, into=pixels)
     return _Part(
-        torch.from_numpy(np.array([sample["frames"] for sample in samples])),
+        frames,
         torch.from_numpy(flows) if flows.size else None,
         tuple(float(sample["timestep"]) for sample in samples),
         tuple(sample["__key__"] for sample in samples),
         tuple(fault for sample in samples for fault in sample.get("faults", ())),
     )
+
+
+def _to_be_sent(shape: tuple[int, ...]) -> Tensor:
+    """A new uint8 tensor; in a loader process in the memory that it shares with the trainer, or torch would copy it there."""
+    if get_worker_info() is None:
+        return torch.empty(shape, dtype=torch.uint8)
+    storage = torch.UntypedStorage._new_shared(math.prod(shape))
+    return torch.empty(0, dtype=torch.uint8).set_(storage, 0, shape)
 
 
 def to_device(parts: Sequence[_Part], device: torch.device) -> FrameBatch:
