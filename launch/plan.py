@@ -15,8 +15,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-import tyro
-
 from launch import experiment
 from launch.memory_profiles import choose_batch
 from launch.options import Options
@@ -147,16 +145,18 @@ def _ablation(options: Options, common: list[str], precision: str) -> tuple[list
 def _benchmark(arguments: list[str]) -> Run:
     """One benchmark, whose logs lie beside its results."""
     job = importlib.import_module("vfi.benchmark")  # not above: it imports torch, which no other submission needs
-    options = tyro.cli(job.Options, prog="vfi benchmark", args=arguments)
-    if options.out.suffix != ".json":
+    options = job.parse(arguments)
+    if options.out.suffix != ".json" and getattr(options, "protocol", "") != job.ALL:
         raise JobError(f"--out {options.out} must end in .json")
     if missing := [model for model in options.model if not Path(model).exists() and not job.is_adapter(model)]:
         raise JobError(f"--model {' '.join(missing)} is not there")
+    folder = options.out.absolute().with_name(f"{options.out.stem}_job")
+    if isinstance(options, job.SpeedOptions) or options.protocol == job.ALL:
+        return Run(options.out.stem, "benchmark", tuple(arguments), folder, 0)
     if options.protocol and not (Path(options.data).is_dir() or "://" in options.data):
         raise JobError(f"--data {options.data} is no folder: give the set's own, or shards of it")
     if "://" not in options.data and not options.protocol:
         experiment.check_shards(options.data)
-    folder = options.out.absolute().with_name(f"{options.out.stem}_job")
     return Run(options.out.stem, "benchmark", tuple(arguments), folder, options.workers)
 
 

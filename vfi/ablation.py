@@ -1,6 +1,7 @@
 """What did an ablation find? The runs of its experiments -> a Markdown table of validation PSNR, means over their seeds.
 
     print(ablation_table(Path("runs"), "phase1"))
+    mean_psnr(Path("runs"), "phase1")["Exp-1c"]
 
 Runs are told by the preset in their config.json; only those that have finished count.
 """
@@ -39,25 +40,44 @@ class _Run(NamedTuple):
 def ablation_table(output_dir: Path, ablation: AblationName) -> str:
     """The table of the runs in `output_dir`; JobError when there are none of this ablation."""
     rows = experiments(ablation)
-    runs = _read_runs(output_dir)
-    found = {row: [run for run in runs if run.config.run.preset == row] for row in rows}
+    found = _runs_of(output_dir, ablation)
     if not any(found.values()):
         raise JobError(f"--output_dir {output_dir} has no run of --ablation {ablation}: its presets are {', '.join(rows)}")
     reference = _COMPARED_WITH[ablation]
-    scores = {row: [run.psnr for run in found[row] if run.finished and run.psnr is not None] for row in rows}
+    scores = {row: _scores(found[row]) for row in rows}
+    means = _means(found)
     head = ("experiment", "what is different", "finished", "PSNR dB", "± over seeds", f"gain over {reference} dB")
     lines = ["| " + " | ".join(head) + " |", "| --- | --- | --- | ---: | ---: | ---: |"]
     for row in rows:
         psnr = scores[row]
-        mean = f"{statistics.mean(psnr):.2f}" if psnr else "-"
+        mean = f"{means[row]:.2f}" if psnr else "-"
         spread = f"{statistics.stdev(psnr):.2f}" if len(psnr) > 1 else "-"
-        gain = "-"
-        if psnr and scores[reference] and row != reference:
-            gain = f"{statistics.mean(psnr) - statistics.mean(scores[reference]):+.2f}"
+        compared = psnr and reference in means and row != reference
+        gain = f"{means[row] - means[reference]:+.2f}" if compared else "-"
         different = ", ".join(f"{name} {value}" for name, value in ABLATIONS[row].items()) or "nothing"
         lines.append(f"| {row} | {different} | {len(psnr)} of {len(found[row])} | {mean} | {spread} | {gain} |")
     counted = [run for row in rows for run in found[row] if run.finished and run.psnr is not None]
     return "\n".join([*lines, "", *_notes(counted, {name for row in rows for name in ABLATIONS[row]})])
+
+
+def mean_psnr(output_dir: Path, ablation: AblationName) -> dict[str, float]:
+    """PSNR in dB of the experiments that have a finished run in `output_dir`: the mean over their seeds."""
+    return _means(_runs_of(output_dir, ablation))
+
+
+def _runs_of(output_dir: Path, ablation: AblationName) -> dict[str, list[_Run]]:
+    """The runs of every experiment, in the order of the table."""
+    runs = _read_runs(output_dir)
+    return {row: [run for run in runs if run.config.run.preset == row] for row in experiments(ablation)}
+
+
+def _scores(runs: Sequence[_Run]) -> list[float]:
+    """PSNR of those that count."""
+    return [run.psnr for run in runs if run.finished and run.psnr is not None]
+
+
+def _means(found: dict[str, list[_Run]]) -> dict[str, float]:
+    return {row: statistics.mean(psnr) for row, runs in found.items() if (psnr := _scores(runs))}
 
 
 def _read_runs(output_dir: Path) -> list[_Run]:

@@ -15,10 +15,11 @@ that it chooses.
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,6 +27,7 @@ import torch
 from torch import Tensor
 
 from vfi.errors import JobError
+from vfi.inference import LoadedModel, load
 
 Interpolate = Callable[[Tensor, Tensor, float, float | None], Tensor]
 
@@ -38,6 +40,12 @@ class Adapter(NamedTuple):
     interpolate: Interpolate
     parameters: int | None
 
+    def fingerprint(self) -> str:
+        """sha256 of the adapter's file and the number of parameters: all that can be seen from here."""
+        file = importlib.import_module(self.name.partition(":")[0]).__file__
+        content = Path(file).read_bytes() if file else b""
+        return hashlib.sha256(content + str(self.parameters).encode()).hexdigest()
+
     def ask(self, img0: Tensor, img1: Tensor, timestep: float, scale: float | None) -> Tensor:
         """The frame between, float32, clamped to [0, 1]; JobError for a result that is no such frame."""
         with torch.inference_mode():
@@ -46,6 +54,23 @@ class Adapter(NamedTuple):
             kind = f"{list(found.shape)} {found.dtype}" if isinstance(found, Tensor) else type(found).__name__
             raise JobError(f"--model {self.name} gave {kind} for frames {list(img0.shape)}: expected floats of the same shape")
         return found.float().clamp(0, 1).to(img0.device)
+
+
+Model = LoadedModel | Adapter
+
+
+def load_any(model: str, device: torch.device) -> Model:
+    """A run of this project, or what an adapter gives. CheckpointError, JobError."""
+    return load_adapter(model, device) if is_adapter(model) else load(model, device)
+
+
+def distinct_names(models: Sequence[Model], taken: Sequence[str] = ()) -> list[str]:
+    """Names for rows: the run's, with the step or the path where that is not enough. JobError for the same model twice."""
+    for name in (lambda m: m.name, lambda m: f"{m.name}@{m.step}", lambda m: str(m.path)):
+        names = [model.name if isinstance(model, Adapter) else name(model) for model in models]
+        if len(set(names)) == len(names) and not set(taken) & set(names):
+            return names
+    raise JobError(f"--model was given the same model twice: {', '.join(names)}")
 
 
 def is_adapter(model: str) -> bool:

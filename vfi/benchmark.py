@@ -1,11 +1,15 @@
-"""How good is a model? PSNR, SSIM and interpolation error, beside the average of the two frames.
+"""How good is a model? PSNR, SSIM and interpolation error, beside the average of the two frames and the nearest one.
 
     vfi benchmark --model runs/tiny_phase1 --data shards/synthetic/val --out results.json
     vfi benchmark --model runs/a runs/b --data SNU-FILM --protocol snu_film_hard --out hard.json --device cuda
+    vfi benchmark --model runs/a --protocol all --data_root SETS --out results/       whatever published sets are found there
+    torchrun --nproc_per_node 8 -m vfi.benchmark …                                    each process a part of the samples
+    vfi benchmark --speed --model runs/a --out speed.json                             time and memory: see --speed --help
 
 Without a protocol: the whole frames of a shard folder, one at a time, in the order of the index; the prediction is clamped to
 [0, 1] and not rounded. With one, what vfi/protocols.py says of it, on shards or on the published folder. Writes results.json
-(see vfi/results.py) and a folder of pictures beside it, from the worst to the best gain over the average.
+(see vfi/results.py) and a folder of pictures beside it, from the worst to the best gain over the average. A benchmark that was
+stopped goes on when it is started again.
 """
 
 from __future__ import annotations
@@ -15,41 +19,45 @@ import datetime
 import os
 import platform
 import shlex
-import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
 import tyro
-from PIL import Image
-from torch import Tensor
 from tqdm import tqdm
 
 from shards.schema import ShardError
-from vfi.adapters import Adapter, is_adapter, load_adapter
-from vfi.bench import Bench, Sample, Target, protocol_bench, shard_bench
+from vfi import profiling, speed, speed_results
+from vfi.adapters import Adapter, Model, distinct_names, load_any
+from vfi.bench import Bench, protocol_bench, shard_bench
 from vfi.checkpoint import CheckpointError
 from vfi.data.storage import ShardFolder, cache_at, shard_folder
 from vfi.errors import JobError, clear_errors
+from vfi.frame_sets import find_sets
 from vfi.inference import (
     DeviceName,
     LoadedModel,
     PrecisionName,
     check_scale,
     describe_precision,
-    load,
     pick_device,
     pick_precision,
 )
-from vfi.protocols import ProfileName, Rules
-from vfi.results import ERROR_WHITE, FRAME_AVERAGE, ImageScore, Picture, Results, Row, write_results
-from vfi.scoring import Ask, predict_between, score
+from vfi.ledger import Ledger
+from vfi.lpips import load_lpips
+from vfi.measure import Scores, Way, mean_of, measure, predict, summarise
+from vfi.model.interpolator import FrameInterpolator
+from vfi.protocols import PROTOCOLS, ProfileName
+from vfi.result_pictures import check_folder, draw_pictures
+from vfi.results import BASELINES, FRAME_AVERAGE, Results, Row, check_output, write_results
+from vfi.scoring import Ask
+from vfi.speed import SpeedOptions
 from vfi.tracking import git_state
 
-Model = LoadedModel | Adapter
-_ERROR_COLOURS = np.array([[0, 0, 4], [87, 16, 110], [188, 55, 84], [249, 142, 9], [252, 255, 224]], dtype=np.float64)
+ALL, SPEED = "all", "--speed"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,16 +67,18 @@ class Options:
     model: tuple[str, ...]
     """Run folders, checkpoint folders, .safetensors files, or MODULE:FACTORY for a model of another repository (see
     vfi/adapters.py); one or more."""
-    data: str
-    """Shard folder to measure on, or its URL: http(s)://, s3://, gs:// …; with --protocol also the set's published folder."""
     out: Path
-    """Results file to write, a .json."""
+    """Results file to write, a .json; with --protocol all a folder for one of each set."""
+    data: str = ""
+    """Shard folder to measure on, or its URL: http(s)://, s3://, gs:// …; with --protocol also the set's published folder."""
     device: DeviceName = "auto"
     """auto takes a GPU if there is one."""
     precision: PrecisionName = "auto"
     """auto is bf16 autocast on a GPU that has it, fp32 on the CPU. Metrics are fp32 at least, always."""
     protocol: str = ""
-    """Published benchmark: a name of vfi/protocols.py, such as vimeo90k or snu_film_hard."""
+    """Published benchmark: a name of vfi/protocols.py, such as vimeo90k or snu_film_hard, or all."""
+    data_root: Path | None = None
+    """Folder with the sets of --protocol all: published folders, or shards, up to two levels below it."""
     profile: ProfileName = "vfimamba"
     """Whose way of measuring it: padding, flow scale, rounding, kind of SSIM."""
     tta: bool = False
@@ -81,10 +91,14 @@ class Options:
     --protocol what that says."""
     limit: int | None = None
     """Only the first this many samples."""
+    motion: bool = True
+    """Estimate how far things move (vfi/motion.py), for PSNR by motion and of what moves; up to half a second a sample."""
+    lpips: Path | None = None
+    """Folder with the two published files of LPIPS' weights (see vfi/lpips.py); without it LPIPS is not measured."""
     pictures: int = 6
     """Samples that are kept as pictures, spread evenly from the worst to the best gain."""
     workers: int = 2
-    """Loader processes; 0 loads in this one."""
+    """Loader processes, and threads that estimate motion; 0 does all in this one."""
     cache_dir: str = ""
     """Folder in which shards behind a URL are kept, on a local disk; default: ~/.cache/vfi/shards."""
     cache_gb: float = 50.0
@@ -99,44 +113,105 @@ class Options:
 @clear_errors(ShardError, CheckpointError)
 def main(argv: Sequence[str] | None = None) -> None:
     """The job: measure, write results.json and the pictures, print the table."""
-    options = tyro.cli(Options, prog="vfi benchmark", description=__doc__, args=argv)
     arguments = sys.argv[1:] if argv is None else list(argv)
-    results = benchmark(options, command=shlex.join(["vfi", "benchmark", *arguments]))
-    print(table(results))
-    print(f"results: {options.out}")
+    command = shlex.join(["vfi", "benchmark", *arguments])
+    options = parse(arguments)
+    if isinstance(options, SpeedOptions):
+        print(speed_results.table(speed.speed(options, command)))
+        print(f"speed: {options.out}")
+    elif options.protocol == ALL:
+        if not benchmark_all(options, command):
+            sys.exit(1)
+    elif results := benchmark(options, command):
+        print(table(results))
+        print(f"results: {options.out}")
 
 
-def benchmark(options: Options, command: str = "") -> Results:
-    """Measure every model and the frame average, write everything, return what results.json holds.
+def parse(arguments: Sequence[str]) -> Options | SpeedOptions:
+    """The flags of a benchmark, or with --speed those of vfi/speed.py."""
+    if SPEED not in arguments:
+        return tyro.cli(Options, prog="vfi benchmark", description=__doc__, args=arguments)
+    rest = [argument for argument in arguments if argument != SPEED]
+    return tyro.cli(SpeedOptions, prog=f"vfi benchmark {SPEED}", description=speed.__doc__, args=rest)
+
+
+def benchmark_all(options: Options, command: str = "") -> bool:
+    """Measure on every published set below --data_root -> False when one of those that were found could not be used."""
+    if options.data_root is None or options.data:
+        raise JobError("--protocol all takes --data_root, the folder with the sets, in place of --data")
+    if options.out.suffix or options.out.is_file():
+        raise JobError(f"--out {options.out}: with --protocol all give a folder, for a file of each set")
+    found = find_sets(options.data_root)
+    if not found:
+        raise JobError(f"--data_root {options.data_root} and two levels below it hold none of {', '.join(PROTOCOLS)}")
+    say, lines, usable = _say(), [], True
+    for name, protocol in PROTOCOLS.items():
+        if name not in found:
+            lines.append(f"{name}: not there")
+        elif options.profile not in protocol.profiles:
+            lines.append(f"{name}: no profile {options.profile}")
+        else:
+            one = dataclasses.replace(options, protocol=name, data=str(found[name]), data_root=None)
+            one = dataclasses.replace(one, out=options.out / f"{name}.json")
+            say(f"{name}: {found[name]}")
+            try:
+                results = benchmark(one, command)
+            except (JobError, ShardError) as error:
+                usable = False
+                lines.append(f"{name}: NOT MEASURED: {error}")
+            else:
+                lines.append(f"{name}: {one.out}")
+                say(table(results) if results else "")
+    say("\n".join(lines))
+    return usable
+
+
+def benchmark(options: Options, command: str = "") -> Results | None:
+    """Measure every model and the baselines, write everything, return what results.json holds; None but on the first process.
 
     Raises JobError, ShardError or CheckpointError for options that are not usable, before anything is measured.
     """
     _check(options)
-    device = pick_device(options.device)
+    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    device = _own_device(options.device)
     precision = pick_precision(options.precision, device)
     bench = protocol_bench(options, device) if options.protocol else shard_bench(options, device)
-    models = [load_adapter(model, device) if is_adapter(model) else load(model, device) for model in options.model]
-    names = _distinct_names(models)
+    if not bench.samples:
+        raise JobError(f"--data {options.data} holds no samples: nothing was measured")
+    models = [load_any(model, device) for model in options.model]
+    named = dict(zip(distinct_names(models, taken=BASELINES), models, strict=True))
     ours = [model for model in models if isinstance(model, LoadedModel)]
-    check_scale(bench.rules.scale, [model for model in ours if not (options.protocol and model.config.model.phase == 1)])
-    options.out.parent.mkdir(parents=True, exist_ok=True)
+    check_scale(bench.rules.scale, [model for model in ours if not options.protocol or model.has_flow])
+    lpips = load_lpips(options.lpips, device) if options.lpips else None
 
-    asks = {name: _ask(model, precision, bench.rules.scale) for name, model in zip(names, models, strict=True)}
-    scores = _measure(options, bench, asks)
-    rows = [_row(FRAME_AVERAGE, None, scores[FRAME_AVERAGE], options.out)]
-    rows += [_row(name, model, scores[name], options.out) for name, model in zip(names, models, strict=True)]
-    pictures = _draw_pictures(options, bench, asks, rows)
-    results = Results(
-        data=str(options.data),
-        index_sha256=bench.sha256,
-        samples=len(rows[0].images),
-        available=bench.available,
-        protocol=bench.facts,
-        environment=_environment(device, precision, command),
-        rows=tuple(rows),
-        pictures=tuple(pictures),
-    )
-    write_results(options.out, results)
+    asks = {name: _ask(model, precision, bench.rules.scale) for name, model in named.items()}
+    facts = bench.facts | {"LPIPS": "AlexNet, v0.1" if lpips else "not measured: --lpips FOLDER names its weights"}
+    environment = _environment(device, precision, world, command)
+    settings = {"data": bench.sha256, "samples": bench.samples, "protocol": facts, "motion": options.motion} | {
+        "models": {name: model.fingerprint() for name, model in named.items()},
+        "hardware": [environment[name] for name in ("device", "precision", "torch")],
+    }
+    way = Way(options.tta, options.motion, lpips, options.workers)
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    with Ledger(_unfinished(options.out), settings, rank, world, _say()) as ledger:
+        measure(bench, asks, ledger, way, show=rank == 0)
+        found = ledger.finish(bench.samples)
+        if found is None:
+            return None
+        scores, motion = summarise(found)
+        rows = [_row(name, named.get(name), scores[name], options.out) for name in (*BASELINES, *named)]
+        rows = [dataclasses.replace(row, macs=_macs(named.get(row.model), bench, precision)) for row in rows]
+        pictures = draw_pictures(
+            options.out, options.pictures, bench, rows[0], rows[len(BASELINES)],
+            {name: partial(predict, ask=ask, bench=bench, tta=options.tta) for name, ask in asks.items()},
+            {name: _flow(model, precision, bench.rules.scale) for name, model in named.items() if _has_flow(model)},
+        )  # fmt: skip
+        results = Results(
+            data=str(options.data), index_sha256=bench.sha256, samples=len(rows[0].images), available=bench.available,
+            protocol=facts, environment=environment, rows=tuple(rows), pictures=tuple(pictures), motion=motion,
+        )  # fmt: skip
+        write_results(options.out, results)
+        ledger.forget()
     return results
 
 
@@ -146,80 +221,78 @@ def table(results: Results) -> str:
     width = max(len(row.model) for row in results.rows)
     lines = [f"{'model':<{width}}  {'PSNR dB':>8}  {'SSIM':>7}  {'IE':>6}  {'gain dB':>8}"]
     for row in results.rows:
-        gain = f"{row.psnr - average:+8.3f}" if row.path else f"{'':>8}"
+        gain = f"{row.psnr - average:+8.3f}" if row.model != FRAME_AVERAGE else f"{'':>8}"
         lines.append(f"{row.model:<{width}}  {row.psnr:8.3f}  {row.ssim:7.4f}  {row.ie:6.3f}  {gain}")
     return "\n".join([*lines, f"{results.samples} samples of {results.data}"])
+
+
+def _say() -> Any:
+    """Print on the first process, above the progress bar."""
+    return tqdm.write if int(os.environ.get("RANK", "0")) == 0 else lambda text: None
+
+
+def _own_device(name: DeviceName) -> torch.device:
+    """Of this process; of several on one machine each has a GPU of its own."""
+    if name != "cpu" and torch.cuda.is_available() and "LOCAL_RANK" in os.environ:
+        rank, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if rank >= gpus:
+            raise JobError(f"process {rank} of this machine has no GPU: start at most {gpus}, or take --device cpu")
+        torch.cuda.set_device(rank)
+    return pick_device(name)
+
+
+def _unfinished(out: Path) -> Path:
+    """Where scores are kept until all are there."""
+    return out.with_name(f"{out.stem}_unfinished")
 
 
 def _check(options: Options) -> None:
     """Refuse what would fail only after the measurement."""
     if not options.model:
         raise JobError("--model needs at least one run folder, such as --model runs/tiny_phase1")
-    if options.out.is_dir():
-        raise JobError(f"--out {options.out} is a folder: give a file name, such as --out {options.out / 'results.json'}")
-    if options.out.suffix != ".json":
-        raise JobError(f"--out {options.out} must end in .json")
-    for parent in options.out.parents:
-        if parent.exists() and not parent.is_dir():
-            raise JobError(f"--out {options.out}: {parent} is not a folder")
+    if options.data_root is not None:
+        raise JobError(f"--data_root {options.data_root} is for --protocol all: a single set is given by --data")
+    if not options.data:
+        raise JobError("--data is missing: give a shard folder, or with --protocol a published one")
+    check_output(options.out, "results.json")
     if options.limit is not None and options.limit < 1:
         raise JobError(f"--limit {options.limit} must be at least 1")
     if options.scale is not None and options.protocol:
         raise JobError(f"--scale {options.scale} does not go with --protocol {options.protocol}: its profile fixes the scale")
     if options.pictures < 0 or options.workers < 0:
         raise JobError(f"--pictures {options.pictures} and --workers {options.workers} must not be negative")
-    folder = _pictures_folder(options.out)
-    if folder.exists() and (not folder.is_dir() or any(file.suffix != ".png" for file in folder.iterdir())):
-        raise JobError(f"{folder} is where the pictures go, but holds something else: move it or take another --out")
-
-
-def _distinct_names(models: Sequence[Model]) -> list[str]:
-    """Names for the rows: the run's, with the step or the path where that is not enough."""
-    for name in (lambda m: m.name, lambda m: f"{m.name}@{m.step}", lambda m: str(m.path)):
-        names = [model.name if isinstance(model, Adapter) else name(model) for model in models]
-        if len(set(names)) == len(names) and FRAME_AVERAGE not in names:
-            return names
-    raise JobError(f"--model was given the same model twice: {', '.join(names)}")
-
-
-def _measure(options: Options, bench: Bench, asks: dict[str, Ask]) -> dict[str, list[ImageScore]]:
-    """Scores of the frame average and of every model, image by image in the order of the set."""
-    scores: dict[str, list[ImageScore]] = {name: [] for name in (FRAME_AVERAGE, *asks)}
-    numbers = range(bench.samples)
-    for sample in tqdm(bench.read(numbers), total=len(numbers), unit="sample", desc="benchmark", disable=None):
-        for name, found in scores.items():
-            images = _predict(sample, asks.get(name), bench.rules, options.tta)
-            for target, image in zip(sample.targets, images, strict=True):
-                values = score(image, target.truth, bench.rules)
-                if not np.isfinite(values).all():
-                    raise JobError(f"{name} predicts values that are not finite for {target.key!r}: it cannot be scored")
-                found.append(ImageScore(target.key, *values))
-    if not scores[FRAME_AVERAGE]:
-        raise JobError(f"--data {options.data} holds no samples: nothing was measured")
-    return scores
+    check_folder(options.out)
 
 
 def _ask(model: Model, precision: torch.dtype, scale: float | None) -> Ask:
     """How a model is asked for a frame; one without flow has no scale to be told."""
     if isinstance(model, Adapter):
         return lambda img0, img1, timestep: model.ask(img0, img1, timestep.item(), scale)
-    own = None if model.config.model.phase == 1 else scale
+    own = scale if model.has_flow else None
     return lambda img0, img1, timestep: model.predict(img0, img1, timestep, precision, own)
 
 
-def _predict(sample: Sample, ask: Ask | None, rules: Rules, tta: bool) -> list[Tensor]:
-    """A frame for each target; the frame average where there is no model to be asked."""
-    if ask is None:
-        return [_frame_average(sample)] * len(sample.targets)
-    return predict_between(ask, sample.img0, sample.img1, [target.timestep for target in sample.targets], rules, tta)
+def _has_flow(model: Model) -> bool:
+    return isinstance(model, LoadedModel) and model.has_flow
 
 
-def _frame_average(sample: Sample) -> Tensor:
-    return (sample.img0 + sample.img1) / 2
+def _flow(model: Model, precision: torch.dtype, scale: float | None) -> Any:
+    """How a model of this project, with flow, is asked for it."""
+    assert isinstance(model, LoadedModel)
+
+    def flow(sample: Any, target: Any) -> torch.Tensor:
+        time = torch.full((1,), target.timestep, device=sample.img0.device)
+        return model.flow(sample.img0, sample.img1, time, precision, scale)
+
+    return flow
 
 
-def _row(name: str, model: Model | None, images: Sequence[ImageScore], out: Path) -> Row:
+def _row(name: str, model: Model | None, scores: Scores, out: Path) -> Row:
     ours = model if isinstance(model, LoadedModel) else None
+    means: Mapping[str, Any] = {
+        measure: mean_of(getattr(image, measure) for image in scores.images)
+        for measure in ("psnr", "ssim", "ie", "psnr_moving", "lpips")
+    }
     return Row(
         model=name,
         path=str(ours.path) if ours else model.name if model else None,
@@ -228,79 +301,30 @@ def _row(name: str, model: Model | None, images: Sequence[ImageScore], out: Path
         parameters=model.parameters if model else None,
         preset=ours.config.run.preset if ours else None,
         phase=ours.config.model.phase if ours else None,
-        psnr=float(np.mean([image.psnr for image in images])),
-        ssim=float(np.mean([image.ssim for image in images])),
-        ie=float(np.mean([image.ie for image in images])),
-        images=tuple(images),
+        images=scores.images,
+        psnr_of_changes=scores.changes,
+        **means,
     )
 
 
-def _pictures_folder(out: Path) -> Path:
-    return out.with_name(f"{out.stem}_pictures")
+def _macs(model: Model | None, bench: Bench, precision: torch.dtype) -> int | None:
+    """Of one frame of the first sample's size. Not of Mamba-1, whose scan in plain torch takes minutes to count."""
+    if not isinstance(model, LoadedModel) or model.config.model.ssm == "mamba1":
+        return None
+    config = model.config.model
+    if bench.rules.scale is not None and model.has_flow:
+        config = dataclasses.replace(config, scale=bench.rules.scale)
+    first = next(iter(bench.read([0])))
+    height, width = first.img0.shape[-2:]
+    counted = FrameInterpolator(config, "cpu").eval()
+    return sum(profiling.count(counted, 1, (height, width), precision).macs.values())
 
 
-def _draw_pictures(options: Options, bench: Bench, asks: dict[str, Ask], rows: Sequence[Row]) -> list[Picture]:
-    """Predict the chosen images again and save their frames: which ones is known only after all were measured."""
-    gains = np.array([b.psnr - a.psnr for a, b in zip(rows[0].images, rows[1].images, strict=True)])
-    order = np.argsort(gains, kind="stable")
-    ranks = sorted({round(rank) for rank in np.linspace(0, len(order) - 1, min(options.pictures, len(order)))})
-    rank_of = {int(order[rank]): rank + 1 for rank in ranks}
-    folder = _pictures_folder(options.out)
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
-    temporary.mkdir()
-    try:
-        pictures = []
-        numbers = sorted({image // bench.targets for image in rank_of})
-        for number, sample in zip(numbers, bench.read(numbers), strict=True):
-            images = {name: _predict(sample, ask, bench.rules, options.tta) for name, ask in asks.items()}
-            for which, target in enumerate(sample.targets):
-                if rank := rank_of.get(number * bench.targets + which):
-                    chosen = {name: found[which] for name, found in images.items()}
-                    pictures.append(_save_picture(temporary, folder.name, rank, len(order), sample, target, chosen))
-        shutil.rmtree(folder, ignore_errors=True)
-        if pictures:
-            temporary.replace(folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return sorted(pictures, key=lambda picture: picture.rank)
-
-
-def _save_picture(
-    folder: Path, shown_as: str, rank: int, of: int, sample: Sample, target: Target, predictions: dict[str, Tensor]
-) -> Picture:
-    def save(kind: str, image: np.ndarray) -> str:
-        name = f"{rank:06d}_{kind}.png"
-        Image.fromarray(image).save(folder / name)
-        return f"{shown_as}/{name}"
-
-    frames = {"img0": sample.img0, "img1": sample.img1, "truth": target.truth, "average": _frame_average(sample)}
-    return Picture(
-        key=target.key,
-        rank=rank,
-        of=of,
-        **{kind: save(kind, _to_bytes(image)) for kind, image in frames.items()},
-        average_error=save("average_error", error_map(frames["average"], target.truth)),
-        predictions={name: save(f"model{i}", _to_bytes(image)) for i, (name, image) in enumerate(predictions.items())},
-        errors={name: save(f"error{i}", error_map(image, target.truth)) for i, (name, image) in enumerate(predictions.items())},
-    )
-
-
-def _to_bytes(image: Tensor) -> np.ndarray:
-    """`[1, 3, H, W]` in [0, 1] -> RGB uint8 [H, W, 3], for people to look at."""
-    return (image[0].clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
-
-
-def error_map(prediction: Tensor, truth: Tensor) -> np.ndarray:
-    """Mean absolute error over the colours, black (0) over red to white (ERROR_WHITE and more): RGB uint8 [H, W, 3]."""
-    error = (prediction - truth).abs().mean(1)[0].cpu().numpy() / ERROR_WHITE
-    stops = np.linspace(0, 1, len(_ERROR_COLOURS))
-    return np.stack([np.interp(error, stops, channel) for channel in _ERROR_COLOURS.T], axis=-1).round().astype(np.uint8)
-
-
-def _environment(device: torch.device, precision: torch.dtype, command: str) -> dict[str, str]:
+def _environment(device: torch.device, precision: torch.dtype, world: int, command: str) -> dict[str, str]:
     """What the numbers were made with, for people."""
     return {
         "device": _hardware(device),
+        "processes": str(world),
         "precision": describe_precision(precision),
         "torch": torch.__version__,
         "python": platform.python_version(),

@@ -1,4 +1,4 @@
-"""How do numbers become a picture in a page? Line and scatter charts as inline SVG, coloured by the page's CSS.
+"""How do numbers become a picture in a page? Line, scatter and labelled charts as inline SVG, coloured by the page's CSS.
 
 Classes: `c0` … `c5` are the colours of the series, `grid`, `axis`, `rule` and `label` the rest. All text is escaped.
 """
@@ -13,6 +13,7 @@ from typing import NamedTuple
 COLOURS = 6
 WIDTH, HEIGHT = 360, 260
 _LEFT, _RIGHT, _TOP, _BOTTOM = 42, 8, 24, 36
+_LINE_HEIGHT, _LABEL_SIGNS = 13, 24
 
 
 class Series(NamedTuple):
@@ -74,7 +75,7 @@ def line_chart(
     """Lines over a shared x; `rules` are horizontal lines with a name. Values must be finite, and positive for `log`."""
     xs = [x for _, points in series for x, _, _ in points]
     ys = [y for _, points in series for _, y, _ in points] + [y for _, y in rules]
-    x_axis, y_axis = _axes((min(xs), max(xs)), _padded(min(ys), max(ys), log), log)
+    x_axis, y_axis = _axes((min(xs), max(xs)), _padded(min(ys), max(ys), log), log_y=log)
     body = [_frame(x_axis, y_axis, x_label, y_label)]
     for name, value in rules:
         y = y_axis(value)
@@ -93,7 +94,7 @@ def scatter_chart(title: str, series: Sequence[Series], x_label: str, y_label: s
     """Points on two axes of the same range, with the diagonal on which x = y."""
     values = [v for _, points in series for x, y, _ in points for v in (x, y)]
     span = _padded(min(values), max(values), False)
-    x_axis, y_axis = _axes(span, span, False)
+    x_axis, y_axis = _axes(span, span)
     body = [_frame(x_axis, y_axis, x_label, y_label)]
     (low, high) = span
     body.append(
@@ -101,6 +102,22 @@ def scatter_chart(title: str, series: Sequence[Series], x_label: str, y_label: s
     )
     for number, (_, points) in enumerate(series):
         body += [_dot(x_axis(x), y_axis(y), 3, f"point c{number % COLOURS}", text) for x, y, text in points]
+    return _svg(title, body)
+
+
+def labelled_chart(title: str, series: Sequence[Series], x_label: str, y_label: str) -> str:
+    """Few points with the names of their series beside them, over a logarithmic x; it must be positive."""
+    points = [(number, name, point) for number, (name, found) in enumerate(series) for point in found]
+    xs, ys = [x for _, _, (x, _, _) in points], [y for _, _, (_, y, _) in points]
+    x_axis, y_axis = _axes(_padded(min(xs), max(xs), True), _padded(min(ys), max(ys), False), log_x=True)
+    body, lowest = [_frame(x_axis, y_axis, x_label, y_label)], math.inf
+    for number, name, (x, y, text) in sorted(points, key=lambda point: point[2][1]):  # upwards: a label may make room
+        at, height = x_axis(x), y_axis(y)
+        lowest = min(height + 3.5, lowest - _LINE_HEIGHT)
+        side, anchor = (-8, "end") if at > (_LEFT + WIDTH - _RIGHT) / 2 else (8, "start")
+        short = name if len(name) <= _LABEL_SIGNS else f"{name[: _LABEL_SIGNS - 1]}…"
+        body.append(_dot(at, height, 4.5, f"c{number % COLOURS}", text))
+        body.append(f'<text class="name" x="{at + side:.1f}" y="{lowest:.1f}" text-anchor="{anchor}">{escape(short)}</text>')
     return _svg(title, body)
 
 
@@ -112,9 +129,9 @@ def legend(names: Sequence[str]) -> str:
     return f'<ul class="legend">{items}</ul>'
 
 
-def _axes(x: tuple[float, float], y: tuple[float, float], log: bool) -> tuple[_Axis, _Axis]:
+def _axes(x: tuple[float, float], y: tuple[float, float], *, log_x: bool = False, log_y: bool = False) -> tuple[_Axis, _Axis]:
     x = x if x[1] > x[0] else (x[0] - 1, x[0] + 1)
-    return _Axis(*x, _LEFT, WIDTH - _RIGHT, False), _Axis(*y, HEIGHT - _BOTTOM, _TOP, log)
+    return _Axis(*x, _LEFT, WIDTH - _RIGHT, log_x), _Axis(*y, HEIGHT - _BOTTOM, _TOP, log_y)
 
 
 def _padded(low: float, high: float, log: bool) -> tuple[float, float]:
@@ -129,18 +146,21 @@ def _padded(low: float, high: float, log: bool) -> tuple[float, float]:
 def _frame(x_axis: _Axis, y_axis: _Axis, x_label: str, y_label: str) -> str:
     """Grid, ticks and names of both axes."""
     parts = []
-    for value in nice_ticks(x_axis.low, x_axis.high):
+    for value in _ticks(x_axis):
         x = x_axis(value)
         parts.append(f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="{_TOP}" y2="{HEIGHT - _BOTTOM}"/>')
         parts.append(f'<text class="label" x="{x:.1f}" y="{HEIGHT - _BOTTOM + 15}" text-anchor="middle">{value:g}</text>')
-    ticks = log_ticks(y_axis.low, y_axis.high) if y_axis.log else nice_ticks(y_axis.low, y_axis.high)
-    for value in ticks:
+    for value in _ticks(y_axis):
         y = y_axis(value)
         parts.append(f'<line class="grid" x1="{_LEFT}" x2="{WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
         parts.append(f'<text class="label" x="{_LEFT - 7}" y="{y + 3.5:.1f}" text-anchor="end">{value:g}</text>')
     parts.append(f'<text class="axis" x="{(_LEFT + WIDTH) / 2}" y="{HEIGHT - 5}" text-anchor="middle">{escape(x_label)}</text>')
     parts.append(f'<text class="axis" x="0" y="11">{escape(y_label)}</text>')
     return "".join(parts)
+
+
+def _ticks(axis: _Axis) -> list[float]:
+    return log_ticks(axis.low, axis.high) if axis.log else nice_ticks(axis.low, axis.high)
 
 
 def _dot(x: float, y: float, radius: float, colour: str, text: str) -> str:

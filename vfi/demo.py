@@ -86,7 +86,7 @@ def commands(options: Options) -> list[list[str]]:
 
 def summary(out: Path, results: Results) -> str:
     """The table, where each thing lies, and whether the model is good enough."""
-    average, model = results.rows[0], results.rows[1]
+    average, model = results.rows[0], results.models[0]
     width = max(len(row.model) for row in results.rows)
     lines = [f"{'model':<{width}}   PSNR dB     SSIM"]
     lines += [f"{row.model:<{width}}  {row.psnr:8.3f}  {row.ssim:7.4f}" for row in (average, model)]
@@ -107,7 +107,7 @@ def summary(out: Path, results: Results) -> str:
 
 
 def _gain(results: Results) -> float:
-    return results.rows[1].psnr - results.rows[0].psnr
+    return results.models[0].psnr - results.rows[0].psnr
 
 
 def as_typed(command: Sequence[str]) -> str:

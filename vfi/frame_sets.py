@@ -17,9 +17,9 @@ from shards import images
 from shards.image_sets import ImageSet, key_of, stat_files
 from shards.schema import INDEX_NAME, Index, ShardError, frame_members
 from vfi.data.samples import ShardReader
-from vfi.data.storage import ShardFolder
+from vfi.data.storage import ShardFolder, shard_folder
 from vfi.errors import JobError
-from vfi.protocols import Protocol
+from vfi.protocols import PROTOCOLS, Protocol
 
 _LOSSLESS = ("png", "qoi")
 
@@ -68,6 +68,29 @@ def open_frames(location: str, folder: ShardFolder, protocol: Protocol, partial:
         return frames
 
     return FrameSet(tuple(keys), checked, ", ".join(differs))
+
+
+def find_sets(root: Path) -> dict[str, Path]:
+    """The protocols that can be measured on what lies in a folder or up to two levels below it, each with its first place."""
+    if not root.is_dir():
+        raise JobError(f"--data_root {root} is no folder")
+    places = [root, *sorted(path for pattern in ("*", "*/*") for path in root.glob(pattern) if path.is_dir())]
+    found: dict[str, Path] = {}
+    for name, protocol in PROTOCOLS.items():
+        for place in places:
+            if _is_of(place, protocol):
+                found[name] = place
+                break
+    return found
+
+
+def _is_of(place: Path, protocol: Protocol) -> bool:
+    """Shards of the set, or its published folder."""
+    if (place / INDEX_NAME).is_file():
+        source = shard_folder(place).read_index().source
+        arguments = source.get("arguments", {})
+        return source.get("job") == protocol.job and all(arguments.get(k) == v for k, v in protocol.arguments.items())
+    return any(next(place.glob(sign), None) for sign in protocol.signs)
 
 
 def _published(path: Path, protocol: Protocol) -> tuple[list[str], Callable[[int], list[np.ndarray]]]:

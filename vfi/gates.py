@@ -1,25 +1,58 @@
-"""Is a model good enough for the next phase? Thresholds on published benchmarks, checked on results files.
+"""Is a model good enough for the next phase? Thresholds on published benchmarks, on speed and on the ablation.
 
     vfi report results/*.json --out report --gate phase1          exit code 1 when one of them is not passed
 
-A gate counts the best of the models in a file, by a profile of the VFIMamba family and on the complete set. What was not
-measured is not passed.
+A gate counts the best of this project's models in the results files, by a profile of the VFIMamba family and on the complete
+set. Latency is that of the first of them in a speed file. What was not measured is not passed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Literal, NamedTuple
 
+from vfi.ablation import mean_psnr
 from vfi.published import PUBLISHED
 from vfi.results import Results, Row
+from vfi.speed_results import OUT_OF_MEMORY, Speed, SpeedRow
 
 GateName = Literal["phase1", "phase2", "phase3"]
 _PROFILES = ("vfimamba", "ema")
+_RIVAL = "vfimamba"
+_NOT_MEASURED = "not measured"
 
 
-class Gate(NamedTuple):
-    """One threshold."""
+class Evidence(NamedTuple):
+    """What there is to judge by."""
+
+    results: Sequence[Results]
+    speeds: Sequence[Speed]
+    output_dir: Path | None
+    """Folder of the runs of an ablation."""
+
+    def rows(self, protocol: str) -> list[tuple[Results, Row]]:
+        """Rows of this project's models that count on this protocol."""
+        return [(one, row) for one in self.on(protocol) if _is_comparable(one) for row in one.rows if row.run is not None]
+
+    def on(self, protocol: str) -> list[Results]:
+        """All that was measured on it."""
+        return [one for one in self.results if one.protocol.get("protocol") == protocol]
+
+    def missing(self, protocol: str) -> str:
+        """Why there are no rows, and how to get some."""
+        comparable = [one for one in self.on(protocol) if _is_comparable(one)]
+        if comparable:
+            why = f"{_NOT_MEASURED} for a model of this project"
+        elif self.on(protocol):
+            why = "measured on a part of the set, or by another profile"
+        else:
+            why = _NOT_MEASURED
+        return f"{why}: vfi benchmark --protocol {protocol}"
+
+
+class Threshold(NamedTuple):
+    """A measure on a benchmark."""
 
     protocol: str
     measure: Literal["psnr", "ssim"]
@@ -31,6 +64,135 @@ class Gate(NamedTuple):
         unit = " dB" if self.measure == "psnr" else ""
         return f"{self.protocol} {self.measure.upper()} at least {self.least:g}{unit}"
 
+    def check(self, evidence: Evidence) -> tuple[bool, str]:
+        """Passed or not, and why."""
+        rows = [row for _, row in evidence.rows(self.protocol)]
+        if not rows:
+            return False, evidence.missing(self.protocol) + self._beyond()
+        best: Row = max(rows, key=lambda row: getattr(row, self.measure))
+        value = getattr(best, self.measure)
+        why = f"{best.model} has {value:.{2 if self.measure == 'psnr' else 4}f}"
+        if self.target is not None:
+            why += f" (target {self.target:g})"
+        return value >= self.least, why + ("" if value >= self.least else self._beyond())
+
+    def _beyond(self) -> str:
+        """A word where no published model is known to pass."""
+        known = [value for row in PUBLISHED.get(self.protocol, ()) if (value := getattr(row, self.measure)) is not None]
+        return f"; no published model passes it (best: {max(known):g})" if known and max(known) < self.least else ""
+
+
+class NotBelow(NamedTuple):
+    """A phase is at least as good as an earlier one on a benchmark: the best model of each, both with TTA or both without."""
+
+    protocol: str
+    phase: int
+    earlier: int
+
+    def __str__(self) -> str:
+        return f"{self.protocol} PSNR of phase {self.phase} not below that of phase {self.earlier}"
+
+    def check(self, evidence: Evidence) -> tuple[bool, str]:
+        """Passed or not, and why."""
+        best: dict[tuple[str | None, int | None], Row] = {}
+        for results, row in sorted(evidence.rows(self.protocol), key=lambda one: one[1].psnr):
+            best[results.protocol.get("TTA"), row.phase] = row
+        pairs = [
+            (row, best[tta, self.earlier])
+            for (tta, phase), row in best.items()
+            if phase == self.phase and (tta, self.earlier) in best
+        ]
+        if not pairs:
+            measured = {phase for _, phase in best}
+            lacking = [str(phase) for phase in (self.phase, self.earlier) if phase not in measured]
+            why = f"{_NOT_MEASURED} for phase {' and '.join(lacking)}" if lacking else "one has TTA, the other has not"
+            return False, f"{why}: vfi benchmark --protocol {self.protocol} on both, and give both results files"
+        late, early = max(pairs, key=lambda pair: pair[0].psnr - pair[1].psnr)
+        return late.psnr >= early.psnr, f"{late.model} has {late.psnr:.2f}, {early.model} has {early.psnr:.2f}"
+
+
+class Reported(NamedTuple):
+    """The interpolation error is known, whatever it is."""
+
+    protocol: str
+
+    def __str__(self) -> str:
+        return f"{self.protocol} IE reported"
+
+    def check(self, evidence: Evidence) -> tuple[bool, str]:
+        """Passed or not, and why."""
+        rows = [row for _, row in evidence.rows(self.protocol)]
+        if not rows:
+            return False, evidence.missing(self.protocol)
+        best = min(rows, key=lambda row: row.ie)
+        return True, f"{best.model} has {best.ie:.2f}"
+
+
+class TimesRival(NamedTuple):
+    """Time of one frame between two, in times of VFIMamba's in the same speed file."""
+
+    size: str
+    most: float
+
+    def __str__(self) -> str:
+        return f"latency at {self.size} at most {self.most:g} x VFIMamba"
+
+    def check(self, evidence: Evidence) -> tuple[bool, str]:
+        """Passed or not, and why."""
+        how = f"vfi benchmark --speed --sizes {self.size} --model RUN vfimamba_adapter:vfimamba"
+        found = []
+        for _, ours, rows in _latencies(evidence.speeds, self.size):
+            rival = next((row for row in rows if row.path is None and _RIVAL in row.model.lower()), None)
+            if rival and rival.ms and ours.ms is not None:
+                found.append((ours.ms / rival.ms, ours, rival))
+        if not found:
+            return False, _why_no_latency(evidence.speeds, self.size, f"{_NOT_MEASURED} beside VFIMamba", how)
+        ratio, ours, rival = min(found, key=lambda one: one[0])
+        return ratio <= self.most, f"{ours.model} takes {ours.ms:.1f} ms, {rival.model} {rival.ms:.1f} ms: {ratio:.2f} x"
+
+
+class Milliseconds(NamedTuple):
+    """Time of one frame between two."""
+
+    size: str
+    most: float
+
+    def __str__(self) -> str:
+        return f"latency at {self.size} at most {self.most:g} ms a frame"
+
+    def check(self, evidence: Evidence) -> tuple[bool, str]:
+        """Passed or not, and why."""
+        found = [(ours.ms, ours, speed) for speed, ours, _ in _latencies(evidence.speeds, self.size) if ours.ms is not None]
+        if not found:
+            how = f"vfi benchmark --speed --sizes {self.size} --model RUN"
+            return False, _why_no_latency(evidence.speeds, self.size, _NOT_MEASURED, how)
+        ms, ours, speed = min(found, key=lambda one: one[0])
+        return ms <= self.most, f"{ours.model} takes {ms:.1f} ms on {speed.environment.get('device', 'an unknown device')}"
+
+
+class Better(NamedTuple):
+    """An experiment of the phase-1 ablation beats another one."""
+
+    experiment: str
+    other: str
+
+    def __str__(self) -> str:
+        return f"PSNR of {self.experiment} above that of {self.other}"
+
+    def check(self, evidence: Evidence) -> tuple[bool, str]:
+        """Passed or not, and why."""
+        found = mean_psnr(evidence.output_dir, "phase1") if evidence.output_dir else {}
+        lacking = [name for name in (self.experiment, self.other) if name not in found]
+        if lacking:
+            where = f" in {evidence.output_dir}" if evidence.output_dir else ""
+            how = "python -m launch.submit --ablation phase1 trains it, and --output_dir names the folder of its runs"
+            return False, f"{_NOT_MEASURED}: no finished run of {' and '.join(lacking)}{where}; {how}"
+        ours, theirs = found[self.experiment], found[self.other]
+        return ours > theirs, f"{self.experiment} has {ours:.2f}, {self.other} has {theirs:.2f}"
+
+
+Gate = Threshold | NotBelow | Reported | TimesRival | Milliseconds | Better
+
 
 class Verdict(NamedTuple):
     """What became of a gate."""
@@ -41,20 +203,31 @@ class Verdict(NamedTuple):
 
 
 _FLOW = (
-    Gate("ucf101", "psnr", 35.0), Gate("snu_film_easy", "psnr", 39.5), Gate("snu_film_medium", "psnr", 35.0),
-    Gate("snu_film_hard", "psnr", 30.0), Gate("snu_film_hard", "ssim", 0.90), Gate("snu_film_extreme", "psnr", 26.0),
-    Gate("snu_film_extreme", "ssim", 0.85), Gate("vimeo90k", "psnr", 36.0), Gate("vimeo90k", "ssim", 0.978),
+    Threshold("ucf101", "psnr", 35.0), Threshold("snu_film_easy", "psnr", 39.5), Threshold("snu_film_medium", "psnr", 35.0),
+    Threshold("snu_film_hard", "psnr", 30.0), Threshold("snu_film_hard", "ssim", 0.90),
+    Threshold("snu_film_extreme", "psnr", 26.0), Threshold("snu_film_extreme", "ssim", 0.85),
+    Threshold("vimeo90k", "psnr", 36.0), Threshold("vimeo90k", "ssim", 0.978), Reported("middlebury"),
 )  # fmt: skip
+_720P, _4K = "736x1280", "2176x4096"  # as the networks take them, padded
 GATES: dict[GateName, tuple[Gate, ...]] = {
-    "phase1": (Gate("vimeo90k", "psnr", 35.0, 35.5), Gate("vimeo90k", "ssim", 0.975), Gate("ucf101", "psnr", 34.5)),
-    "phase2": _FLOW,
-    "phase3": (*_FLOW, Gate("xtest_4k", "psnr", 30.0), Gate("xtest_4k", "ssim", 0.88), Gate("xtest_2k", "psnr", 33.0)),
-}
+    "phase1": (
+        Threshold("vimeo90k", "psnr", 35.0, 35.5), Threshold("vimeo90k", "ssim", 0.975), Threshold("ucf101", "psnr", 34.5),
+        TimesRival(_720P, 2.0), Better("Exp-1c", "Exp-1a"), Better("Exp-1c", "Exp-1b"),
+    ),
+    "phase2": (*_FLOW, NotBelow("vimeo90k", 2, 1), TimesRival(_720P, 2.0)),
+    "phase3": (
+        *_FLOW, Threshold("xtest_4k", "psnr", 30.0), Threshold("xtest_4k", "ssim", 0.88), Threshold("xtest_2k", "psnr", 33.0),
+        Milliseconds(_4K, 300.0),
+    ),
+}  # fmt: skip
 
 
-def check(name: GateName, results: Sequence[Results]) -> list[Verdict]:
-    """All gates of a phase, in their order."""
-    return [_check(gate, [one for one in results if one.protocol.get("protocol") == gate.protocol]) for gate in GATES[name]]
+def check(
+    name: GateName, results: Sequence[Results], speeds: Sequence[Speed] = (), output_dir: Path | None = None
+) -> list[Verdict]:
+    """All gates of a phase, in their order. `output_dir`: folder of the ablation's runs."""
+    evidence = Evidence(results, speeds, output_dir)
+    return [Verdict(gate, *gate.check(evidence)) for gate in GATES[name]]
 
 
 def lines(name: GateName, verdicts: Sequence[Verdict]) -> list[str]:
@@ -64,25 +237,18 @@ def lines(name: GateName, verdicts: Sequence[Verdict]) -> list[str]:
     return [f"gate {name}: {passed} of {len(verdicts)} passed", *marks]
 
 
-def _check(gate: Gate, results: Sequence[Results]) -> Verdict:
-    usable = [one for one in results if one.protocol.get("profile") in _PROFILES and _is_whole(one)]
-    rows = [row for one in usable for row in one.rows if row.path is not None]
-    if not rows:
-        why = "not measured" if not results else "measured on a part of the set, or by another profile"
-        return Verdict(gate, False, why + _beyond(gate))
-    best: Row = max(rows, key=lambda row: getattr(row, gate.measure))
-    value = getattr(best, gate.measure)
-    why = f"{best.model} has {value:.{2 if gate.measure == 'psnr' else 4}f}"
-    if gate.target is not None:
-        why += f" (target {gate.target:g})"
-    return Verdict(gate, value >= gate.least, why + ("" if value >= gate.least else _beyond(gate)))
+def _is_comparable(results: Results) -> bool:
+    return results.protocol.get("profile") in _PROFILES and results.protocol["frame set"] == "all samples"
 
 
-def _is_whole(results: Results) -> bool:
-    return results.protocol["frame set"] == "all samples"
+def _latencies(speeds: Sequence[Speed], size: str) -> Iterator[tuple[Speed, SpeedRow, list[SpeedRow]]]:
+    """Of each speed file: the first of this project's models at this size and twice the frame rate, and all rows there."""
+    for speed in speeds:
+        rows = [row for row in speed.rows if (row.size, row.factor) == (size, 2)]
+        if ours := [row for row in rows if row.path is not None]:
+            yield speed, ours[0], rows
 
 
-def _beyond(gate: Gate) -> str:
-    """A word where no published model is known to pass."""
-    known = [value for row in PUBLISHED.get(gate.protocol, ()) if (value := getattr(row, gate.measure)) is not None]
-    return f"; no published model passes it (best: {max(known):g})" if known and max(known) < gate.least else ""
+def _why_no_latency(speeds: Sequence[Speed], size: str, otherwise: str, how: str) -> str:
+    full = [ours.model for _, ours, _ in _latencies(speeds, size) if ours.out_of_memory]
+    return f"{full[0]}: {OUT_OF_MEMORY}" if full else f"{otherwise}: {how}"

@@ -8,9 +8,10 @@ imgt = loaded.predict(img0, img1, timestep, pick_precision("auto", device))
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ from vfi.checkpoint import find, read_step
 from vfi.config import SCALES, Config
 from vfi.errors import JobError
 from vfi.graphs import Graphs
+from vfi.model.interpolator import FrameInterpolator
 from vfi.weights import load_model
 
 DeviceName = Literal["auto", "cpu", "cuda"]
@@ -43,10 +45,45 @@ class LoadedModel:
         """`predict`, by CUDA graphs where that is faster."""
         return predict(self.model, img0, img1, timestep, precision, scale, self.graphs)
 
+    def predict_several(
+        self, img0: Tensor, img1: Tensor, timesteps: Tensor, precision: torch.dtype, scale: float | None = None
+    ) -> Tensor:
+        """The frames of one pair `[1, 3, H, W]` at several timesteps `[N]` -> `[N, 3, H, W]`, each as `predict` makes it, but
+        from features that are made once; by CUDA graphs where that is faster.
+        """
+        network = cast(FrameInterpolator, self.model)
+
+        def forward(img0: Tensor, img1: Tensor, timesteps: Tensor) -> Tensor:
+            with _autocast(img0.device, precision):
+                encoded = network.encode(img0, img1, scale)
+                return torch.cat([network.decode(encoded, one).imgt.float().clamp(0, 1) for one in timesteps.split(1)])
+
+        with torch.inference_mode():
+            return self.graphs(forward, img0, img1, timesteps, kind=("several", precision, scale))
+
+    def flow(self, img0: Tensor, img1: Tensor, timestep: Tensor, precision: torch.dtype, scale: float | None = None) -> Tensor:
+        """Flow from the timestep to the first frame, `[B, 2, H, W]` in pixels; for a model that has flow."""
+        with torch.inference_mode(), _autocast(img0.device, precision):
+            flow: Tensor = self.model(img0, img1, timestep, scale=scale).flow_t0
+        return flow
+
+    @property
+    def has_flow(self) -> bool:
+        """Does it move pixels, or only blend them?"""
+        return self.config.model.phase > 1
+
     @property
     def parameters(self) -> int:
         """Number of trained values."""
         return sum(parameter.numel() for parameter in self.model.parameters())
+
+    def fingerprint(self) -> str:
+        """sha256 of all weights with their names."""
+        digest = hashlib.sha256()
+        for name, tensor in self.model.state_dict().items():
+            digest.update(name.encode())
+            digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        return digest.hexdigest()
 
 
 def pick_device(name: DeviceName) -> torch.device:
@@ -85,7 +122,7 @@ def predict(
     """
 
     def forward(img0: Tensor, img1: Tensor, timestep: Tensor) -> Tensor:
-        with torch.autocast(img0.device.type, torch.bfloat16, enabled=precision == torch.bfloat16):
+        with _autocast(img0.device, precision):
             imgt: Tensor = model(img0, img1, timestep, scale=scale).imgt
             return imgt.float().clamp(0, 1)
 
@@ -95,12 +132,16 @@ def predict(
         return graphs(forward, img0, img1, timestep, kind=(precision, scale))
 
 
+def _autocast(device: torch.device, precision: torch.dtype) -> torch.autocast:
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == torch.bfloat16)
+
+
 def check_scale(scale: float | None, models: Iterable[LoadedModel]) -> None:
     """Raise JobError for a --scale that a model can't take."""
     if scale is not None and scale not in SCALES:
         raise JobError(f"--scale {scale}: choose from {', '.join(map(str, SCALES))}")
     for model in models:
-        if scale not in (None, 1.0) and model.config.model.phase == 1:
+        if scale not in (None, 1.0) and not model.has_flow:
             raise JobError(f"--scale {scale}: {model.path} is of phase 1, without flow: leave it out")
 
 

@@ -1,6 +1,8 @@
 """How close is a predicted frame to the true one? PSNR and SSIM, one number an image.
 
     psnr(prediction, truth), ssim_matlab(prediction, truth)      # and ssim_skimage, interpolation_error
+    psnr_in(prediction, truth, region)                           # of a part of the image
+    psnr_of_changes(predictions, truths, img0, img1)             # of several frames in a row: do they flicker?
 
 All take RGB in [0, 1], `[B, 3, H, W]`, and return `[B]`. They compute in float32 (float64 if given float64) whatever autocast
 says, without convolutions, so that TF32 cannot round them on a GPU. The SSIM that the repositories of the field call
@@ -8,6 +10,9 @@ says, without convolutions, so that TF32 cannot round them on a GPU. The SSIM th
 """
 
 from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -29,6 +34,37 @@ def psnr(prediction: Tensor, truth: Tensor) -> Tensor:
     `[B, 3, H, W]` in [0, 1] -> `[B]`. Values are compared as they are: neither rounded nor clamped. NaN stays NaN.
     """
     return fp32_island(_psnr, *_comparable(prediction, truth))
+
+
+def psnr_in(prediction: Tensor, truth: Tensor, region: Tensor) -> Tensor:
+    """`psnr` over the pixels of `region`, `[B, 1, H, W]` bool; what lies outside has no influence, be it NaN.
+
+    `[B, 3, H, W]` in [0, 1] -> `[B]`; NaN for an image whose region is empty: there is nothing to compare.
+    """
+    prediction, truth = _comparable(prediction, truth)
+    wanted = (len(truth), 1, *truth.shape[2:])
+    if region.dtype != torch.bool or region.shape != wanted:
+        raise ValueError(f"expected a region {wanted} of bool, got {tuple(region.shape)} of {region.dtype}")
+    return fp32_island(_psnr_in, prediction, truth, region)
+
+
+def psnr_of_changes(predictions: Sequence[Tensor], truths: Sequence[Tensor], img0: Tensor, img1: Tensor) -> Tensor:
+    """Temporal consistency: how close are the changes from frame to frame to the true ones? In dB, at most PSNR_MAX.
+
+    Of the n frames between `img0` and `img1`, each `[B, 3, H, W]` in [0, 1] -> `[B]`: −10·log10 of the mean of (Δp − Δt)² over
+    all n + 1 changes img0 → f1 → … → fn → img1, colours and pixels; Δp is a change of the predicted sequence, Δt the true one.
+    An error that stays the same over the frames only counts where it comes and goes, one that alternates counts each time. For
+    n = 1 it is `psnr`: both changes are wrong by the error of the one frame. img0 and img1 are in both sequences, and what they
+    show cancels out.
+    """
+    shapes = [tuple(frame.shape) for frame in (img0, *predictions, *truths, img1)]
+    if not predictions or len(predictions) != len(truths) or len(set(shapes)) != 1:
+        raise ValueError(
+            f"expected as many predictions as true frames, at least one, all of one shape; got {len(predictions)} and "
+            f"{len(truths)}, of shapes {', '.join(map(str, dict.fromkeys(shapes)))}"
+        )
+    pairs = zip((img0, *predictions, img1), (img0, *truths, img1), strict=True)
+    return fp32_island(_psnr_of_changes, *(frame for pair in pairs for frame in _comparable(*pair)))
 
 
 def ssim_matlab(prediction: Tensor, truth: Tensor) -> Tensor:
@@ -74,7 +110,24 @@ def _comparable(prediction: Tensor, truth: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _psnr(prediction: Tensor, truth: Tensor) -> Tensor:
-    mse = (prediction - truth).square().flatten(1).mean(1)
+    return _decibels((prediction - truth).square().flatten(1).mean(1))
+
+
+def _psnr_in(prediction: Tensor, truth: Tensor, region: Tensor) -> Tensor:
+    squares = (prediction - truth).square().mean(1, keepdim=True)
+    inside = torch.where(region, squares, 0.0)  # no product: NaN times 0 is NaN
+    return _decibels(inside.flatten(1).sum(1) / region.flatten(1).sum(1))
+
+
+def _psnr_of_changes(*frames: Tensor) -> Tensor:
+    """Predicted and true frames in turns, as they follow in time."""
+    predicted, true = (itertools.pairwise(frames[start::2]) for start in (0, 1))
+    changes = zip(predicted, true, strict=True)
+    errors = [((p1 - p0) - (t1 - t0)).square().flatten(1).mean(1) for (p0, p1), (t0, t1) in changes]
+    return _decibels(torch.stack(errors).mean(0))
+
+
+def _decibels(mse: Tensor) -> Tensor:
     return -10 * torch.log10(mse.clamp(min=10 ** (-PSNR_MAX / 10)))
 
 

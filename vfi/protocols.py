@@ -69,6 +69,8 @@ class Protocol:
     """The module that knows the published layout, and makes shards of it."""
     arguments: dict[str, str]
     """Of that job, for this protocol."""
+    signs: tuple[str, ...]
+    """Patterns of files, one of which is in the set's published folder."""
     count: int
     """Samples, as published."""
     frames: int
@@ -110,6 +112,7 @@ def _xtest(half: bool, truths: tuple[int, ...]) -> Protocol:
         title=f"X-TEST {'2K' if half else '4K'}" + (", frame 16 alone" if len(truths) == 1 else ""),
         job="shards.x4k1000fps",
         arguments={"split": "test"},
+        signs=("test/Type*",),
         count=15,
         frames=9,
         truths=truths,
@@ -124,6 +127,7 @@ def _xiph(half: bool) -> Protocol:
         title=f"Xiph {'2K' if half else '4K'}",
         job="shards.xiph",
         arguments={},
+        signs=("*-002.png", "*/*-002.png", "*/002.png"),
         count=392,
         frames=3,
         truths=(1,),
@@ -135,27 +139,29 @@ def _xiph(half: bool) -> Protocol:
 
 PROTOCOLS: dict[str, Protocol] = {
     "vimeo90k": Protocol(
-        title="Vimeo90K triplets", job="shards.vimeo90k", arguments={"kind": "triplet", "split": "test"}, count=3_782, frames=3,
-        truths=(1,), profiles={**_both(Rules()), "rife": Rules(rounded=True), "amt": Rules()}, size=(256, 448),
+        title="Vimeo90K triplets", job="shards.vimeo90k", arguments={"kind": "triplet", "split": "test"},
+        signs=("tri_testlist.txt",), count=3_782, frames=3, truths=(1,),
+        profiles={**_both(Rules()), "rife": Rules(rounded=True), "amt": Rules()}, size=(256, 448),
     ),
     "vimeo90k_septuplet_147": Protocol(
         title="Vimeo90K septuplets, frames 1, 4 and 7", job="shards.vimeo90k",
-        arguments={"kind": "septuplet", "split": "test"}, count=7_824, frames=7, truths=(3,), profiles=_both(Rules()),
-        size=(256, 448),
+        arguments={"kind": "septuplet", "split": "test"}, signs=("sep_testlist.txt",), count=7_824, frames=7, truths=(3,),
+        profiles=_both(Rules()), size=(256, 448),
     ),
     "ucf101": Protocol(
-        title="UCF101", job="shards.ucf101", arguments={}, count=379, frames=3, truths=(1,),
+        title="UCF101", job="shards.ucf101", arguments={}, signs=("*/frame_01_gt.png",), count=379, frames=3, truths=(1,),
         profiles={**_both(Rules(rounded=True)), "rife": Rules(rounded=True), "amt": Rules()}, size=(256, 256),
     ),
     **{
         f"snu_film_{split}": Protocol(
-            title=f"SNU-FILM {split}", job="shards.snu_film", arguments={"split": split}, count=310, frames=3, truths=(1,),
-            profiles=_SNU,
+            title=f"SNU-FILM {split}", job="shards.snu_film", arguments={"split": split},
+            signs=(f"test-{split}.txt", f"eval_modes/test-{split}.txt"), count=310, frames=3, truths=(1,), profiles=_SNU,
         )
         for split in ("easy", "medium", "hard", "extreme")
     },
     "middlebury": Protocol(
-        title="Middlebury-Other", job="shards.middlebury", arguments={}, count=12, frames=3, truths=(1,),
+        title="Middlebury-Other", job="shards.middlebury", arguments={},
+        signs=("other-gt-interp/*/frame10i11.png",), count=12, frames=3, truths=(1,),
         profiles={**_both(Rules(_TO_32, measures_ie=True)), "rife": _MIDDLEBURY, "amt": _MIDDLEBURY},
     ),
     "xtest_4k": _xtest(half=False, truths=tuple(range(1, 8))),

@@ -1,20 +1,22 @@
-"""What did the benchmarks find? Results files -> a Markdown table and one self-contained page.
+"""What did the benchmarks find? Results and speed files -> Markdown tables and one self-contained page.
 
     vfi report results.json --out report
-    vfi report a.json b.json --out report
-    vfi report *.json --out report --gate phase1     and is it good enough? exit code 1 if not
-    vfi report --ablation phase1                     the runs of an ablation by their validation, printed
+    vfi report a.json b.json speed.json --out report
+    vfi report *.json --out report --gate phase1       and is it good enough? exit code 1 if not
+    vfi report *.json --out report --ablation phase1   and the runs of an ablation by their validation
+    vfi report --ablation phase1                       these alone, printed
 
-Writes report.md and report.html: tables, training curves, pictures with a before/after slider, and how it was measured.
-Rows stand in one table only if they were measured on the same samples; every other set gets a table of its own.
+Writes report.md and report.html: tables, training curves, speed against quality, pictures with a before/after slider, and how
+it was measured. Rows stand in one table only if they were measured on the same samples; other sets get tables of their own.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import tyro
 
@@ -22,10 +24,13 @@ from vfi import gates
 from vfi.ablation import ablation_table
 from vfi.errors import JobError, clear_errors
 from vfi.presets import AblationName
-from vfi.published import published_cells
 from vfi.records import write_text
-from vfi.report_page import better_on, page, short_number
-from vfi.results import FRAME_AVERAGE, Group, ResultError, group_by_data, read_results
+from vfi.report_page import TITLE, Content, about, fact, page
+from vfi.report_tables import Table, from_markdown, gate_table, motion_table, published_table, results_table, speed_table
+from vfi.results import Group, ResultError, Results, group_by_data, read_results
+from vfi.speed_results import Speed, is_speed, read_speed
+
+RUNS = Path("runs")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,110 +38,122 @@ class Options:
     """Each field is a flag of the job."""
 
     results: tyro.conf.Positional[tuple[Path, ...]] = ()
-    """Files that `vfi benchmark` wrote; one or more."""
+    """Files that `vfi benchmark` wrote, with or without --speed; one or more."""
     out: Path | None = None
     """Folder for report.md and report.html."""
     ablation: AblationName | None = None
-    """Print the table of the experiments Exp-1…, Exp-2… or Exp-3… instead."""
-    output_dir: Path = Path("runs")
-    """Folder of the runs of --ablation."""
+    """Add the table of the experiments Exp-1…, Exp-2… or Exp-3…; without any files it is printed."""
+    output_dir: Path = RUNS
+    """Folder of the runs, for --ablation and --gate."""
     gate: gates.GateName | None = None
     """Also check the thresholds of a phase (vfi/gates.py); exit code 1 when one is not passed."""
 
 
 @clear_errors(ResultError)
 def main(argv: Sequence[str] | None = None) -> None:
-    """The job: read the results, write both files, say where they are."""
+    """The job: read the files, write the report, say where it is and what became of the gates."""
     options = tyro.cli(Options, prog="vfi report", description=__doc__, args=argv)
-    if options.ablation:
-        if options.results or options.out or options.gate:
-            raise JobError("--ablation prints a table of runs: leave results files, --out and --gate out")
+    if options.output_dir != RUNS and not (options.ablation or options.gate):
+        raise JobError("--output_dir has no effect without --ablation or --gate: leave it out")
+    if options.ablation and not options.results:
+        if options.out or options.gate:
+            raise JobError("--ablation prints a table of runs: leave --out and --gate out, or give files to report beside it")
         print(ablation_table(options.output_dir, options.ablation))
         return
-    if options.output_dir != Path("runs"):
-        raise JobError("--output_dir has no effect without --ablation: leave it out")
     if options.out is None:
         raise JobError("--out is missing: give a folder for report.md and report.html")
-    for path in report(options.results, options.out):
+    results, speeds = read(options.results)
+    found = list(results.values()), list(speeds.values()), options.output_dir
+    verdicts = gates.check(options.gate, *found) if options.gate else []
+    content = Content(
+        group_by_data(results),
+        speeds,
+        gate_table(options.gate, verdicts) if options.gate else None,
+        _ablation(options.output_dir, options.ablation) if options.ablation else None,
+    )
+    for path in write(content, options.out):
         print(path)
     if options.gate:
-        verdicts = gates.check(options.gate, [read_results(path) for path in options.results])
         print("\n".join(gates.lines(options.gate, verdicts)))
         if not all(verdict.passed for verdict in verdicts):
             sys.exit(1)
 
 
-def report(results: Sequence[Path], out: Path) -> tuple[Path, Path]:
+def report(files: Sequence[Path], out: Path) -> tuple[Path, Path]:
     """Write report.md and report.html into `out` and return their paths. Raises ResultError or JobError."""
-    if not results:
+    results, speeds = read(files)
+    return write(Content(group_by_data(results), speeds), out)
+
+
+def read(files: Sequence[Path]) -> tuple[dict[Path, Results], dict[Path, Speed]]:
+    """Results files and speed files, each once. Raises ResultError, or JobError where none is given."""
+    if not files:
         raise JobError("no results file was given: `vfi benchmark` writes one, then `vfi report results.json --out report`")
+    results: dict[Path, Results] = {}
+    speeds: dict[Path, Speed] = {}
+    for path in dict.fromkeys(files):
+        if is_speed(path):
+            speeds[path] = read_speed(path)
+        else:
+            results[path] = read_results(path)
+    return results, speeds
+
+
+def write(content: Content, out: Path) -> tuple[Path, Path]:
+    """Write report.md and report.html, or neither."""
     if out.exists() and not out.is_dir():
         raise JobError(f"--out {out} is a file: give a folder")
-    groups = group_by_data({path: read_results(path) for path in dict.fromkeys(results)})
-    texts = {out / "report.md": markdown(groups), out / "report.html": page(groups)}
+    texts = {out / "report.md": markdown(content), out / "report.html": page(content)}
     out.mkdir(parents=True, exist_ok=True)
     for path, text in texts.items():
         write_text(path, text)
     return out / "report.md", out / "report.html"
 
 
-def markdown(groups: Sequence[Group]) -> str:
-    """Tables and facts of all groups."""
-    return "\n".join(["# Video frame interpolation: results", *(line for group in groups for line in _section(group)), ""])
+def markdown(content: Content) -> str:
+    """Tables and facts of everything."""
+    lines = [f"# {TITLE}"]
+    lines += _section(content.gate) if content.gate else []
+    for group in content.groups:
+        lines += _group(group)
+    for number, (path, speed) in enumerate(content.speeds.items()):
+        lines += _section(speed_table(speed)) if not number else _table(speed_table(speed))
+        lines += _facts(path, speed.settings | speed.environment)
+    lines += _section(content.ablation) if content.ablation else []
+    return "\n".join([*lines, ""])
 
 
-def _section(group: Group) -> list[str]:
-    average = group.average
-    rows = [
-        (
-            FRAME_AVERAGE,
-            "",
-            "",
-            f"{average.psnr:.2f}",
-            f"{average.ssim:.4f}",
-            f"{average.ie:.2f}",
-            "",
-            "",
-            str(group.samples),
-            group.data,
-        )
-    ]
-    for entry in group.entries:
-        row = entry.row
-        rows.append(
-            (
-                entry.label,
-                short_number(row.parameters),
-                "" if row.step is None else str(row.step),
-                f"{row.psnr:.2f}",
-                f"{row.ssim:.4f}",
-                f"{row.ie:.2f}",
-                f"{row.psnr - average.psnr:+.2f}",
-                better_on(entry, group),
-                str(group.samples),
-                group.data,
-            )
-        )
-    lines = ["", f"## {_escape(group.data)}", ""]
-    lines.append(
-        "| model | parameters | step | PSNR dB | SSIM | IE | gain over frame average dB | better on | samples | data |"
-    )
-    lines.append("| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | --- |")
-    lines += ["| " + " | ".join(_escape(cell) for cell in row) + " |" for row in rows]
-    if published := published_cells(group.files[0][1].protocol.get("protocol", "")):
-        lines += [
-            "",
-            "Published, not measured here:",
-            "",
-            "| model | PSNR dB | SSIM | IE | |",
-            "| --- | ---: | ---: | ---: | --- |",
-        ]
-        lines += ["| " + " | ".join(map(_escape, row)) + " |" for row in published]
+def _ablation(output_dir: Path, ablation: AblationName) -> Table:
+    return from_markdown(f"Ablation {ablation}", ablation_table(output_dir, ablation))
+
+
+def _group(group: Group) -> list[str]:
+    """Everything that was measured on the same samples."""
+    lines = ["", f"## {_escape(group.data)}", "", _escape(about(group)), *_table(results_table(group))]
+    for title, table in (
+        ("Published, not measured here:", published_table(group)),
+        ("PSNR by how far things move:", motion_table(group)),
+    ):
+        lines += ["", title, *_table(table)] if table else []
     for path, results in group.files:
-        facts = {"index sha256": results.index_sha256} | results.protocol | results.environment
-        lines += ["", f"How `{_escape(str(path))}` was measured:", ""]
-        lines += [f"- {_escape(name)}: {_escape(value)}" for name, value in facts.items()]
+        lines += _facts(path, {"index sha256": results.index_sha256} | results.protocol | results.environment)
     return lines
+
+
+def _section(table: Table) -> list[str]:
+    return ["", f"## {_escape(table.label)}", *_table(table)]
+
+
+def _table(table: Table) -> list[str]:
+    rules = ["---" if words else "---:" for words in table.words]
+    rows = [[_escape(cell.text) for cell in row] for row in table.rows]
+    lines = ["| " + " | ".join(cells) + " |" for cells in ([_escape(head) for head in table.head], rules, *rows)]
+    return ["", *lines, *(["", _escape(" ".join(table.notes))] if table.notes else [])]
+
+
+def _facts(path: Path, facts: Mapping[str, Any]) -> list[str]:
+    lines = [f"- {_escape(name)}: {_escape(fact(value))}" for name, value in facts.items()]
+    return ["", f"How `{_escape(str(path))}` was measured:", "", *lines]
 
 
 def _escape(text: str) -> str:

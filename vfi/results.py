@@ -1,25 +1,32 @@
 """What is in a results.json? The contract between `vfi benchmark`, which writes it, and `vfi report`, which reads it.
 
-    results.json          one data set, one or more models, scored image by image; rows[0] is the frame average
+    results.json          one data set, one or more models, scored image by image; before them the two baselines
     results_pictures/     some of the frames as PNG, named in results.json relative to its folder
 
-Numbers are finite: PSNR in dB (at most 100), SSIM up to 1. Paths are as the benchmark was given them, except `run` and the
-pictures, which are relative to the folder of results.json, so that the whole can be moved.
+Numbers are finite: PSNR in dB (at most 100), SSIM up to 1; None is what was not measured. Paths are as the benchmark was given
+them, except `run` and the pictures, which are relative to the folder of results.json, so that the whole can be moved.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
+import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from vfi.errors import JobError
 from vfi.records import RecordError, from_object, write_text
 
 SCHEMA = "vfi-results"
-VERSION = 2
+VERSION = 3
 FRAME_AVERAGE = "frame average"
-"""Name of the row that every results file has: the mean of img0 and img1, which any model has to beat."""
+"""Name of the first row of every results file: the mean of img0 and img1, which any model has to beat."""
+NEAREST_FRAME = "nearest frame"
+"""Name of the second one: img0 up to timestep 0.5, img1 after it; what a player shows without interpolation."""
+BASELINES = (FRAME_AVERAGE, NEAREST_FRAME)
 ERROR_WHITE = 0.25
 """Mean absolute error over the colours, of colours in 0 … 1, that an error picture shows as white; 0 is black."""
 
@@ -38,13 +45,16 @@ class ImageScore:
     """Of the kind that the protocol names."""
     ie: float
     """Interpolation error, 0 … 255."""
+    psnr_moving: float | None = None
+    """PSNR of the pixels that move; None where none do."""
+    lpips: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One model, or the frame average. psnr, ssim, ie are means over the images.
+    """One model, or a baseline. Measures are means over the images that have them.
 
-    Fields about a run are None for a model of another repository, and all about a model for the frame average.
+    Fields about a run are None for a model of another repository, and all about a model for a baseline.
     """
 
     model: str
@@ -58,6 +68,12 @@ class Row:
     ssim: float
     ie: float
     images: tuple[ImageScore, ...]
+    psnr_moving: float | None = None
+    lpips: float | None = None
+    psnr_of_changes: float | None = None
+    """Temporal consistency: PSNR of the changes from frame to frame, for sets with several truths between two frames."""
+    macs: int | None = None
+    """Multiply-accumulates of one frame of the first sample's size, as vfi/profiling.py counts them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +90,8 @@ class Picture:
     average_error: str
     predictions: dict[str, str]  # model -> file
     errors: dict[str, str]  # model -> file
+    flows: dict[str, str] = dataclasses.field(default_factory=dict)
+    """Model -> file: flow from the timestep to the first frame as colours, of models that have flow."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,6 +106,24 @@ class Results:
     environment: dict[str, str]
     rows: tuple[Row, ...]
     pictures: tuple[Picture, ...]
+    motion: tuple[float, ...] = ()
+    """How far the frames of each image's sample move on average, in pixels between the inputs; empty: not estimated."""
+
+    @property
+    def models(self) -> tuple[Row, ...]:
+        """The rows of models."""
+        return self.rows[len(BASELINES) :]
+
+
+def check_output(out: Path, example: str) -> None:
+    """JobError for a path that no .json file can be written to."""
+    if out.is_dir():
+        raise JobError(f"--out {out} is a folder: give a file name, such as --out {out / example}")
+    if out.suffix != ".json":
+        raise JobError(f"--out {out} must end in .json")
+    for parent in out.parents:
+        if parent.exists() and not parent.is_dir():
+            raise JobError(f"--out {out}: {parent} is not a folder")
 
 
 def write_results(path: Path, results: Results) -> None:
@@ -118,8 +154,8 @@ def read_results(path: Path) -> Results:
         results: Results = from_object(Results, fields, str(path))
     except RecordError as error:
         raise ResultError(f"{error}: run `vfi benchmark` again") from error
-    if not results.rows or results.rows[0].model != FRAME_AVERAGE:
-        raise ResultError(f"{path} lacks the row {FRAME_AVERAGE!r}: run `vfi benchmark` again")
+    if tuple(row.model for row in results.rows[: len(BASELINES)]) != BASELINES:
+        raise ResultError(f"{path} lacks the rows {', '.join(map(repr, BASELINES))}: run `vfi benchmark` again")
     return results
 
 
@@ -151,6 +187,7 @@ class Group:
     data: str
     samples: int
     average: Row
+    nearest: Row
     entries: tuple[Entry, ...]
     files: tuple[tuple[Path, Results], ...]
 
@@ -176,11 +213,27 @@ def group_by_data(files: dict[Path, Results]) -> list[Group]:
     groups = []
     for members in together.values():
         first = members[0][1]
-        rows = [(row, path, results) for path, results in members for row in results.rows[1:]]
+        rows = [(row, path, results) for path, results in members for row in results.models]
         names = [row.model for row, _, _ in rows]
         entries = tuple(
             Entry(row.model if names.count(row.model) == 1 else f"{row.model} ({path})", row, path, results)
             for row, path, results in rows
         )
-        groups.append(Group(_title(first), first.samples, first.rows[0], entries, tuple(members)))
+        groups.append(Group(_title(first), first.samples, first.rows[0], first.rows[1], entries, tuple(members)))
     return groups
+
+
+QUARTERS = ("slowest quarter", "second", "third", "fastest quarter")
+
+
+def by_motion(row: Row, motion: Sequence[float]) -> list[tuple[float, float]]:
+    """PSNR by how far the frames move: (up to how many pixels, mean PSNR in dB) of each quarter of the images, slowest first.
+
+    Empty for fewer than four images, or where motion was not estimated.
+    """
+    if len(motion) < len(QUARTERS):
+        return []
+    order = sorted(range(len(motion)), key=motion.__getitem__)
+    edges = [round(len(order) * quarter / len(QUARTERS)) for quarter in range(len(QUARTERS) + 1)]
+    parts = [order[start:end] for start, end in itertools.pairwise(edges)]
+    return [(motion[part[-1]], statistics.mean(row.images[i].psnr for i in part)) for part in parts]

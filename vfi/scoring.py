@@ -11,13 +11,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vfi.errors import JobError
-from vfi.metrics import interpolation_error, psnr, ssim_matlab, ssim_skimage
+from vfi.metrics import interpolation_error, psnr, psnr_in, ssim_matlab, ssim_skimage
 from vfi.protocols import Prepare, Rules
 
 Ask = Callable[[Tensor, Tensor, Tensor], Tensor]
 """img0, img1 `[1, 3, H, W]` in [0, 1], timestep `[1]` -> imgt."""
 
 Step = Callable[[Tensor, Tensor, float], Tensor]
+Lpips = Callable[[Tensor, Tensor], Tensor]
+"""prediction, truth `[1, 3, H, W]` in [0, 1] -> `[1]`; vfi/lpips.py."""
 
 
 class Score(NamedTuple):
@@ -29,6 +31,9 @@ class Score(NamedTuple):
     """Of the kind that the rules name."""
     ie: float
     """Interpolation error, on 0 … 255."""
+    psnr_moving: float | None = None
+    """dB, of the pixels that move."""
+    lpips: float | None = None
 
 
 def prepare(frame: np.ndarray, how: Prepare, device: torch.device) -> Tensor:
@@ -84,8 +89,14 @@ def _bisect(step: Step, first: Tensor, last: Tensor, timesteps: Sequence[float])
     return [*_bisect(step, first, middle, half), middle, *_bisect(step, middle, last, half)]
 
 
-def score(prediction: Tensor, truth: Tensor, rules: Rules) -> Score:
-    """Compare two frames `[1, 3, H, W]` in [0, 1] by the rules."""
+def score(prediction: Tensor, truth: Tensor, rules: Rules, moving: Tensor | None = None, lpips: Lpips | None = None) -> Score:
+    """Compare two frames `[1, 3, H, W]` in [0, 1] by the rules; `moving` `[1, 1, H, W]` bool: the pixels that move."""
     seen = (prediction.float().clamp(0, 1) * 255).round() / 255 if rules.rounded else prediction
     similarity = ssim_matlab if rules.ssim == "ssim_matlab" else ssim_skimage
-    return Score(psnr(seen, truth).item(), similarity(seen, truth).item(), interpolation_error(prediction, truth).item())
+    return Score(
+        psnr(seen, truth).item(),
+        similarity(seen, truth).item(),
+        interpolation_error(prediction, truth).item(),
+        psnr_in(seen, truth, moving).item() if moving is not None and moving.any() else None,
+        lpips(seen, truth).item() if lpips else None,
+    )

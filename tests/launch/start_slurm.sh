@@ -2,7 +2,6 @@
 # A real Slurm on one machine, as root: nodes n1 (two pretended A100s) and n2 (two pretended H100s), partitions main and urgent.
 # May be run again at any time: it starts what does not run. `start_slurm.sh stop` ends all of it.
 set -euo pipefail
-export DEBIAN_FRONTEND=noninteractive
 [ "$(id -u)" = 0 ] || { echo "needs root: it installs packages, makes devices and names in /etc/hosts" >&2; exit 1; }
 
 if [ -e /etc/slurm/slurm.conf ] && ! grep -qs fakegpu /etc/slurm/gres.conf; then
@@ -15,9 +14,8 @@ if [ "${1:-}" = stop ]; then
   exit 0
 fi
 
-command -v slurmdbd >/dev/null && command -v slurmctld >/dev/null && command -v mariadbd >/dev/null || {
-  timeout 60 apt-get update -q; timeout 120 apt-get install -y -q --no-install-recommends slurm-wlm munge slurmdbd mariadb-server; } \
-  </dev/null >/dev/null
+command -v slurmdbd >/dev/null && command -v slurmctld >/dev/null && command -v mariadbd >/dev/null ||
+  bash "$(dirname "$0")/../apt_install.sh" slurm-wlm munge slurmdbd mariadb-server
 host=$(hostname -s)
 
 grep -qE '^127\.0\.0\.1 n1 n2$' /etc/hosts || echo '127.0.0.1 n1 n2' >> /etc/hosts  # the head node is called by its name

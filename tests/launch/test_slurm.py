@@ -237,7 +237,7 @@ def test_an_ablation_ends_in_one_report(ablation, runs, capsys):
 
 def test_a_benchmark_is_a_job(benchmark, runs):
     assert benchmark.end()["JobState"] == "COMPLETED"
-    assert read_results(runs / "results.json").rows[1].step == 10
+    assert read_results(runs / "results.json").models[0].step == 10
 
 
 def test_a_type_of_gpu_is_chosen_and_one_that_is_not_there_refused(start, fake, runs, capsys):

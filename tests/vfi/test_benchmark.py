@@ -2,6 +2,9 @@
 
 import hashlib
 import json
+import os
+import subprocess
+import sys
 import tarfile
 from pathlib import Path
 
@@ -13,10 +16,12 @@ from scipy import ndimage
 from skimage.metrics import peak_signal_noise_ratio
 
 from shards import synthetic
-from vfi import checkpoint, presets, weights
-from vfi.benchmark import error_map, main
+from vfi import checkpoint, presets, profiling, weights
+from vfi.benchmark import main
 from vfi.model.interpolator import FrameInterpolator
+from vfi.motion import estimate
 from vfi.records import to_json
+from vfi.result_pictures import error_map
 from vfi.results import read_results
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -80,12 +85,12 @@ def test_numbers_are_those_of_independent_code(data, runs, tmp_path, capsys) -> 
     _run("--model", runs / "first", runs / "second", "--data", data, "--out", out)
     results = read_results(out)
     frames = _frames(data)
-    assert [row.model for row in results.rows] == ["frame average", "first", "second"]
-    models = [None, *(weights.load_model(runs / name, torch.device("cpu"))[0] for name in ("first", "second"))]
+    assert [row.model for row in results.rows] == ["frame average", "nearest frame", "first", "second"]
+    models = [None, None, *(weights.load_model(runs / name, torch.device("cpu"))[0] for name in ("first", "second"))]
     for row, model in zip(results.rows, models, strict=True):
         assert [image.key for image in row.images] == list(frames)
         for image, (img0, truth, img1) in zip(row.images, frames.values(), strict=True):
-            prediction = (img0 + img1) / 2
+            prediction = img0 if row.model == "nearest frame" else (img0 + img1) / 2
             if model is not None:
                 inputs = [torch.from_numpy(i).float().permute(2, 0, 1)[None] for i in (img0, img1)]
                 with torch.no_grad():
@@ -94,7 +99,7 @@ def test_numbers_are_those_of_independent_code(data, runs, tmp_path, capsys) -> 
             assert image.ssim == pytest.approx(_ssim(prediction, truth), abs=1e-5)
         assert row.psnr == pytest.approx(np.mean([image.psnr for image in row.images]))
         assert row.ssim == pytest.approx(np.mean([image.ssim for image in row.images]))
-    assert len({row.psnr for row in results.rows}) == 3
+    assert len({row.psnr for row in results.rows}) == 4
     printed = capsys.readouterr().out
     for row in results.rows:
         assert f"{row.psnr:.3f}" in printed
@@ -104,8 +109,11 @@ def test_what_results_say_about_model_and_data(data, runs, tmp_path) -> None:
     out = tmp_path / "results.json"
     _run("--model", runs / "first", "--data", data, "--out", out, "--limit", 2)
     results = read_results(out)
-    row = results.rows[1]
+    (row,) = results.models
     assert (row.step, row.preset, row.phase) == (7, "tiny", 1)
+    counted = profiling.count(FrameInterpolator(presets.tiny().model).eval(), 1, (40, 52), torch.float32)
+    assert row.macs == sum(counted.macs.values()) > 1e6
+    assert [other.macs for other in results.rows[:2]] == [None, None]
     assert row.parameters == sum(p.numel() for p in FrameInterpolator(presets.tiny().model).parameters())
     assert (out.parent / row.run).resolve() == (runs / "first").resolve()
     assert results.index_sha256 == hashlib.sha256((data / "index.json").read_bytes()).hexdigest()
@@ -124,22 +132,22 @@ def test_bf16_is_done_and_stated(data, runs, tmp_path) -> None:
     full, half = (read_results(tmp_path / f"{precision}.json") for precision in ("fp32", "bf16"))
     assert half.environment["precision"] == "bf16 autocast"
     assert half.rows[0].psnr == full.rows[0].psnr
-    assert half.rows[1].psnr != full.rows[1].psnr
-    assert half.rows[1].psnr == pytest.approx(full.rows[1].psnr, abs=0.3)
+    assert half.models[0].psnr != full.models[0].psnr
+    assert half.models[0].psnr == pytest.approx(full.models[0].psnr, abs=0.3)
 
 
 def test_two_checkpoints_of_a_run_get_names_of_their_own(data, runs, tmp_path) -> None:
     old = runs / "first" / "checkpoints" / "step_00000003"
     out = tmp_path / "results.json"
     _run("--model", runs / "first", old / "model.safetensors", "--data", data, "--out", out, "--limit", 1)
-    assert [row.model for row in read_results(out).rows[1:]] == ["first@7", "first@3"]
+    assert [row.model for row in read_results(out).models] == ["first@7", "first@3"]
 
 
 def test_pictures_span_worst_to_best_and_are_the_frames(data, runs, tmp_path) -> None:
     out = tmp_path / "results.json"
     _run("--model", runs / "first", "--data", data, "--out", out, "--pictures", 3)
     results = read_results(out)
-    gains = {a.key: b.psnr - a.psnr for a, b in zip(results.rows[0].images, results.rows[1].images, strict=True)}
+    gains = {a.key: b.psnr - a.psnr for a, b in zip(results.rows[0].images, results.models[0].images, strict=True)}
     by_gain = sorted(gains, key=gains.__getitem__)
     assert [picture.key for picture in results.pictures] == [by_gain[0], by_gain[2], by_gain[4]]
     assert [picture.rank for picture in results.pictures] == [1, 3, 5]
@@ -150,7 +158,7 @@ def test_pictures_span_worst_to_best_and_are_the_frames(data, runs, tmp_path) ->
             np.testing.assert_array_equal(shown[name], np.rint(frame * 255))
         np.testing.assert_allclose(shown["average"], (shown["img0"] + shown["img1"]) / 2, atol=0.51)
         prediction = _png(tmp_path / picture.predictions["first"])
-        score = next(image.psnr for image in results.rows[1].images if image.key == picture.key)
+        score = next(image.psnr for image in results.models[0].images if image.key == picture.key)
         assert peak_signal_noise_ratio(shown["truth"], prediction, data_range=255) == pytest.approx(score, abs=0.1)
         assert _png(tmp_path / picture.errors["first"]).any()
     assert len(list((tmp_path / "results_pictures").iterdir())) == 3 * 7
@@ -257,7 +265,7 @@ def test_results_hold_plain_json(data, runs, tmp_path) -> None:
     _run("--model", runs / "second", "--data", data, "--out", out, "--limit", 1, "--pictures", 0)
     content = json.loads(out.read_text(), parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
     assert content["schema"] == "vfi-results"
-    assert content["version"] == 2
+    assert content["version"] == 3
 
 
 @pytest.mark.parametrize(("scale", "message"), [(0.5, "is of phase 1, without flow"), (0.3, "choose from 1.0, 0.5, 0.25")])
@@ -283,5 +291,90 @@ def test_scale_reaches_the_model(tmp_path, data):
         _run("--model", tmp_path / "runs" / "moving", "--data", data, "--out", out, "--scale", scale, "--pictures", 0)
         results = read_results(out)
         assert results.protocol["flow scale"] == str(float(scale))
-        found[scale] = results.rows[1].psnr
+        found[scale] = results.models[0].psnr
     assert abs(found[1] - found[0.5]) > 1e-3
+
+
+def test_motion_is_estimated_and_what_moves_is_scored_apart(data, runs, tmp_path):
+    out = tmp_path / "results.json"
+    _run("--model", runs / "first", "--data", data, "--out", out, "--pictures", 0)
+    results = read_results(out)
+    frames = _frames(data)
+    assert len(results.motion) == SAMPLES
+    for number, (img0, truth, img1) in enumerate(frames.values()):
+        first, last = (torch.from_numpy(image).float().permute(2, 0, 1)[None] for image in (img0, img1))
+        motion = estimate(first, last)
+        assert results.motion[number] == pytest.approx(motion.length, rel=1e-4)
+        moving = motion.moving[0, 0].numpy()
+        error = ((img0 + img1) / 2 - truth)[moving]
+        expected = -10 * np.log10(np.mean(error**2)) if moving.any() else None
+        assert results.rows[0].images[number].psnr_moving == (None if expected is None else pytest.approx(expected, abs=1e-3))
+    known = [image.psnr_moving for image in results.rows[0].images if image.psnr_moving is not None]
+    assert results.rows[0].psnr_moving == pytest.approx(np.mean(known))
+    _run("--model", runs / "first", "--data", data, "--out", out, "--pictures", 0, "--no-motion")
+    without = read_results(out)
+    assert without.motion == ()
+    assert {row.psnr_moving for row in without.rows} == {None}
+    assert [row.psnr for row in without.rows] == [row.psnr for row in results.rows]
+
+
+def test_lpips_is_measured_where_its_weights_are(data, runs, tmp_path, capsys):
+    out = tmp_path / "results.json"
+    flags = ("--model", runs / "first", "--data", data, "--out", out, "--pictures", 0, "--limit", 1)
+    _run(*flags)
+    assert read_results(out).protocol["LPIPS"] == "not measured: --lpips FOLDER names its weights"
+    assert "alexnet-owt-7be5be79.pth" in _refusal(capsys, *flags, "--lpips", tmp_path)
+
+
+COUNTING = """
+from pathlib import Path
+CALLS = Path({calls!r})
+STOP = Path({stop!r})
+
+def counted(device):
+    def interpolate(img0, img1, timestep, scale):
+        with CALLS.open("a") as file:
+            file.write("x")
+        if STOP.exists() and len(CALLS.read_text()) > 3:
+            raise KeyboardInterrupt
+        return img0 * 0.3 + img1 * 0.7
+    return interpolate
+"""
+
+
+def test_a_benchmark_that_was_stopped_goes_on(data, runs, tmp_path, monkeypatch):
+    calls, stop = tmp_path / "calls", tmp_path / "stop"
+    (tmp_path / "counting_models.py").write_text(COUNTING.format(calls=str(calls), stop=str(stop)))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", [*sys.path])
+    flags = ("--model", "counting_models:counted", runs / "first", "--data", data, "--pictures", 0)
+    stop.touch()
+    with pytest.raises(SystemExit) as stopped:
+        _run(*flags, "--out", tmp_path / "r.json")
+    assert stopped.value.code == 130
+    assert (tmp_path / "r_unfinished").is_dir()
+    assert not (tmp_path / "r.json").exists()
+    stop.unlink()
+    calls.unlink()
+    _run(*flags, "--out", tmp_path / "r.json")
+    assert len(calls.read_text()) == SAMPLES - 3
+    assert not (tmp_path / "r_unfinished").exists()
+    _run(*flags, "--out", tmp_path / "whole.json")
+    again, whole = (read_results(tmp_path / name) for name in ("r.json", "whole.json"))
+    assert (again.rows, again.motion) == (whole.rows, whole.motion)
+
+
+def test_several_processes_find_what_one_finds(data, runs, tmp_path):
+    flags = ["--model", runs / "first", "--data", data, "--pictures", 2, "--device", "cpu", "--workers", 0]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "vfi.benchmark"]
+    command = [str(part) for part in (*launch, *flags, "--out", tmp_path / "two.json")]
+    ended = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120, check=False)
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.count("results:") == 1
+    _run(*flags, "--out", tmp_path / "one.json")
+    two, one = (read_results(tmp_path / name) for name in ("two.json", "one.json"))
+    assert two.environment["processes"] == "2"
+    assert (two.rows, two.motion) == (one.rows, one.motion)
+    assert [picture.key for picture in two.pictures] == [picture.key for picture in one.pictures]
+    assert not (tmp_path / "two_unfinished").exists()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -94,7 +96,7 @@ def test_profile_and_tta_change_the_numbers_and_are_said(model, published, tmp_p
     for name, flags in {"usual": (), "amt": ("--profile", "amt"), "turned": ("--tta",)}.items():
         run("--model", model, "--data", published, "--out", tmp_path / f"{name}.json", *UCF, *flags)
         results = read_results(tmp_path / f"{name}.json")
-        found[name] = results.rows[1].psnr
+        found[name] = results.models[0].psnr
         assert results.protocol["profile"] == ("amt" if name == "amt" else "vfimamba")
         assert (results.protocol["TTA"] == "none") == (name != "turned")
     assert len(set(found.values())) == 3
@@ -110,11 +112,11 @@ def test_several_frames_of_a_sample_are_images_of_their_own(model, tmp_path):
         run("--model", model, "--data", tmp_path / "X4K", "--out", tmp_path / f"{profile}.json", "--protocol", "xtest_4k",
             "--profile", profile, "--allow_partial")  # fmt: skip
     found = {profile: read_results(tmp_path / f"{profile}.json") for profile in ("vfimamba", "ema")}
-    keys = [image.key for image in found["ema"].rows[1].images]
+    keys = [image.key for image in found["ema"].models[0].images]
     assert keys == [f"{keys[0].partition('@')[0]}@{truth}" for truth in range(1, 8)]
-    middle = {profile: results.rows[1].images[3] for profile, results in found.items()}
+    middle = {profile: results.models[0].images[3] for profile, results in found.items()}
     assert middle["ema"] == middle["vfimamba"]  # the first step of bisecting
-    assert found["ema"].rows[1].images[0] != found["vfimamba"].rows[1].images[0]
+    assert found["ema"].models[0].images[0] != found["vfimamba"].models[0].images[0]
     assert found["ema"].protocol["flow scale"] == "0.25"
     shards = tmp_path / "shards"
     x4k1000fps.make(x4k1000fps.Options(src=tmp_path / "X4K", out=shards, split="test"))
@@ -185,16 +187,16 @@ def test_a_model_of_another_repository_is_measured_in_the_same_way(model, publis
     flags = ("--data", published, "--out", tmp_path / "r.json", *UCF)
     run("--model", "other_models:later", model, *flags)
     results = read_results(tmp_path / "r.json")
-    row = results.rows[1]
+    row = results.models[0]
     assert (row.model, row.path, row.parameters, row.run, row.step) == ("other_models:later",) * 2 + (7, None, None)
     frames = [photograph(2 * number).astype(np.float64) for number in range(3)]
     expected = np.round(frames[0] * 0.25 + frames[2] * 0.75)
     assert row.images[0].psnr == pytest.approx(peak_signal_noise_ratio(frames[1], expected, data_range=255), abs=0.02)
     report([tmp_path / "r.json"], tmp_path / "report")
     text, page = ((tmp_path / "report" / name).read_text() for name in ("report.md", "report.html"))
-    assert "| other\\_models:later | 7 |  |" in text
-    assert "| EMA-VFI | 35.48 | 0.9701 |  | TTA |" in text
-    assert "<td>EMA-VFI</td><td>35.48</td><td>0.9701</td><td></td><td>TTA</td>" in page
+    assert re.search(r"\| other\\_models:later \| .*\| 7 \|", text)
+    assert re.search(r"\| EMA-VFI \| 35.48 \| 0.9701 \|.*TTA", text)
+    assert re.search(r">EMA-VFI</td>.*35.48</td>.*0.9701</td>.*TTA</td>", page)
     assert "ucf101, profile vfimamba" in text
     for name, words in {
         "other_models:bytes_of": "gave [1, 3, 40, 56] torch.uint8 for frames [1, 3, 40, 56]: expected floats of the same shape",
@@ -203,3 +205,41 @@ def test_a_model_of_another_repository_is_measured_in_the_same_way(model, publis
         "no_such_module:f": "No module named 'no_such_module'; start the job in the adapter's folder",
     }.items():
         assert words in refused(capsys, "--model", name, *flags)
+
+
+def test_all_protocols_that_are_found_are_measured_and_the_others_named(model, published, tmp_path, capsys):
+    root = tmp_path / "sets"
+    (root / "a").mkdir(parents=True)
+    (root / "a" / "ucf").symlink_to(published)
+    clip = root / "X4K" / "test" / "Type1" / "TEST01"
+    clip.mkdir(parents=True)
+    for number in range(33):
+        Image.fromarray(photograph(number, 64, 96)).save(clip / f"{number:04d}.png")
+    broken = root / "middlebury" / "other-gt-interp" / "Beanbags"
+    broken.mkdir(parents=True)
+    Image.fromarray(photograph(0)).save(broken / "frame10i11.png")
+    flags = ("--model", model, "--protocol", "all", "--data_root", root, "--out", tmp_path / "results", "--allow_partial")
+    with pytest.raises(SystemExit) as ended:
+        run(*flags, "--no-motion")
+    assert ended.value.code == 1  # Middlebury is there and lacks files
+    printed = capsys.readouterr().out
+    found = ["ucf101", "xtest_2k", "xtest_4k", "xtest_l_2k", "xtest_l_4k"]
+    assert sorted(path.stem for path in (tmp_path / "results").glob("*.json")) == found
+    for name in found:
+        assert f"{name}: {tmp_path / 'results' / name}.json" in printed
+        assert read_results(tmp_path / "results" / f"{name}.json").protocol["protocol"] == name
+    assert "middlebury: NOT MEASURED: " in printed
+    assert "other-data" in printed
+    for name in ("vimeo90k", "snu_film_hard", "xiph_4k"):
+        assert f"{name}: not there" in printed
+    several, one = (read_results(tmp_path / "results" / f"{name}.json") for name in ("xtest_4k", "xtest_l_4k"))
+    assert all(row.psnr_of_changes is not None for row in several.rows)
+    assert {row.psnr_of_changes for row in one.rows} == {None}
+    shutil.rmtree(broken.parent)
+    run(*flags, "--no-motion", "--profile", "rife")
+    assert "xtest_4k: no profile rife" in capsys.readouterr().out
+    assert "take --data_root" in refused(capsys, *flags[:4], "--out", tmp_path / "x").replace("takes", "take")
+    assert "hold none of vimeo90k" in refused(capsys, *flags[:5], tmp_path / "results", "--out", tmp_path / "x")
+    assert "give a folder" in refused(capsys, *flags[:6], "--out", tmp_path / "x.json")
+    assert "is for --protocol all" in refused(capsys, "--model", model, "--data_root", root, "--out", tmp_path / "x.json")
+    assert "--data is missing" in refused(capsys, "--model", model, "--out", tmp_path / "x.json")

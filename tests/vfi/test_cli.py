@@ -8,7 +8,7 @@ import pytest
 from vfi import demo
 from vfi.cli import JOBS, main
 from vfi.errors import JobError, clear_errors, message_of
-from vfi.results import FRAME_AVERAGE, Results, Row, read_results
+from vfi.results import BASELINES, Results, Row, read_results
 
 
 def test_help_lists_every_job_and_loads_none() -> None:
@@ -91,7 +91,7 @@ def test_the_message_of_a_loader_process_is_its_last_line() -> None:
 
 
 def _results(gain: float) -> Results:
-    rows = [Row(FRAME_AVERAGE, None, None, None, None, None, None, 30.0, 0.9, 1.0, ())]
+    rows = [Row(name, None, None, None, None, None, None, 30.0, 0.9, 1.0, ()) for name in BASELINES]
     rows.append(Row("tiny", "runs/tiny", "runs/tiny", 9, 1, "tiny", 1, 30.0 + gain, 0.91, 1.0, ()))
     return Results("val", "0", 0, 0, {}, {}, tuple(rows), ())
 
@@ -138,6 +138,6 @@ def test_the_demo_runs_through_and_again(tmp_path, monkeypatch, capfd) -> None:
         assert "$ vfi train --preset tiny" in shown
         assert "less than the 3 dB" in shown
         results = read_results(out / "results.json")
-        assert (results.rows[1].step, results.samples) == (steps, 4)
+        assert (results.models[0].step, results.samples) == (steps, 4)
         for name in ("report/report.html", "report/report.md", "clip.mp4", "runs/tiny/metrics.jsonl"):
             assert (out / name).stat().st_size > 0

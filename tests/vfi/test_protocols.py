@@ -127,7 +127,7 @@ def test_scores_are_those_by_hand(name, profile, tta):
     (found,) = predict_between(uneven, images[0], images[-1], [0.5], rules, tta)
     by_numpy = expected(frames, rules, tta)
     np.testing.assert_allclose(found[0].permute(1, 2, 0).numpy(), by_numpy, atol=1e-6)
-    psnr, ssim, ie = score(found, images[1], rules)
+    psnr, ssim, ie, *_ = score(found, images[1], rules)
     whole = np.round(by_numpy.clip(0, 1).astype(np.float64) * 255)
     seen, truth = (whole / 255 if rules.rounded else by_numpy.astype(np.float64)), frames[1] / 255
     assert psnr == pytest.approx(-10 * math.log10(((seen - truth) ** 2).mean()), abs=1e-4)

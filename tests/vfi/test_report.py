@@ -8,15 +8,18 @@ import re
 from html.parser import HTMLParser
 from pathlib import Path
 
+import made_results as made
 import numpy as np
 import pytest
 from PIL import Image
 
-from vfi.charts import Series, line_chart, log_ticks, nice_ticks, scatter_chart, thin
+from vfi import report
+from vfi.charts import Series, labelled_chart, line_chart, log_ticks, nice_ticks, scatter_chart, thin
 from vfi.report import main
-from vfi.results import FRAME_AVERAGE, ImageScore, Picture, ResultError, Results, Row, read_results, write_results
+from vfi.results import BASELINES, FRAME_AVERAGE, NEAREST_FRAME, ImageScore, ResultError, Results, read_results, write_results
+from vfi.speed_results import Speed, write_speed
 
-VOID = {"meta", "img", "input", "br", "link", "hr"}  # elements of HTML that have no end
+VOID = {"meta", "img", "input", "br", "link", "hr", "wbr"}  # elements of HTML that have no end
 
 
 class _Page(HTMLParser):
@@ -59,34 +62,14 @@ class _Page(HTMLParser):
         return [attrs for name, attrs in self.elements if name == tag and kind in ["", *attrs.get("class", "").split(" ")]]
 
 
-def _row(model: str, values: list[tuple[float, float]], run: str | None = None) -> Row:
-    images = tuple(ImageScore(f"sample-{i}", psnr, ssim, 100 - psnr) for i, (psnr, ssim) in enumerate(values))
-    mean = [float(np.mean(column)) for column in zip(*values, strict=True)]
-    if model == FRAME_AVERAGE:
-        return Row(model, None, None, None, None, None, None, mean[0], mean[1], 100 - mean[0], images)
-    return Row(
-        model, f"runs/{model}", run or f"runs/{model}", 1200, 1_330_000, "tiny", 1, mean[0], mean[1], 100 - mean[0], images
-    )
-
-
-AVERAGE = [(30.0, 0.9), (32.0, 0.92), (28.0, 0.85)]
-BETTER = [(33.5, 0.95), (34.5, 0.96), (27.5, 0.84)]
-
-
-def _results(model: str = "tiny", sha: str = "a" * 64, data: str = "shards/val", **changes) -> Results:
-    rows = (_row(FRAME_AVERAGE, AVERAGE), _row(model, BETTER))
-    environment = {"precision": "fp32", "created": "2026-01-02T03:04:05+00:00", "device": "CPU"}
-    return dataclasses.replace(
-        Results(data, sha, 3, 3, {"protocol": "shards", "codec": "png"}, environment, rows, ()), **changes
-    )
-
-
-def _report(tmp_path: Path, *results: Results) -> tuple[str, _Page]:
+def _report(tmp_path: Path, *contents: Results | Speed, flags: tuple[str, ...] = ()) -> tuple[str, _Page]:
+    """Markdown and page of these files and flags."""
     paths = []
-    for number, content in enumerate(results):
-        paths.append(tmp_path / f"results{number}.json")
-        write_results(paths[-1], content)
-    main([*map(str, paths), "--out", str(tmp_path / "report")])
+    for number, content in enumerate(contents):
+        kind = "speed" if isinstance(content, Speed) else "results"
+        paths.append(tmp_path / f"{kind}{number}.json")
+        write_speed(paths[-1], content) if isinstance(content, Speed) else write_results(paths[-1], content)
+    main([*map(str, paths), "--out", str(tmp_path / "report"), *flags])
     text = (tmp_path / "report" / "report.html").read_text(encoding="utf-8")
     return (tmp_path / "report" / "report.md").read_text(encoding="utf-8"), _Page(text)
 
@@ -102,58 +85,110 @@ def _markdown_tables(text: str) -> list[list[list[str]]]:
 
 
 def test_what_is_written_is_read_back(tmp_path) -> None:
-    results = _results()
+    results = made.results()
     write_results(tmp_path / "r.json", results)
     assert read_results(tmp_path / "r.json") == results
     assert [path.name for path in tmp_path.iterdir()] == ["r.json"]
 
 
-def test_tables_hold_the_numbers(tmp_path) -> None:
-    text, page = _report(tmp_path, _results())
-    (table,) = _markdown_tables(text)
-    assert table[2] == ["frame average", "", "", "30.00", "0.8900", "70.00", "", "", "3", "shards/val"]
-    assert table[3] == ["tiny", "1.33 M", "1200", "31.83", "0.9167", "68.17", "+1.83", "2 / 3", "3", "shards/val"]
+HEAD = ["Model", "PSNR dB", "Gain dB", "SSIM", "IE ↓", "Better on", "Parameters", "Step", "Precision"]
+
+
+def test_both_outputs_hold_the_same_numbers(tmp_path) -> None:
+    text, page = _report(tmp_path, made.results())
+    (table,), (shown,) = _markdown_tables(text), page.rows
+    assert table[0] == shown[0] == HEAD
+    assert table[2:] == shown[1:]
+    assert shown[1:] == [
+        ["frame average", "30.00", "", "0.8900", "70.00", "", "", "", ""],
+        ["nearest frame", "29.17", "−0.83", "0.8533", "70.83", "1 / 3", "", "", ""],
+        ["tiny", "31.83", "+1.83", "0.9167", "68.17", "2 / 3", "1.33 M", "1,200", "fp32"],
+    ]
     assert "- codec: png" in text
-    (shown,) = page.rows
-    assert shown[1] == ["frame average", "30.00", "", "0.8900", "", "", "", ""]
-    assert shown[2] == ["tiny", "31.83", "+1.83", "0.9167", "2 / 3", "1.33 M", "1,200", "fp32"]
+    assert "\n3 samples, png\n" in text
+    assert any("3 samples, png" in piece for piece in page.texts)
+    assert [attrs.get("class") for tag, attrs in page.elements if tag == "tr"] == [None, "baseline", "baseline", None]
+
+
+def test_measures_that_only_some_rows_have_get_their_columns(tmp_path) -> None:
+    average, nearest, tiny = made.results().rows
+    tiny = dataclasses.replace(tiny, ie=1.0)
+    average = dataclasses.replace(average, lpips=0.1234, psnr_moving=21.0)
+    tiny = dataclasses.replace(tiny, lpips=0.05, macs=1_234_000_000_000, psnr_of_changes=33.333)
+    text, page = _report(tmp_path, made.results(rows=(average, nearest, tiny)), made.results("worse"))
+    (table,), shown = _markdown_tables(text), page.rows[0]
+    assert table[0] == shown[0] == [*HEAD[:5], "LPIPS ↓", "PSNR moving", "PSNR of changes", *HEAD[5:7], "MACs", *HEAD[7:]]
+    assert [line[5:8] + line[10:11] for line in shown[1:]] == [
+        ["0.1234", "21.00", "", ""], ["", "", "", ""], ["0.0500", "", "33.33", "1.23 T"], ["", "", "", ""],
+    ]  # fmt: skip
+    assert "LPIPS: lower is better" in text
+    best = [attrs for tag, attrs in page.elements if tag == "td" and attrs.get("class") == "best"]
+    assert len(best) == 2 + 2 + 1  # PSNR and SSIM of both models, which are equal, and one IE; one LPIPS is no best
+
+
+def test_psnr_by_motion(tmp_path) -> None:
+    values = {FRAME_AVERAGE: 30.0, NEAREST_FRAME: 29.0, "tiny": 33.0}
+    rows = tuple(made.row(name, [(psnr + image, 0.9) for image in range(4)]) for name, psnr in values.items())
+    text, page = _report(tmp_path, made.results(rows=rows, samples=4, available=4, motion=(3.0, 0.5, 12.345, 1.0)))
+    table, shown = _markdown_tables(text)[1], page.rows[1]
+    assert table[0] == shown[0] == [
+        "Model", "slowest quarter: up to 0.5 px", "second: up to 1 px", "third: up to 3 px", "fastest quarter: up to 12.3 px",
+    ]  # fmt: skip
+    assert table[2:] == shown[1:]
+    assert shown[1] == ["frame average", "31.00", "33.00", "30.00", "32.00"]
+    assert [line[0] for line in shown[1:]] == list(values)
+
+
+def test_without_motion_there_is_no_such_table(tmp_path) -> None:
+    text, page = _report(tmp_path, made.results(motion=(1.0, 2.0, 3.0)))  # fewer images than quarters
+    assert len(page.rows) == 1
+    assert "how far things move" not in text
 
 
 def test_other_samples_get_a_table_of_their_own(tmp_path) -> None:
-    same_set_but_fewer = _results("c", samples=2, rows=(_row(FRAME_AVERAGE, AVERAGE[:2]), _row("c", BETTER[:2])))
+    same_set_but_fewer = made.results(
+        "c",
+        samples=2,
+        rows=tuple(
+            made.row(name, values[:2])
+            for name, values in ((FRAME_AVERAGE, made.AVERAGE), (NEAREST_FRAME, made.NEAREST), ("c", made.BETTER))
+        ),
+    )
     text, page = _report(
-        tmp_path, _results("a"), _results("b", sha="b" * 64, data="shards/other"), _results("d"), same_set_but_fewer
+        tmp_path, made.results("a"), made.results("b", sha="b" * 64, data="shards/other"), made.results("d"), same_set_but_fewer
     )
     for tables in (_markdown_tables(text), page.rows):
-        models = [[row[0] for row in table if row[0] not in ("model", "Model", "---")] for table in tables]
-        assert models == [["frame average", "a", "d"], ["frame average", "b"], ["frame average", "c"]]
+        models = [[row[0] for row in table if row[0] not in ("Model", "---")] for table in tables]
+        assert models == [[*BASELINES, "a", "d"], [*BASELINES, "b"], [*BASELINES, "c"]]
 
 
 def test_models_of_one_name_are_told_apart_and_a_file_given_twice_counts_once(tmp_path) -> None:
-    _, page = _report(tmp_path, _results("tiny"), _results("tiny"))
-    names = [row[0] for row in page.rows[0][2:]]
+    _, page = _report(tmp_path, made.results("tiny"), made.results("tiny"))
+    names = [row[0] for row in page.rows[0][3:]]
     assert names == [f"tiny ({tmp_path / 'results0.json'})", f"tiny ({tmp_path / 'results1.json'})"]
     path = str(tmp_path / "results0.json")
     main([path, path, "--out", str(tmp_path / "twice")])
-    assert len(_markdown_tables((tmp_path / "twice" / "report.md").read_text())[0]) == 4
+    assert len(_markdown_tables((tmp_path / "twice" / "report.md").read_text())[0]) == 5
 
 
 def test_everything_from_files_is_escaped(tmp_path) -> None:
     evil = '"><script>alert(1)</script><img src=x onerror=alert(2)>'
-    results = _results(evil, data=evil, protocol={evil: evil}, environment={evil: evil})
+    results = made.results(evil, data=evil, protocol={evil: evil}, environment={evil: evil})
     run = tmp_path / "runs" / "evil"
     run.mkdir(parents=True)
     (run / "config.json").write_text(json.dumps({"x": evil}))
     rows = tuple(dataclasses.replace(row, images=tuple(_evil(i, evil) for i in row.images)) for row in results.rows)
-    rows = (rows[0], dataclasses.replace(rows[1], run="runs/evil"))
-    text, page = _report(tmp_path, dataclasses.replace(results, rows=rows))
+    rows = (*rows[:2], dataclasses.replace(rows[2], run="runs/evil"))
+    speed_rows = made.speed_row(evil, 1.0, evil, path=f"runs/{evil}"), made.speed_row(evil, 2.0, precision=evil)
+    speed = dataclasses.replace(made.speed(*speed_rows, device=evil), settings={evil: {evil: [evil]}})
+    text, page = _report(tmp_path, dataclasses.replace(results, rows=rows), speed)
     assert len(page.all("script")) == 1
     assert page.all("img") == []
     assert not any("onerror" in attrs for _, attrs in page.elements)
-    assert page.rows[0][2][0] == evil
+    assert page.rows[0][3][0] == evil
     assert any(evil in piece for piece in page.texts)
-    (table,) = _markdown_tables(text)
-    assert len({len(row) for row in table}) == 1
+    assert [len({len(row) for row in table}) for table in _markdown_tables(text)] == [1, 1]
+    assert page.rows[1][1][:2] == [evil, evil]
     assert "<script" not in text.replace("\\<", "")
 
 
@@ -161,20 +196,8 @@ def _evil(image: ImageScore, evil: str) -> ImageScore:
     return dataclasses.replace(image, key=evil + image.key)
 
 
-def _with_picture(folder: Path, size: tuple[int, int], model: str = "tiny") -> Results:
-    rng = np.random.default_rng(0)
-    names = ("img0", "img1", "truth", "average", "average_error", "model0", "error0")
-    (folder / "pictures").mkdir(exist_ok=True)
-    for name in names:
-        Image.fromarray(rng.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)).save(folder / f"pictures/{name}.png")
-    file = {name: f"pictures/{name}.png" for name in names}
-    frames = [file[name] for name in names[:5]]
-    picture = Picture("sample-1", 2, 3, *frames, predictions={model: file["model0"]}, errors={model: file["error0"]})
-    return _results(model, pictures=(picture,))
-
-
 def test_the_page_needs_nothing_beside_it(tmp_path) -> None:
-    _, page = _report(tmp_path, _with_picture(tmp_path, (40, 32)))
+    _, page = _report(tmp_path, made.with_picture(tmp_path, (40, 32)))
     for tag, attrs in page.elements:
         assert tag not in ("link", "iframe", "object")
         assert attrs.get("src", "data:").startswith("data:"), attrs
@@ -187,7 +210,7 @@ def test_the_page_needs_nothing_beside_it(tmp_path) -> None:
 
 
 def test_a_sample_has_a_slider_that_works_by_keyboard(tmp_path) -> None:
-    _, page = _report(tmp_path, _with_picture(tmp_path, (40, 32)))
+    _, page = _report(tmp_path, made.with_picture(tmp_path, (40, 32)))
     (slider,) = page.all("input")
     assert slider["type"] == "range"
     assert slider["aria-label"]
@@ -197,15 +220,24 @@ def test_a_sample_has_a_slider_that_works_by_keyboard(tmp_path) -> None:
     assert "+2.50 dB" in page.texts  # 34.5 − 32.0
 
 
+def test_flow_is_among_the_pictures(tmp_path) -> None:
+    _, page = _report(tmp_path, made.with_picture(tmp_path, (40, 32), flow=True))
+    pictures = [img for img in page.all("img") if "src" in img]
+    assert pictures[-1]["alt"] == "flow of sample sample-1"
+    assert base64.b64decode(pictures[-1]["src"].partition(",")[2]) == (tmp_path / "pictures/flow0.png").read_bytes()
+    assert [text for text in page.texts if text == "flow"] == ["flow"] * 3  # below the picture, and in both selections
+    assert any("Flow leads from" in text for text in page.texts)
+
+
 def test_large_pictures_are_shrunk(tmp_path) -> None:
-    _, page = _report(tmp_path, _with_picture(tmp_path, (1400, 700)))
+    _, page = _report(tmp_path, made.with_picture(tmp_path, (1400, 700)))
     source = next(img["src"] for img in page.all("img") if "src" in img)
     assert source.startswith("data:image/jpeg;base64,")
     assert Image.open(io.BytesIO(base64.b64decode(source.partition(",")[2]))).size == (640, 320)
 
 
 def test_a_missing_picture_is_an_error(tmp_path, capsys) -> None:
-    results = _with_picture(tmp_path, (40, 32))
+    results = made.with_picture(tmp_path, (40, 32))
     (tmp_path / "pictures" / "truth.png").unlink()
     write_results(tmp_path / "r.json", results)
     assert "truth.png cannot be read" in _refusal(capsys, tmp_path / "r.json", "--out", tmp_path / "report")
@@ -213,13 +245,11 @@ def test_a_missing_picture_is_an_error(tmp_path, capsys) -> None:
 
 
 def test_curves_come_from_the_run_folder(tmp_path) -> None:
-    run = tmp_path / "runs" / "tiny"
-    run.mkdir(parents=True)
     rows = [{"step": 10 * i, "event": "train", "loss": 1 / (i + 1), "lr": 1e-3} for i in range(8)]
     rows += [{"step": 35, "event": "train", "loss": None}, {"step": 40, "event": "val", "psnr": 30.5, "average_psnr": 30.0}]
     rows += [{"step": 80, "event": "val", "psnr": 31.5, "average_psnr": 30.0}]
-    (run / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)) + '\n{"step": 90, "ev')
-    _, page = _report(tmp_path, _results())
+    made.write_metrics(tmp_path / "runs" / "tiny", rows, cut_short=True)
+    _, page = _report(tmp_path, made.results())
     lines = [line["points"].split() for line in page.all("polyline")]
     assert [len(points) for points in lines] == [8, 2]
     heights = [float(point.split(",")[1]) for point in lines[0]]
@@ -231,18 +261,128 @@ def test_curves_come_from_the_run_folder(tmp_path) -> None:
 
 
 def test_without_the_run_folder_the_page_says_so(tmp_path) -> None:
-    _, page = _report(tmp_path, _results())
+    _, page = _report(tmp_path, made.results())
     assert page.all("polyline") == []
     assert any("run folder is not there" in text for text in page.texts)
 
 
 def test_scatter_puts_better_images_above_the_diagonal(tmp_path) -> None:
-    _, page = _report(tmp_path, _results())
+    _, page = _report(tmp_path, made.results())
     points = page.all("circle", "point")
     diagonal = next(line for line in page.all("line", "rule"))
     x1, y1, x2, y2 = (float(diagonal[name]) for name in ("x1", "y1", "x2", "y2"))
     above = [float(p["cy"]) < y1 + (float(p["cx"]) - x1) / (x2 - x1) * (y2 - y1) for p in points]
     assert above == [True, True, False]
+
+
+def test_speed_files_get_tables_of_their_own(tmp_path) -> None:
+    rows = made.speed_row("tiny", 12.345), made.speed_row("other:model", None, factor=8, path=None, parameters=None)
+    text, page = _report(tmp_path, made.results(), made.speed(*rows), made.speed(made.speed_row("tiny", 1.0), device="CPU"))
+    table, shown = _markdown_tables(text)[1], page.rows[1]
+    assert table[0] == shown[0] == [
+        "Model", "Size", "Rate", "ms", "p90 ms", "Ratio", "Frames/s",
+        "GiB allocated", "GiB reserved", "Precision", "Parameters",
+    ]  # fmt: skip
+    assert table[2:] == shown[1:] == [
+        ["tiny", "736x1280", "×2", "12.35", "13.58", "1.23", "81.0", "2.00", "4.00", "bf16", "1.33 M"],
+        ["other:model", "736x1280", "×8", "out of memory", "", "", "", "", "", "bf16", ""],
+    ]  # fmt: skip
+    assert len(page.rows) == len(_markdown_tables(text)) == 3
+    assert text.count("## Speed") == 1
+    assert "- packages: torch 2.11\n- cuda: none" in text
+    assert {"timed calls", "10", "torch 2.11", "no"} <= set(page.texts)
+    assert "1 model on 1 data set, speed of 2 models, measured 2026-01-02 to 2026-01-03" in page.texts
+
+
+def test_a_report_of_speed_alone(tmp_path) -> None:
+    text, page = _report(tmp_path, made.speed(made.speed_row("tiny", 1.0, allocated=None, reserved=None, ratio=None)))
+    assert [len(table) for table in (_markdown_tables(text)[0], page.rows[0])] == [3, 2]
+    assert page.rows[0][0] == ["Model", "Size", "Rate", "ms", "p90 ms", "Frames/s", "Precision", "Parameters"]
+    assert page.all("svg") == []
+
+
+def _speed_points(page: _Page) -> dict[str, tuple[float, float]]:
+    """Name -> place of the points of speed against quality."""
+    names = [text.rpartition(": ")[0] for text in page.texts if " ms, " in text]
+    points = [(float(point["cx"]), float(point["cy"])) for point in page.all("circle") if point["r"] == "4.5"]
+    return dict(zip(names, points, strict=True))
+
+
+def test_speed_against_quality_joins_by_path_then_by_name(tmp_path) -> None:
+    average, nearest, tiny = made.results().rows
+    better = made.row("better", [(psnr + 1, ssim) for psnr, ssim in made.BETTER])
+    adapter = made.row("my:model", made.AVERAGE, path="my:model")
+    results = made.results(rows=(average, nearest, tiny, better, adapter, made.row("untimed", made.AVERAGE)))
+    rows = [made.speed_row("another name", 10.0, path="runs/tiny"), made.speed_row("better", 100.0, path="/elsewhere/better"),
+            made.speed_row("tiny", 1.0, path="runs/other"), made.speed_row("my:model", 31.62, path=None),
+            made.speed_row("better", 90.0, factor=8)]  # fmt: skip
+    _, page = _report(tmp_path, results, made.speed(*rows))
+    points = _speed_points(page)
+    assert set(points) == {"tiny", "better", "my:model"}
+    (left, low), (right, high), (middle, lowest) = (points[name] for name in ("tiny", "better", "my:model"))
+    assert high < low < lowest  # y grows downwards
+    assert middle - left == pytest.approx(right - middle, abs=0.2)  # 10, √1000, 100: log
+    (note,) = [text for text in page.texts if text.startswith("Up and to the left")]
+    assert "736x1280 on NVIDIA H100" in note
+
+
+def test_speed_against_quality_takes_the_size_that_most_models_have(tmp_path) -> None:
+    average, nearest, tiny = made.results().rows
+    results = made.results(rows=(average, nearest, tiny, made.row("better", made.BETTER)))
+
+    def size(*rows) -> str:
+        _, page = _report(tmp_path, results, made.speed(*(made.speed_row(*one) for one in rows)))
+        return next((text for text in page.texts if text.startswith("Up and to")), "").partition(" of ")[2].partition(" on ")[0]
+
+    both = [(name, 9.0, at) for at in ("256x448", "736x1280", "1088x1920") for name in ("tiny", "better")]
+    assert size(*both).endswith(" 736x1280")
+    assert size(*both[1:3], *both[4:]).endswith(" 1088x1920")
+    assert size(*both[:2], ("tiny", 9.0, "736x1280"), ("better", None, "736x1280")).endswith(" 256x448")
+    assert size(("tiny", None, "736x1280"), ("unknown", 1.0, "736x1280")) == ""
+
+
+def test_gates_are_a_section_and_an_exit_code(tmp_path) -> None:
+    protocol = {"protocol": "vimeo90k", "profile": "ema", "TTA": "none", "frame set": "all samples"}
+    rows = made.results().rows
+    good = dataclasses.replace(rows[2], psnr=35.2, ssim=0.9)
+    with pytest.raises(SystemExit) as stop:
+        _report(tmp_path, made.results(protocol=protocol, rows=(*rows[:2], good)), flags=("--gate", "phase1"))
+    assert stop.value.code == 1
+    page = _Page((tmp_path / "report" / "report.html").read_text())
+    text = (tmp_path / "report" / "report.md").read_text()
+    table, shown = _markdown_tables(text)[0], page.rows[0]
+    assert table[2:] == [[cell.replace("_", "\\_") for cell in row] for row in shown[1:]]
+    assert shown[0] == ["Verdict", "Gate", "Why"]
+    assert shown[1] == ["passed", "vimeo90k PSNR at least 35 dB", "tiny has 35.20 (target 35.5)"]
+    assert shown[2] == ["NOT passed", "vimeo90k SSIM at least 0.975", "tiny has 0.9000"]
+    assert "## Gate phase1" in text
+    assert "1 of 6 passed." in page.texts
+
+
+def test_what_lies_beyond_published_models_is_said(tmp_path) -> None:
+    with pytest.raises(SystemExit):
+        _report(tmp_path, made.results(), flags=("--gate", "phase2"))
+    for file in ("report.md", "report.html"):
+        assert "no published model passes it (best: 25.79)" in (tmp_path / "report" / file).read_text()
+
+
+def test_an_ablation_is_a_section(tmp_path, monkeypatch) -> None:
+    made_table = "| experiment | what | PSNR dB |\n| --- | --- | ---: |\n| Exp-1a | mamba2_only | - |\n\nOne note.\nAnother."
+    monkeypatch.setattr(report, "ablation_table", lambda folder, name: f"{made_table} {folder} {name}")
+    text, page = _report(tmp_path, made.results(), flags=("--ablation", "phase1", "--output_dir", "somewhere"))
+    assert page.rows[1] == [["experiment", "what", "PSNR dB"], ["Exp-1a", "mamba2_only", "-"]]
+    assert _markdown_tables(text)[1][1:] == [["---", "---", "---:"], ["Exp-1a", "mamba2\\_only", "-"]]
+    assert "One note. Another. somewhere phase1" in page.texts
+    assert "## Ablation phase1" in text
+
+
+def test_labels_of_points_side_by_side_make_room_for_each_other() -> None:
+    series = [Series(name, [(10.0, 30.0, "")]) for name in ("a", "b", "a long name that no chart has room for")]
+    svg = labelled_chart("t", series, "x", "y")
+    heights = sorted(float(y) for y in re.findall(r'class="name" x="[\d.]+" y="([\d.]+)"', svg))
+    assert np.diff(heights).min() >= 12
+    assert "a long name that no cha…" in svg
+    assert "nan" not in svg
 
 
 def test_ticks_are_round_and_inside() -> None:
@@ -296,7 +436,7 @@ def test_files_that_are_no_results_are_refused_by_what_they_are(tmp_path, capsys
 
 def test_damaged_results_are_refused_by_place(tmp_path) -> None:
     path = tmp_path / "r.json"
-    write_results(path, _results())
+    write_results(path, made.results())
     whole = json.loads(path.read_text())
 
     def problem(change) -> str:
@@ -316,6 +456,6 @@ def test_damaged_results_are_refused_by_place(tmp_path) -> None:
 
 
 def test_out_and_missing_arguments(tmp_path, capsys) -> None:
-    write_results(tmp_path / "r.json", _results())
+    write_results(tmp_path / "r.json", made.results())
     assert "is a file" in _refusal(capsys, tmp_path / "r.json", "--out", tmp_path / "r.json")
     assert "no results file was given" in _refusal(capsys, "--out", tmp_path / "report")

@@ -98,7 +98,7 @@ def _to_be_sent(shape: tuple[int, ...]) -> Tensor:
     if get_worker_info() is None:
         return torch.empty(shape, dtype=torch.uint8)
     storage = torch.UntypedStorage._new_shared(math.prod(shape))
-    return torch.empty(0, dtype=torch.uint8).set_(storage, 0, shape)
+    return torch.empty(0, dtype=torch.uint8).set_(storage).view(shape)
 
 
 def to_device(parts: Sequence[_Part], device: torch.device) -> FrameBatch:

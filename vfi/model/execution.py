@@ -26,12 +26,12 @@ _VARIANTS = 64  # of the same code: widths, windows shifted or not, crops of a c
 # would run uncompiled, with a word in the log
 
 
-def compile_parts(network: FrameInterpolator) -> None:
+def compile_parts(network: FrameInterpolator, without_gradients: bool = False) -> None:
     """Compile, for training, what lies between the sums of an LGS block, the flow stages and RefineNet.
 
     To be called before `recompute`. Left as they are: the reordering and the core of the scan, which have kernels of their own;
-    the residual mixing, for it is recorded by hooks, which compiled code would leave out; and forward passes without
-    gradients, for frames to be validated on come in all sizes.
+    the residual mixing, for it is recorded by hooks, which compiled code would leave out; and, unless asked for, forward
+    passes without gradients, for frames to be validated on come in all sizes.
     """
     from torch._dynamo import config as dynamo  # it takes a second to load
 
@@ -44,7 +44,8 @@ def compile_parts(network: FrameInterpolator) -> None:
             module.attend = torch.compiler.disable(module.attend)
     dynamo.recompile_limit = max(dynamo.recompile_limit, _VARIANTS)
     for part in _compiled(network):
-        part.forward = _in_training(torch.compile(part.forward, dynamic=False), part.forward)
+        compiled = torch.compile(part.forward, dynamic=False)
+        part.forward = compiled if without_gradients else _in_training(compiled, part.forward)
 
 
 def _compiled(network: FrameInterpolator) -> Iterator[nn.Module]:

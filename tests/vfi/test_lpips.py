@@ -1,0 +1,242 @@
+"""LPIPS against loops over windows in float64 numpy, on weights in the layout of the two published files."""
+
+from __future__ import annotations
+
+import io
+import os
+import random
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from numpy.lib.stride_tricks import sliding_window_view
+from scipy import ndimage
+
+from vfi.errors import JobError
+from vfi.lpips import MIN_SIDE, Lpips, load_lpips
+
+CPU = torch.device("cpu")
+ALEXNET, LINEAR = "alexnet-owt-7be5be79.pth", "alex.pth"
+SHAPES = {0: (64, 3, 11, 11), 3: (192, 64, 5, 5), 6: (384, 192, 3, 3), 8: (256, 384, 3, 3), 10: (256, 256, 3, 3)}
+Weights = dict[str, torch.Tensor]
+
+
+def published_layout(seed: int) -> tuple[Weights, Weights]:
+    """Random weights that keep the signal's size, under the keys of both files."""
+    generator = torch.Generator().manual_seed(seed)
+    alexnet = {}
+    for index, shape in SHAPES.items():
+        alexnet[f"features.{index}.weight"] = torch.randn(shape, generator=generator) * (2 / np.prod(shape[1:])) ** 0.5
+        alexnet[f"features.{index}.bias"] = 0.1 * torch.randn(shape[0], generator=generator)
+    alexnet["classifier.1.weight"] = torch.zeros(4, 4)  # there, of another size, and not used
+    linear = {
+        f"lin{i}.model.1.weight": torch.rand(1, shape[0], 1, 1, generator=generator) for i, shape in enumerate(SHAPES.values())
+    }
+    return alexnet, linear
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory) -> Path:
+    """A folder with both files; not to be changed."""
+    folder = tmp_path_factory.mktemp("published")
+    for name, weights in zip((ALEXNET, LINEAR), published_layout(0), strict=True):
+        torch.save(weights, folder / name)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def lpips(published) -> Lpips:
+    return load_lpips(published, CPU)
+
+
+@pytest.fixture
+def folder(published, tmp_path) -> Path:
+    """Links to both files, which a test may replace."""
+    for name in (ALEXNET, LINEAR):
+        (tmp_path / name).symlink_to(published / name)
+    return tmp_path
+
+
+def replace(path: Path, content: object) -> None:
+    path.unlink()
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        torch.save(content, path)
+
+
+def pictures(height: int, width: int, batch: int = 2) -> tuple[np.ndarray, np.ndarray]:
+    """A smooth coloured picture and a disturbed copy, float64 [B, 3, H, W] in [0, 1]."""
+    rng = np.random.default_rng(height + width)
+    truth = ndimage.gaussian_filter(rng.random((batch, 3, height, width)), (0, 0, 1.5, 1.5))
+    truth = (truth - truth.min()) / (truth.max() - truth.min())
+    return np.clip(truth + 0.1 * rng.standard_normal(truth.shape), 0, 1), truth
+
+
+def windows(x: np.ndarray, size: int, stride: int) -> np.ndarray:
+    """[C, H, W] -> [C, h, w, size, size]"""
+    return sliding_window_view(x, (size, size), axis=(1, 2))[:, ::stride, ::stride]
+
+
+def features_by_window(image: np.ndarray, alexnet: Weights) -> list[np.ndarray]:
+    """The five stages of AlexNet, [3, H, W] in float64, each of length 1 over the channels."""
+    colours = np.array([[-0.030, 0.458], [-0.088, 0.448], [-0.188, 0.450]])
+    x = (2 * image - 1 - colours[:, :1, None]) / colours[:, 1:, None]
+    found = []
+    for index, (stride, padding) in zip(SHAPES, ((4, 2), (1, 2), (1, 1), (1, 1), (1, 1)), strict=True):
+        if index in (3, 6):
+            x = windows(x, 3, 2).max((3, 4))
+        weight = alexnet[f"features.{index}.weight"].double().numpy()
+        x = np.pad(x, ((0, 0), (padding, padding), (padding, padding)))
+        x = np.tensordot(weight, windows(x, weight.shape[2], stride), ((1, 2, 3), (0, 3, 4)))
+        x = np.maximum(x + alexnet[f"features.{index}.bias"].double().numpy()[:, None, None], 0)
+        found.append(x / (np.sqrt((x**2).sum(0)) + 1e-10))
+    return found
+
+
+def lpips_by_window(prediction: np.ndarray, truth: np.ndarray, alexnet: Weights, linear: Weights) -> float:
+    total = 0.0
+    both = (features_by_window(image, alexnet) for image in (prediction, truth))
+    for i, (x, y) in enumerate(zip(*both, strict=True)):
+        weight = linear[f"lin{i}.model.1.weight"].double().numpy()[0, :, 0, 0]
+        C, H, W = x.shape
+        assert len(weight) == C
+        total += sum(weight @ (x[:, row, column] - y[:, row, column]) ** 2 for row in range(H) for column in range(W)) / (H * W)
+    return total
+
+
+@pytest.mark.parametrize(("height", "width"), [(48, 64), (MIN_SIDE, 75)])
+def test_lpips_is_the_one_by_window(lpips, height, width):
+    prediction, truth = pictures(height, width)
+    expected = [lpips_by_window(p, t, *published_layout(0)) for p, t in zip(prediction, truth, strict=True)]
+    got = lpips(torch.from_numpy(prediction).float(), torch.from_numpy(truth).float())
+    print(f"{expected}, off by {np.abs(got.numpy() - expected).max():.1e}")
+    assert got.shape == (2,)
+    assert got.dtype == torch.float32
+    assert min(expected) > 0.1
+    np.testing.assert_allclose(got.numpy(), expected, rtol=0, atol=1e-5)
+
+
+def test_equal_pictures_symmetry_and_order(lpips):
+    prediction, truth = (torch.from_numpy(image).float() for image in pictures(48, 64))
+    assert lpips(truth, truth).tolist() == [0, 0]
+    assert torch.equal(lpips(prediction, truth), lpips(truth, prediction))
+    halfway = lpips((prediction + truth) / 2, truth)
+    assert (halfway < lpips(prediction, truth)).all()
+    torch.testing.assert_close(lpips(prediction[1:], truth[1:]), lpips(prediction, truth)[1:])
+    assert torch.isnan(lpips(truth * torch.tensor([1.0, torch.nan]).view(2, 1, 1, 1), truth)).tolist() == [False, True]
+
+
+def test_autocast_and_half_precision_do_not_reach_it(lpips):
+    prediction, truth = (torch.from_numpy(image).float() for image in pictures(48, 64))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = lpips(prediction, truth)
+    assert torch.equal(inside, lpips(prediction, truth))
+    half = prediction.bfloat16()
+    assert torch.equal(lpips(half, truth), lpips(half.float(), truth))
+    assert lpips(prediction.double(), truth.double()).dtype == torch.float32
+
+
+def test_nothing_of_it_is_trained(lpips):
+    assert not lpips.training
+    assert not any(parameter.requires_grad for parameter in lpips.parameters())
+
+
+def test_shapes_that_do_not_fit_are_refused(lpips):
+    with pytest.raises(ValueError, match=r"\(1, 3, 40, 40\) and \(1, 3, 40, 41\)"):
+        lpips(torch.zeros(1, 3, 40, 40), torch.zeros(1, 3, 40, 41))
+    with pytest.raises(ValueError, match="expected two tensors"):
+        lpips(torch.zeros(1, 1, 40, 40), torch.zeros(1, 1, 40, 40))
+
+
+def test_the_least_size_is_the_least(lpips):
+    image = torch.rand(1, 3, MIN_SIDE, MIN_SIDE)
+    assert lpips(image, image.flip(3)).item() > 0
+    for size in ((MIN_SIDE - 1, 90), (90, MIN_SIDE - 1)):
+        small = torch.rand(1, 3, *size)
+        with pytest.raises(ValueError, match=f"images are {size[0]}×{size[1]} .* at least {MIN_SIDE}"):
+            lpips(small, small)
+        with pytest.raises(RuntimeError):  # without the check
+            lpips._distance(small, small)
+
+
+def test_files_in_the_older_format_are_read(folder, lpips):
+    buffer = io.BytesIO()
+    torch.save(published_layout(0)[1], buffer, _use_new_zipfile_serialization=False)
+    replace(folder / LINEAR, buffer.getvalue())
+    image = torch.rand(1, 3, 40, 40)
+    assert torch.equal(load_lpips(folder, CPU)(image, image.flip(3)), lpips(image, image.flip(3)))
+
+
+@pytest.mark.parametrize(
+    ("name", "origin"),
+    [
+        (ALEXNET, "the torchvision model zoo"),
+        (LINEAR, "the repository richzhang/PerceptualSimilarity on GitHub, lpips/weights/v0.1/alex.pth"),
+    ],
+)
+def test_missing_file(folder, name, origin):
+    (folder / name).unlink()
+    with pytest.raises(JobError, match=rf"{folder / name} is missing: LPIPS reads {name} there, .* published in {origin}"):
+        load_lpips(folder, CPU)
+
+
+def test_files_of_something_else(folder):
+    replace(folder / LINEAR, published_layout(0)[0])
+    with pytest.raises(JobError, match=rf"{LINEAR} is of something else: missing: lin0.model.1.weight, lin1.* published in"):
+        load_lpips(folder, CPU)
+    replace(folder / LINEAR, torch.zeros(3))
+    with pytest.raises(JobError, match=rf"{LINEAR} is of something else: missing: lin0"):
+        load_lpips(folder, CPU)
+    alexnet = published_layout(0)[0]
+    del alexnet["features.6.bias"]
+    alexnet["features.8.weight"] = alexnet["features.8.weight"][:, :7]
+    alexnet["features.10.bias"] = 3
+    replace(folder / ALEXNET, alexnet)
+    wrong = r"missing: features.6.bias, features.10.bias; of another shape: features.8.weight \[256, 7, 3, 3\] instead of"
+    with pytest.raises(JobError, match=wrong + r" \[256, 384, 3, 3\]\. "):
+        load_lpips(folder, CPU)
+
+
+def test_damaged_files(folder):
+    intact = (folder / LINEAR).read_bytes()
+    rng = random.Random(0)
+    # lengths and places at random, and none of the bytes
+    for cut in (0, 1, 100, *(rng.randrange(len(intact)) for _ in range(20))):
+        replace(folder / LINEAR, intact[:cut])
+        with pytest.raises(JobError, match=rf"^{folder / LINEAR} cannot be loaded: .*\. Fetch it anew from the repository .*$"):
+            load_one(folder)
+    for _ in range(40):
+        damaged = bytearray(intact)
+        for _ in range(10):
+            damaged[rng.randrange(1500)] = rng.randrange(256)
+        replace(folder / LINEAR, bytes(damaged))
+        with suppress(JobError):  # where the change does no harm it is read; there is no other kind of error
+            load_one(folder)
+
+
+def load_one(folder: Path) -> None:
+    """The small file alone: the other takes longer to read."""
+    from vfi import lpips as module
+
+    shapes = {name: list(tensor.shape) for name, tensor in Lpips().state_dict().items()}
+    module._read(folder, module._FILES[1], shapes)
+
+
+class Command:
+    """Would run when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def test_a_file_executes_nothing(folder):
+    replace(folder / LINEAR, {"lin0.model.1.weight": Command(folder / "made")})
+    with pytest.raises(JobError, match=r"cannot be loaded: Weights only load failed"):
+        load_lpips(folder, CPU)
+    assert not (folder / "made").exists()

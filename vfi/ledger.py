@@ -1,0 +1,112 @@
+"""Which samples of a benchmark are measured already? Scores as they come, so that nothing is measured twice.
+
+    with Ledger(folder, settings, rank, world, say=print) as ledger:
+        for number in ledger.missing(samples):           # this process's share of what nobody has measured
+            ledger.add(number, scores)                   # anything that JSON takes; on the disk at once
+        found = ledger.finish(samples)                   # the first process: all of them, by number; the others: None
+
+Each process writes a file of its own into `folder` and reads those of all: a benchmark that was stopped goes on, with any
+number of processes, and gives the same numbers, for JSON keeps every bit of a float. Scores of other settings are not taken.
+"""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any, Self
+
+import torch
+
+from vfi.errors import JobError
+from vfi.records import write_text
+
+_SETTINGS = "settings.json"
+_LONGEST = datetime.timedelta(days=7)  # that a process may wait for the slowest one
+
+
+class Ledger:
+    """The scores of one benchmark; `settings` is all that they depend on, as JSON takes it."""
+
+    def __init__(self, folder: Path, settings: dict[str, Any], rank: int, world: int, say: Callable[[str], None]) -> None:
+        self.folder, self.rank, self.world, self.say = folder, rank, world, say
+        self.settings = json.dumps(settings, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
+        self.file: IO[str] | None = None
+
+    def __enter__(self) -> Self:
+        if self.world > 1:
+            torch.distributed.init_process_group("gloo", rank=self.rank, world_size=self.world, timeout=_LONGEST)
+        if self.rank == 0:
+            self._prepare()
+        self._wait()
+        self.done = self._read()
+        self._wait()  # nobody adds anything before all have read the same
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self.file:
+            self.file.close()
+        if self.world > 1:
+            torch.distributed.destroy_process_group()
+
+    def missing(self, samples: int) -> list[int]:
+        """Numbers of the samples that this process is to measure, ascending."""
+        return [number for number in range(samples) if number not in self.done][self.rank :: self.world]
+
+    def add(self, number: int, scores: Any) -> None:
+        """Keep the scores of a sample, on the disk, too."""
+        if self.file is None:
+            self.file = (self.folder / self._name(self.rank)).open("a", encoding="utf-8")
+        self.file.write(json.dumps({"number": number, "scores": scores}, ensure_ascii=False) + "\n")
+        self.file.flush()
+        self.done[number] = scores
+
+    def finish(self, samples: int) -> list[Any] | None:
+        """Wait for all processes -> on the first one the scores of all samples in their order, and None on the others."""
+        self._wait()
+        if self.rank:
+            return None
+        if self.world > 1:
+            self.done = self._read()
+        return [self.done[number] for number in range(samples)]
+
+    def forget(self) -> None:
+        """Remove what was kept: the results are written."""
+        shutil.rmtree(self.folder)
+
+    def _prepare(self) -> None:
+        found = self.folder / _SETTINGS
+        if self.folder.exists() and not found.is_file() and any(self.folder.iterdir()):
+            raise JobError(
+                f"{self.folder} is where unfinished scores go, but holds something else: move it or take another --out"
+            )
+        digest = hashlib.sha256(self.settings.encode()).hexdigest()
+        if found.is_file() and hashlib.sha256(found.read_bytes()).hexdigest() != digest:
+            self.say(
+                f"{self.folder} holds unfinished scores of other settings: they are not taken, everything is measured anew"
+            )
+            shutil.rmtree(self.folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_text(found, self.settings)
+
+    def _read(self) -> dict[int, Any]:
+        """Scores of all files; a last line that was cut short is left out."""
+        done: dict[int, Any] = {}
+        for file in sorted(self.folder.glob("scores_*.jsonl")):
+            lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
+            whole = [line for line in lines if line.endswith("\n")]
+            done |= {row["number"]: row["scores"] for row in map(json.loads, whole)}
+            if self.rank == 0 and len(whole) < len(lines):  # or the next line would be written behind it
+                write_text(file, "".join(whole))
+        return done
+
+    def _name(self, rank: int) -> str:
+        return f"scores_{rank:04d}.jsonl"
+
+    def _wait(self) -> None:
+        if self.world > 1:
+            torch.distributed.barrier()

@@ -1,0 +1,333 @@
+"""How fast is a model, beside others, and how much memory does it take? Measured on photographs, on frames of any size.
+
+    vfi benchmark --speed --model runs/base --out speed.json
+    vfi benchmark --speed --model runs/base vfimamba_adapter:vfimamba --sizes 736x1280 2176x4096 --scale 0.25 --out speed.json
+
+A call makes all frames between two: one for twice the frame rate (×2), as the jobs make it, and seven for ×8, where models of
+this project make their features once. Each call is timed from an idle device to its last frame. Several models take turns, one
+call of each in a round, so that heat and clocks touch them alike. Writes a speed file (vfi/speed_results.py), prints its table.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from shards.images import read_image
+from shards.synthetic_scene import photograph_paths
+from vfi import profiling
+from vfi.adapters import Adapter, Model, distinct_names, is_adapter, load_any
+from vfi.errors import JobError
+from vfi.fitting import is_out_of_memory
+from vfi.graphs import Graphs
+from vfi.inference import (
+    DeviceName,
+    LoadedModel,
+    PrecisionName,
+    check_scale,
+    describe_precision,
+    pick_device,
+    pick_precision,
+)
+from vfi.model.execution import compile_parts
+from vfi.model.interpolator import FrameInterpolator
+from vfi.model_summary import parse_size
+from vfi.numerics import set_numerics
+from vfi.profiling import WARMUP
+from vfi.results import check_output
+from vfi.speed_results import Speed, SpeedRow, write_speed
+from vfi.tracking import environment
+
+_PHOTOGRAPHS = ("astronaut.png", "chelsea.png", "motorcycle_left.png")  # a pair of each: no input stays in a cache
+_MOTION = (1 / 90, 1 / 45)  # of height and width: 8 and 28 pixels at 736x1280
+_OWN_PRECISION = "its own"
+
+Pair = tuple[Tensor, Tensor]
+"""img0, img1: `[1, 3, H, W]` in [0, 1]."""
+Ask = Callable[[Tensor, Tensor], object]
+"""One call: img0, img1 -> all frames between."""
+T = TypeVar("T")
+
+
+@dataclasses.dataclass(frozen=True)
+class SpeedOptions:
+    """Each field is a flag of the job, beside --speed."""
+
+    model: tuple[str, ...]
+    """Run folders, checkpoint folders, .safetensors files, or MODULE:FACTORY for a model of another repository (see
+    vfi/adapters.py); the others are compared with the first."""
+    out: Path
+    """Speed file to write, a .json."""
+    device: DeviceName = "auto"
+    """auto takes a GPU if there is one."""
+    precision: PrecisionName = "auto"
+    """auto is bf16 autocast on a GPU that has it, fp32 on the CPU. Models of other repositories choose their own."""
+    sizes: tuple[str, ...] = ("256x448", "736x1280", "1088x1920")
+    """Frame sizes, HEIGHTxWIDTH."""
+    factors: tuple[int, ...] = (2, 8)
+    """By how much the frame rate grows: factor - 1 frames are made from each pair."""
+    compile: bool = False
+    """Compile the models by torch.compile, in the parts that training compiles."""
+    repeats: int = 20
+    """Timed calls of each model, after warm-up."""
+    scale: float | None = None
+    """Flow is estimated at this fraction of the frames' size: 1, 0.5 or 0.25; by default each model's own setting."""
+    tf32: bool = False
+    """As in vfi.train."""
+
+
+class Contender(NamedTuple):
+    """One of the models that are measured together."""
+
+    name: str
+    model: LoadedModel | Adapter
+    held: int = 0
+    """Bytes on the GPU that came with loading it."""
+
+
+def speed(options: SpeedOptions, command: str = "") -> Speed:
+    """Measure every model at every size and factor, write the speed file, return what it holds.
+
+    Raises JobError or CheckpointError for options that are not usable, before anything is measured.
+    """
+    _check(options)
+    device = pick_device(options.device)
+    precision = pick_precision(options.precision, device)
+    if device.type == "cuda":
+        set_numerics(options.tf32)
+    contenders = _load(options, device)
+    check_scale(options.scale, [one.model for one in contenders if isinstance(one.model, LoadedModel)])
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    rows = measure_speed(contenders, options, device, precision)
+    told = environment(device) | {  # after the measurement: an adapter may have set flags of its own, for all
+        "command": command,
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "threads": torch.get_num_threads(),
+        "choices": {one.name: _choices(one.model) for one in contenders},
+    }
+    found = Speed(told, _settings(options, device, precision), rows)
+    write_speed(options.out, found)
+    return found
+
+
+def _check(options: SpeedOptions) -> None:
+    """Refuse what would fail only after the measurement."""
+    if not options.model:
+        raise JobError("--model needs at least one run folder, such as --model runs/tiny_phase1")
+    check_output(options.out, "speed.json")
+    if not options.sizes:
+        raise JobError("--sizes needs at least one size, such as 736x1280")
+    for size in options.sizes:
+        parse_size(size)
+    if not options.factors:
+        raise JobError("--factors needs at least one factor, such as 2")
+    for factor in options.factors:
+        if factor < 2:
+            raise JobError(f"--factors {factor} must be at least 2, for one frame between two")
+    if options.repeats < 1:
+        raise JobError(f"--repeats {options.repeats} must be at least 1")
+    if options.compile and (adapters := [model for model in options.model if is_adapter(model)]):
+        raise JobError(f"--compile does not reach into --model {', '.join(adapters)}: compile it in the adapter yourself")
+
+
+def _load(options: SpeedOptions, device: torch.device) -> list[Contender]:
+    loaded: list[tuple[Model, int]] = []
+    for given in options.model:
+        before = _allocated(device)
+        model = load_any(given, device)
+        if options.compile:
+            assert isinstance(model, LoadedModel)  # adapters have been refused
+            compile_parts(cast(FrameInterpolator, model.model), without_gradients=True)
+        loaded.append((model, _allocated(device) - before))
+    names = distinct_names([model for model, _ in loaded])
+    return [Contender(name, *one) for name, one in zip(names, loaded, strict=True)]
+
+
+def _allocated(device: torch.device) -> int:
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+
+
+def _choices(model: LoadedModel | Adapter) -> list[str]:
+    """Which fast paths a model of this project takes, and why."""
+    return [] if isinstance(model, Adapter) else cast(FrameInterpolator, model.model).choices()
+
+
+def _settings(options: SpeedOptions, device: torch.device, precision: torch.dtype) -> dict[str, Any]:
+    """How it is measured, for people."""
+    graphs = "for this project's models, where they pay (vfi/graphs.py)" if device.type == "cuda" else "none"
+    return {
+        "precision": describe_precision(precision),
+        "TF32": options.tf32,
+        "torch.compile": options.compile,
+        "CUDA graphs": graphs,
+        "flow scale": "each model's own" if options.scale is None else options.scale,
+        "frames": f"parts of photographs that move, one pair a call, {len(_PHOTOGRAPHS)} pairs in rotation",
+        "timed calls": options.repeats,
+        "warm-up calls": WARMUP,
+        "order": "one call of each model in turn",
+    }
+
+
+def measure_speed(
+    contenders: Sequence[Contender], options: SpeedOptions, device: torch.device, precision: torch.dtype
+) -> tuple[SpeedRow, ...]:
+    """Rows by size, then factor, then model. Not enough memory for a model at a size is a row, too."""
+    sizes, factors = dict.fromkeys(options.sizes), dict.fromkeys(options.factors)
+    rows: list[SpeedRow] = []
+    with tqdm(total=len(sizes) * len(factors), unit="table", desc="speed", disable=None) as progress:
+        for size in sizes:
+            pairs = real_pairs(*parse_size(size))
+            for factor in factors:
+                rows += _measure(contenders, pairs, factor, options, device, precision)
+                progress.update()
+            if options.compile:
+                torch.compiler.reset()  # code of this size would only stand in the way of the next one's
+    return tuple(rows)
+
+
+def real_pairs(height: int, width: int) -> list[Pair]:
+    """Pairs of frames, on the CPU: a photograph, mirrored at its edges as often as the size wants, and the same moved a bit."""
+    dy, dx = (max(1, round(side * part)) for side, part in zip((height, width), _MOTION, strict=True))
+    pairs = []
+    for path in photograph_paths("train"):
+        if path.name in _PHOTOGRAPHS:
+            image = read_image(path)
+            missing = [(0, max(0, side - has)) for side, has in zip((height + dy, width + dx), image.shape[:2], strict=True)]
+            canvas = torch.from_numpy(np.pad(image, (*missing, (0, 0)), mode="symmetric")).permute(2, 0, 1)[None]
+            img0, img1 = canvas[..., :height, :width], canvas[..., dy : dy + height, dx : dx + width]
+            pairs.append((img0.contiguous().float() / 255, img1.contiguous().float() / 255))
+    return pairs
+
+
+def _measure(
+    contenders: Sequence[Contender],
+    pairs: Sequence[Pair],
+    factor: int,
+    options: SpeedOptions,
+    device: torch.device,
+    precision: torch.dtype,
+) -> list[SpeedRow]:
+    """A row of each model: first its memory, alone, then the time of all of them in turns."""
+    asks, memory = {}, {}
+    for one in contenders:
+        ask = partial(make_ask, one.model, factor, device, precision, options.scale)
+        others = sum(other.held for other in contenders) - one.held
+        found = if_it_fits(partial(_memory, ask(), pairs[0], others, device))
+        if found is not None:
+            asks[one.name], memory[one.name] = ask(), found
+    times = _alternate(asks, [(img0.to(device), img1.to(device)) for img0, img1 in pairs], options.repeats, device)
+    asks.clear()  # and their graphs
+    profiling.free_memory()
+    size = "{}x{}".format(*pairs[0][0].shape[2:])
+    rows = [_row(one, size, factor, precision, options.compile, times.get(one.name)) for one in contenders]
+    for number, row in enumerate(rows):
+        if row.ms is not None:
+            allocated, reserved = memory[row.model]
+            ratio = row.ms / rows[0].ms if rows[0].ms else None
+            rows[number] = dataclasses.replace(row, allocated=allocated, reserved=reserved, ratio=ratio)
+    return rows
+
+
+def _row(
+    one: Contender, size: str, factor: int, precision: torch.dtype, compiled: bool, times: Sequence[float] | None
+) -> SpeedRow:
+    """From the milliseconds of its calls; None: not enough memory."""
+    ours = one.model if isinstance(one.model, LoadedModel) else None
+    row = SpeedRow(
+        model=one.name,
+        path=str(ours.path) if ours else None,
+        parameters=one.model.parameters,
+        size=size,
+        factor=factor,
+        precision=describe_precision(precision) if ours else _OWN_PRECISION,
+        compiled=compiled,
+        out_of_memory=times is None,
+    )
+    if times is None:
+        return row
+    ms = statistics.median(times)
+    per_second = 1e3 * (factor - 1) / ms
+    return dataclasses.replace(row, ms=ms, ms_p90=float(np.percentile(times, 90)), frames_per_s=per_second)
+
+
+def make_ask(
+    model: LoadedModel | Adapter, factor: int, device: torch.device, precision: torch.dtype, scale: float | None
+) -> Ask:
+    """How all frames between two are asked for, as often as one likes; CUDA graphs are its own."""
+    timesteps = [number / factor for number in range(1, factor)]
+    if isinstance(model, Adapter):
+        return lambda img0, img1: [model.ask(img0, img1, timestep, scale) for timestep in timesteps]
+    moments, fresh = torch.tensor(timesteps, device=device), dataclasses.replace(model, graphs=Graphs())
+    if factor == 2:
+        return lambda img0, img1: fresh.predict(img0, img1, moments, precision, scale)
+    return lambda img0, img1: fresh.predict_several(img0, img1, moments, precision, scale)
+
+
+def if_it_fits(call: Callable[[], T]) -> T | None:
+    """What the call gives; None, and its memory given back, where the device has not enough of it."""
+    try:
+        return call()
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+    profiling.free_memory()  # not before here: the error holds on to its frames, and they to their tensors
+    return None
+
+
+def _memory(ask: Ask, pair: Pair, others: int, device: torch.device) -> tuple[int | None, int | None]:
+    """(allocated, reserved): the peak in bytes of calls as they are timed, as if the model were alone; None on a CPU.
+
+    With its weights, its frames and the libraries' workspaces. The weights of the others are in memory, too: the `others` bytes
+    that came with loading them are taken off. What the first call takes to choose algorithms and to tune kernels is given back
+    first, or it would stay in `reserved` for the model and the factor that happen to come first.
+    """
+    if device.type != "cuda":
+        return None, None
+    profiling.free_memory()
+    img0, img1 = (frame.to(device) for frame in pair)
+    ask(img0, img1)
+    profiling.free_memory()
+    torch.cuda.reset_peak_memory_stats(device)
+    for _ in range(WARMUP):  # with CUDA graphs: without one, recorded, and replayed
+        ask(img0, img1)
+    return torch.cuda.max_memory_allocated(device) - others, torch.cuda.max_memory_reserved(device) - others
+
+
+def _alternate(asks: dict[str, Ask], pairs: Sequence[Pair], repeats: int, device: torch.device) -> dict[str, list[float]]:
+    """Milliseconds of every timed call of each model; one that runs out of memory on the way drops out, of `asks`, too."""
+    times: dict[str, list[float]] = {name: [] for name in asks}
+    for number in range(WARMUP + repeats):
+        for place, name in enumerate(list(times)):
+            pair = pairs[(number + place) % len(pairs)]  # another one than the model before has just read
+            milliseconds = if_it_fits(partial(_timed, asks[name], pair, device))
+            if milliseconds is None:
+                del times[name], asks[name]
+            elif number >= WARMUP:
+                times[name].append(milliseconds)
+    return times
+
+
+def _timed(ask: Ask, pair: Pair, device: torch.device) -> float:
+    """Milliseconds of one call, from an idle device on: kernels that wait for others would hide how long their start takes."""
+    if device.type != "cuda":
+        begun = time.perf_counter()
+        ask(*pair)
+        return 1e3 * (time.perf_counter() - begun)
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize(device)
+    start.record()
+    ask(*pair)
+    end.record()
+    end.synchronize()
+    return float(start.elapsed_time(end))

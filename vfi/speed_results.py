@@ -1,0 +1,149 @@
+"""How fast is each model, and in how much memory? The file that `vfi benchmark --speed` writes and `vfi report` reads.
+
+    speed = read_speed(Path("speed.json"))
+    print(table(speed))
+
+One row for each size of frames, factor and model. Beside them, for people: the machine with its versions (`environment`), and
+how it was measured (`settings`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from vfi.records import RecordError, from_object, write_text
+from vfi.results import ResultError
+
+SCHEMA = "vfi-speed"
+VERSION = 1
+OUT_OF_MEMORY = "out of memory"
+_AGAIN = "run `vfi benchmark --speed` again"
+_HEAD = ("size", "model", "params", "rate", "precision", "ms", "p90", "frames/s", "GiB allocated", "GiB reserved", "ratio")
+_TO_THE_LEFT = (0, 1, 3, 4)  # columns of text
+
+
+@dataclasses.dataclass(frozen=True)
+class SpeedRow:
+    """One model at one size and factor. What was not measured is None: memory on a CPU, everything where it was not enough."""
+
+    model: str
+    path: str | None
+    """As the benchmark was given it; None for a model of another repository."""
+    parameters: int | None
+    """Trained values; None where an adapter does not tell them."""
+    size: str
+    """HEIGHTxWIDTH of the frames."""
+    factor: int
+    """By how much the frame rate grows: a call makes factor - 1 frames from one pair."""
+    precision: str
+    compiled: bool
+    """Did torch.compile make its kernels?"""
+    ms: float | None = None
+    """Median of one call."""
+    ms_p90: float | None = None
+    """Nine of ten calls take no longer."""
+    frames_per_s: float | None = None
+    """Frames made in a second of such calls."""
+    allocated: int | None = None
+    """Bytes: largest sum of all tensors during a call, with weights and its inputs."""
+    reserved: int | None = None
+    """Bytes: what the allocator took from the device for them."""
+    ratio: float | None = None
+    """ms / that of the first model at the same size and factor."""
+    out_of_memory: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Speed:
+    """All of a speed file. The first model of each size and factor is what the others are compared with."""
+
+    environment: dict[str, Any]
+    settings: dict[str, Any]
+    rows: tuple[SpeedRow, ...]
+
+
+def write_speed(path: Path, speed: Speed) -> None:
+    """Write a speed file atomically."""
+    content = {"schema": SCHEMA, "version": VERSION} | dataclasses.asdict(speed)
+    write_text(path, json.dumps(content, indent=1, allow_nan=False, ensure_ascii=False) + "\n")
+
+
+def read_speed(path: Path) -> Speed:
+    """Read and check a speed file; ResultError says what the file is instead."""
+    if path.is_dir():
+        raise ResultError(f"{path} is a folder, not a speed file")
+    if not path.is_file():
+        raise ResultError(f"speed file {path} does not exist: `vfi benchmark --speed --out {path}` writes one")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ResultError(f"{path} is not a speed file: it is not JSON ({error})") from error
+    if not isinstance(content, dict) or content.get("schema") != SCHEMA:
+        raise ResultError(f"{path} is not a speed file: {_what_is(content)}. `vfi benchmark --speed` writes speed files")
+    if content.get("version") != VERSION:
+        raise ResultError(f"{path} has version {content.get('version')!r}, this program reads version {VERSION}: {_AGAIN}")
+    fields = {name: value for name, value in content.items() if name not in ("schema", "version")}
+    try:
+        speed: Speed = from_object(Speed, fields, str(path))
+    except RecordError as error:
+        raise ResultError(f"{error}: {_AGAIN}") from error
+    if not speed.rows:
+        raise ResultError(f"{path} has no rows: {_AGAIN}")
+    for row in speed.rows:
+        if (row.ms is None) != row.out_of_memory:
+            what = "a time although" if row.out_of_memory else "no time although not"
+            raise ResultError(f"{path}: {row.model} at {row.size} has {what} out of memory: {_AGAIN}")
+    return speed
+
+
+def is_speed(path: Path) -> bool:
+    """Is this a speed file of any version? False for whatever is not a JSON file with that schema."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(content, dict) and content.get("schema") == SCHEMA
+
+
+def _what_is(content: Any) -> str:
+    """A guess at what a JSON file is that is no speed file."""
+    if not isinstance(content, dict):
+        return f"it holds a JSON {type(content).__name__}"
+    return f"its schema is {content['schema']!r}" if "schema" in content else "it has no schema"
+
+
+def table(speed: Speed) -> str:
+    """The rows as aligned text, and below them how they were measured."""
+    lines = [_HEAD, *map(_cells, speed.rows)]
+    shown = [column for column in range(len(_HEAD)) if any(line[column] for line in lines[1:])]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(_HEAD))]
+    texts = []
+    for line in lines:
+        cells = [line[i].ljust(widths[i]) if i in _TO_THE_LEFT else line[i].rjust(widths[i]) for i in shown]
+        texts.append("  ".join(cells).rstrip())
+    facts = {"device": speed.environment.get("device")} | speed.settings
+    return "\n".join([*texts, *(f"{name}: {value}" for name, value in facts.items())])
+
+
+def _cells(row: SpeedRow) -> tuple[str, ...]:
+    """A row of the table; a column that is empty in all rows is left out."""
+
+    def number(value: float | None, digits: int, unit: float = 1) -> str:
+        return "" if value is None else f"{value / unit:.{digits}f}"
+
+    return (
+        row.size,
+        row.model,
+        "" if row.parameters is None else f"{row.parameters / 1e6:.1f} M",
+        f"x{row.factor}",
+        row.precision + (", compiled" if row.compiled else ""),
+        OUT_OF_MEMORY if row.out_of_memory else number(row.ms, 2),
+        number(row.ms_p90, 2),
+        number(row.frames_per_s, 1),
+        number(row.allocated, 2, 2**30),
+        number(row.reserved, 2, 2**30),
+        number(row.ratio, 2),
+    )
