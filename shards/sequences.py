@@ -76,9 +76,9 @@ def find_sequences(clip: Clip, frames: int, stride: int, step: int) -> Found:
     return Found(count, starts, scene_cut, duplicate, fault, tuple(entries), checksums)
 
 
-def is_cut(before: np.ndarray, after: np.ndarray) -> bool:
+def is_cut(before: np.ndarray, after: np.ndarray, threshold: float = CUT) -> bool:
     """Does a new scene start between two neighbouring frames? Thumbnails, 0 to 255."""
-    return float(np.abs(after - before).mean()) * _histogram_change(before, after) > CUT
+    return float(np.abs(after - before).mean()) * _histogram_change(before, after) > threshold
 
 
 def is_duplicate(before: np.ndarray, after: np.ndarray) -> bool:

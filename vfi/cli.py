@@ -17,7 +17,7 @@ JOBS = {
     "benchmark": "measure models on shards: PSNR and SSIM, beside the frame average",
     "report": "turn benchmark results into a table and a page",
     "model": "what a model costs: parameters, MACs, memory and time, by part",
-    "interpolate": "make the frame between two images, or double the frame rate of a folder of frames",
+    "interpolate": "make a video smoother or slower, or the frame between two images",
     "demo": "the whole path on generated data within minutes, on a CPU",
 }
 """Name -> what it does."""

@@ -1,39 +1,49 @@
-"""What lies between two frames? Two images -> the image between; a folder of frames -> a video at twice the frame rate.
+"""What lies between two frames? A video -> one with more frames or slower; two images -> the image between.
 
-    vfi interpolate A.png B.png -o mid.png
-    vfi interpolate A.png B.png -o early.png --model runs/tiny_phase1 --timestep 0.25
-    vfi interpolate FRAMES -o clip.mp4 --model runs/tiny_phase1 --fps 15
+    vfi interpolate in.mp4 -o out.mp4                                      twice as many frames
+    vfi interpolate in.mkv -o out.mkv --multiplier 4                       … 3, 4, 8 times
+    vfi interpolate in.mp4 -o out.mp4 --fps 60                             so many per second, evenly spaced
+    vfi interpolate in.mp4 -o slow.mp4 --slowmo 4                          four times as slow, as smooth as before
+    vfi interpolate a.mp4 b.mp4 -o more/                                   several, into a folder
+    vfi interpolate FRAMES -o clip.mp4 --input_fps 15                      a folder of images is a video, too …
+    vfi interpolate in.mp4 -o FRAMES/                                      … and may be what comes out
+    vfi interpolate A.png B.png -o mid.png --timestep 0.25
 
-Images may have any size from 32×32 up. Frames of a folder are taken in the order of their names, numbers by their value. A
-video needs even sides: an odd one is made even by repeating the last row or column.
+Sound, subtitles, chapters, rotation and colours of a video are kept (vfi/video.py); scene cuts are not blended (vfi/stream.py).
+A result gets its name when it is complete; after Ctrl-C what is there lies beside it, as NAME_partial, and plays.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
-from typing import Annotated, cast
+from typing import Annotated
 
-import av
 import numpy as np
 import torch
 import tyro
-from av.video.stream import VideoStream
 from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
 from shards.images import read_image
-from shards.schema import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS, ShardError
+from shards.schema import IMAGE_EXTENSIONS, ShardError
+from shards.sequences import CUT
 from vfi.checkpoint import CheckpointError, newest_run
 from vfi.errors import JobError, clear_errors
-from vfi.inference import DeviceName, check_scale, describe_precision, load, pick_device, pick_precision
+from vfi.fitting import is_out_of_memory
+from vfi.inference import DeviceName, PrecisionName, check_scale, describe_precision, load, pick_device, pick_precision
 from vfi.model.interpolator import MIN_SIZE
+from vfi.stream import Care, Counts, FolderInput, FolderOutput, add_frames
+from vfi.timeline import Multiply, Rate, Timeline
+from vfi.video import Encoding, VideoInput, VideoOutput
 
 IMAGE_OUTPUTS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+VIDEO_OUTPUTS = (".mp4", ".mkv", ".mov", ".webm", ".m4v")
 DEFAULT_FPS = 15.0
 
 
@@ -42,105 +52,262 @@ class Options:
     """Each field is a flag of the job."""
 
     inputs: tyro.conf.Positional[tuple[Path, ...]]
-    """Two images, or one folder of frames."""
+    """Videos, folders of frames, or two images."""
     out: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
-    """Image to write, or .mp4 for a folder of frames."""
+    """Video or folder to write; for two images the image; for several videos a folder."""
     model: Path | None = None
     """Run folder, checkpoint folder or weights file; by default the run in ./runs that was trained last."""
+    multiplier: int | None = None
+    """So many times as many frames; the default is 2."""
+    fps: float | None = None
+    """So many frames per second, evenly spaced, in place of a multiplier; 23.976, 29.97, 59.94 are the fractions of 1001."""
+    slowmo: int | None = None
+    """So many times as slow, at the same frame rate; without sound and subtitles."""
     timestep: float | None = None
     """Where the new image lies: above 0 (the first) and below 1 (the second), by default 0.5. For two images."""
-    fps: float | None = None
-    """Frames per second of the folder of frames, by default 15; the video has twice as many. For a folder."""
+    input_fps: float | None = None
+    """Frames per second of a folder of frames, by default 15."""
+    scene_cut: float = CUT
+    """How much must change between two frames to be a scene cut, which is not blended; 0: nothing is one."""
+    drop_duplicates: bool = False
+    """Leave out frames that repeat the one before, as in animation or after pulldown."""
+    allow_damaged: bool = False
+    """Take what comes before the damage of a damaged video."""
+    tta: bool = False
+    """Take the mean with the prediction of the frames turned by 180 degrees; twice the time."""
+    codec: str = ""
+    """Encoder of the video, such as libx265, libsvtav1, prores_ks; by default H.264, for more than 8 bits H.265."""
+    crf: int | None = None
+    """Quality of the encoder: lower is better; by default 16 to 24, hard to tell from the original."""
+    pix_fmt: str = ""
+    """Pixel format of the video, such as yuv420p10le; by default that of the input."""
     scale: float | None = None
     """Flow is estimated at this fraction of the frames' size: 1, 0.5 (for 2K) or 0.25 (4K); by default as trained."""
+    precision: PrecisionName = "auto"
+    """auto is bf16 autocast on a GPU that has it, fp32 on the CPU."""
     device: DeviceName = "auto"
     """auto takes a GPU if there is one."""
 
 
 class Interpolator:
-    """A model ready to be called with frames as RGB uint8 [H, W, 3]."""
+    """A model ready to be called with frames as RGB `[H, W, 3]`, uint8 or uint16."""
 
     def __init__(self, options: Options) -> None:
         self.device = pick_device(options.device)
-        self.precision = pick_precision("auto", self.device)
+        self.precision = pick_precision(options.precision, self.device)
         self.loaded = load(options.model or newest_run(), self.device)
-        self.scale = options.scale
+        self.scale, self.tta = options.scale, options.tta
         check_scale(self.scale, [self.loaded])
 
-    def __call__(self, img0: np.ndarray, img1: np.ndarray, timestep: float) -> np.ndarray:
-        """The frame at `timestep`, rounded to 8 bits."""
-        first, second = (torch.from_numpy(image).to(self.device).permute(2, 0, 1)[None].float() / 255 for image in (img0, img1))
-        time = torch.tensor([timestep], device=self.device)
-        imgt = self.loaded.predict(first, second, time, self.precision, self.scale)
-        return (imgt[0] * 255).round().byte().permute(1, 2, 0).cpu().numpy()
+    def __call__(self, img0: np.ndarray, img1: np.ndarray, timesteps: Sequence[float | Fraction]) -> list[np.ndarray]:
+        """The frames at these timesteps, rounded to the frames' type; their features are computed once."""
+        top = np.iinfo(img0.dtype).max
+        first, last = (self._tensor(image, top) for image in (img0, img1))
+        times = torch.tensor([float(timestep) for timestep in timesteps], device=self.device)
+        try:
+            found = self._predict(first, last, times)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            height, width = img0.shape[:2]
+            raise JobError(
+                f"{width}x{height} frames don't fit into the memory of the {self.device.type}: take --scale 0.5 or 0.25, a "
+                f"smaller model, or --device cpu"
+            ) from error
+        rounded = (found * float(top)).round().permute(0, 2, 3, 1).cpu().numpy()
+        return list(rounded.astype(img0.dtype))
+
+    def _predict(self, first: torch.Tensor, last: torch.Tensor, times: torch.Tensor) -> torch.Tensor:
+        found = self.loaded.predict_several(first, last, times, self.precision, self.scale)
+        if not self.tta:
+            return found
+        turned = self.loaded.predict_several(first.flip(2, 3), last.flip(2, 3), times, self.precision, self.scale)
+        return (found + turned.flip(2, 3)) / 2
+
+    def _tensor(self, image: np.ndarray, top: int) -> torch.Tensor:
+        whole = torch.from_numpy(image if image.dtype == np.uint8 else image.astype(np.float32))
+        return whole.to(self.device).permute(2, 0, 1)[None].float() / top
 
 
 @clear_errors(ShardError, CheckpointError)
 def main(argv: Sequence[str] | None = None) -> None:
-    """The job: check everything, load the model, write one image or one video, say what was written."""
-    print(interpolate(tyro.cli(Options, prog="vfi interpolate", description=__doc__, args=argv)))
+    """The job: check everything, load the model, write what was asked for, say what was written."""
+    options = tyro.cli(Options, prog="vfi interpolate", description=__doc__, args=argv)
+    for line in interpolate(options):
+        print(line)
 
 
-def interpolate(options: Options) -> str:
-    """Do what the options ask for and describe the result in one line.
+def interpolate(options: Options) -> Iterator[str]:
+    """Do what the options ask for; each result is described in one line when it is there.
 
     Raises JobError, ShardError (an image that cannot be read) or CheckpointError; then nothing has been written.
     """
     for path in options.inputs:
         if not path.exists():
             raise JobError(f"{path} does not exist")
-        if path.is_file() and path.suffix.lower() in (VIDEO_EXTENSIONS | {".gif"}):
-            raise JobError(
-                f"{path} is a video file, and those are not read yet: extract its frames first, for example by "
-                f"`ffmpeg -i {path} FRAMES/%06d.png`, and give the folder"
-            )
-    folders = [path.is_dir() for path in options.inputs]
-    if folders == [True]:
-        return _folder_to_video(options, options.inputs[0])
-    if folders == [False, False]:
-        return _images_to_image(options, *options.inputs)
-    given = ", ".join(map(str, options.inputs)) or "nothing"
-    raise JobError(f"give two images, or one folder of frames; given: {given}")
+    images = [path for path in options.inputs if path.is_file() and path.suffix.lower() in IMAGE_EXTENSIONS]
+    if images and len(options.inputs) == len(images) == 2:
+        yield _images_to_image(options, *options.inputs)
+        return
+    if images or not options.inputs:
+        given = ", ".join(map(str, options.inputs)) or "nothing"
+        raise JobError(f"give videos, folders of frames, or two images; given: {given}")
+    if options.timestep is not None:
+        raise JobError("--timestep is for two images; for a video take --multiplier, --fps or --slowmo")
+    _timeline(options)
+    places = _places(options)
+    model = Interpolator(options)
+    for path, out in places.items():
+        yield _convert(options, path, out, model)
+
+
+def _timeline(options: Options) -> Timeline:
+    """A new one for each video, since it counts."""
+    given = {"--multiplier": options.multiplier, "--fps": options.fps, "--slowmo": options.slowmo}
+    named = [f"{name} {value}" for name, value in given.items() if value is not None]
+    if len(named) > 1:
+        raise JobError(f"{' and '.join(named)} don't go together: take one of them")
+    for name in ("--multiplier", "--slowmo"):
+        if (value := given[name]) is not None and not 2 <= value <= 64:
+            raise JobError(f"{name} {value} must lie between 2 and 64")
+    if options.fps is not None:
+        if not 0.1 <= options.fps <= 1000:
+            raise JobError(f"--fps {options.fps} must lie between 0.1 and 1000")
+        return Rate(_fraction(options.fps))
+    return Multiply(options.slowmo, slower=True) if options.slowmo else Multiply(options.multiplier or 2)
+
+
+def _fraction(fps: float) -> Fraction:
+    """The rate that is meant: 29.97 is 30000 / 1001."""
+    ntsc = Fraction(round(fps * 1.001) * 1000, 1001)
+    return ntsc if ntsc and abs(float(ntsc) - fps) < 0.005 and fps != round(fps) else Fraction(fps).limit_denominator(1001)
+
+
+def _places(options: Options) -> dict[Path, Path]:
+    """Where the result of each input goes; refuses what would overwrite something."""
+    out = options.out
+    several = len(options.inputs) > 1
+    if several and out.suffix:
+        raise JobError(f"--out {out}: {len(options.inputs)} inputs need a folder, such as --out {out.with_suffix('')}")
+    if not several and out.suffix and out.suffix.lower() not in VIDEO_OUTPUTS:
+        raise JobError(
+            f"--out {out}: a video ends in {', '.join(VIDEO_OUTPUTS)}; a name without an ending is a folder of frames"
+        )
+    names = [path.with_suffix(path.suffix if path.suffix.lower() in VIDEO_OUTPUTS else ".mp4").name for path in options.inputs]
+    places = dict(zip(options.inputs, (out / name for name in names), strict=True)) if several else {options.inputs[0]: out}
+    if len(set(places.values())) < len(options.inputs):
+        raise JobError(f"two inputs would become the same file in {out}: {', '.join(names)}")
+    for path, place in places.items():
+        _check_place(place, path)
+    for place in places.values():
+        place.parent.mkdir(parents=True, exist_ok=True)
+    return places
+
+
+def _check_place(place: Path, source: Path) -> None:
+    if place.exists() and place.samefile(source):
+        raise JobError(f"--out {place} is the input {source}: give another name, inputs are not overwritten")
+    if place.suffix and place.is_dir():
+        raise JobError(f"--out {place} is a folder: give a file name")
+    if not place.suffix and place.exists() and (not place.is_dir() or any(place.iterdir())):
+        raise JobError(f"--out {place} is there already, and is no empty folder: give another name")
+    for parent in place.parents:
+        if parent.exists() and not parent.is_dir():
+            raise JobError(f"--out {place}: {parent} is not a folder")
+
+
+def _convert(options: Options, path: Path, out: Path, model: Interpolator) -> str:
+    """One video or folder of frames -> one video or folder of frames, and a line about it."""
+    line = _timeline(options)
+    temporary = _temporary(out)
+    with contextlib.ExitStack() as stack:
+        stack.callback(_remove, temporary)
+        source, size = _open(options, path, stack)
+        sink = _create(options, temporary, source, size, line, stack)
+        bar = stack.enter_context(tqdm(total=source.expected, unit="frame", desc=path.name, disable=None))
+        try:
+            counts = add_frames(source, sink, line, model, Care(options.scene_cut, options.drop_duplicates), bar.update)
+        except KeyboardInterrupt:
+            if isinstance(sink, VideoOutput):
+                sink.close()
+            partial = out.with_name(f"{out.stem}_partial{out.suffix}")
+            if not partial.exists():
+                temporary.replace(partial)
+                tqdm.write(f"stopped: what was done is {partial}")
+            raise
+        if isinstance(sink, VideoOutput):
+            sink.close()
+        temporary.replace(out)
+    return _described(out, source, sink, counts, line, model)
+
+
+def _open(options: Options, path: Path, stack: contextlib.ExitStack) -> tuple[VideoInput | FolderInput, tuple[int, int]]:
+    """The frames, and their (height, width)."""
+    if not path.is_dir():
+        if options.input_fps is not None:
+            raise JobError(f"--input_fps {options.input_fps} is for a folder of frames: {path} has a rate of its own")
+        video = stack.enter_context(VideoInput(path, options.allow_damaged))
+        _check_size(path, (video.height, video.width))
+        return video, (video.height, video.width)
+    fps = DEFAULT_FPS if options.input_fps is None else options.input_fps
+    if not 0.1 <= fps <= 1000:
+        raise JobError(f"--input_fps {fps} must lie between 0.1 and 1000")
+    paths = frames_of(path)
+    sizes = {one: _size_of(one) for one in paths}
+    _check_sizes(sizes)
+    height, width = sizes[paths[0]]
+    return FolderInput(paths, _fraction(fps)), (height, width)
+
+
+def _create(
+    options: Options, path: Path, source: VideoInput | FolderInput, size: tuple[int, int], line: Timeline,
+    stack: contextlib.ExitStack,
+) -> VideoOutput | FolderOutput:  # fmt: skip
+    encoding = Encoding(options.codec, options.crf, options.pix_fmt)
+    if not path.suffix:
+        if encoding != Encoding():
+            raise JobError("--codec, --crf and --pix_fmt are for a video: frames are written as PNG")
+        path.mkdir()
+        return FolderOutput(path, source.colours)
+    video = source if isinstance(source, VideoInput) else None
+    base = line.start(0, source.base)
+    sink = VideoOutput(path, video, size, base, line.rate(source.rate), encoding, line.slowdown)
+    stack.callback(sink.give_up)
+    for reason in sink.left_out:
+        tqdm.write(f"left out: {reason}")
+    return sink
+
+
+def _described(
+    out: Path, source: VideoInput | FolderInput, sink: object, counts: Counts, line: Timeline, model: Interpolator
+) -> str:
+    rates = (
+        f"{counts.written} frames at {float(line.rate(source.rate)):g} per second from {counts.read} at {float(source.rate):g}"
+    )
+    notes = [f"{counts.cuts} scene cuts"] if counts.cuts else []
+    notes += [f"{counts.dropped} duplicates left out"] if counts.dropped else []
+    notes += [source.damage] if isinstance(source, VideoInput) and source.damage else []
+    return ", ".join([f"{out}: {rates}", *notes, _made_by(model)])
 
 
 def _images_to_image(options: Options, path0: Path, path1: Path) -> str:
     timestep = 0.5 if options.timestep is None else options.timestep
     if not 0 < timestep < 1:
         raise JobError(f"--timestep {timestep} must lie between 0 (the first image) and 1 (the second)")
-    if options.fps is not None:
-        raise JobError("--fps is for a folder of frames; two images make one image")
+    if options.fps is not None or options.multiplier is not None or options.slowmo is not None:
+        raise JobError("--multiplier, --fps and --slowmo are for videos; two images make one image")
     _check_output(options.out, IMAGE_OUTPUTS, (path0, path1))
     img0, img1 = read_image(path0), read_image(path1)
     _check_sizes({path0: img0.shape[:2], path1: img1.shape[:2]})
     model = Interpolator(options)
     temporary = _temporary(options.out)
     try:
-        Image.fromarray(model(img0, img1, timestep)).save(temporary, quality=95)  # of JPEG and WebP
+        Image.fromarray(model(img0, img1, [timestep])[0]).save(temporary, quality=95)  # of JPEG and WebP
         temporary.replace(options.out)
     finally:
         temporary.unlink(missing_ok=True)
     height, width = img0.shape[:2]
     return f"{options.out}: {width}x{height}, timestep {timestep:g}, {_made_by(model)}"
-
-
-def _folder_to_video(options: Options, folder: Path) -> str:
-    fps = DEFAULT_FPS if options.fps is None else options.fps
-    if not 0.1 <= fps <= 1000:
-        raise JobError(f"--fps {fps} must lie between 0.1 and 1000")
-    if options.timestep is not None:
-        raise JobError("--timestep is for two images; a folder of frames gets one frame in the middle of every two")
-    _check_output(options.out, (".mp4",), ())
-    paths = frames_of(folder)
-    _check_sizes({path: _size_of(path) for path in paths})
-    model = Interpolator(options)
-    temporary = _temporary(options.out)
-    try:
-        write_video(temporary, _doubled(model, paths), 2 * fps)
-        temporary.replace(options.out)
-    finally:
-        temporary.unlink(missing_ok=True)
-    count = 2 * len(paths) - 1
-    return f"{options.out}: {count} frames at {2 * fps:g} per second from {len(paths)} at {fps:g}, {_made_by(model)}"
 
 
 def frames_of(folder: Path) -> list[Path]:
@@ -160,44 +327,9 @@ def _size_of(path: Path) -> tuple[int, int]:
         raise JobError(f"{path} cannot be read as an image: {error}") from error
 
 
-def _doubled(model: Interpolator, paths: Sequence[Path]) -> Iterator[np.ndarray]:
-    """All frames with one more between every two."""
-    before = read_image(paths[0])
-    yield before
-    for path in tqdm(paths[1:], unit="frame", desc="interpolate", disable=None):
-        after = read_image(path)
-        yield model(before, after, 0.5)
-        yield after
-        before = after
-
-
-def write_video(path: Path, frames: Iterable[np.ndarray], fps: float) -> None:
-    """Write RGB uint8 [H, W, 3] frames as mp4 (H.264 where the video library has it, else MPEG-4), BT.709, yuv420p."""
-    codec = "libx264" if "libx264" in av.codecs_available else "mpeg4"
-    with av.open(str(path), "w", format="mp4") as container:
-        stream = cast(VideoStream, container.add_stream(codec, rate=Fraction(fps).limit_denominator(1001)))
-        stream.pix_fmt = "yuv420p"
-        if codec == "libx264":
-            stream.options = {"crf": "16"}
-        else:
-            stream.bit_rate = 8_000_000
-        context = stream.codec_context
-        # say which matrix the colours were made with: players guess it from the size otherwise, and guess differently
-        context.colorspace = context.color_primaries = context.color_trc = 1  # 1: BT.709
-        context.color_range = 1  # 1: 16 … 235
-        for number, image in enumerate(frames):
-            image = np.pad(image, ((0, image.shape[0] % 2), (0, image.shape[1] % 2), (0, 0)), mode="edge")
-            if number == 0:
-                stream.height, stream.width = image.shape[:2]
-            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
-            container.mux(stream.encode(frame.reformat(format="yuv420p", dst_colorspace="ITU709", dst_color_range="MPEG")))
-        container.mux(stream.encode())
-
-
 def _check_output(out: Path, extensions: Sequence[str], inputs: Sequence[Path]) -> None:
     if out.suffix.lower() not in extensions:
-        what = "two images make an image" if len(extensions) > 1 else "a folder of frames makes a video"
-        raise JobError(f"--out {out}: {what}, so the name must end in {', '.join(extensions)}")
+        raise JobError(f"--out {out}: two images make an image, so the name must end in {', '.join(extensions)}")
     if out.is_dir():
         raise JobError(f"--out {out} is a folder: give a file name")
     for path in inputs:
@@ -209,7 +341,7 @@ def _check_output(out: Path, extensions: Sequence[str], inputs: Sequence[Path]) 
     out.parent.mkdir(parents=True, exist_ok=True)
 
 
-def _check_sizes(sizes: dict[Path, tuple[int, ...]]) -> None:
+def _check_sizes(sizes: Mapping[Path, tuple[int, ...]]) -> None:
     """All frames of one size, and large enough."""
     first, (height, width) = next(iter(sizes.items()))
     for path, size in sizes.items():
@@ -217,13 +349,27 @@ def _check_sizes(sizes: dict[Path, tuple[int, ...]]) -> None:
             raise JobError(
                 f"frames must be of one size: {first} is {width}x{height} and {path} is {size[1]}x{size[0]} (width x height)"
             )
-    if min(height, width) < MIN_SIZE:
-        raise JobError(f"{first} is {width}x{height} (width x height): each side must be at least {MIN_SIZE}")
+    _check_size(first, (height, width))
+
+
+def _check_size(path: Path, size: tuple[int, int]) -> None:
+    if min(size) < MIN_SIZE:
+        raise JobError(f"{path} is {size[1]}x{size[0]} (width x height): each side must be at least {MIN_SIZE}")
 
 
 def _temporary(out: Path) -> Path:
     """Where a file is written before it gets its name; the extension stays, since writers go by it."""
-    return out.with_name(f".{out.stem}.{os.getpid()}{out.suffix}")
+    return out.with_name(f".{out.stem}_{os.getpid()}{out.suffix}")
+
+
+def _remove(path: Path) -> None:
+    """Of a result that was not finished; one that was has another name by now."""
+    if path.is_dir():
+        for file in path.iterdir():
+            file.unlink()
+        path.rmdir()
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _made_by(model: Interpolator) -> str:

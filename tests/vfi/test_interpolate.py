@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from vfi import checkpoint, presets, weights
-from vfi.interpolate import frames_of, main, write_video
+from vfi.interpolate import frames_of, main
 from vfi.model.interpolator import FrameInterpolator
 from vfi.records import to_json
 
@@ -85,7 +85,7 @@ def test_a_folder_becomes_a_video_of_twice_the_rate(run, tmp_path, capsys) -> No
         _image(folder / f"f{number}.png", 49, 35, number)
     (folder / "notes.txt").write_text("no frame")
     out = tmp_path / "clip.mp4"
-    _call(folder, "-o", out, "--model", run, "--fps", 12)
+    _call(folder, "-o", out, "--model", run, "--input_fps", 12)
     decoded, rate = _decode(out)
     assert len(decoded) == 7
     assert rate == 24
@@ -106,10 +106,12 @@ def _decode(path: Path) -> tuple[list[np.ndarray], float]:
         return [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)], rate
 
 
-def test_video_keeps_saturated_colours_and_says_which_matrix_made_them(tmp_path) -> None:
+def test_video_keeps_saturated_colours_and_says_which_matrix_made_them(run, tmp_path) -> None:
     colours = [(255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255), (0, 0, 0), (200, 80, 20)]
-    frames = [np.full((64, 64, 3), colour, dtype=np.uint8) for colour in colours]
-    write_video(tmp_path / "c.mp4", frames, 29.97)
+    (tmp_path / "frames").mkdir()
+    for number, colour in enumerate(colours):
+        Image.fromarray(np.full((64, 64, 3), colour, dtype=np.uint8)).save(tmp_path / "frames" / f"{number}.png")
+    _call(tmp_path / "frames", "-o", tmp_path / "c.mp4", "--model", run, "--input_fps", 29.97, "--fps", 29.97)
     with av.open(str(tmp_path / "c.mp4")) as container:
         stream = container.streams.video[0]
         assert stream.pix_fmt == "yuv420p"
@@ -162,9 +164,9 @@ def test_unusable_images_are_refused(run, tmp_path, capsys) -> None:
     assert "at least 32" in _refusal(capsys, small, small, *end)
     assert "broken.png" in _refusal(capsys, a, broken, *end)
     assert "none.png does not exist" in _refusal(capsys, a, tmp_path / "none.png", *end)
-    assert "film.MP4 is a video file" in _refusal(capsys, video, "-o", tmp_path / "o.mp4", "--model", run)
-    assert "two images, or one folder" in _refusal(capsys, a, *end)
-    assert "two images, or one folder" in _refusal(capsys, a, tmp_path, *end)
+    assert "film.MP4 cannot be read as a video" in _refusal(capsys, video, "-o", tmp_path / "o.mp4", "--model", run)
+    assert "give videos, folders of frames, or two images" in _refusal(capsys, a, *end)
+    assert "give videos, folders of frames, or two images" in _refusal(capsys, a, tmp_path, *end)
     assert not (tmp_path / "mid.png").exists()
 
 
@@ -177,12 +179,12 @@ def test_unusable_outputs_and_flags_are_refused(run, tmp_path, capsys) -> None:
     assert a.read_bytes() == before
     assert "must end in .png" in _refusal(capsys, a, b, "-o", tmp_path / "mid.xyz", "--model", run)
     assert "must end in .png" in _refusal(capsys, a, b, "-o", tmp_path / "mid.mp4", "--model", run)
-    assert "must end in .mp4" in _refusal(capsys, tmp_path, "-o", tmp_path / "clip.png", "--model", run)
+    assert "a video ends in .mp4" in _refusal(capsys, tmp_path, "-o", tmp_path / "clip.png", "--model", run)
     assert "is not a folder" in _refusal(capsys, a, b, "-o", a / "mid.png", "--model", run)
     end = ("-o", tmp_path / "mid.png", "--model", run)
     for timestep in (0, 1, -0.5, "nan"):
         assert "--timestep" in _refusal(capsys, a, b, *end, "--timestep", timestep)
-    assert "--fps is for a folder" in _refusal(capsys, a, b, *end, "--fps", 30)
+    assert "--fps and --slowmo are for videos" in _refusal(capsys, a, b, *end, "--fps", 30)
     assert "--timestep is for two images" in _refusal(
         capsys, tmp_path, "-o", tmp_path / "c.mp4", "--model", run, "--timestep", 0.5
     )

@@ -1,0 +1,518 @@
+"""Video in, video out: frames and times exact, everything that belongs to a video kept, nothing broken left behind."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import resource
+import subprocess
+import sys
+from collections.abc import Sequence
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+
+from vfi import checkpoint, interpolate, presets
+from vfi.errors import JobError
+from vfi.interpolate import Interpolator, main
+from vfi.model.interpolator import FrameInterpolator
+from vfi.records import to_json
+from vfi.stream import _ahead, _Behind
+from vfi.video import Colours, VideoInput, choose_pix_fmt, default_codec, from_rgb, to_rgb
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+SIZE = (48, 64)
+EVEN = [0, 40, 80, 120, 160]
+UNEVEN = [0, 40, 100, 140, 240]  # milliseconds
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    """A network as it is before training: it makes the mean of two frames, weighted by the timestep."""
+    folder = tmp_path_factory.mktemp("work") / "runs" / "fresh"
+    torch.manual_seed(0)
+    config = presets.tiny()
+    checkpoint.save(folder, checkpoint.State(1), config, FrameInterpolator(config.model).state_dict(), {})
+    (folder / "config.json").write_text(to_json(config))
+    return folder
+
+
+def planes(number: int, pix_fmt: str, size: tuple[int, int] = SIZE) -> av.VideoFrame:
+    """A frame that is smooth in place and time, far from the ends of the range."""
+    frame = av.VideoFrame(size[1], size[0], pix_fmt)
+    bits = frame.format.components[0].bits
+    for which, plane in enumerate(frame.planes):
+        kind, step = (np.uint8, 1) if bits == 8 else (np.uint16, 2)
+        array = np.frombuffer(plane, kind).reshape(plane.height, plane.line_size // step)
+        y, x = np.mgrid[: plane.height, : plane.line_size // step]
+        middle, swing, speed = (100, 20, 6) if which == 0 else (128, 8, 2.5)  # colours that RGB can hold
+        smooth = middle + swing * np.sin((x + 2 * y) / plane.width * 3 + which) + speed * number
+        array = (smooth * 2 ** (bits - 8)).astype(kind)
+        plane.update(array.tobytes())
+    return frame
+
+
+def make(
+    path: Path, times: Sequence[int] = EVEN, *, pix_fmt: str = "yuv420p", codec: str = "ffv1", size: tuple[int, int] = SIZE,
+    sound: bool = False, tags: dict[str, int] | None = None, frames: Sequence[av.VideoFrame] | None = None,
+    rotation: int = 0, start: int = 0,
+) -> Path:  # fmt: skip
+    """A video with these frames at these milliseconds."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=25)
+        stream.height, stream.width, stream.pix_fmt = *size, pix_fmt
+        context = stream.codec_context
+        context.time_base = Fraction(1, 1000)
+        for name, value in (tags or {}).items():
+            setattr(context, name, value)
+        if rotation:
+            stream.set_display_rotation(rotation)
+        audio = container.add_stream("aac" if path.suffix == ".mp4" else "flac", rate=48_000, layout="mono") if sound else None
+        container.metadata["title"] = "Straße 1"
+        for number, pts in enumerate(times):
+            frame = frames[number] if frames else planes(number, pix_fmt, size)
+            frame.pts, frame.time_base = pts + start, Fraction(1, 1000)
+            container.mux(stream.encode(frame))
+            if audio:
+                wave = np.sin(np.arange(1920) * (0.05 + 0.01 * number)) * 0.3
+                kind = "fltp" if path.suffix == ".mp4" else "s16"
+                samples = wave.astype(np.float32) if kind == "fltp" else (wave * 32767).astype(np.int16)
+                piece = av.AudioFrame.from_ndarray(samples[None], format=kind, layout="mono")
+                piece.sample_rate, piece.pts, piece.time_base = 48_000, number * 1920, Fraction(1, 48_000)
+                container.mux(audio.encode(piece))
+        container.mux(stream.encode())
+        if audio:
+            container.mux(audio.encode())
+    return path
+
+
+def call(*arguments: object) -> None:
+    main([str(argument) for argument in (*arguments, "--device", "cpu")])
+
+
+def refused(capsys, *arguments: object) -> str:
+    with pytest.raises(SystemExit) as stop:
+        call(*arguments)
+    assert stop.value.code == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    return line
+
+
+def frames_of(path: Path) -> list[av.VideoFrame]:
+    with av.open(str(path)) as container:
+        return list(container.decode(video=0))
+
+
+def times_of(path: Path) -> list[float]:
+    return [frame.time for frame in frames_of(path)]
+
+
+def packets_of(path: Path, kind: str) -> list[tuple[float, bytes]]:
+    with av.open(str(path)) as container:
+        (stream,) = [stream for stream in container.streams if stream.type == kind]
+        return [(float(p.pts * p.time_base), bytes(p)) for p in container.demux(stream) if p.dts is not None]
+
+
+def pixels(frame: av.VideoFrame, plane: int | None = None) -> np.ndarray:
+    """All values of a planar frame in a row, or those of one plane."""
+    found = []
+    for one in frame.planes if plane is None else [frame.planes[plane]]:
+        kind = np.uint8 if frame.format.components[0].bits == 8 else np.uint16
+        rows = np.frombuffer(one, kind).reshape(one.height, one.line_size // kind().itemsize)
+        found.append(rows[:, : one.width].ravel().astype(np.int64))
+    return np.concatenate(found)
+
+
+# ----------------------------------------------------------------------------------------------------- frames and times
+
+
+@pytest.mark.parametrize("times", [EVEN, UNEVEN, [0, 40], [0]], ids=["even", "uneven", "two frames", "one frame"])
+@pytest.mark.parametrize("factor", [2, 3, 8])
+def test_a_multiplier_divides_every_gap_and_keeps_the_frames(run, tmp_path, times, factor):
+    source, out = make(tmp_path / "in.mkv", times), tmp_path / "out.mkv"
+    call(source, "-o", out, "--model", run, "--multiplier", factor, "--codec", "ffv1")
+    expected = [a + k * (b - a) / factor for a, b in itertools.pairwise(times) for k in range(factor)] + times[-1:]
+    assert times_of(out) == pytest.approx([time / 1000 for time in expected], abs=6e-4)  # Matroska counts milliseconds
+    before, after = frames_of(source), frames_of(out)
+    for number, frame in enumerate(before):
+        assert np.array_equal(pixels(frame), pixels(after[number * factor])), "a frame of the input was changed"
+
+
+def test_mp4_times_are_exact(run, tmp_path):
+    source, out = make(tmp_path / "in.mp4", UNEVEN, codec="libx264"), tmp_path / "out.mp4"
+    call(source, "-o", out, "--model", run, "--multiplier", 3)
+    found = [frame.pts * frame.time_base for frame in frames_of(out)]
+    gaps = [(a + k * (b - a) / Fraction(3)) / 1000 for a, b in itertools.pairwise(UNEVEN) for k in range(3)]
+    assert found == [*gaps, Fraction(UNEVEN[-1], 1000)]
+
+
+@pytest.mark.parametrize(("fps", "rate"), [
+    (60, Fraction(60)), (59.94, Fraction(60_000, 1001)), (23.976, Fraction(24_000, 1001)), (12.5, Fraction(25, 2)),
+])  # fmt: skip
+def test_a_frame_rate_is_even_and_lasts_as_long(run, tmp_path, fps, rate):
+    source, out = make(tmp_path / "in.mp4", UNEVEN, codec="libx264"), tmp_path / "out.mp4"
+    call(source, "-o", out, "--model", run, "--fps", fps)
+    last = frames_of(source)[-1]
+    end = (last.pts + last.duration) * last.time_base
+    found = [frame.pts * frame.time_base for frame in frames_of(out)]
+    assert len(found) == math.ceil(end * rate)
+    assert found == pytest.approx([float(n / rate) for n in range(len(found))], abs=1e-4)
+    with av.open(str(out)) as container:
+        assert container.streams.video[0].average_rate == pytest.approx(rate, rel=1e-3)
+
+
+def test_slow_motion_has_the_same_frames_at_the_old_rate(run, tmp_path, capsys):
+    source = make(tmp_path / "in.mkv", UNEVEN, sound=True)
+    call(source, "-o", tmp_path / "slow.mkv", "--model", run, "--slowmo", 4, "--codec", "ffv1")
+    assert "left out: audio 1 (flac): the video is slower" in capsys.readouterr().out
+    call(source, "-o", tmp_path / "more.mkv", "--model", run, "--multiplier", 4, "--codec", "ffv1")
+    slow, more = frames_of(tmp_path / "slow.mkv"), frames_of(tmp_path / "more.mkv")
+    assert [frame.time for frame in slow] == pytest.approx([4 * frame.time for frame in more], abs=3e-3)
+    assert all(np.array_equal(pixels(a), pixels(b)) for a, b in zip(slow, more, strict=True))
+    with av.open(str(tmp_path / "slow.mkv")) as container:
+        assert [stream.type for stream in container.streams] == ["video"]
+
+
+def test_a_video_that_does_not_start_at_zero_stays_where_it_is(run, tmp_path):
+    source, out = make(tmp_path / "in.mkv", EVEN, start=500), tmp_path / "out.mkv"
+    call(source, "-o", out, "--model", run, "--codec", "ffv1")
+    assert times_of(out)[0] == times_of(source)[0] == 0.5
+    call(source, "-o", tmp_path / "even.mkv", "--model", run, "--codec", "ffv1", "--fps", 50)
+    assert times_of(tmp_path / "even.mkv")[0] == 0.5
+
+
+# --------------------------------------------------------------------------------------------------------------- colours
+
+
+@pytest.mark.parametrize("pix_fmt", ["yuv420p", "yuv444p", "yuv420p10le", "yuv422p10le"])
+@pytest.mark.parametrize("full", [False, True], ids=["16 to 235", "full range"])
+@pytest.mark.parametrize("matrix", [1, 5, 9], ids=["BT.709", "BT.601", "BT.2020"])
+def test_made_frames_have_the_colours_of_their_neighbours(run, tmp_path, pix_fmt, full, matrix):
+    """The fresh network's frame is the mean, and so it is in the planes of the video, whatever matrix and range they have."""
+    tags = {"colorspace": matrix, "color_range": 2 if full else 1}
+    source = make(tmp_path / "in.mkv", EVEN[:3], pix_fmt=pix_fmt, tags=tags)
+    call(source, "-o", tmp_path / "out.mkv", "--model", run, "--codec", "ffv1")
+    found = frames_of(tmp_path / "out.mkv")
+    assert {frame.format.name for frame in found} == {pix_fmt}
+    assert {frame.color_range for frame in found} == {tags["color_range"]}
+    level = 2 ** (found[0].format.components[0].bits - 8)
+    for before, made, after in zip(found[0::2], found[1::2], found[2::2], strict=False):
+        error = pixels(made) - (pixels(before) + pixels(after)) / 2
+        assert np.abs(error).mean() < 0.7 * max(1, level / 3), "the mean of the planes"
+        assert np.abs(error).max() <= 3 * level
+        assert np.abs(pixels(after) - pixels(before)).mean() > 2 * level
+
+
+def test_conversion_follows_the_formula():
+    """BT.709 and BT.2020 in 10 bits, by their definitions."""
+    for matrix, (kr, kb) in {1: (0.2126, 0.0722), 9: (0.2627, 0.0593), 5: (0.299, 0.114)}.items():
+        for full in (False, True):
+            colours = Colours(matrix=matrix, full_range=full, bits=10)
+            r, g, b = 0.8, 0.3, 0.1
+            image = np.full((32, 32, 3), np.array([r, g, b]) * 65_535).round().astype(np.uint16)
+            frame = from_rgb(image, colours, "yuv444p10le")
+            luma = kr * r + (1 - kr - kb) * g + kb * b
+            blue, red = (b - luma) / (2 * (1 - kb)), (r - luma) / (2 * (1 - kr))
+            expected = [1023 * luma, 512 + 1023 * blue, 512 + 1023 * red] if full else [
+                64 + 876 * luma, 512 + 896 * blue, 512 + 896 * red]  # fmt: skip
+            assert [pixels(frame, plane).mean() for plane in range(3)] == pytest.approx(expected, abs=2.0)
+            assert to_rgb(frame, colours).reshape(-1, 3).mean(0) / 65_535 == pytest.approx([r, g, b], abs=0.004)
+
+
+def test_odd_sizes(run, tmp_path):
+    source = make(tmp_path / "in.mkv", EVEN[:2], size=(47, 61), pix_fmt="yuv444p")
+    call(source, "-o", tmp_path / "same.mkv", "--model", run, "--codec", "ffv1")
+    assert {(frame.height, frame.width) for frame in frames_of(tmp_path / "same.mkv")} == {(47, 61)}
+    call(source, "-o", tmp_path / "even.mp4", "--model", run, "--pix_fmt", "yuv420p")
+    found = frames_of(tmp_path / "even.mp4")
+    assert {(frame.height, frame.width, frame.format.name) for frame in found} == {(48, 62, "yuv420p")}
+    luma = found[0].to_ndarray()[:48, :62].astype(int)
+    assert np.abs(luma[46] - luma[47]).max() <= 6
+    assert np.abs(luma[:47, :61].ravel() - pixels(frames_of(source)[0], 0)).mean() < 2
+
+
+@pytest.mark.parametrize(
+    ("codec", "asked", "given", "bits", "expected"),
+    [
+        ("libx264", "", "yuv420p", 8, "yuv420p"),
+        ("libx264", "", "yuv420p12le", 12, "yuv420p10le"),
+        ("ffv1", "", "rgb24", 8, "bgr0"),
+        ("libx264", "yuv444p", "yuv420p", 8, "yuv444p"),
+        ("libx265", "", "yuv422p10le", 10, "yuv422p10le"),
+    ],
+)
+def test_pixel_formats(codec, asked, given, bits, expected):
+    found = choose_pix_fmt(codec, asked, given, bits)
+    assert found == expected or (given == "rgb24" and av.VideoFormat(found).is_rgb)
+
+
+def test_encoders():
+    assert (default_codec(".mp4", 8), default_codec(".mkv", 10), default_codec(".webm", 8)) == (
+        "libx264",
+        "libx265",
+        "libvpx-vp9",
+    )
+    with pytest.raises(JobError, match="--codec nonsense is no encoder"):
+        choose_pix_fmt("nonsense", "", "yuv420p", 8)
+    with pytest.raises(JobError, match=r"--pix_fmt gray16le is not among those of libx265: choose from yuv420p"):
+        choose_pix_fmt("libx265", "gray16le", "yuv420p", 8)
+
+
+# -------------------------------------------------------------------------------------------------------- what is kept
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
+def test_sound_is_copied_and_in_step(run, tmp_path, suffix):
+    source = make(tmp_path / f"in{suffix}", EVEN, codec="libx264", sound=True)
+    out = tmp_path / f"out{suffix}"
+    call(source, "-o", out, "--model", run)
+    before, after = packets_of(source, "audio"), packets_of(out, "audio")
+    assert [data for _, data in after] == [data for _, data in before]
+    shift = times_of(out)[0] - times_of(source)[0]  # a container may move all streams together
+    assert [time for time, _ in after] == pytest.approx([time + shift for time, _ in before], abs=2e-3)
+
+
+def test_all_that_belongs_to_a_video_is_kept(run, tmp_path):
+    tags = {"colorspace": 9, "color_primaries": 9, "color_trc": 16, "color_range": 1}
+    source = make(tmp_path / "in.mp4", EVEN, codec="libx265", pix_fmt="yuv420p10le", tags=tags, rotation=90)
+    kept = tmp_path / "with chapters.mp4"
+    with av.open(str(source)) as before, av.open(str(kept), "w") as after:
+        stream = after.add_stream_from_template(before.streams.video[0])
+        stream.metadata["language"] = "ger"
+        after.metadata["title"] = "Straße 1"
+        after.set_chapters([{"id": 1, "start": 0, "end": 90, "time_base": Fraction(1, 1000), "metadata": {"title": "first"}}])
+        stream.set_display_rotation(90)
+        for packet in before.demux(video=0):
+            if packet.dts is not None:
+                packet.stream = stream
+                after.mux(packet)
+    out = tmp_path / "größer und länger.mp4"
+    call(kept, "-o", out, "--model", run)
+    with av.open(str(out)) as container:
+        stream = container.streams.video[0]
+        context = stream.codec_context
+        assert (context.name, context.pix_fmt) == ("hevc", "yuv420p10le")
+        assert {name: getattr(context, name) for name in tags} == tags
+        assert container.metadata["title"] == "Straße 1"
+        assert stream.metadata["language"] == "ger"
+        assert [(one["metadata"]["title"], float(one["end"] * one["time_base"])) for one in container.chapters()] == [
+            ("first", 0.09)
+        ]
+        frames = list(container.decode(stream))
+    assert {frame.rotation for frame in frames} == {90}
+    assert len(frames) == 9
+
+
+def test_pixel_aspect_is_kept(run, tmp_path):
+    source = make(tmp_path / "in.mp4", EVEN[:2], codec="libx264", tags={"sample_aspect_ratio": Fraction(16, 11)})
+    call(source, "-o", tmp_path / "out.mp4", "--model", run)
+    with av.open(str(tmp_path / "out.mp4")) as container:
+        assert container.streams.video[0].sample_aspect_ratio == Fraction(16, 11)
+
+
+def test_what_a_container_can_not_hold_is_named(run, tmp_path, capsys):
+    source = make(tmp_path / "in.mkv", EVEN[:2], codec="libx264", sound=True)  # FLAC
+    call(source, "-o", tmp_path / "out.webm", "--model", run)
+    assert "left out: audio 1 (flac): .webm can't hold it" in capsys.readouterr().out
+    assert len(frames_of(tmp_path / "out.webm")) == 3
+
+
+# ------------------------------------------------------------------------------------------------- cuts and repetitions
+
+
+def scene(level: int, number: int = 0) -> av.VideoFrame:
+    """Another picture for each level."""
+    image = np.random.default_rng(level).integers(0, 60, (6, 8, 3)).repeat(8, 0).repeat(8, 1) + 20 + level + number
+    return av.VideoFrame.from_ndarray(image.astype(np.uint8), format="rgb24").reformat(format="yuv420p")
+
+
+def test_a_scene_cut_is_not_blended(run, tmp_path, capsys):
+    shown = [scene(0), scene(0, 4), scene(150), scene(150, 4)]
+    source = make(tmp_path / "in.mkv", EVEN[:4], frames=shown)
+    for flags, cuts in (((), 1), (("--scene_cut", 0), 0)):
+        out = tmp_path / f"{cuts}.mkv"
+        call(source, "-o", out, "--model", run, "--multiplier", 4, "--codec", "ffv1", *flags)
+        assert ("1 scene cuts" in capsys.readouterr().out) == bool(cuts)
+        found = [pixels(frame) for frame in frames_of(out)]
+        at_cut = found[4:9]  # from the frame before the cut to the one after it
+        same = [next((i for i in (0, 4) if np.array_equal(frame, at_cut[i])), None) for frame in at_cut]
+        assert same == ([0, 0, 4, 4, 4] if cuts else [0, None, None, None, 4])
+
+
+def test_where_nothing_changes_nothing_is_computed(run, tmp_path, monkeypatch):
+    calls = []
+    plain = Interpolator.__call__
+    monkeypatch.setattr(Interpolator, "__call__", lambda self, *given: calls.append(given[2]) or plain(self, *given))
+    source = make(tmp_path / "in.mkv", EVEN[:4], frames=[scene(0), scene(0), scene(0, 8), scene(0, 8)])
+    call(source, "-o", tmp_path / "out.mkv", "--model", run, "--codec", "ffv1", "--multiplier", 3)
+    assert calls == [[Fraction(1, 3), Fraction(2, 3)]]  # of one pair of three, and both frames by one call
+    found = [pixels(frame) for frame in frames_of(tmp_path / "out.mkv")]
+    assert all(np.array_equal(frame, found[0]) for frame in found[:4])
+
+
+def test_repeated_frames_are_left_out_where_that_is_asked_for(run, tmp_path, capsys):
+    source = make(
+        tmp_path / "in.mkv", [0, 40, 80, 120, 160], frames=[scene(0), scene(0), scene(0, 8), scene(0, 8), scene(0, 16)]
+    )
+    call(source, "-o", tmp_path / "out.mkv", "--model", run, "--codec", "ffv1", "--drop_duplicates", "--fps", 25)
+    assert "2 duplicates left out" in capsys.readouterr().out
+    found = [frame.to_ndarray()[:48].mean() for frame in frames_of(tmp_path / "out.mkv")]
+    steps = np.diff(found)
+    assert len(found) == 5
+    assert steps == pytest.approx(np.full(4, steps.mean()), abs=0.6)  # evenly, where it stood still and jumped
+    assert steps.mean() > 2
+
+
+# --------------------------------------------------------------------------------------------------- what can go wrong
+
+
+def test_bad_input_is_one_line_and_leaves_nothing(run, tmp_path, capsys):
+    whole = make(tmp_path / "in.mkv", [40 * n for n in range(20)])
+    (tmp_path / "text.mp4").write_text("no video")
+    (tmp_path / "empty.mp4").touch()
+    content = make(tmp_path / "t.mp4", EVEN, codec="libx264").read_bytes()
+    (tmp_path / "cut.mp4").write_bytes(content[: content.index(b"moov")])  # its head is at the end
+    with av.open(str(tmp_path / "sound.mp4"), "w") as container:
+        container.add_stream("aac", rate=48_000, layout="mono")
+    out = ("-o", tmp_path / "new" / "out.mp4", "--model", run)
+    for name in ("text.mp4", "empty.mp4", "cut.mp4"):
+        assert f"{name} cannot be read as a video" in refused(capsys, tmp_path / name, *out)
+    assert "sound.mp4" in refused(capsys, tmp_path / "sound.mp4", *out)
+    assert "none.mp4 does not exist" in refused(capsys, tmp_path / "none.mp4", *out)
+    small = make(tmp_path / "small.mkv", EVEN[:2], size=(16, 64))
+    assert "small.mkv is 64x16 (width x height): each side must be at least 32" in refused(capsys, small, *out)
+    before = whole.read_bytes()
+    assert "is the input" in refused(capsys, whole, "-o", whole, "--model", run)
+    assert whole.read_bytes() == before
+    assert "don't go together" in refused(capsys, whole, *out, "--fps", 50, "--slowmo", 2)
+    assert "--multiplier 1 must lie between 2 and 64" in refused(capsys, whole, *out, "--multiplier", 1)
+    assert "--input_fps 5.0 is for a folder of frames" in refused(capsys, whole, *out, "--input_fps", 5)
+    assert "a video ends in .mp4" in refused(capsys, whole, "-o", tmp_path / "out.avi2", "--model", run)
+    assert "need a folder" in refused(capsys, whole, small, *out)
+    assert not list((tmp_path / "new").iterdir())
+
+
+def test_a_truncated_video_is_told_and_taken_when_asked_for(run, tmp_path, capsys):
+    frames = [planes(n, "yuv420p") for n in range(24)]
+    whole = make(tmp_path / "in.mp4", [40 * n for n in range(24)], codec="mpeg4", frames=frames)
+    data = bytearray(whole.read_bytes())
+    start = data.index(b"mdat")
+    first = start + (data.index(b"moov") - start) // 2  # the head is at the end and stays; half of what it points to is gone
+    data[first : data.index(b"moov") - 4] = bytes(data.index(b"moov") - 4 - first)
+    damaged = tmp_path / "damaged.mp4"
+    damaged.write_bytes(bytes(data))
+    message = refused(capsys, damaged, "-o", tmp_path / "out.mp4", "--model", run)
+    assert "damaged.mp4 is damaged after" in message
+    assert "--allow_damaged" in message
+    assert not (tmp_path / "out.mp4").exists()
+    call(damaged, "-o", tmp_path / "out.mp4", "--model", run, "--allow_damaged")
+    assert "is damaged after" in capsys.readouterr().out
+    assert 1 < len(frames_of(tmp_path / "out.mp4")) < 47
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(run, tmp_path):
+    source = make(tmp_path / "in.mkv", [40 * n for n in range(40)])
+    code = f"import sys; from vfi.interpolate import main; main({[str(source), '-o', str(tmp_path / 'out.mkv'), '--codec', 'ffv1', '--model', str(run), '--device', 'cpu']!r})"  # noqa: E501
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))
+
+    ended = subprocess.run(
+        [sys.executable, "-c", code], preexec_fn=limit, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert ended.returncode == 2, ended.stderr
+    assert "cannot be written: File too large" in ended.stderr
+    assert "Traceback" not in ended.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.mkv"]
+
+
+def test_after_an_interrupt_what_is_there_plays(run, tmp_path, monkeypatch, capsys):
+    calls = []
+    plain = Interpolator.__call__
+
+    def interrupted(self, *given):
+        calls.append(given)
+        if len(calls) == 6:
+            raise KeyboardInterrupt
+        return plain(self, *given)
+
+    monkeypatch.setattr(Interpolator, "__call__", interrupted)
+    source = make(tmp_path / "in.mp4", [40 * n for n in range(12)], codec="libx264", sound=True)
+    with pytest.raises(SystemExit) as stop:
+        call(source, "-o", tmp_path / "out.mp4", "--model", run)
+    assert stop.value.code == 130
+    assert "out_partial.mp4" in capsys.readouterr().out
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.mp4", "out_partial.mp4"]
+    assert times_of(tmp_path / "out_partial.mp4") == pytest.approx([n * 0.02 for n in range(10)], abs=1e-3)
+
+
+def test_an_error_of_a_thread_reaches_the_job():
+    class Sink:
+        pix_fmt = "rgb24"
+
+        def write(self, frame, pts):
+            raise JobError("full")
+
+        def copy(self, packet):
+            raise AssertionError
+
+    def write() -> None:
+        with _Behind(Sink()) as behind:
+            for number in range(100):
+                behind.write(None, number)
+
+    with pytest.raises(JobError, match="full"):
+        write()
+
+    def items():
+        yield 1
+        raise JobError("damaged")
+
+    reading = _ahead(items())
+    assert next(reading) == 1
+    with pytest.raises(JobError, match="damaged"):
+        next(reading)
+
+
+def test_no_more_is_read_ahead_than_a_few_frames():
+    taken = []
+    reading = _ahead(taken.append(n) or n for n in range(1000))
+    for _ in range(5):
+        next(reading)
+    assert len(taken) < 20
+    reading.close()
+    assert len(taken) < 20
+
+
+# ------------------------------------------------------------------------------------------------ folders, several inputs
+
+
+def test_several_videos_go_into_a_folder(run, tmp_path, capsys):
+    first, second = make(tmp_path / "a b.mkv", EVEN[:2]), make(tmp_path / "ü.mp4", EVEN[:3], codec="libx264")
+    call(first, second, "-o", tmp_path / "more", "--model", run)
+    assert sorted(path.name for path in (tmp_path / "more").iterdir()) == ["a b.mkv", "ü.mp4"]
+    assert [len(frames_of(tmp_path / "more" / name)) for name in ("a b.mkv", "ü.mp4")] == [3, 5]
+    assert len(capsys.readouterr().out.strip().splitlines()) == 2
+    (tmp_path / "other").mkdir()
+    twin = make(tmp_path / "other" / "ü.mp4", EVEN[:2], codec="libx264")
+    assert "two inputs would become the same file" in refused(capsys, second, twin, "-o", tmp_path / "more", "--model", run)
+
+
+def test_a_folder_of_frames_comes_out_and_goes_in(run, tmp_path, capsys):
+    source = make(tmp_path / "in.mkv", EVEN[:3], pix_fmt="yuv444p")
+    call(source, "-o", tmp_path / "frames", "--model", run)
+    assert [path.name for path in sorted((tmp_path / "frames").iterdir())] == [f"{n:08d}.png" for n in range(5)]
+    first = interpolate.read_image(tmp_path / "frames" / "00000000.png")
+    with VideoInput(source) as video:
+        assert np.array_equal(first, to_rgb(next(iter(video.read())), video.colours))
+    assert "is there already" in refused(capsys, source, "-o", tmp_path / "frames", "--model", run)
+    assert "are for a video" in refused(capsys, source, "-o", tmp_path / "f", "--model", run, "--crf", 3)
+    call(tmp_path / "frames", "-o", tmp_path / "back.mp4", "--model", run, "--input_fps", 10, "--fps", 20)
+    assert times_of(tmp_path / "back.mp4") == pytest.approx([n / 20 for n in range(10)], abs=1e-3)
+    with VideoInput(tmp_path / "back.mp4") as video:
+        assert (video.colours.matrix, video.colours.full_range, video.pix_fmt) == (1, False, "yuv420p")
