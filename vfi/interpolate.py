@@ -38,7 +38,9 @@ from vfi.errors import JobError, clear_errors
 from vfi.fitting import is_out_of_memory
 from vfi.inference import DeviceName, PrecisionName, check_scale, describe_precision, load, pick_device, pick_precision
 from vfi.model.interpolator import MIN_SIZE
+from vfi.profiling import free_memory
 from vfi.stream import Care, Counts, FolderInput, FolderOutput, add_frames
+from vfi.tiles import SMALLEST, smaller, tiled
 from vfi.timeline import Multiply, Rate, Timeline
 from vfi.video import Encoding, VideoInput, VideoOutput
 
@@ -83,6 +85,8 @@ class Options:
     """Pixel format of the video, such as yuv420p10le; by default that of the input."""
     scale: float | None = None
     """Flow is estimated at this fraction of the frames' size: 1, 0.5 (for 2K) or 0.25 (4K); by default as trained."""
+    tile: int | None = None
+    """Make frames in overlapping tiles of at most this side; by default whole, and in tiles where memory is too small."""
     precision: PrecisionName = "auto"
     """auto is bf16 autocast on a GPU that has it, fp32 on the CPU."""
     device: DeviceName = "auto"
@@ -96,7 +100,9 @@ class Interpolator:
         self.device = pick_device(options.device)
         self.precision = pick_precision(options.precision, self.device)
         self.loaded = load(options.model or newest_run(), self.device)
-        self.scale, self.tta = options.scale, options.tta
+        self.scale, self.tta, self.tile = options.scale, options.tta, options.tile
+        if self.tile is not None and self.tile < SMALLEST:
+            raise JobError(f"--tile {self.tile} must be at least {SMALLEST}")
         check_scale(self.scale, [self.loaded])
 
     def __call__(self, img0: np.ndarray, img1: np.ndarray, timesteps: Sequence[float | Fraction]) -> list[np.ndarray]:
@@ -104,25 +110,38 @@ class Interpolator:
         top = np.iinfo(img0.dtype).max
         first, last = (self._tensor(image, top) for image in (img0, img1))
         times = torch.tensor([float(timestep) for timestep in timesteps], device=self.device)
-        try:
-            found = self._predict(first, last, times)
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
+        while (found := self._if_it_fits(first, last, times)) is None:
+            side = smaller(self.tile or max(img0.shape[:2]))
             height, width = img0.shape[:2]
-            raise JobError(
-                f"{width}x{height} frames don't fit into the memory of the {self.device.type}: take --scale 0.5 or 0.25, a "
-                f"smaller model, or --device cpu"
-            ) from error
+            if side is None:
+                raise JobError(
+                    f"{width}x{height} frames don't fit into the memory of the {self.device.type}, not even in tiles of "
+                    f"{self.tile} pixels: take a smaller model, or --device cpu"
+                )
+            tqdm.write(
+                f"{width}x{height} frames don't fit into memory: they are made in tiles of at most {side}x{side} from now on"
+            )
+            self.tile = side
         rounded = (found * float(top)).round().permute(0, 2, 3, 1).cpu().numpy()
         return list(rounded.astype(img0.dtype))
 
-    def _predict(self, first: torch.Tensor, last: torch.Tensor, times: torch.Tensor) -> torch.Tensor:
-        found = self.loaded.predict_several(first, last, times, self.precision, self.scale)
-        if not self.tta:
-            return found
-        turned = self.loaded.predict_several(first.flip(2, 3), last.flip(2, 3), times, self.precision, self.scale)
-        return (found + turned.flip(2, 3)) / 2
+    def _if_it_fits(self, first: torch.Tensor, last: torch.Tensor, times: torch.Tensor) -> torch.Tensor | None:
+        """The frames; None where memory is too small, which is free again."""
+
+        def predict(first: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
+            return self.loaded.predict_several(first, last, times, self.precision, self.scale)
+
+        def made(first: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
+            return tiled(predict, first, last, self.tile) if self.tile else predict(first, last)
+
+        try:
+            found = made(first, last)
+            return (found + made(first.flip(2, 3), last.flip(2, 3)).flip(2, 3)) / 2 if self.tta else found
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+        free_memory()  # not before here: the error holds on to its frames, and they to their tensors
+        return None
 
     def _tensor(self, image: np.ndarray, top: int) -> torch.Tensor:
         whole = torch.from_numpy(image if image.dtype == np.uint8 else image.astype(np.float32))

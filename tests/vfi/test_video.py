@@ -18,6 +18,7 @@ import torch
 
 from vfi import checkpoint, interpolate, presets
 from vfi.errors import JobError
+from vfi.inference import LoadedModel
 from vfi.interpolate import Interpolator, main
 from vfi.model.interpolator import FrameInterpolator
 from vfi.records import to_json
@@ -487,6 +488,33 @@ def test_no_more_is_read_ahead_than_a_few_frames():
     assert len(taken) < 20
     reading.close()
     assert len(taken) < 20
+
+
+def test_what_does_not_fit_into_memory_is_made_in_tiles(run, tmp_path, monkeypatch, capsys):
+    plain = LoadedModel.predict_several
+    asked = []
+
+    def small_memory(self, img0, *rest):
+        asked.append(tuple(img0.shape[-2:]))
+        if max(img0.shape[-2:]) > room:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return plain(self, img0, *rest)
+
+    source = make(tmp_path / "in.mkv", EVEN[:3], size=(96, 1200))
+    call(source, "-o", tmp_path / "whole.mkv", "--model", run, "--codec", "ffv1")
+    monkeypatch.setattr(LoadedModel, "predict_several", small_memory)
+    room = 600
+    call(source, "-o", tmp_path / "tiles.mkv", "--model", run, "--codec", "ffv1")
+    assert capsys.readouterr().out.count("1200x96 frames don't fit into memory: they are made in tiles of at most 576x576") == 1
+    assert asked[0] == (96, 1200)
+    assert set(asked[1:]) == {(96, 512)}
+    whole, tiles = (frames_of(tmp_path / name) for name in ("whole.mkv", "tiles.mkv"))
+    assert all(np.abs(pixels(a) - pixels(b)).max() <= 1 for a, b in zip(whole, tiles, strict=True))
+    room = 100
+    message = refused(capsys, source, "-o", tmp_path / "none.mkv", "--model", run)
+    assert "don't fit into the memory of the cpu, not even in tiles of 256 pixels" in message
+    assert not (tmp_path / "none.mkv").exists()
+    assert "--tile 100 must be at least 256" in refused(capsys, source, "-o", tmp_path / "x.mkv", "--model", run, "--tile", 100)
 
 
 # ------------------------------------------------------------------------------------------------ folders, several inputs
