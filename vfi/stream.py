@@ -9,10 +9,11 @@ where two frames are the same nothing is computed.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import queue
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
 from types import TracebackType
@@ -88,9 +89,10 @@ def add_frames(
 ) -> Counts:
     """Write all frames and those between; `tick` is called for each frame read. JobError for a source without frames."""
     work = _Work(source, sink, line, between, care)
-    with _Behind(sink) as behind:
+    # closed: the thread that reads has to end before its source is closed
+    with _Behind(sink) as behind, contextlib.closing(_ahead(source.read())) as items:
         work.sink = behind
-        for item in _ahead(source.read()):
+        for item in items:
             if isinstance(item, av.Packet):
                 behind.copy(item)
             else:
@@ -155,7 +157,7 @@ class _Work:
             self.counts.written += 1
 
 
-def _ahead(items: Iterator[T]) -> Iterator[T]:
+def _ahead(items: Iterator[T]) -> Generator[T]:
     """The same, some of which are got beforehand by a thread."""
     waiting: queue.Queue[tuple[bool, Any]] = queue.Queue(_AHEAD)
     stop = threading.Event()
