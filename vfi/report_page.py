@@ -53,9 +53,10 @@ def page(content: Content) -> str:
 
 
 def about(group: Group) -> str:
-    """How many samples of which size and kind."""
+    """How many samples of which size and kind; and whether they are a part of the set, or not the published one."""
     protocol = group.files[0][1].protocol
-    facts = (_count(group.samples, "sample"), protocol.get("sizes", ""), protocol.get("codec", ""))
+    part = protocol.get("frame set", "").removeprefix("all samples").lstrip("; ")
+    facts = (_count(group.samples, "sample"), part, protocol.get("sizes", ""), protocol.get("codec", ""))
     return ", ".join(fact for fact in facts if fact)
 
 

@@ -16,9 +16,9 @@ from vfi.report_tables import gain_cell
 from vfi.results import ERROR_WHITE, FRAME_AVERAGE, ImageScore, Picture, ResultError, Results
 
 EMBEDDED_SIDE = 640
-"""Pictures with a longer side are shrunk to it and embedded as JPEG; smaller ones are embedded as they are."""
+"""Pictures with a longer side are shrunk to it."""
 SMALL_SIDE = 256
-"""Pictures up to this side are enlarged without smoothing."""
+"""Pictures up to this side are embedded as they are and enlarged without smoothing; larger ones are embedded as JPEG."""
 _LEFT, _RIGHT = 3, 4  # what the slider shows at first: the frame average and the first prediction
 
 
@@ -96,7 +96,7 @@ def _embed(path: Path) -> tuple[str, bool]:
         with Image.open(io.BytesIO(data)) as image:
             small = max(image.size) <= SMALL_SIDE
             kind = "png"
-            if max(image.size) > EMBEDDED_SIDE:
+            if not small:
                 image.thumbnail((EMBEDDED_SIDE, EMBEDDED_SIDE), Image.Resampling.LANCZOS)
                 buffer = io.BytesIO()
                 image.convert("RGB").save(buffer, "jpeg", quality=90, subsampling=0)

@@ -459,3 +459,12 @@ def test_out_and_missing_arguments(tmp_path, capsys) -> None:
     write_results(tmp_path / "r.json", made.results())
     assert "is a file" in _refusal(capsys, tmp_path / "r.json", "--out", tmp_path / "r.json")
     assert "no results file was given" in _refusal(capsys, "--out", tmp_path / "report")
+
+
+def test_a_part_of_a_set_is_said_beside_the_table(tmp_path):
+    whole = {"protocol": "ucf101", "profile": "rife", "TTA": "none", "frame set": "all samples"}
+    part = whole | {"frame set": "all samples; NOT COMPARABLE: 3 of 379 samples"}
+    for facts, words in ((whole, "3 samples"), (part, "3 samples, NOT COMPARABLE: 3 of 379 samples")):
+        text, page = _report(tmp_path, made.results(protocol=facts))
+        assert f"\n{words}\n" in text
+        assert words in page.texts
