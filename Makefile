@@ -3,8 +3,6 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 DEMO   ?= demo
-# one more than cores: some tests wait most of the time
-WORKERS ?= $(shell echo $$(( $$(nproc) + 1 )))
 
 .PHONY: demo test lint clean
 
@@ -12,7 +10,7 @@ demo: $(VENV)/.ready            ## synthetic shards -> train `tiny` -> benchmark
 	$(BIN)/vfi demo --out $(DEMO)
 
 test: $(VENV)/.ready            ## all tests (those that need a GPU skip with their reason)
-	$(BIN)/python -m pytest --numprocesses $(WORKERS) --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(ARGS)
+	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: $(VENV)/.ready            ## style and types
 	$(BIN)/ruff check .
