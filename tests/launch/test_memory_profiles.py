@@ -200,19 +200,19 @@ def test_accelerates_word_for_fp32_is_known():
 
 def test_stated_batches_are_those_of_the_plan_and_shrink_with_the_area():
     def choose(gpu: str, crop: int = 256) -> int:
-        return choose_batch(small(global_batch=240, crop=crop), gpu, 1, "fp32").device_batch
+        return choose_batch(small(global_batch=240, crop=crop), gpu, 1, "fp16").device_batch
 
     assert [choose(gpu) for gpu in ("v100-16gb", "NVIDIA GeForce RTX 5090", "a100-80gb")] == [2, 8, 16]
     assert [choose("a100-80gb", crop) for crop in (128, 384, 512)] == [16, 6, 4]  # 16, 7.1 and 4 by area; 6 divides 240
 
 
 def test_unknown_card_is_judged_by_its_memory_and_that_is_said():
-    choice = choose_batch(small(), "NVIDIA RTX 6000 Ada Generation", 1, "fp32", memory_gib=47.4)
+    choice = choose_batch(small(), "NVIDIA RTX 6000 Ada Generation", 1, "fp16", memory_gib=47.4)
     assert choice.device_batch == 8
     assert "by its memory of 47 GiB" in choice.why
     assert "rtx5090 32 GB" in choice.why
     with pytest.raises(ConfigError, match=r"memory of a GPU named 'quantum' is not known .* such as quantum-48gb"):
-        choose_batch(small(), "quantum", 1, "fp32")
+        choose_batch(small(), "quantum", 1, "fp16")
 
 
 def test_when_nothing_fits_what_fits_is_named():
@@ -236,9 +236,9 @@ def test_when_nothing_fits_what_fits_is_named():
 
 def test_when_nothing_is_stated_for_so_little_it_is_refused():
     with pytest.raises(ConfigError, match="no batch is stated for so little memory"):
-        choose_batch(small(), "t4-8gb", 1, "fp32")
+        choose_batch(small(), "t4-8gb", 1, "fp16")
     with pytest.raises(ConfigError, match=r"a smaller --curriculum_crops"):
-        choose_batch(small(phase=3, curriculum=True), "v100-16gb", 1, "fp32")
+        choose_batch(small(phase=3, curriculum=True), "v100-16gb", 1, "fp16")
 
 
 def test_a_curriculum_is_judged_by_its_largest_crop():
