@@ -10,7 +10,8 @@
     vfi interpolate A.png B.png -o mid.png --timestep 0.25
 
 Sound, subtitles, chapters, rotation and colours of a video are kept (vfi/video.py); scene cuts are not blended (vfi/stream.py).
-A result gets its name when it is complete; after Ctrl-C what is there lies beside it, as NAME_partial, and plays.
+A result gets its name when it is complete; after Ctrl-C what is there lies beside it, as NAME_partial, and plays; --resume goes
+on with it.
 """
 
 from __future__ import annotations
@@ -19,13 +20,12 @@ import contextlib
 import dataclasses
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
-import numpy as np
-import torch
 import tyro
 from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
@@ -33,14 +33,13 @@ from tqdm import tqdm
 from shards.images import read_image
 from shards.schema import IMAGE_EXTENSIONS, ShardError
 from shards.sequences import CUT
-from vfi.checkpoint import CheckpointError, newest_run
+from vfi.between import Between, Settings
+from vfi.checkpoint import CheckpointError
 from vfi.errors import JobError, clear_errors
-from vfi.fitting import is_out_of_memory
-from vfi.inference import DeviceName, PrecisionName, check_scale, describe_precision, load, pick_device, pick_precision
+from vfi.inference import DeviceName, PrecisionName, describe_precision
 from vfi.model.interpolator import MIN_SIZE
-from vfi.profiling import free_memory
+from vfi.partial import Partial, Replay, copy_frames
 from vfi.stream import Care, Counts, FolderInput, FolderOutput, add_frames
-from vfi.tiles import SMALLEST, smaller, tiled
 from vfi.timeline import Multiply, Rate, Timeline
 from vfi.video import Encoding, VideoInput, VideoOutput
 
@@ -83,69 +82,21 @@ class Options:
     """Quality of the encoder: lower is better; by default 16 to 24, hard to tell from the original."""
     pix_fmt: str = ""
     """Pixel format of the video, such as yuv420p10le; by default that of the input."""
-    scale: float | None = None
-    """Flow is estimated at this fraction of the frames' size: 1, 0.5 (for 2K) or 0.25 (4K); by default as trained."""
+    scale: float | Literal["auto"] | None = None
+    """Flow is estimated at this fraction of the frames' size: 1, 0.5 (for 2K), 0.25 (4K), or auto, from the size and from what
+    moves, pair by pair; by default as trained."""
+    keep_still: bool = True
+    """What is the same in two frames is so between them, too: captions, backgrounds."""
     tile: int | None = None
     """Make frames in overlapping tiles of at most this side; by default whole, and in tiles where memory is too small."""
+    max_memory: float | None = None
+    """Take at most so many GiB (of the GPU, or of this machine); by default what is free."""
+    resume: bool = False
+    """Go on with what is left of a conversion that was stopped, NAME_partial; without one, start."""
     precision: PrecisionName = "auto"
     """auto is bf16 autocast on a GPU that has it, fp32 on the CPU."""
     device: DeviceName = "auto"
     """auto takes a GPU if there is one."""
-
-
-class Interpolator:
-    """A model ready to be called with frames as RGB `[H, W, 3]`, uint8 or uint16."""
-
-    def __init__(self, options: Options) -> None:
-        self.device = pick_device(options.device)
-        self.precision = pick_precision(options.precision, self.device)
-        self.loaded = load(options.model or newest_run(), self.device)
-        self.scale, self.tta, self.tile = options.scale, options.tta, options.tile
-        if self.tile is not None and self.tile < SMALLEST:
-            raise JobError(f"--tile {self.tile} must be at least {SMALLEST}")
-        check_scale(self.scale, [self.loaded])
-
-    def __call__(self, img0: np.ndarray, img1: np.ndarray, timesteps: Sequence[float | Fraction]) -> list[np.ndarray]:
-        """The frames at these timesteps, rounded to the frames' type; their features are computed once."""
-        top = np.iinfo(img0.dtype).max
-        first, last = (self._tensor(image, top) for image in (img0, img1))
-        times = torch.tensor([float(timestep) for timestep in timesteps], device=self.device)
-        while (found := self._if_it_fits(first, last, times)) is None:
-            side = smaller(self.tile or max(img0.shape[:2]))
-            height, width = img0.shape[:2]
-            if side is None:
-                raise JobError(
-                    f"{width}x{height} frames don't fit into the memory of the {self.device.type}, not even in tiles of "
-                    f"{self.tile} pixels: take a smaller model, or --device cpu"
-                )
-            tqdm.write(
-                f"{width}x{height} frames don't fit into memory: they are made in tiles of at most {side}x{side} from now on"
-            )
-            self.tile = side
-        rounded = (found * float(top)).round().permute(0, 2, 3, 1).cpu().numpy()
-        return list(rounded.astype(img0.dtype))
-
-    def _if_it_fits(self, first: torch.Tensor, last: torch.Tensor, times: torch.Tensor) -> torch.Tensor | None:
-        """The frames; None where memory is too small, which is free again."""
-
-        def predict(first: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
-            return self.loaded.predict_several(first, last, times, self.precision, self.scale)
-
-        def made(first: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
-            return tiled(predict, first, last, self.tile) if self.tile else predict(first, last)
-
-        try:
-            found = made(first, last)
-            return (found + made(first.flip(2, 3), last.flip(2, 3)).flip(2, 3)) / 2 if self.tta else found
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-        free_memory()  # not before here: the error holds on to its frames, and they to their tensors
-        return None
-
-    def _tensor(self, image: np.ndarray, top: int) -> torch.Tensor:
-        whole = torch.from_numpy(image if image.dtype == np.uint8 else image.astype(np.float32))
-        return whole.to(self.device).permute(2, 0, 1)[None].float() / top
 
 
 @clear_errors(ShardError, CheckpointError)
@@ -175,9 +126,14 @@ def interpolate(options: Options) -> Iterator[str]:
         raise JobError("--timestep is for two images; for a video take --multiplier, --fps or --slowmo")
     _timeline(options)
     places = _places(options)
-    model = Interpolator(options)
+    model = between_for(options)
     for path, out in places.items():
-        yield _convert(options, path, out, model)
+        yield convert(options, path, out, model)
+
+
+def between_for(options: Options) -> Between:
+    """The model, as the options have it."""
+    return Between(Settings(**{field.name: getattr(options, field.name) for field in dataclasses.fields(Settings)}))
 
 
 def _timeline(options: Options) -> Timeline:
@@ -235,29 +191,57 @@ def _check_place(place: Path, source: Path) -> None:
             raise JobError(f"--out {place}: {parent} is not a folder")
 
 
-def _convert(options: Options, path: Path, out: Path, model: Interpolator) -> str:
-    """One video or folder of frames -> one video or folder of frames, and a line about it."""
-    line = _timeline(options)
-    temporary = _temporary(out)
+def convert(options: Options, path: Path, out: Path, model: Between, tick: Callable[[], object] = lambda: None) -> str:
+    """One video or folder of frames -> one of either kind, and a line about it. `tick` is called for each frame read."""
+    line, partial, temporary = _timeline(options), Partial.of(out), _temporary(out)
+    facts = _facts(options, path, model)
+    done = _done(options, partial, facts)
     with contextlib.ExitStack() as stack:
         stack.callback(_remove, temporary)
         source, size = _open(options, path, stack)
-        sink = _create(options, temporary, source, size, line, stack)
+        sink = _create(options, temporary, source, size, line, stack, partial.path, done)
         bar = stack.enter_context(tqdm(total=source.expected, unit="frame", desc=path.name, disable=None))
+        care = Care(options.scene_cut, options.drop_duplicates)
+        began, busy = time.perf_counter(), model.seconds
         try:
-            counts = add_frames(source, sink, line, model, Care(options.scene_cut, options.drop_duplicates), bar.update)
+            counts = add_frames(source, sink, line, model.start, care, lambda: (bar.update(), tick()))
         except KeyboardInterrupt:
             if isinstance(sink, VideoOutput):
                 sink.close()
-            partial = out.with_name(f"{out.stem}_partial{out.suffix}")
-            if not partial.exists():
-                temporary.replace(partial)
-                tqdm.write(f"stopped: what was done is {partial}")
+            if sink.count >= done:
+                partial.keep(temporary, facts, sink.count)
+                tqdm.write(f"stopped: what was done is {partial.path}; --resume goes on with it")
             raise
         if isinstance(sink, VideoOutput):
             sink.close()
         temporary.replace(out)
-    return _described(out, source, sink, counts, line, model)
+    partial.remove()
+    seconds = time.perf_counter() - began
+    return _described(out, source, counts, line, model) + _pace(counts, seconds, model.seconds - busy)
+
+
+def _facts(options: Options, path: Path, model: Between) -> dict[str, Any]:
+    """What a result depends on."""
+    elsewhere = ("inputs", "out", "model", "device", "tile", "max_memory", "resume", "timestep")
+    flags = {name: value for name, value in dataclasses.asdict(options).items() if name not in elsewhere}
+    size = path.stat().st_size if path.is_file() else len(frames_of(path))
+    return {"input": path.name, "input_size": size, "weights": model.loaded.fingerprint()[:16], **flags}
+
+
+def _done(options: Options, partial: Partial, facts: dict[str, Any]) -> int:
+    """Frames that are there already."""
+    if not options.resume:
+        if partial.path.exists():
+            raise JobError(
+                f"{partial.path} is there, from a conversion that was stopped: --resume goes on with it; to start anew, move it "
+                f"away"
+            )
+        return 0
+    done = partial.frames(facts)
+    tqdm.write(
+        f"{partial.path}: {done} frames are done" if done else f"{partial.path} is not there: this starts at the first frame"
+    )
+    return done
 
 
 def _open(options: Options, path: Path, stack: contextlib.ExitStack) -> tuple[VideoInput | FolderInput, tuple[int, int]]:
@@ -273,33 +257,36 @@ def _open(options: Options, path: Path, stack: contextlib.ExitStack) -> tuple[Vi
         raise JobError(f"--input_fps {fps} must lie between 0.1 and 1000")
     paths = frames_of(path)
     sizes = {one: _size_of(one) for one in paths}
-    _check_sizes(sizes)
+    check_sizes(sizes)
     height, width = sizes[paths[0]]
     return FolderInput(paths, _fraction(fps)), (height, width)
 
 
 def _create(
     options: Options, path: Path, source: VideoInput | FolderInput, size: tuple[int, int], line: Timeline,
-    stack: contextlib.ExitStack,
+    stack: contextlib.ExitStack, partial: Path, done: int,
 ) -> VideoOutput | FolderOutput:  # fmt: skip
+    """Where the frames go; the first so many are in `partial`."""
     encoding = Encoding(options.codec, options.crf, options.pix_fmt)
     if not path.suffix:
         if encoding != Encoding():
             raise JobError("--codec, --crf and --pix_fmt are for a video: frames are written as PNG")
-        path.mkdir()
-        return FolderOutput(path, source.colours)
+        if done:
+            copy_frames(partial, path)
+        else:
+            path.mkdir()
+        return FolderOutput(path, source.colours, done)
     video = source if isinstance(source, VideoInput) else None
     base = line.start(0, source.base)
-    sink = VideoOutput(path, video, size, base, line.rate(source.rate), encoding, line.slowdown)
+    begun = stack.enter_context(contextlib.closing(Replay(partial, done))) if done else None
+    sink = VideoOutput(path, video, size, base, line.rate(source.rate), encoding, line.slowdown, begun)
     stack.callback(sink.give_up)
     for reason in sink.left_out:
         tqdm.write(f"left out: {reason}")
     return sink
 
 
-def _described(
-    out: Path, source: VideoInput | FolderInput, sink: object, counts: Counts, line: Timeline, model: Interpolator
-) -> str:
+def _described(out: Path, source: VideoInput | FolderInput, counts: Counts, line: Timeline, model: Between) -> str:
     rates = (
         f"{counts.written} frames at {float(line.rate(source.rate)):g} per second from {counts.read} at {float(source.rate):g}"
     )
@@ -307,6 +294,13 @@ def _described(
     notes += [f"{counts.dropped} duplicates left out"] if counts.dropped else []
     notes += [source.damage] if isinstance(source, VideoInput) and source.damage else []
     return ", ".join([f"{out}: {rates}", *notes, _made_by(model)])
+
+
+def _pace(counts: Counts, seconds: float, model: float) -> str:
+    """How fast it was, and what one waited for: the three go on at the same time, and one of them is the slowest."""
+    shares = {"reading": counts.reading, "model": model, "writing": counts.writing}
+    parts = ", ".join(f"{name} {part / seconds:.0%}" for name, part in shares.items())
+    return f"; {counts.written / seconds:.3g} frames/s ({parts} of the time)"
 
 
 def _images_to_image(options: Options, path0: Path, path1: Path) -> str:
@@ -317,8 +311,8 @@ def _images_to_image(options: Options, path0: Path, path1: Path) -> str:
         raise JobError("--multiplier, --fps and --slowmo are for videos; two images make one image")
     _check_output(options.out, IMAGE_OUTPUTS, (path0, path1))
     img0, img1 = read_image(path0), read_image(path1)
-    _check_sizes({path0: img0.shape[:2], path1: img1.shape[:2]})
-    model = Interpolator(options)
+    check_sizes({path0: img0.shape[:2], path1: img1.shape[:2]})
+    model = between_for(options)
     temporary = _temporary(options.out)
     try:
         Image.fromarray(model(img0, img1, [timestep])[0]).save(temporary, quality=95)  # of JPEG and WebP
@@ -360,7 +354,7 @@ def _check_output(out: Path, extensions: Sequence[str], inputs: Sequence[Path]) 
     out.parent.mkdir(parents=True, exist_ok=True)
 
 
-def _check_sizes(sizes: Mapping[Path, tuple[int, ...]]) -> None:
+def check_sizes(sizes: Mapping[Path, tuple[int, ...]]) -> None:
     """All frames of one size, and large enough."""
     first, (height, width) = next(iter(sizes.items()))
     for path, size in sizes.items():
@@ -391,7 +385,7 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _made_by(model: Interpolator) -> str:
+def _made_by(model: Between) -> str:
     return f"by {model.loaded.name} at step {model.loaded.step} ({model.device.type}, {describe_precision(model.precision)})"
 
 

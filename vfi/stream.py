@@ -2,17 +2,19 @@
 
     counts = add_frames(source, sink, Multiply(2), between, Care())
 
-`source` and `sink` are videos (vfi/video.py) or folders of frames; `between(img0, img1, timesteps)` gives frames as arrays.
-Reading, the model, and writing go on at the same time. Frames of the input go out as they came; a scene cut is not blended, and
-where two frames are the same nothing is computed.
+`source` and `sink` are videos (vfi/video.py) or folders of frames; `between(img0, img1, timesteps)` begins with the frames
+between two, and gives what waits for them. Reading, the model, and writing go on at the same time. Frames of the input go out
+as they came; a scene cut is not blended, and where two frames are the same nothing is computed.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import queue
 import threading
+import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -30,10 +32,10 @@ from vfi.errors import JobError
 from vfi.timeline import Moment, Timeline
 from vfi.video import Colours, from_rgb, to_rgb
 
-Between = Callable[[np.ndarray, np.ndarray, Sequence[Fraction]], list[np.ndarray]]
-"""Two frames `[H, W, 3]` uint8 or uint16, timesteps -> the frames there, of the same kind."""
+Between = Callable[[np.ndarray, np.ndarray, Sequence[Fraction]], Callable[[], list[np.ndarray]]]
+"""Two frames `[H, W, 3]` uint8 or uint16, timesteps -> what waits for the frames there, of the same kind."""
 T = TypeVar("T")
-_AHEAD = 8  # frames read beforehand, or waiting to be written
+_AHEAD = 4  # frames read beforehand, or pairs waiting to be written
 _MOST_REPEATS = 4  # in a row that are dropped: a longer one is no pulldown but a picture that stands still
 
 
@@ -54,6 +56,8 @@ class Sink(Protocol):
     """Where frames go."""
 
     pix_fmt: str
+    done: int
+    """Frames that it holds already, from a conversion that was stopped: it takes the first so many for these."""
 
     def write(self, frame: av.VideoFrame, pts: int) -> None:
         """Take a frame."""
@@ -82,79 +86,138 @@ class Counts:
     """By the model."""
     cuts: int = 0
     dropped: int = 0
+    reading: float = 0.0
+    """Seconds for which frames were decoded and converted to RGB."""
+    writing: float = 0.0
+    """… and converted back and encoded."""
+    waiting: float = 0.0
+    """… and for which writing waited for the model."""
 
 
 def add_frames(
     source: Source, sink: Sink, line: Timeline, between: Between, care: Care, tick: Callable[[], object] = lambda: None
 ) -> Counts:
-    """Write all frames and those between; `tick` is called for each frame read. JobError for a source without frames."""
-    work = _Work(source, sink, line, between, care)
+    """Write all frames and those between; `tick` is called for each frame read. JobError for a source without frames.
+
+    Where the sink is `done` with some frames already, those between are not made again.
+    """
+    counts = Counts()
     # closed: the thread that reads has to end before its source is closed
-    with _Behind(sink) as behind, contextlib.closing(_ahead(source.read())) as items:
-        work.sink = behind
+    with _Behind(sink, counts) as behind, contextlib.closing(_ahead(_shown(source, counts))) as items:
+        work = _Work(source, behind, line, between, care, counts)
         for item in items:
-            if isinstance(item, av.Packet):
-                behind.copy(item)
-            else:
+            if isinstance(item, _Shown):
                 work.take(item)
                 tick()
+            else:
+                behind.put(functools.partial(sink.copy, item))
         work.finish()
-    return work.counts
+    return counts
+
+
+@dataclasses.dataclass(frozen=True)
+class _Shown:
+    """A frame of the source, in the forms that are needed. Its own times are changed when it is written."""
+
+    frame: av.VideoFrame
+    pts: int
+    duration: int
+    image: np.ndarray
+    thumbnail: np.ndarray
+
+
+def _shown(source: Source, counts: Counts) -> Iterator[_Shown | av.Packet]:
+    """What a source has, ready to be worked on."""
+    items = source.read()
+    usual = round(1 / source.rate / source.base)
+    while True:
+        began = time.perf_counter()
+        item = next(items, None)
+        if item is None:
+            return
+        if isinstance(item, av.VideoFrame):
+            image, thumbnail = to_rgb(item, source.colours), VideoFrame(item).thumbnail()
+            shown: _Shown | av.Packet = _Shown(item, item.pts or 0, item.duration or usual, image, thumbnail)
+        else:
+            shown = item
+        counts.reading += time.perf_counter() - began
+        yield shown
 
 
 class _Work:
     """One conversion under way."""
 
-    def __init__(self, source: Source, sink: Sink, line: Timeline, between: Between, care: Care) -> None:
-        self.source, self.sink, self.line, self.between, self.care = source, sink, line, between, care
-        self.counts = Counts()
-        self.before: av.VideoFrame | None = None
-        self.pts = self.duration = self.repeats = 0  # of `before`, whose own are changed when it is written
-        self.thumbnail = np.empty(0)
+    def __init__(
+        self, source: Source, behind: _Behind, line: Timeline, between: Between, care: Care, counts: Counts
+    ) -> None:  # fmt: skip
+        self.source, self.behind, self.line, self.between, self.care = source, behind, line, between, care
+        self.counts = counts
+        self.before: _Shown | None = None
+        self.repeats = 0
 
-    def take(self, frame: av.VideoFrame) -> None:
+    def take(self, after: _Shown) -> None:
         """The next frame of the source: what lies before it can be made."""
         self.counts.read += 1
-        thumbnail, pts, duration = VideoFrame(frame).thumbnail(), frame.pts or 0, frame.duration
         if self.before is None:
-            self.line.start(pts, self.source.base)
-        elif self.care.drop_duplicates and self.repeats < _MOST_REPEATS and is_duplicate(self.thumbnail, thumbnail):
+            self.line.start(after.pts, self.source.base)
+        elif self._is_repeated(self.before, after):
             self.repeats += 1
             self.counts.dropped += 1
             return
         else:
-            self._pair(self.before, frame, pts, self._is_cut(thumbnail))
-        self.before, self.thumbnail, self.repeats = frame, thumbnail, 0
-        self.pts, self.duration = pts, duration or round(1 / self.source.rate / self.source.base)
+            self._pair(self.before, after)
+        self.before, self.repeats = after, 0
 
     def finish(self) -> None:
         """The last frame, as long as it is shown."""
         if self.before is None:
             raise JobError("there are no frames in it")
-        self._put([(self.before, moment) for moment in self.line.last(self.pts, self.duration)])
+        frame = self.before.frame
+        self._put(list(self.line.last(self.before.pts, self.before.duration)), lambda moment: frame)
 
-    def _is_cut(self, thumbnail: np.ndarray) -> bool:
-        return bool(self.care.scene_cut) and is_cut(self.thumbnail, thumbnail, self.care.scene_cut)
+    def _is_repeated(self, before: _Shown, after: _Shown) -> bool:
+        wanted = self.care.drop_duplicates and self.repeats < _MOST_REPEATS
+        return wanted and is_duplicate(before.thumbnail, after.thumbnail)
 
-    def _pair(self, before: av.VideoFrame, after: av.VideoFrame, pts: int, cut: bool) -> None:
+    def _pair(self, before: _Shown, after: _Shown) -> None:
+        moments = list(self.line.between(before.pts, after.pts))
+        cut = bool(self.care.scene_cut) and is_cut(before.thumbnail, after.thumbnail, self.care.scene_cut)
         self.counts.cuts += cut
-        moments = list(self.line.between(self.pts, pts))
-        asked = [moment for moment in moments if moment.timestep]
-        images: dict[Fraction, av.VideoFrame] = {}
-        if asked and not cut:
-            img0, img1 = (to_rgb(frame, self.source.colours) for frame in (before, after))
-            if not np.array_equal(img0, img1):
-                found = self.between(img0, img1, [moment.timestep for moment in asked])
-                self.counts.made += len(found)
-                made = (from_rgb(image, self.source.colours, self.sink.pix_fmt) for image in found)
-                images = dict(zip((moment.timestep for moment in asked), made, strict=True))
-        half = Fraction(1, 2)
-        self._put([(images.get(m.timestep, before if m.timestep < half or not cut else after), m) for m in moments])
+        asked = [moment.timestep for moment in moments if moment.timestep]
+        done = self.counts.written + len(moments) <= self.behind.sink.done
+        if not asked or cut or done or np.array_equal(before.image, after.image):
+            half = Fraction(1, 2)
+            self._put(moments, lambda moment: before.frame if moment.timestep < half or not cut else after.frame)
+            return
+        wait = self.between(before.image, after.image, asked)
+        self.counts.made += len(asked)
 
-    def _put(self, frames: Sequence[tuple[av.VideoFrame, Moment]]) -> None:
-        for frame, moment in frames:
-            self.sink.write(frame, moment.pts)
-            self.counts.written += 1
+        @functools.cache  # all of a pair at once, when the first of them is to be written
+        def made() -> dict[Fraction, np.ndarray]:
+            began = time.perf_counter()
+            images = wait()
+            self.counts.waiting += time.perf_counter() - began
+            return dict(zip(asked, images, strict=True))
+
+        def frame(moment: Moment) -> av.VideoFrame:
+            if not moment.timestep:
+                return before.frame
+            return from_rgb(made()[moment.timestep], self.source.colours, self.behind.sink.pix_fmt)
+
+        self._put(moments, frame)
+
+    def _put(self, moments: Sequence[Moment], frame: Callable[[Moment], av.VideoFrame]) -> None:
+        """Have frames written, each of which is made when it is."""
+        sink = self.behind.sink
+
+        def write() -> None:
+            began, waited = time.perf_counter(), self.counts.waiting
+            for moment in moments:
+                sink.write(frame(moment), moment.pts)
+            self.counts.writing += time.perf_counter() - began - (self.counts.waiting - waited)
+
+        self.behind.put(write)
+        self.counts.written += len(moments)
 
 
 def _ahead(items: Iterator[T]) -> Generator[T]:
@@ -196,10 +259,10 @@ def _ahead(items: Iterator[T]) -> Generator[T]:
 
 
 class _Behind:
-    """A sink that a thread writes to while one goes on. What goes wrong there is raised at the next call, or at the end."""
+    """Work on a sink that a thread does while one goes on. What goes wrong there is raised at the next call, or at the end."""
 
-    def __init__(self, sink: Sink) -> None:
-        self.sink, self.pix_fmt = sink, sink.pix_fmt
+    def __init__(self, sink: Sink, counts: Counts) -> None:
+        self.sink, self.counts = sink, counts
         self.waiting: queue.Queue[Callable[[], None] | None] = queue.Queue(_AHEAD)
         self.error: BaseException | None = None
         self.thread = threading.Thread(target=self._work, daemon=True)
@@ -214,15 +277,8 @@ class _Behind:
         if kind is None and self.error is not None:
             raise self.error
 
-    def write(self, frame: av.VideoFrame, pts: int) -> None:
-        """Take a frame, to be written soon."""
-        self._put(lambda: self.sink.write(frame, pts))
-
-    def copy(self, packet: av.Packet) -> None:
-        """Take a packet, to be written soon."""
-        self._put(lambda: self.sink.copy(packet))
-
-    def _put(self, work: Callable[[], None]) -> None:
+    def put(self, work: Callable[[], None]) -> None:
+        """Something to be done soon."""
         if self.error is not None:
             raise self.error
         self.waiting.put(work)
@@ -232,7 +288,7 @@ class _Behind:
             if self.error is None:
                 try:
                     work()
-                except BaseException as error:  # noqa: BLE001 (raised again where frames are given)
+                except BaseException as error:  # noqa: BLE001 (raised again where work is given)
                     self.error = error
 
 
@@ -254,15 +310,18 @@ class FolderInput:
 
 
 class FolderOutput:
-    """A folder of numbered PNG files: 00000000.png …"""
+    """A folder of numbered PNG files: 00000000.png …; `done`: so many are there."""
 
     pix_fmt = "rgb24"
 
-    def __init__(self, folder: Path, colours: Colours) -> None:
-        self.folder, self.colours, self.count = folder, colours, 0
+    def __init__(self, folder: Path, colours: Colours, done: int = 0) -> None:
+        self.folder, self.colours, self.done, self.count = folder, colours, done, 0
 
     def write(self, frame: av.VideoFrame, pts: int) -> None:
-        """The next file."""
+        """The next file, unless it is there."""
+        if self.count < self.done:
+            self.count += 1
+            return
         image = to_rgb(frame, dataclasses.replace(self.colours, bits=8))
         Image.fromarray(image).save(self.folder / f"{self.count:08d}.png", compress_level=1)
         self.count += 1

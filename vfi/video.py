@@ -31,6 +31,7 @@ from av.video.reformatter import Interpolation
 from av.video.stream import VideoStream
 
 from vfi.errors import JobError
+from vfi.partial import Replay
 
 _KEPT = ("audio", "subtitle")
 _UNSPECIFIED = 2  # of colour matrix, primaries and transfer, in ITU-T H.273
@@ -177,14 +178,18 @@ class VideoInput:
 
 
 class VideoOutput:
-    """A video file under way. `source`: the video that it is made from, some of which is kept; None for a folder of frames."""
+    """A video file under way. `source`: the video that it is made from, some of which is kept; None for a folder of frames.
+
+    `begun`: the video that an earlier conversion left: the first frames are taken from it, without encoding them again.
+    """
 
     def __init__(
         self, path: Path, source: VideoInput | None, size: tuple[int, int], base: Fraction, rate: Fraction, encoding: Encoding,
-        slowdown: int = 1,
+        slowdown: int = 1, begun: Replay | None = None,
     ) -> None:  # fmt: skip
         self.path, self.colours = path, source.colours if source else Colours()
         self.base, self.closed = base, False
+        self.begun, self.done, self.count = begun, begun.frames if begun else 0, 0
         try:
             self.container: OutputContainer = av.open(str(path), "w")
         except (av.FFmpegError, OSError, ValueError) as error:
@@ -215,6 +220,10 @@ class VideoOutput:
         context = self.stream.codec_context
         if not self.started:
             self._start(frame)
+        self.count += 1
+        if self.begun and self.count <= self.done:
+            self._mux(self.begun.next(pts, self.base, self.stream))
+            return
         if frame.format.name != self.pix_fmt or (frame.height, frame.width) != (context.height, context.width):
             frame = self._fitted(frame)
         frame.pts, frame.time_base, frame.pict_type = pts, self.base, PictureType.NONE

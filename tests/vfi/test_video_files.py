@@ -7,7 +7,6 @@ import math
 import resource
 import subprocess
 import sys
-from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
 
@@ -15,118 +14,23 @@ import av
 import numpy as np
 import pytest
 import torch
+from made_videos import EVEN, call, frames_of, make, packets_of, pixels, planes, refused, scene, times_of, untrained
 
-from vfi import checkpoint, interpolate, presets
+from vfi import interpolate
+from vfi.between import Between
 from vfi.errors import JobError
 from vfi.inference import LoadedModel
-from vfi.interpolate import Interpolator, main
-from vfi.model.interpolator import FrameInterpolator
-from vfi.records import to_json
-from vfi.stream import _ahead, _Behind
+from vfi.stream import Counts, _ahead, _Behind
 from vfi.video import Colours, VideoInput, choose_pix_fmt, default_codec, from_rgb, to_rgb
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-SIZE = (48, 64)
-EVEN = [0, 40, 80, 120, 160]
 UNEVEN = [0, 40, 100, 140, 240]  # milliseconds
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
-    """A network as it is before training: it makes the mean of two frames, weighted by the timestep."""
-    folder = tmp_path_factory.mktemp("work") / "runs" / "fresh"
-    torch.manual_seed(0)
-    config = presets.tiny()
-    checkpoint.save(folder, checkpoint.State(1), config, FrameInterpolator(config.model).state_dict(), {})
-    (folder / "config.json").write_text(to_json(config))
-    return folder
-
-
-def planes(number: int, pix_fmt: str, size: tuple[int, int] = SIZE) -> av.VideoFrame:
-    """A frame that is smooth in place and time, far from the ends of the range."""
-    frame = av.VideoFrame(size[1], size[0], pix_fmt)
-    bits = frame.format.components[0].bits
-    for which, plane in enumerate(frame.planes):
-        kind, step = (np.uint8, 1) if bits == 8 else (np.uint16, 2)
-        array = np.frombuffer(plane, kind).reshape(plane.height, plane.line_size // step)
-        y, x = np.mgrid[: plane.height, : plane.line_size // step]
-        middle, swing, speed = (100, 20, 6) if which == 0 else (128, 8, 2.5)  # colours that RGB can hold
-        smooth = middle + swing * np.sin((x + 2 * y) / plane.width * 3 + which) + speed * number
-        array = (smooth * 2 ** (bits - 8)).astype(kind)
-        plane.update(array.tobytes())
-    return frame
-
-
-def make(
-    path: Path, times: Sequence[int] = EVEN, *, pix_fmt: str = "yuv420p", codec: str = "ffv1", size: tuple[int, int] = SIZE,
-    sound: bool = False, tags: dict[str, int] | None = None, frames: Sequence[av.VideoFrame] | None = None,
-    rotation: int = 0, start: int = 0,
-) -> Path:  # fmt: skip
-    """A video with these frames at these milliseconds."""
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream(codec, rate=25)
-        stream.height, stream.width, stream.pix_fmt = *size, pix_fmt
-        context = stream.codec_context
-        context.time_base = Fraction(1, 1000)
-        for name, value in (tags or {}).items():
-            setattr(context, name, value)
-        if rotation:
-            stream.set_display_rotation(rotation)
-        audio = container.add_stream("aac" if path.suffix == ".mp4" else "flac", rate=48_000, layout="mono") if sound else None
-        container.metadata["title"] = "Straße 1"
-        for number, pts in enumerate(times):
-            frame = frames[number] if frames else planes(number, pix_fmt, size)
-            frame.pts, frame.time_base = pts + start, Fraction(1, 1000)
-            container.mux(stream.encode(frame))
-            if audio:
-                wave = np.sin(np.arange(1920) * (0.05 + 0.01 * number)) * 0.3
-                kind = "fltp" if path.suffix == ".mp4" else "s16"
-                samples = wave.astype(np.float32) if kind == "fltp" else (wave * 32767).astype(np.int16)
-                piece = av.AudioFrame.from_ndarray(samples[None], format=kind, layout="mono")
-                piece.sample_rate, piece.pts, piece.time_base = 48_000, number * 1920, Fraction(1, 48_000)
-                container.mux(audio.encode(piece))
-        container.mux(stream.encode())
-        if audio:
-            container.mux(audio.encode())
-    return path
-
-
-def call(*arguments: object) -> None:
-    main([str(argument) for argument in (*arguments, "--device", "cpu")])
-
-
-def refused(capsys, *arguments: object) -> str:
-    with pytest.raises(SystemExit) as stop:
-        call(*arguments)
-    assert stop.value.code == 2
-    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    return line
-
-
-def frames_of(path: Path) -> list[av.VideoFrame]:
-    with av.open(str(path)) as container:
-        return list(container.decode(video=0))
-
-
-def times_of(path: Path) -> list[float]:
-    return [frame.time for frame in frames_of(path)]
-
-
-def packets_of(path: Path, kind: str) -> list[tuple[float, bytes]]:
-    with av.open(str(path)) as container:
-        (stream,) = [stream for stream in container.streams if stream.type == kind]
-        return [(float(p.pts * p.time_base), bytes(p)) for p in container.demux(stream) if p.dts is not None]
-
-
-def pixels(frame: av.VideoFrame, plane: int | None = None) -> np.ndarray:
-    """All values of a planar frame in a row, or those of one plane."""
-    found = []
-    for one in frame.planes if plane is None else [frame.planes[plane]]:
-        kind = np.uint8 if frame.format.components[0].bits == 8 else np.uint16
-        rows = np.frombuffer(one, kind).reshape(one.height, one.line_size // kind().itemsize)
-        found.append(rows[:, : one.width].ravel().astype(np.int64))
-    return np.concatenate(found)
+    return untrained(tmp_path_factory.mktemp("work") / "runs" / "fresh")
 
 
 # ----------------------------------------------------------------------------------------------------- frames and times
@@ -326,12 +230,6 @@ def test_what_a_container_can_not_hold_is_named(run, tmp_path, capsys):
 # ------------------------------------------------------------------------------------------------- cuts and repetitions
 
 
-def scene(level: int, number: int = 0) -> av.VideoFrame:
-    """Another picture for each level."""
-    image = np.random.default_rng(level).integers(0, 60, (6, 8, 3)).repeat(8, 0).repeat(8, 1) + 20 + level + number
-    return av.VideoFrame.from_ndarray(image.astype(np.uint8), format="rgb24").reformat(format="yuv420p")
-
-
 def test_a_scene_cut_is_not_blended(run, tmp_path, capsys):
     shown = [scene(0), scene(0, 4), scene(150), scene(150, 4)]
     source = make(tmp_path / "in.mkv", EVEN[:4], frames=shown)
@@ -347,8 +245,8 @@ def test_a_scene_cut_is_not_blended(run, tmp_path, capsys):
 
 def test_where_nothing_changes_nothing_is_computed(run, tmp_path, monkeypatch):
     calls = []
-    plain = Interpolator.__call__
-    monkeypatch.setattr(Interpolator, "__call__", lambda self, *given: calls.append(given[2]) or plain(self, *given))
+    plain = Between.start
+    monkeypatch.setattr(Between, "start", lambda self, *given: calls.append(given[2]) or plain(self, *given))
     source = make(tmp_path / "in.mkv", EVEN[:4], frames=[scene(0), scene(0), scene(0, 8), scene(0, 8)])
     call(source, "-o", tmp_path / "out.mkv", "--model", run, "--codec", "ffv1", "--multiplier", 3)
     assert calls == [[Fraction(1, 3), Fraction(2, 3)]]  # of one pair of three, and both frames by one call
@@ -432,26 +330,6 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(run, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in.mkv"]
 
 
-def test_after_an_interrupt_what_is_there_plays(run, tmp_path, monkeypatch, capsys):
-    calls = []
-    plain = Interpolator.__call__
-
-    def interrupted(self, *given):
-        calls.append(given)
-        if len(calls) == 6:
-            raise KeyboardInterrupt
-        return plain(self, *given)
-
-    monkeypatch.setattr(Interpolator, "__call__", interrupted)
-    source = make(tmp_path / "in.mp4", [40 * n for n in range(12)], codec="libx264", sound=True)
-    with pytest.raises(SystemExit) as stop:
-        call(source, "-o", tmp_path / "out.mp4", "--model", run)
-    assert stop.value.code == 130
-    assert "out_partial.mp4" in capsys.readouterr().out
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.mp4", "out_partial.mp4"]
-    assert times_of(tmp_path / "out_partial.mp4") == pytest.approx([n * 0.02 for n in range(10)], abs=1e-3)
-
-
 def test_an_error_of_a_thread_reaches_the_job():
     class Sink:
         pix_fmt = "rgb24"
@@ -463,9 +341,10 @@ def test_an_error_of_a_thread_reaches_the_job():
             raise AssertionError
 
     def write() -> None:
-        with _Behind(Sink()) as behind:
+        sink = Sink()
+        with _Behind(sink, Counts()) as behind:
             for number in range(100):
-                behind.write(None, number)
+                behind.put(lambda number=number: sink.write(None, number))
 
     with pytest.raises(JobError, match="full"):
         write()

@@ -1,0 +1,169 @@
+"""Frames between two: what stands still stays, flow is estimated at a size that suits, memory is thought of beforehand."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from made_videos import untrained
+from skimage import data
+from torch import Tensor
+
+from vfi import between
+from vfi.auto_scale import auto_scale, longest_motion
+from vfi.between import GIB, MOVES, STILL, Between, Settings, available_memory, keep_still
+from vfi.errors import JobError
+from vfi.inference import LoadedModel
+from vfi.profiling import count
+from vfi.tiles import SMALLEST
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    return untrained(tmp_path_factory.mktemp("work") / "runs" / "fresh")
+
+
+# ---------------------------------------------------------------------------------------------------------- what stands still
+
+
+def one_by_one(made: Tensor, img0: Tensor, img1: Tensor, times: Tensor) -> Tensor:
+    """keep_still, pixel by pixel in float64."""
+    _, _, height, width = img0.shape
+    change = (img0 - img1).abs().amax(1)[0].double()
+
+    def around(field: Tensor, row: int, column: int, radius: int) -> Tensor:
+        return field[max(0, row - radius) : row + radius + 1, max(0, column - radius) : column + radius + 1]
+
+    weight, smooth = torch.empty(height, width).double(), torch.empty(height, width).double()
+    for row in range(height):
+        for column in range(width):
+            largest = around(change, row, column, 4).max().item()
+            weight[row, column] = min(1.0, max(0.0, (MOVES - largest) / (MOVES - STILL)))
+    for row in range(height):
+        for column in range(width):
+            smooth[row, column] = around(weight, row, column, 2).mean()
+    mixes = torch.cat([(1 - t) * img0.double() + t * img1.double() for t in times.tolist()])
+    return smooth * mixes + (1 - smooth) * made.double()
+
+
+def test_what_stands_still_is_kept_as_one_would_pixel_by_pixel():
+    torch.manual_seed(0)
+    img0 = torch.rand(1, 3, 24, 31)
+    img1 = img0.clone()
+    img1[..., 8:12, 20:24] += 0.2  # moves
+    img1[..., :6, :6] += 2.5 / 255  # in between
+    made, times = torch.rand(2, 3, 24, 31), torch.tensor([0.25, 0.5])
+    found = keep_still(made, img0, img1, times)
+    assert torch.allclose(found.double(), one_by_one(made, img0, img1, times), atol=1e-6)
+    assert torch.equal(found[..., 9:11, 21:23], made[..., 9:11, 21:23])
+    assert torch.allclose(found[..., 18:, :10], img0[..., 18:, :10].expand(2, -1, -1, -1), atol=1e-6)
+
+
+def test_a_caption_stays_to_the_bit_unless_that_is_not_wanted(run, monkeypatch):
+    """By a model that shivers."""
+    rng = np.random.default_rng(0)
+    img0 = rng.integers(0, 255, (64, 96, 3), dtype=np.uint8)
+    img1 = img0.copy()
+    img1[:40] = rng.integers(0, 255, (40, 96, 3), dtype=np.uint8)
+    monkeypatch.setattr(LoadedModel, "predict_several", lambda self, a, b, times, *rest: torch.rand(len(times), 3, 64, 96))
+    kept, not_kept = (Between(Settings(run, "cpu", keep_still=wanted))(img0, img1, [0.3, 0.6]) for wanted in (True, False))
+    assert all(np.array_equal(image[46:], img0[46:]) for image in kept)
+    assert not any(np.array_equal(image[46:], img0[46:]) for image in not_kept)
+
+
+# --------------------------------------------------------------------------------------------------------------- scale of flow
+
+
+def moved(size: tuple[int, int], pixels: int) -> tuple[Tensor, Tensor]:
+    """A photograph of that size, and the same after it moved to the side."""
+    photo = torch.from_numpy(data.astronaut()).permute(2, 0, 1)[None].float() / 255
+    large = F.interpolate(photo, size=(size[0], size[1] + pixels), mode="bicubic").clamp(0, 1)
+    return large[..., : size[1]], large[..., pixels:]
+
+
+@pytest.mark.parametrize(("size", "pixels"), [((540, 960), 0), ((540, 960), 18), ((540, 960), 60), ((1080, 1920), 130)])
+def test_motion_is_found_to_within_a_160th_of_the_side(size, pixels):
+    assert longest_motion(*moved(size, pixels)) == pytest.approx(pixels, abs=max(size) / 160)
+
+
+@pytest.mark.parametrize(
+    ("size", "pixels", "scale"),
+    [((96, 128), 4, 1), ((720, 1280), 40, 1), ((720, 1280), 88, 0.5), ((1080, 1920), 140, 0.25), ((1440, 2560), 0, 0.5)],
+)
+def test_scale_follows_from_size_and_motion(size, pixels, scale):
+    assert auto_scale(*moved(size, pixels)) == scale
+
+
+def test_auto_is_decided_pair_by_pair_and_refused_without_flow(run, monkeypatch):
+    asked = []
+    monkeypatch.setattr(between, "check_scale", lambda *given: None)
+    monkeypatch.setattr(
+        LoadedModel, "predict_several", lambda self, a, b, times, precision, scale: asked.append(scale) or (a + b) / 2
+    )
+    model = Between(Settings(run, "cpu", scale="auto"))
+    for pixels in (0, 88):
+        model(*((image[0].permute(1, 2, 0) * 255).byte().numpy() for image in moved((720, 1280), pixels)), [0.5])
+    assert asked == [1, 0.5]
+    monkeypatch.undo()
+    with pytest.raises(JobError, match=r"--scale .* without flow"):
+        Between(Settings(run, "cpu", scale="auto"))
+    with pytest.raises(JobError, match="--scale some: choose auto, or a number"):
+        Between(Settings(run, "cpu", scale="some"))
+
+
+# -------------------------------------------------------------------------------------------------------------------- memory
+
+
+def test_on_a_cpu_tiles_are_of_a_size_that_fits(run, monkeypatch, capsys):
+    """Nothing larger is ever asked of the network, whose memory for a tile is counted anew here."""
+    sizes = []
+    monkeypatch.setattr(
+        LoadedModel, "predict_several", lambda self, a, b, *rest: sizes.append(tuple(a.shape[2:])) or (a + b) / 2
+    )
+    image = np.zeros((1000, 1500, 3), np.uint8)
+    Between(Settings(run, "cpu"))(image, image, [0.5])
+    assert sizes == [(1000, 1500)]
+    model = Between(Settings(run, "cpu", max_memory=0.5))
+    model(image, image, [0.5])
+    assert "1500x1000 frames would take up to" in capsys.readouterr().out
+    assert len(sizes[1:]) > 1
+    largest = max(sizes[1:])
+    assert count(model.loaded.model, 1, largest, torch.float32).peak_bytes < 0.5 * GIB
+    assert count(model.loaded.model, 1, (2 * largest[0], 2 * largest[1]), torch.float32).peak_bytes > 0.5 * GIB
+    with pytest.raises(JobError, match=rf"and tiles of {SMALLEST} pixels .* of which 0.0 are free"):
+        Between(Settings(run, "cpu", max_memory=0.01))(image, image, [0.5])
+    with pytest.raises(JobError, match="--max_memory 0 must be above 0"):
+        Between(Settings(run, "cpu", max_memory=0))
+
+
+def test_memory_of_a_container_is_no_more_than_its_limit(monkeypatch, tmp_path):
+    monkeypatch.setattr(between, "_CGROUP", tmp_path)
+    whole = available_memory()
+    assert whole > 0
+    (tmp_path / "memory.current").write_text("1000\n")
+    (tmp_path / "memory.max").write_text("5000\n")
+    assert available_memory() == 4000
+    (tmp_path / "memory.max").write_text("max\n")
+    assert math.isclose(available_memory(), whole, rel_tol=0.2)
+
+
+@pytest.mark.gpu
+def test_no_more_is_taken_of_a_gpu_than_allowed(run):
+    rng = np.random.default_rng(0)
+    img0, img1 = rng.integers(0, 255, (2, 1600, 2560, 3), dtype=np.uint8)
+    torch.cuda.reset_peak_memory_stats()
+    try:
+        model = Between(Settings(run, "cuda", max_memory=0.7))
+        (found,) = model(img0, img1, [0.5])
+        assert model.tile is not None
+        assert torch.cuda.max_memory_reserved() <= 0.7 * GIB
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    (whole,) = Between(Settings(run, "cuda"))(img0, img1, [0.5])
+    assert np.abs(found.astype(int) - whole).mean() < 1

@@ -1,0 +1,234 @@
+"""How are frames between two made, of any size, on any machine? By a model, whole or in tiles, with what stands still kept.
+
+    between = Between(Settings(model=Path("runs/base")))
+    images = between(img0, img1, [0.25, 0.5, 0.75])      # RGB [H, W, 3], uint8 or uint16, as those given
+    wait = between.start(img0, img1, [0.5])              # a GPU works on while the next frames are read; wait() -> the images
+
+Memory: on a GPU it is tried, and where it is too small, tiles get smaller until they fit. On a CPU the system ends a program
+that takes too much, so there it is estimated before anything is computed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import psutil
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+from vfi.auto_scale import auto_scale
+from vfi.checkpoint import newest_run
+from vfi.errors import JobError
+from vfi.fitting import is_out_of_memory
+from vfi.inference import DeviceName, LoadedModel, PrecisionName, check_scale, load, pick_device, pick_precision
+from vfi.profiling import count, free_memory
+from vfi.tiles import SMALLEST, smaller, tiled
+
+GIB = 2**30
+STILL, MOVES = 1.5 / 255, 4 / 255
+"""Up to the first difference between two frames a place stands still; from the second on it moves."""
+_AROUND = 9  # side of what has to stand still with it
+_FADE = 5
+_AMPLE = 2**15  # bytes a pixel, several times what the largest preset takes: with so many nothing needs to be estimated
+_CGROUP = Path("/sys/fs/cgroup")
+
+Images = list[np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Which model, and how it is used."""
+
+    model: Path | None = None
+    """Run folder, checkpoint folder or weights file; None: the run in ./runs that was trained last."""
+    device: DeviceName = "auto"
+    precision: PrecisionName = "auto"
+    scale: float | str | None = None
+    """Flow is estimated at this fraction of the frames' size; "auto": by size and motion; None: as trained."""
+    tta: bool = False
+    """Take the mean with the prediction of the frames turned by 180 degrees."""
+    tile: int | None = None
+    """Largest side of a tile; None: whole frames while they fit."""
+    keep_still: bool = True
+    """What is the same in both frames is so between them."""
+    max_memory: float | None = None
+    """Most GiB to take; None: what is free."""
+
+
+class Between:
+    """A model that makes frames between two."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.device = pick_device(settings.device)
+        self.precision = pick_precision(settings.precision, self.device)
+        self.loaded: LoadedModel = load(settings.model or newest_run(), self.device)
+        self.settings, self.tile = settings, settings.tile
+        self.seconds = 0.0
+        """For which the device was busy, with all that has been waited for."""
+        self.bytes_per_pixel: float | None = None
+        self.before: tuple[np.ndarray, Tensor] | None = None
+        if self.tile is not None and self.tile < SMALLEST:
+            raise JobError(f"--tile {self.tile} must be at least {SMALLEST}")
+        if settings.scale == "auto":
+            check_scale(0.5, [self.loaded])  # a model without flow has none to estimate
+        elif isinstance(settings.scale, str):
+            raise JobError(f"--scale {settings.scale}: choose auto, or a number")
+        else:
+            check_scale(settings.scale, [self.loaded])
+        if settings.max_memory is not None:
+            self._limit(settings.max_memory)
+
+    def __call__(self, img0: np.ndarray, img1: np.ndarray, timesteps: Sequence[float | Fraction]) -> Images:
+        """The frames at these timesteps, rounded to the frames' type; their features are computed once.
+
+        JobError for frames that do not fit into memory in any way.
+        """
+        return self.start(img0, img1, timesteps)()
+
+    def start(self, img0: np.ndarray, img1: np.ndarray, timesteps: Sequence[float | Fraction]) -> Callable[[], Images]:
+        """The same, to be waited for later, by any thread."""
+        first, last = self._upload(img0), self._upload(img1)
+        self.before = (img1, last)
+        clock = _Clock(self.device)
+        times = torch.tensor([float(timestep) for timestep in timesteps], device=self.device)
+        self._estimate(img0.shape[0], img0.shape[1])
+        while (found := self._if_it_fits(first, last, times)) is None:
+            self._step_down(img0.shape[0], img0.shape[1])
+        top = np.iinfo(img0.dtype).max
+        levels = (found * float(top)).round().permute(0, 2, 3, 1).to(torch.uint8 if top == 255 else torch.int32)
+        if self.device.type == "cuda":
+            there = torch.empty(levels.shape, dtype=levels.dtype, pin_memory=True)
+            levels = there.copy_(levels, non_blocking=True)
+        clock.stop()
+
+        def wait() -> Images:
+            self.seconds += clock.seconds()
+            return list(levels.numpy().astype(img0.dtype, copy=False))
+
+        return wait
+
+    def _if_it_fits(self, first: Tensor, last: Tensor, times: Tensor) -> Tensor | None:
+        """The frames; None where memory is too small, which is free again."""
+        scale = auto_scale(first, last) if self.settings.scale == "auto" else self.settings.scale
+        assert not isinstance(scale, str)
+
+        def predict(first: Tensor, last: Tensor) -> Tensor:
+            return self.loaded.predict_several(first, last, times, self.precision, scale)
+
+        def made(first: Tensor, last: Tensor) -> Tensor:
+            return tiled(predict, first, last, self.tile) if self.tile else predict(first, last)
+
+        try:
+            found = made(first, last)
+            if self.settings.tta:
+                found = (found + made(first.flip(2, 3), last.flip(2, 3)).flip(2, 3)) / 2
+            return keep_still(found, first, last, times) if self.settings.keep_still else found
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+        free_memory()  # not before here: the error holds on to its frames, and they to their tensors
+        return None
+
+    def _step_down(self, height: int, width: int) -> None:
+        side = smaller(self.tile or max(height, width))
+        if side is None:
+            raise JobError(
+                f"{width}x{height} frames don't fit into the memory of the {self.device.type}, not even in tiles of "
+                f"{self.tile} pixels: take a smaller model, or --device cpu"
+            )
+        tqdm.write(
+            f"{width}x{height} frames don't fit into memory: they are made in tiles of at most {side}x{side} from now on"
+        )
+        self.tile = side
+
+    def _estimate(self, height: int, width: int) -> None:
+        """On a CPU: tiles of a size that fits."""
+        if self.device.type != "cpu" or self.tile:
+            return
+        free = available_memory() if self.settings.max_memory is None else self.settings.max_memory * GIB
+        if height * width * _AMPLE <= free:
+            return
+        if self.bytes_per_pixel is None:
+            self.bytes_per_pixel = count(self.loaded.model, 1, (SMALLEST, SMALLEST), self.precision).peak_bytes / SMALLEST**2
+        if height * width * self.bytes_per_pixel <= free:
+            return
+        need = height * width * self.bytes_per_pixel / GIB
+        side = smaller(max(height, width))
+        while side is not None and side * side * self.bytes_per_pixel > free:
+            side = smaller(side)
+        if side is None:
+            raise JobError(
+                f"{width}x{height} frames take up to {need:.1f} GiB, and tiles of {SMALLEST} pixels "
+                f"{SMALLEST**2 * self.bytes_per_pixel / GIB:.1f}, of which {free / GIB:.1f} are free: take a smaller model"
+            )
+        self.tile = side
+        tqdm.write(
+            f"{width}x{height} frames would take up to {need:.1f} GiB of memory, of which {free / GIB:.1f} are free: they are "
+            f"made in tiles of at most {side}x{side}"
+        )
+
+    def _limit(self, gib: float) -> None:
+        if gib <= 0:
+            raise JobError(f"--max_memory {gib:g} must be above 0 (GiB)")
+        if self.device.type == "cuda":
+            total = torch.cuda.get_device_properties(self.device).total_memory
+            torch.cuda.set_per_process_memory_fraction(min(1.0, gib * GIB / total), self.device)
+
+    def _upload(self, image: np.ndarray) -> Tensor:
+        """[H, W, 3] -> [1, 3, H, W] in [0, 1] on the device; the second frame of a pair is the first of the next one."""
+        if self.before is not None and self.before[0] is image:
+            return self.before[1]
+        whole = torch.from_numpy(image if image.dtype == np.uint8 else image.astype(np.float32))
+        if self.device.type == "cuda":
+            whole = whole.pin_memory().to(self.device, non_blocking=True)
+        return whole.permute(2, 0, 1)[None].float() / np.iinfo(image.dtype).max
+
+
+def keep_still(made: Tensor, img0: Tensor, img1: Tensor, times: Tensor) -> Tensor:
+    """Frames `[N, 3, H, W]` at `times` [N], where nothing changes for some pixels around replaced by the mix of both frames.
+
+    So a caption or a background does not shiver, and grain that is the same in both stays.
+    """
+    change = F.max_pool2d((img0 - img1).abs().amax(1, keepdim=True), _AROUND, 1, _AROUND // 2)
+    weight = ((MOVES - change) / (MOVES - STILL)).clamp(0, 1)
+    weight = F.avg_pool2d(weight, _FADE, 1, _FADE // 2, count_include_pad=False)
+    return made + weight * (torch.lerp(img0, img1, times.view(-1, 1, 1, 1)) - made)
+
+
+def available_memory() -> float:
+    """Bytes that are free on this machine, or below the limit of the container that this process is in."""
+    free = float(psutil.virtual_memory().available)
+    try:
+        limit, used = ((_CGROUP / name).read_text().strip() for name in ("memory.max", "memory.current"))
+    except OSError:  # no container, or one of another kind
+        return free
+    return free if limit == "max" else min(free, float(limit) - float(used))
+
+
+class _Clock:
+    """How long the device works on what is started between its making and `stop`."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.events = [torch.cuda.Event(enable_timing=True) for _ in range(2)] if device.type == "cuda" else []
+        self.began, self.ended = time.perf_counter(), 0.0
+        if self.events:
+            self.events[0].record()
+
+    def stop(self) -> None:
+        if self.events:
+            self.events[1].record()
+        self.ended = time.perf_counter()
+
+    def seconds(self) -> float:
+        """Wait for it."""
+        if not self.events:
+            return self.ended - self.began
+        self.events[1].synchronize()
+        return self.events[0].elapsed_time(self.events[1]) / 1e3

@@ -1,0 +1,142 @@
+"""What is left of a conversion that was stopped, and how does one go on with it?
+
+    NAME_partial.mp4 (or a folder)       the frames that were done; plays
+    NAME_partial.json                    what they were made from and how
+
+Going on, frames of the partial video are not encoded again: their packets go into the new file as they are, and where the two
+meet is a key frame.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import av
+from av.bitstream import BitStreamFilterContext
+from av.video.stream import VideoStream
+
+from vfi.errors import JobError
+
+_TO_STREAM = {"h264": "h264_mp4toannexb", "hevc": "hevc_mp4toannexb"}
+"""Containers keep these codecs in another form than their encoders give them."""
+_ANEW = "to start anew, move it away"
+_APART = Fraction(1, 500)  # seconds: some containers count thousandths
+
+
+@dataclasses.dataclass(frozen=True)
+class Partial:
+    """Where the frames of a stopped conversion lie, next to the result that they were to become."""
+
+    path: Path
+
+    @classmethod
+    def of(cls, out: Path) -> Partial:
+        """For a result of that name."""
+        return cls(out.with_name(f"{out.stem}_partial{out.suffix}"))
+
+    @property
+    def facts_path(self) -> Path:
+        """What it was made from."""
+        return self.path.with_name(f"{self.path.stem}.json")
+
+    def frames(self, facts: dict[str, Any]) -> int:
+        """How many are done; 0 where nothing is left. JobError for what was made from something else, or in another way."""
+        if not self.path.exists():
+            return 0
+        try:
+            found = json.loads(self.facts_path.read_text())
+            done, theirs = int(found["frames"]), dict(found["facts"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise JobError(
+                f"--resume: {self.facts_path}, which says how {self.path} was made, cannot be read ({error}); {_ANEW}"
+            ) from error
+        here = json.loads(json.dumps(facts))
+        differing = [name for name in {**here, **theirs} if theirs.get(name) != here.get(name)]
+        if differing:
+            what = ", ".join(f"{name} {theirs.get(name)} (now {here.get(name)})" for name in differing)
+            raise JobError(f"--resume: {self.path} was made with {what}: take the same again; {_ANEW}")
+        return done
+
+    def keep(self, temporary: Path, facts: dict[str, Any], frames: int) -> None:
+        """What is done becomes the partial result, in place of one that it went on with."""
+        self.remove()
+        temporary.replace(self.path)
+        self.facts_path.write_text(json.dumps({"frames": frames, "facts": facts}, indent=1) + "\n")
+
+    def remove(self) -> None:
+        """Both, if they are there."""
+        if self.path.is_dir():
+            shutil.rmtree(self.path)
+        self.path.unlink(missing_ok=True)
+        self.facts_path.unlink(missing_ok=True)
+
+
+def copy_frames(source: Path, target: Path) -> None:
+    """The files of a folder into a new one; without taking room where the file system can do that."""
+    target.mkdir()
+    for file in source.iterdir():
+        try:
+            os.link(file, target / file.name)
+        except OSError:
+            shutil.copy2(file, target / file.name)
+
+
+class Replay:
+    """The packets of a partial video, one for each of its frames, in the order in which they were written."""
+
+    def __init__(self, path: Path, frames: int) -> None:
+        self.path, self.frames = path, frames
+        self.container = self._open()
+        self.stream: VideoStream = self.container.streams.video[0]
+        with self._open() as counted:
+            found = sum(packet.size > 0 for packet in counted.demux(counted.streams.video[0]))
+        if found != frames:
+            self.container.close()
+            raise JobError(f"--resume: {path} holds {found} frames, and {frames} were written; {_ANEW}")
+        self.wanted, self.found = list[Fraction](), list[Fraction]()
+        self.packets = self._packets()
+
+    def next(self, pts: int, base: Fraction, stream: VideoStream) -> list[av.Packet]:
+        """What goes into `stream` when the frame for `pts`, which counts `base`, would."""
+        packet = next(self.packets)
+        assert packet.pts is not None
+        assert packet.time_base is not None
+        self.wanted.append(pts * base)
+        self.found.append(packet.pts * packet.time_base)
+        packet.pts = round(self.found[-1] / base)
+        packet.dts = None if packet.dts is None else round(packet.dts * packet.time_base / base)
+        packet.time_base = base
+        packet.stream = stream
+        if len(self.found) == self.frames:
+            self._check()
+        return [packet]
+
+    def close(self) -> None:
+        """Let go of the file."""
+        self.container.close()
+
+    def _packets(self) -> Iterator[av.Packet]:
+        name = _TO_STREAM.get(self.stream.codec_context.name)
+        change = BitStreamFilterContext(name, self.stream) if name else None
+        for packet in self.container.demux(self.stream):
+            if packet.size:
+                yield from change.filter(packet) if change else [packet]
+
+    def _check(self) -> None:
+        """They are the frames that they stand for."""
+        apart = max(abs(one - other) for one, other in zip(sorted(self.wanted), sorted(self.found), strict=True))
+        if apart > _APART:
+            raise JobError(f"--resume: {self.path} has its frames at other times, by {float(apart):.3f} s; {_ANEW}")
+
+    def _open(self) -> Any:
+        try:
+            return av.open(str(self.path))
+        except (av.FFmpegError, OSError) as error:
+            raise JobError(f"--resume: {self.path} cannot be read: {error.strerror or error}; {_ANEW}") from error
