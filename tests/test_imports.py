@@ -55,6 +55,7 @@ GUARDED = {
     "triton": set(),
     "flash_attn": {"vfi/ops/window_attention.py"},
     "deepspeed": set(),
+    "gradio": {"vfi/app.py"},
     "submitit": set(),
 }
 
