@@ -180,6 +180,7 @@ class Between:
         if self.device.type == "cuda":
             total = torch.cuda.get_device_properties(self.device).total_memory
             torch.cuda.set_per_process_memory_fraction(min(1.0, gib * GIB / total), self.device)
+            self.loaded.graphs.limit = gib * GIB
 
     def _upload(self, image: np.ndarray) -> Tensor:
         """[H, W, 3] -> [1, 3, H, W] in [0, 1] on the device; the second frame of a pair is the first of the next one."""

@@ -10,6 +10,7 @@ tensors that stay where they are, such as weights; those that its operators read
 
 from __future__ import annotations
 
+import math
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Hashable
 from typing import Any
@@ -21,6 +22,7 @@ from torch.utils._pytree import tree_leaves
 
 _BEFORE = 2  # calls of a shape before its graph is worth its making; in them kernels are tuned and caches filled
 _LARGEST = 1088 * 1920  # pixels of all frames of the batch: above, the GPU is what one waits for
+_SPARE = 1.25  # times what is expected, for what does not fit side by side
 _KEPT = 4  # graphs, those used last; they share one pool of memory
 
 Function = Callable[..., Tensor]
@@ -30,6 +32,8 @@ class Graphs:
     """Calls functions of tensors by CUDA graphs where that pays: on a GPU, for small frames of a shape that comes again."""
 
     def __init__(self) -> None:
+        self.limit: float = math.inf
+        """Bytes of the GPU that all of this process may take."""
         self.seen: Counter[Hashable] = Counter()
         self.made: OrderedDict[Hashable, _Graph] = OrderedDict()
         self.pool: Any = None
@@ -43,9 +47,21 @@ class Graphs:
             self.seen[key] += 1
             if self.seen[key] <= _BEFORE:
                 return function(*inputs)
+            if not self._fits(inputs[0].device):
+                self.seen[key] = 0
+                return function(*inputs)
             self._make(key, function, inputs)
         self.made.move_to_end(key)
         return self.made[key](inputs)
+
+    def _fits(self, device: torch.device) -> bool:
+        """Is there memory for a graph of its own, as much again as the calls before it took? If it ends while one is recorded,
+        CUDA does not recover.
+        """
+        taken, used = torch.cuda.memory_reserved(device), torch.cuda.memory_allocated(device)
+        torch.cuda.empty_cache()
+        free = min(torch.cuda.mem_get_info(device)[0], self.limit - torch.cuda.memory_reserved(device))
+        return free > _SPARE * (taken - used)
 
     def _make(self, key: Hashable, function: Function, inputs: tuple[Tensor, ...]) -> None:
         if len(self.made) == _KEPT:

@@ -3,8 +3,8 @@
     counts = add_frames(source, sink, Multiply(2), between, Care())
 
 `source` and `sink` are videos (vfi/video.py) or folders of frames; `between(img0, img1, timesteps)` begins with the frames
-between two, and gives what waits for them. Reading, the model, and writing go on at the same time. Frames of the input go out
-as they came; a scene cut is not blended, and where two frames are the same nothing is computed.
+between two, and gives what waits for them. Reading, converting, the model, and writing go on at the same time. Frames of the
+input go out as they came; a scene cut is not blended, and where two frames are the same nothing is computed.
 """
 
 from __future__ import annotations
@@ -12,10 +12,12 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import os
 import queue
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from fractions import Fraction
 from pathlib import Path
 from types import TracebackType
@@ -36,6 +38,7 @@ Between = Callable[[np.ndarray, np.ndarray, Sequence[Fraction]], Callable[[], li
 """Two frames `[H, W, 3]` uint8 or uint16, timesteps -> what waits for the frames there, of the same kind."""
 T = TypeVar("T")
 _AHEAD = 4  # frames read beforehand, or pairs waiting to be written
+_CONVERTING = 4  # threads for it: one frame of 4K takes longer than a fast model
 _MOST_REPEATS = 4  # in a row that are dropped: a longer one is no pulldown but a picture that stands still
 
 
@@ -87,11 +90,9 @@ class Counts:
     cuts: int = 0
     dropped: int = 0
     reading: float = 0.0
-    """Seconds for which frames were decoded and converted to RGB."""
+    """Seconds for which frames were read."""
     writing: float = 0.0
-    """… and converted back and encoded."""
-    waiting: float = 0.0
-    """… and for which writing waited for the model."""
+    """… and written."""
 
 
 def add_frames(
@@ -102,9 +103,13 @@ def add_frames(
     Where the sink is `done` with some frames already, those between are not made again.
     """
     counts = Counts()
-    # closed: the thread that reads has to end before its source is closed
-    with _Behind(sink, counts) as behind, contextlib.closing(_ahead(_shown(source, counts))) as items:
-        work = _Work(source, behind, line, between, care, counts)
+    # in this order: the thread that reads has to end before its source is closed, and nothing is converted for nobody
+    with (
+        ThreadPoolExecutor(max(2, min(_CONVERTING, os.cpu_count() or 1))) as pool,
+        _Behind(sink) as behind,
+        contextlib.closing(_ahead(_shown(source, counts, pool))) as items,
+    ):
+        work = _Work(source, behind, line, between, care, counts, pool)
         for item in items:
             if isinstance(item, _Shown):
                 work.take(item)
@@ -122,36 +127,48 @@ class _Shown:
     frame: av.VideoFrame
     pts: int
     duration: int
-    image: np.ndarray
-    thumbnail: np.ndarray
+    converted: Future[tuple[np.ndarray, np.ndarray]]
+
+    @property
+    def image(self) -> np.ndarray:
+        """RGB `[H, W, 3]`; waits for it."""
+        return self.converted.result()[0]
+
+    @property
+    def thumbnail(self) -> np.ndarray:
+        """Small luma; waits for it."""
+        return self.converted.result()[1]
 
 
-def _shown(source: Source, counts: Counts) -> Iterator[_Shown | av.Packet]:
-    """What a source has, ready to be worked on."""
+def _shown(source: Source, counts: Counts, pool: ThreadPoolExecutor) -> Iterator[_Shown | av.Packet]:
+    """What a source has; frames are converted meanwhile."""
+
+    def convert(frame: av.VideoFrame) -> tuple[np.ndarray, np.ndarray]:
+        return to_rgb(frame, source.colours), VideoFrame(frame).thumbnail()
+
     items = source.read()
     usual = round(1 / source.rate / source.base)
     while True:
         began = time.perf_counter()
         item = next(items, None)
+        counts.reading += time.perf_counter() - began
         if item is None:
             return
         if isinstance(item, av.VideoFrame):
-            image, thumbnail = to_rgb(item, source.colours), VideoFrame(item).thumbnail()
-            shown: _Shown | av.Packet = _Shown(item, item.pts or 0, item.duration or usual, image, thumbnail)
+            yield _Shown(item, item.pts or 0, item.duration or usual, pool.submit(convert, item))
         else:
-            shown = item
-        counts.reading += time.perf_counter() - began
-        yield shown
+            yield item
 
 
 class _Work:
     """One conversion under way."""
 
     def __init__(
-        self, source: Source, behind: _Behind, line: Timeline, between: Between, care: Care, counts: Counts
+        self, source: Source, behind: _Behind, line: Timeline, between: Between, care: Care, counts: Counts,
+        pool: ThreadPoolExecutor,
     ) -> None:  # fmt: skip
         self.source, self.behind, self.line, self.between, self.care = source, behind, line, between, care
-        self.counts = counts
+        self.counts, self.pool = counts, pool
         self.before: _Shown | None = None
         self.repeats = 0
 
@@ -192,29 +209,23 @@ class _Work:
         wait = self.between(before.image, after.image, asked)
         self.counts.made += len(asked)
 
-        @functools.cache  # all of a pair at once, when the first of them is to be written
-        def made() -> dict[Fraction, np.ndarray]:
-            began = time.perf_counter()
-            images = wait()
-            self.counts.waiting += time.perf_counter() - began
-            return dict(zip(asked, images, strict=True))
+        def convert() -> dict[Fraction, av.VideoFrame]:
+            images = zip(asked, wait(), strict=True)
+            return {timestep: from_rgb(image, self.source.colours, self.behind.sink.pix_fmt) for timestep, image in images}
 
-        def frame(moment: Moment) -> av.VideoFrame:
-            if not moment.timestep:
-                return before.frame
-            return from_rgb(made()[moment.timestep], self.source.colours, self.behind.sink.pix_fmt)
-
-        self._put(moments, frame)
+        made = self.pool.submit(convert)
+        self._put(moments, lambda moment: made.result()[moment.timestep] if moment.timestep else before.frame)
 
     def _put(self, moments: Sequence[Moment], frame: Callable[[Moment], av.VideoFrame]) -> None:
-        """Have frames written, each of which is made when it is."""
+        """Have frames written; `frame` waits for each."""
         sink = self.behind.sink
 
         def write() -> None:
-            began, waited = time.perf_counter(), self.counts.waiting
             for moment in moments:
-                sink.write(frame(moment), moment.pts)
-            self.counts.writing += time.perf_counter() - began - (self.counts.waiting - waited)
+                there = frame(moment)
+                began = time.perf_counter()
+                sink.write(there, moment.pts)
+                self.counts.writing += time.perf_counter() - began
 
         self.behind.put(write)
         self.counts.written += len(moments)
@@ -261,8 +272,8 @@ def _ahead(items: Iterator[T]) -> Generator[T]:
 class _Behind:
     """Work on a sink that a thread does while one goes on. What goes wrong there is raised at the next call, or at the end."""
 
-    def __init__(self, sink: Sink, counts: Counts) -> None:
-        self.sink, self.counts = sink, counts
+    def __init__(self, sink: Sink) -> None:
+        self.sink = sink
         self.waiting: queue.Queue[Callable[[], None] | None] = queue.Queue(_AHEAD)
         self.error: BaseException | None = None
         self.thread = threading.Thread(target=self._work, daemon=True)

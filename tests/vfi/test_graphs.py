@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
@@ -30,6 +32,16 @@ def on_cpu(monkeypatch):
     monkeypatch.setattr(graphs, "_pays", lambda frames: frames.shape[0] * frames.shape[2] * frames.shape[3] <= 64)
     monkeypatch.setattr(graphs, "_Graph", Recorded)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
+    memory(monkeypatch, cached=0, free=1)
+
+
+def memory(monkeypatch, cached: int, free: int) -> None:
+    """A GPU on which 1000 bytes are used, and these are cached by torch, and free."""
+    reserved = [1000 + cached]
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 1000)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: reserved[0])
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: reserved.__setitem__(0, 1000))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free + cached, 10_000))
 
 
 def double(frames: Tensor) -> Tensor:
@@ -68,6 +80,18 @@ def test_the_last_used_are_kept(on_cpu):
     assert [key[1][0][3] for key in calls.made] == [4, 5, 2, 6]
     calls(double, torch.rand(1, 3, 4, 3))  # one that was dropped starts anew
     assert [key[1][0][3] for key in calls.made] == [4, 5, 2, 6]
+
+
+@pytest.mark.parametrize(("free", "limit", "made"), [(130, math.inf, True), (20, math.inf, False), (130, 1120, False)])
+def test_without_room_for_as_much_again_none_is_made(on_cpu, monkeypatch, free, limit, made):
+    """If memory ends while a graph is recorded, nothing can be computed on that GPU any more."""
+    memory(monkeypatch, cached=100, free=free)
+    calls = Graphs()
+    calls.limit = limit
+    for _ in range(5):
+        frames = torch.rand(1, 3, 8, 8)
+        assert torch.equal(calls(double, frames), 2 * frames)
+    assert bool(calls.made) == made
 
 
 def test_on_a_cpu_nothing_is_recorded():

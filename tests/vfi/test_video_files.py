@@ -20,7 +20,7 @@ from vfi import interpolate
 from vfi.between import Between
 from vfi.errors import JobError
 from vfi.inference import LoadedModel
-from vfi.stream import Counts, _ahead, _Behind
+from vfi.stream import _ahead, _Behind
 from vfi.video import Colours, VideoInput, choose_pix_fmt, default_codec, from_rgb, to_rgb
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -342,7 +342,7 @@ def test_an_error_of_a_thread_reaches_the_job():
 
     def write() -> None:
         sink = Sink()
-        with _Behind(sink, Counts()) as behind:
+        with _Behind(sink) as behind:
             for number in range(100):
                 behind.put(lambda number=number: sink.write(None, number))
 
