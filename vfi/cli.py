@@ -17,6 +17,7 @@ JOBS = {
     "benchmark": "measure models on shards: PSNR and SSIM, beside the frame average",
     "report": "turn benchmark results into a table and a page",
     "model": "what a model costs: parameters, MACs, memory and time, by part",
+    "tune": "find the fastest configurations of the kernels on this GPU, and keep them",
     "interpolate": "make a video smoother or slower, or the frame between two images",
     "app": "a local web page: try a model on two images or a short video",
     "demo": "the whole path on generated data within minutes, on a CPU",

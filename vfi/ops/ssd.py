@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vfi.ops import tuned
 from vfi.ops.precision import fp32_island
 
 SSD = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -85,17 +86,20 @@ def _carry(added: Tensor, decay: Tensor) -> Tensor:
 
 def ssd_mamba_ssm(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, dt_bias: Tensor) -> Tensor:
     """`ssd_reference` by mamba_ssm's Triton kernels (states in fp32; a dot of fp32 inputs runs in TF32)."""
-    kernel = _import_kernel()
+    kernel = import_kernel()
     return kernel(x, dt, A, B, C, chunk_size=_KERNEL_CHUNK, D=D, dt_bias=dt_bias, dt_softplus=True)
 
 
 @functools.cache
-def _import_kernel() -> Callable[..., Tensor]:
+def import_kernel() -> Callable[..., Tensor]:
+    """mamba_ssm's function, whose kernels know what is fastest on this card if that was measured (vfi/ops/tuned.py)."""
     # Read when the kernels are defined: what their tuning finds, for minutes, is kept beside the compiled kernels.
     os.environ.setdefault("TRITON_CACHE_AUTOTUNING", "1")
     with _bare_package("mamba_ssm"):
         from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
 
+    if torch.cuda.is_available():
+        tuned.fill(tuned.tuners(), tuned.entry(torch.device("cuda", torch.cuda.current_device())))
     return mamba_chunk_scan_combined
 
 
@@ -133,6 +137,9 @@ def choose_ssd(backend: str, device: torch.device) -> tuple[SSD, str]:
     """The function for a backend name and a line that says what was taken and why; a named backend that can't run raises."""
     functions = {"reference": ssd_reference, "mamba_ssm": ssd_mamba_ssm}
     name, choice = choose_kernel("ssd", backend, device, kernel_obstacle)
+    if name == "mamba_ssm":
+        known = "kernels tuned" if tuned.entry(device) else "the first step tunes kernels; `vfi tune` keeps what is found"
+        choice += f"; {tuned.card(device)}: {known}"
     return functions[name], choice
 
 

@@ -1,0 +1,129 @@
+"""Kernels take the configuration that is kept for their card and shape class, and search for it where none is."""
+
+from __future__ import annotations
+
+import json
+import sys
+import types
+
+import pytest
+import torch
+
+from vfi import presets, tune
+from vfi.fitting import TrainingStep
+from vfi.ops import ssd, tuned
+
+triton = pytest.importorskip("triton", reason="triton is not installed: kernels that it tunes can't be made")
+FAST = {"kwargs": {"BLOCK": 64}, "num_warps": 2, "num_stages": 4}
+KEY = [16, True, "torch.float32", "torch.bfloat16"]
+
+
+class Kernel:
+    """In place of a compiled kernel: keeps what it was called with."""
+
+    def __init__(self) -> None:
+        self.calls: list[dict[str, object]] = []
+
+    @staticmethod
+    def fn(x, y, width, causal, BLOCK):
+        """Whose arguments these are."""
+
+    def run(self, *args, **kwargs):
+        self.calls.append(kwargs)
+
+
+@pytest.fixture
+def tuner(monkeypatch):
+    """A kernel of two configurations, in a module of the package; how often it was measured is `measured`."""
+    module = types.ModuleType("mamba_ssm.ops.triton.made")
+    configs = [triton.Config({"BLOCK": block}, num_warps=2, num_stages=4, pre_hook=lambda given: None) for block in (32, 64)]
+    made = triton.runtime.Autotuner(Kernel(), ["x", "y", "width", "causal"], configs, ["width", "causal"], None, None)
+    monkeypatch.setattr(made.base_fn, "__module__", module.__name__)
+    made.measured = []
+    monkeypatch.setattr(
+        made, "_bench", lambda *args, config, **rest: made.measured.append(config) or [config.kwargs["BLOCK"]] * 3
+    )
+    module.kernel = made
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    return made
+
+
+def call(tuner, width: int = 16) -> dict[str, object]:
+    tuner.run(torch.zeros(1), torch.zeros(1, dtype=torch.bfloat16), width, True)
+    return tuner.fn.calls[-1]
+
+
+def test_what_was_kept_is_taken_without_measuring(tuner):
+    assert tuned.fill(tuned.tuners(), {"fn": [{"key": KEY, "config": FAST}]}) == 1
+    assert call(tuner)["BLOCK"] == 64
+    assert tuner.best_config.pre_hook is not None  # it is the kernel's own configuration, with all that belongs to it
+    assert not tuner.measured
+    call(tuner, width=32)
+    assert len(tuner.measured) == 2  # another shape class
+
+
+def test_what_was_found_can_be_kept(tuner):
+    assert call(tuner)["BLOCK"] == 32  # by the times above
+    (known,) = tuned.found(tuned.tuners())["fn"]
+    assert known == {"key": KEY, "config": FAST | {"kwargs": {"BLOCK": 32}}}
+    assert json.loads(json.dumps(known)) == known
+
+
+def test_a_configuration_that_the_kernel_does_not_have_is_left_out(tuner):
+    for wrong in ({"kwargs": {"BLOCK": 128}}, {"num_warps": 4}, {"num_stages": 3}):
+        assert tuned.fill(tuned.tuners(), {"fn": [{"key": KEY, "config": FAST | wrong}]}) == 0
+    assert tuned.fill(tuned.tuners(), {"another": [{"key": KEY, "config": FAST}]}) == 0
+    call(tuner)
+    assert len(tuner.measured) == 2
+
+
+def test_the_file_goes_by_generation_and_compiler(monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(tuned.importlib.metadata, "version", lambda name: "3.6.1")
+    path = tmp_path / "kernels.json"
+    path.write_text(json.dumps({"sm_80, triton 3.6": {"kernels": {"a": []}}}))
+    tune.write(path, "sm_90, triton 3.6", {"device": "H100", "kernels": {"b": []}})
+    assert tuned.entry(torch.device("cuda"), path) == {"b": []}
+    monkeypatch.setattr(tuned.importlib.metadata, "version", lambda name: "3.7.0")
+    assert tuned.entry(torch.device("cuda"), path) == {}
+    assert set(json.loads(path.read_text())) == {"sm_80, triton 3.6", "sm_90, triton 3.6"}
+
+
+def test_what_was_found_first_stays():
+    known, new = ({"a": [{"key": [1], "config": name}]} for name in ("old", "new"))
+    new["a"].append({"key": [0], "config": "other"})
+    new["b"] = []
+    assert tune.merge(known, new) == {"a": [{"key": [0], "config": "other"}, {"key": [1], "config": "old"}], "b": []}
+
+
+def test_the_file_in_the_tree_can_be_read():
+    for card, content in json.loads(tuned.FILE.read_text()).items():
+        assert card.startswith("sm_")
+        assert content["device"]
+        for known in content["kernels"].values():
+            assert all(one.keys() == {"key", "config"} and one["config"].keys() == FAST.keys() for one in known)
+
+
+def test_without_a_gpu_there_is_nothing_to_tune(capsys):
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU here")
+    with pytest.raises(SystemExit) as stop:
+        tune.main([])
+    assert stop.value.code == 2
+    assert "there is no CUDA GPU here" in capsys.readouterr().err
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("preset", ["tiny", "base"])
+def test_on_a_card_that_is_known_nothing_is_measured(preset, monkeypatch):
+    device = torch.device("cuda")
+    if not tuned.entry(device):
+        pytest.skip(f"{tuned.card(device)} is not in {tuned.FILE.name}")
+    ssd.import_kernel.cache_clear()
+    ssd.import_kernel()
+    measured = []
+    monkeypatch.setattr(triton.runtime.Autotuner, "_bench", lambda self, *args, **rest: measured.append(self) or [1.0] * 3)
+    config = presets.override(presets.get(preset), batch_size=2, crop=128)
+    step = TrainingStep(config, device, torch.bfloat16)
+    step(step.make_frames())
+    assert not measured

@@ -1,0 +1,99 @@
+"""Which configurations are the fastest on this GPU? JOB: has the kernels of the presets tuned and keeps what was found.
+
+    vfi tune                                   tiny, small and base; adds this card to vfi/ops/tuned_kernels.json
+    vfi tune --presets base --batch_size 16 --out mine.json
+
+Without it a card tunes its kernels in the first step, each time that a job starts on a machine without Triton's cache. The file
+belongs into the repository: whoever has such a card, and the same minor version of Triton, need not tune again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import tyro
+
+from vfi import presets
+from vfi.errors import JobError, clear_errors
+from vfi.fitting import TrainingStep
+from vfi.ops import tuned
+from vfi.ops.ssd import import_kernel, kernel_obstacle
+from vfi.profiling import free_memory
+from vfi.tracking import environment
+
+_SHOWN = ("torch", "triton", "mamba-ssm")
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Each field is a flag of the job."""
+
+    presets: tuple[str, ...] = ("tiny", "small", "base")
+    """Presets, or ablations, whose kernels are tuned: by a training step in fp32 and one in bf16."""
+    batch_size: int = 8
+    """Pairs of frames at once; the size does not belong to what a configuration is kept for."""
+    crop: int = 256
+    """Side of the frames in pixels."""
+    out: Path = tuned.FILE
+    """File that the card is added to, or replaced in."""
+
+
+@clear_errors()
+def main(argv: Sequence[str] | None = None) -> None:
+    """The job: tune, say what was found, write."""
+    options = tyro.cli(Options, prog="vfi tune", description=__doc__, args=argv)
+    for line in tune(options):
+        print(line, flush=True)
+
+
+def tune(options: Options) -> Iterator[str]:
+    """Tune and write; a line for each preset. JobError without a GPU that has kernels to be tuned."""
+    if not torch.cuda.is_available():
+        raise JobError("there is no CUDA GPU here: kernels are tuned on the card that they run on")
+    device = torch.device("cuda", torch.cuda.current_device())
+    if obstacle := kernel_obstacle(device):
+        raise JobError(f"there is nothing to be tuned: {obstacle}")
+    os.environ["TRITON_CACHE_AUTOTUNING"] = "0"  # read when the kernels are imported: what was found earlier is not looked up
+    import_kernel()
+    kernels: tuned.Kernels = {}
+    for preset in options.presets:
+        config = presets.override(presets.get(preset), batch_size=options.batch_size, crop=options.crop)
+        for precision in (torch.float32, torch.bfloat16):
+            step = TrainingStep(config, device, precision)
+            for tuner in tuned.tuners():
+                tuner.cache.clear()
+            step(step.make_frames())
+            kernels = merge(kernels, tuned.found(tuned.tuners()))
+            del step
+            free_memory()
+        yield f"{preset}: {sum(map(len, kernels.values()))} configurations of {len(kernels)} kernels so far"
+    packages = environment(device)["packages"]
+    about = {"device": torch.cuda.get_device_name(device)} | {name: packages[name] for name in _SHOWN if name in packages}
+    write(options.out, tuned.card(device), about | {"kernels": kernels})
+    yield f"added to {options.out}: {tuned.card(device)}"
+
+
+def merge(known: tuned.Kernels, new: tuned.Kernels) -> tuned.Kernels:
+    """Both; what was found first stays."""
+    names = {**known, **new}
+    merged = {}
+    for name in names:
+        entries = [*known.get(name, ()), *new.get(name, ())]
+        first = {json.dumps(one["key"]): one for one in reversed(entries)}
+        merged[name] = [first[key] for key in sorted(first)]
+    return merged
+
+
+def write(path: Path, card: str, content: dict[str, Any]) -> None:
+    """Put a card into the file, in place of what it had for it."""
+    cards = json.loads(path.read_text()) if path.exists() else {}
+    cards[card] = content
+    temporary = path.with_name(f".{path.name}")
+    temporary.write_text(json.dumps(dict(sorted(cards.items())), indent=1) + "\n")
+    temporary.replace(path)
