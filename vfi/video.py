@@ -204,6 +204,7 @@ class VideoOutput:
         context.height, context.width = (side + side % 2 * half for side, half in zip(size, halves, strict=True))
         context.pix_fmt, context.time_base = self.pix_fmt, base
         context.options = _options(codec, encoding.crf)
+        context.thread_type = "AUTO"  # by default in slices alone, by which x264 makes files a sixth larger, and is slower
         context.color_range = 2 if self.colours.full_range else 1
         # say which matrix the colours are in: players guess it from the size otherwise, and guess differently
         context.colorspace = (source.says_matrix if source else _BT709) or self.colours.matrix
