@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = ("shards", "vfi")
 JOBS = (
     *("vfi.train", "vfi.benchmark", "vfi.report", "vfi.interpolate", "vfi.demo", "vfi.model_summary", "vfi.data_benchmark"),
-    *("vfi.runs", "vfi.checkpoint_list"),
+    *("vfi.runs", "vfi.checkpoint_list", "vfi.export"),
 )
 TRAINING = (
     "vfi.data",
@@ -57,6 +57,9 @@ GUARDED = {
     "deepspeed": set(),
     "gradio": {"vfi/app.py"},
     "submitit": set(),
+    "onnx": set(),
+    "onnxscript": set(),
+    "onnxruntime": {"vfi/graph_files.py"},
 }
 
 

@@ -1,1 +1,22 @@
-"""Training stack for video frame interpolation: the model, its training, benchmarks and use."""
+"""Training stack for video frame interpolation: the model, its training, benchmarks and use.
+
+from vfi import FrameInterpolator
+model = FrameInterpolator.from_pretrained("runs/first")
+imgt = model(img0, img1)
+"""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vfi.pretrained import FrameInterpolator
+
+__all__ = ["FrameInterpolator"]
+
+
+def __getattr__(name: str) -> Any:
+    """`FrameInterpolator` is imported when it is asked for, since torch takes seconds."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import vfi.pretrained
+
+    return vfi.pretrained.FrameInterpolator

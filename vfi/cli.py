@@ -18,6 +18,7 @@ JOBS = {
     "report": "turn benchmark results into a table and a page",
     "model": "what a model costs: parameters, MACs, memory and time, by part",
     "tune": "find the fastest configurations of the kernels on this GPU, and keep them",
+    "export": "hand a model to others: weights and a card, or a graph",
     "interpolate": "make a video smoother or slower, or the frame between two images",
     "app": "a local web page: try a model on two images or a short video",
     "demo": "the whole path on generated data within minutes, on a CPU",

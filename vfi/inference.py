@@ -16,12 +16,13 @@ from typing import Literal, cast
 import torch
 from torch import Tensor, nn
 
-from vfi.checkpoint import find, read_step
-from vfi.config import SCALES, Config
+from vfi.checkpoint import EMA, MODEL, CheckpointError, find, read_step
+from vfi.config import SCALES, Config, RunConfig
 from vfi.errors import JobError
 from vfi.graphs import Graphs
 from vfi.model.interpolator import FrameInterpolator
-from vfi.weights import load_model
+from vfi.model_folder import Origin, data_name, fetch, is_hub_id, is_model_folder, read_model
+from vfi.weights import best_weights, load_model
 
 DeviceName = Literal["auto", "cpu", "cuda"]
 PrecisionName = Literal["auto", "fp32", "bf16"]
@@ -29,7 +30,9 @@ PrecisionName = Literal["auto", "fp32", "bf16"]
 
 @dataclasses.dataclass(frozen=True)
 class LoadedModel:
-    """A model in eval mode and where it came from: `path` as it was given, the run's folder, the step of the checkpoint."""
+    """A model in eval mode and where it came from: `path` as it was given, the run's folder (or that of the saved model), the
+    step of the checkpoint.
+    """
 
     model: nn.Module
     config: Config
@@ -37,6 +40,7 @@ class LoadedModel:
     path: Path
     run_folder: Path
     step: int
+    origin: Origin
     graphs: Graphs = dataclasses.field(default_factory=Graphs, repr=False, compare=False)
 
     def predict(
@@ -48,15 +52,16 @@ class LoadedModel:
     def predict_several(
         self, img0: Tensor, img1: Tensor, timesteps: Tensor, precision: torch.dtype, scale: float | None = None
     ) -> Tensor:
-        """The frames of one pair `[1, 3, H, W]` at several timesteps `[N]` -> `[N, 3, H, W]`, each as `predict` makes it, but
-        from features that are made once; by CUDA graphs where that is faster.
+        """The frames of B pairs `[B, 3, H, W]` at several timesteps `[N]` -> `[N * B, 3, H, W]`, all pairs at the first one
+        first; each as `predict` makes it, but from features that are made once; by CUDA graphs where that is faster.
         """
         network = cast(FrameInterpolator, self.model)
 
         def forward(img0: Tensor, img1: Tensor, timesteps: Tensor) -> Tensor:
             with _autocast(img0.device, precision):
                 encoded = network.encode(img0, img1, scale)
-                return torch.cat([network.decode(encoded, one).imgt.float().clamp(0, 1) for one in timesteps.split(1)])
+                times = (one.expand(img0.shape[0]) for one in timesteps.split(1))
+                return torch.cat([network.decode(encoded, time).imgt.float().clamp(0, 1) for time in times])
 
         with torch.inference_mode():
             return self.graphs(forward, img0, img1, timesteps, kind=("several", precision, scale))
@@ -145,14 +150,28 @@ def check_scale(scale: float | None, models: Iterable[LoadedModel]) -> None:
             raise JobError(f"--scale {scale}: {model.path} is of phase 1, without flow: leave it out")
 
 
-def load(path: str | Path, device: torch.device) -> LoadedModel:
-    """Weights of a run (its newest checkpoint), a checkpoint folder or a weights file, on `device` in eval mode. EMA weights
-    where there are some, unless a file is named.
+def load(path: str | Path, device: torch.device, revision: str | None = None) -> LoadedModel:
+    """Weights of a run (its newest checkpoint), a checkpoint folder, a weights file, a folder of `vfi export` or a model on the
+    hub (ORG/NAME, at `revision`), on `device` in eval mode. EMA weights where there are some, unless a file is named.
 
     Raises CheckpointError for unusable weights and, naming the runs beside it, for a path that leads to none.
     """
+    from_hub = is_hub_id(path)
+    if revision is not None and not from_hub:
+        raise CheckpointError(f"revision {revision!r} is for a model on the hub (ORG/NAME), and {path} is here: leave it out")
     path = Path(path)
+    folder = path.parent if path.name == MODEL and path.is_file() else path
+    if from_hub or is_model_folder(folder):
+        folder = fetch(str(path), revision) if from_hub else folder
+        network, described = read_model(folder, device)
+        config = Config(run=RunConfig(preset=described.origin.preset), model=described.model)
+        name = str(path) if from_hub else folder.resolve().name
+        return LoadedModel(network, config, name, path, folder, described.origin.step, described.origin)
     checkpoint = find(path, path.parent) if path.parent.name else find(path)
     model, config = load_model(checkpoint / path.name if path.suffix == ".safetensors" else checkpoint, device)
     run_folder = checkpoint.parent.parent
-    return LoadedModel(model, config, run_folder.resolve().name, path, run_folder, read_step(checkpoint))
+    taken = path.name if path.suffix == ".safetensors" else best_weights(checkpoint)
+    name, step = run_folder.resolve().name, read_step(checkpoint)
+    trained_on = tuple(map(data_name, config.data.data_path))
+    origin = Origin(name, config.run.preset, step, taken == EMA, trained_on)
+    return LoadedModel(model, config, name, path, run_folder, step, origin)

@@ -57,7 +57,8 @@ class Options:
     out: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
     """Video or folder to write; for two images the image; for several videos a folder."""
     model: Path | None = None
-    """Run folder, checkpoint folder or weights file; by default the run in ./runs that was trained last."""
+    """Run folder, checkpoint folder, weights file, folder of `vfi export`, or ORG/NAME on the Hugging Face hub; by default the run
+    in ./runs that was trained last."""
     multiplier: int | None = None
     """So many times as many frames; the default is 2."""
     fps: float | None = None
@@ -233,8 +234,8 @@ def _done(options: Options, partial: Partial, facts: dict[str, Any]) -> int:
     if not options.resume:
         if partial.path.exists():
             raise JobError(
-                f"{partial.path} is there, from a conversion that was stopped: --resume goes on with it; to start anew, move it "
-                f"away"
+                f"{partial.path} is there, from a conversion that was stopped: --resume goes on with it; "
+                f"to start anew, move it away"
             )
         return 0
     done = partial.frames(facts)

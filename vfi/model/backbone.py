@@ -98,6 +98,16 @@ class HybridBackbone(nn.Module):
         return init_mamba_from_attn(self, donor_state, plan, donor_steps)
 
 
+def of_each_frame(t: Tensor) -> tuple[Tensor, Tensor]:
+    """[2B, …] -> what belongs to frame 0 of all pairs and to frame 1, [B, …] each.
+
+    Not `chunk(2)`: what that makes of 2B, if B is traced as a symbol, is not known to be B.
+    """
+    pairs = t.shape[0] // 2
+    frame0, frame1 = t.split([pairs, pairs])
+    return frame0, frame1
+
+
 def level_widths(config: ModelConfig) -> list[int]:
     """Channels at each level."""
     return [config.width * 2**level for level in range(LEVELS)]

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vfi.config import ModelConfig
-from vfi.model.backbone import level_widths
+from vfi.model.backbone import level_widths, of_each_frame
 from vfi.model.convolutions import ResidualBlock, conv_prelu, zero
 from vfi.ops.warp import backward_warp, resize_flow
 
@@ -106,5 +106,5 @@ def _seen(features: Tensor, frames: Tensor, motion: Motion, timestep: Tensor) ->
     small = F.interpolate(frames, size=size, mode="area").to(features.dtype)
     moved = backward_warp(torch.cat((features, small), dim=1), motion.flow)
     time = timestep.view(-1, 1, 1, 1).expand(-1, 1, *size)
-    parts = (*moved.chunk(2), *small.chunk(2), *motion.flow.chunk(2), motion.mask_logit, time)
+    parts = (*of_each_frame(moved), *of_each_frame(small), *of_each_frame(motion.flow), motion.mask_logit, time)
     return torch.cat([part.to(features.dtype) for part in parts], dim=1)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vfi.config import SCALES, ModelConfig
-from vfi.model.backbone import STRIDE, HybridBackbone
+from vfi.model.backbone import STRIDE, HybridBackbone, of_each_frame
 from vfi.model.flow import FlowNet, Motion
 from vfi.model.refine import RefineNet
 from vfi.ops.warp import backward_warp, resize_flow
@@ -120,14 +120,14 @@ class FrameInterpolator(nn.Module):
         if motion and self.warps_features:
             features = [backward_warp(f, resize_flow(motion.flow, (f.shape[2], f.shape[3]))) for f in features]
         if self.refine:
-            refined_logit, residual = self.refine(features, torch.cat(warped.chunk(2), dim=1), timestep)
+            refined_logit, residual = self.refine(features, torch.cat(of_each_frame(warped), dim=1), timestep)
             mask_logit = mask_logit + refined_logit
-        warped0, warped1 = _crop(warped, padding).chunk(2)
+        warped0, warped1 = of_each_frame(_crop(warped, padding))
         mask_logit, residual = _crop(mask_logit, padding), _crop(residual, padding)
         prediction = Prediction(_blend(mask_logit, warped0, warped1) + residual, mask_logit, residual, warped0, warped1)
         if motion is None:
             return prediction
-        flow_t0, flow_t1 = _crop(motion.flow, padding).chunk(2)
+        flow_t0, flow_t1 = of_each_frame(_crop(motion.flow, padding))
         prediction = prediction._replace(flow_t0=flow_t0, flow_t1=flow_t1)
         return self._with_stages(prediction, encoded, motions, timestep, prior, imgt) if self.training else prediction
 
@@ -154,8 +154,8 @@ class FrameInterpolator(nn.Module):
         def stage(motion: Motion, warped: tuple[Tensor, Tensor] | None = None) -> Stage:
             motion = motion.at(size)
             mask_logit = _crop(prior + motion.mask_logit, encoded.padding)
-            warped0, warped1 = warped or _crop(backward_warp(encoded.frames, motion.flow), encoded.padding).chunk(2)
-            flow = _crop(torch.cat(motion.flow.chunk(2), dim=1), encoded.padding)
+            warped0, warped1 = warped or of_each_frame(_crop(backward_warp(encoded.frames, motion.flow), encoded.padding))
+            flow = _crop(torch.cat(of_each_frame(motion.flow), dim=1), encoded.padding)
             return Stage(flow, _blend(mask_logit, warped0, warped1))
 
         teacher = None
@@ -190,8 +190,11 @@ def _blend(mask_logit: Tensor, warped0: Tensor, warped1: Tensor) -> Tensor:
 
 
 def _padding(image: Tensor, multiple: int) -> tuple[int, int, int, int]:
-    """(left, right, top, bottom) that brings both sides to multiples of `multiple`, centred."""
-    extra_h, extra_w = -image.shape[2] % multiple, -image.shape[3] % multiple
+    """(left, right, top, bottom) that brings both sides to multiples of `multiple`, centred.
+
+    Written without a remainder: for a size that is traced as a symbol, and a multiple already, this is plainly 0.
+    """
+    extra_h, extra_w = ((size + multiple - 1) // multiple * multiple - size for size in image.shape[2:])
     return extra_w // 2, extra_w - extra_w // 2, extra_h // 2, extra_h - extra_h // 2
 
 

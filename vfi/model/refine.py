@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from vfi.config import ModelConfig
-from vfi.model.backbone import LEVELS, level_widths
+from vfi.model.backbone import LEVELS, level_widths, of_each_frame
 from vfi.model.convolutions import ResidualBlock, conv_prelu, scaled_conv, zero
 
 
@@ -49,4 +49,4 @@ class RefineNet(nn.Module):
 
 def _side_by_side(features: Tensor) -> Tensor:
     """[2B, C, h, w] -> [B, 2C, h, w]: both frames' features of a pair."""
-    return torch.cat(features.chunk(2), dim=1)
+    return torch.cat(of_each_frame(features), dim=1)

@@ -70,7 +70,7 @@ class SS2D(nn.Module):
         step = pairs_at_once(one, pairs)
         gradients = torch.is_grad_enabled()
         parts = [
-            self._some_pairs(part.flatten(0, 1), orders_at_once(one * part.shape[1], gradients)).unflatten(0, (2, -1))
+            self.some_pairs(part.flatten(0, 1), orders_at_once(one * part.shape[1], gradients)).unflatten(0, (2, -1))
             for part in x.unflatten(0, (2, pairs)).split(step, dim=1)
         ]
         return torch.cat(parts, dim=1).flatten(0, 1) if len(parts) > 1 else parts[0].flatten(0, 1)
@@ -79,7 +79,8 @@ class SS2D(nn.Module):
         """Elements of the largest tensor that a sequence of so many tokens needs in one order."""
         raise NotImplementedError
 
-    def _some_pairs(self, x: Tensor, orders: int) -> Tensor:
+    def some_pairs(self, x: Tensor, orders: int) -> Tensor:
+        """What `forward` does with as many pairs as fit into one call, `orders` at once."""
         pixels = self.in_proj(x).split(self.splits, dim=-1)
         sums = (self._scan_orders(*pixels, orders=ALL[k : k + orders]) for k in range(0, len(ALL), orders))
         return self.out_proj(functools.reduce(torch.add, sums).to(pixels[0].dtype))

@@ -16,8 +16,11 @@ def fp32_island(function: Callable[..., Result], *args: Any, **kwargs: Any) -> R
     """Call `function` with autocast off and every fp16 or bf16 tensor argument raised to fp32; float64 stays float64."""
     tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
     device = tensors[0].device.type if tensors else "cpu"
+    args, kwargs = tuple(map(_raise, args)), {name: _raise(value) for name, value in kwargs.items()}
+    if not torch.is_autocast_enabled(device):  # a region would become a graph of its own where the network is traced
+        return function(*args, **kwargs)
     with torch.autocast(device, enabled=False):
-        return function(*map(_raise, args), **{name: _raise(value) for name, value in kwargs.items()})
+        return function(*args, **kwargs)
 
 
 def _raise(value: Any) -> Any:

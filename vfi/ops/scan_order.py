@@ -8,11 +8,13 @@ The four orders are rows, columns, and both reversed. A sequence holds
 Sources: VFIMamba, section 3.2 (interleaved rearrangement), VMamba (arXiv 2401.10166, the cross-scan of one image).
 
 A reordering is a gather of whole tokens by a cached index, and its gradient is the gather by the inverse index: one kernel
-each way, and no atomic additions, so the result is the same every time.
+each way, and no atomic additions, so the result is the same every time. `OPEN_SCANS` do the same by transposing and reversing,
+without an index: for a network that is traced, in which H and W stay open.
 """
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
@@ -62,6 +64,36 @@ class Scan(NamedTuple):
 
 
 SCANS = {"interleaved": Scan(interleaved_scan, interleaved_unscan, 1), "flip": Scan(flip_scan, flip_unscan, 2)}
+
+
+def _open_scan(x: Tensor, orders: range, together: int) -> Tensor:
+    frames, H, W, C = x.shape
+    grid = x.view(together, frames // together, H, W, C)
+    rows, columns = (t.reshape(frames // together, together * H * W, C) for t in (grid.permute(1, 2, 3, 0, 4),
+                                                                                 grid.permute(1, 3, 2, 0, 4)))  # fmt: skip
+    every = (rows, columns, rows.flip(1), columns.flip(1))
+    return torch.cat([every[order] for order in orders])
+
+
+def _open_unscan(y: Tensor, B: int, H: int, W: int, orders: range, together: int) -> Tensor:
+    sequences, C = 2 * B // together, y.shape[-1]
+    back = []
+    for order, tokens in zip(orders, y.split([sequences] * len(orders)), strict=True):
+        tokens = tokens.flip(1) if order >= 2 else tokens
+        by_columns = order % 2
+        grid = tokens.view(sequences, *((W, H) if by_columns else (H, W)), together, C)
+        back.append(grid.permute(3, 0, *((2, 1) if by_columns else (1, 2)), 4).reshape(2 * B, H, W, C))
+    return torch.stack(back)
+
+
+OPEN_SCANS = {
+    name: Scan(
+        functools.partial(_open_scan, together=2 // known.sequences),
+        functools.partial(_open_unscan, together=2 // known.sequences),
+        known.sequences,
+    )
+    for name, known in SCANS.items()
+}
 
 
 def _scan(x: Tensor, together: int, orders: range) -> Tensor:

@@ -59,6 +59,23 @@ def _reverse(y: Tensor, window: int, B: int, H: int) -> Tensor:
     return tiles.permute(0, 1, 4, 2, 5, 3, 6).reshape(B, H, -1, heads, d)
 
 
+def gated_window_attention_open(q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None, window: int, shift: int) -> Tensor:
+    """`gated_window_attention` with a mask for any size, for a network that is traced, in which H and W stay open."""
+    B, H, W, heads, d = q.shape
+    down, across = (H + shift + window - 1) // window, (W + shift + window - 1) // window
+    padding = (0, 0, 0, 0, shift, across * window - shift - W, shift, down * window - shift - H)
+    tiles = (F.pad(t, padding).view(B, down, window, across, window, heads, d) for t in (q, k, v))
+    q, k, v = (t.permute(0, 1, 3, 5, 2, 4, 6).reshape(B * down * across, heads, window * window, d) for t in tiles)
+    row = torch.arange(down * window, device=q.device).view(down, 1, window, 1)
+    column = torch.arange(across * window, device=q.device).view(1, across, 1, window)
+    inside = (row >= shift) & (row < shift + H) & (column >= shift) & (column < shift + W)
+    mask = inside.reshape(down * across, 1, 1, window * window).repeat(B, 1, 1, 1)
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    y = y.reshape(B, down, across, heads, window, window, d).permute(0, 1, 4, 2, 5, 3, 6)
+    y = y.reshape(B, down * window, across * window, heads, d).narrow(1, shift, H).narrow(2, shift, W)
+    return y if gate is None else y * gate.sigmoid()
+
+
 def gated_window_attention_flash(q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None, window: int, shift: int) -> Tensor:
     """`gated_window_attention` by flash_attn's kernel for sequences of different lengths; fp16 or bf16 only."""
     from flash_attn import flash_attn_varlen_func

@@ -1,0 +1,122 @@
+"""How is a trained model handed to others? As a folder with weights (or a graph), settings and a card.
+
+    vfi export runs/first --out first --licence cc-by-4.0 --results results.json
+    vfi export runs/first --out first_fp16 --dtype fp16           half the bytes; loaded back into fp32 parameters
+    vfi export runs/first --out first_onnx --format onnx          a graph that runs without this project, at any size
+
+`vfi interpolate --model first`, `vfi benchmark --model first` and FrameInterpolator.from_pretrained("first") take a folder of
+weights; put on the Hugging Face hub, as it is, they take its ORG/NAME. What was written is read again and compared with the
+original on moving photographs; the card holds the differences. The folder gets its name when all of it is there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Literal, cast
+
+import torch
+import tyro
+
+from shards.schema import ShardError
+from vfi import model_folder
+from vfi.checkpoint import CheckpointError, newest_run
+from vfi.comparison import Run, compare
+from vfi.errors import JobError, clear_errors
+from vfi.graph_files import FILES, USE, WRITERS, refuse_missing
+from vfi.inference import load, predict
+from vfi.model.interpolator import MIN_SIZE, FrameInterpolator
+from vfi.model_card import Card, Difference, card, use_graph
+from vfi.model_folder import CARD, Description, Dtype, describe
+from vfi.results import ResultError
+from vfi.traceable import trace, traceable
+
+Format = Literal["torch", "torch_export", "onnx"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Each field is a flag of the job."""
+
+    out: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
+    """Folder to make; it must not be there yet, or be empty."""
+    model: tyro.conf.Positional[str] = ""
+    """Run folder (its newest checkpoint), checkpoint folder, weights file, a folder made by this job, or ORG/NAME on the hub;
+    by default the run in ./runs that was trained last. EMA weights where there are some, unless a file is named."""
+    format: Format = "torch"
+    """torch: weights for this project; torch_export: PyTorch's .pt2; onnx: ONNX. The last two are a graph in fp32 for any
+    batch, height and width."""
+    dtype: Dtype = "fp32"
+    """In which the weights are stored; with fp16 half the bytes, and a little rounding."""
+    licence: str = ""
+    """Under which the weights may be used, such as cc-by-4.0: for the card, which else says that it is unknown."""
+    results: tuple[Path, ...] = ()
+    """Results files of `vfi benchmark` with this model: for the card."""
+    trained_on: tuple[str, ...] = ()
+    """Names of the data sets, for the card; by default the last part of the run's --data_path."""
+
+
+@clear_errors(CheckpointError, ResultError, ShardError)
+def main(argv: Sequence[str] | None = None) -> None:
+    """The job: check, write, read again, compare, and say how far it is from the original."""
+    options = tyro.cli(Options, prog="vfi export", description=__doc__, args=argv)
+    for line in export(options):
+        print(line)
+
+
+def export(options: Options) -> Iterator[str]:
+    """Make the folder; a line for each comparison, and one about the whole.
+
+    Raises JobError, CheckpointError or ResultError; then there is no folder.
+    """
+    _check(options)
+    loaded = load(options.model or newest_run(), torch.device("cpu"))
+    network = cast(FrameInterpolator, loaded.model)
+    about = card(loaded, options.licence, options.results, options.trained_on)
+    with model_folder.new_folder(options.out) as folder:
+        if options.format == "torch":
+            described, run = _write_weights(folder, network, about, options.dtype)
+            use = None
+        else:
+            described, run = _write_graph(folder, network, about, options.format)
+            use = use_graph(FILES[options.format], USE[options.format], MIN_SIZE)
+        differences = tuple(compare(_runs(network), run))
+        (folder / CARD).write_text(about.text(described, differences, use), encoding="utf-8")
+        size = sum(file.stat().st_size for file in folder.iterdir())
+    yield from map(_line, differences)
+    what = f"{about.origin.name} at step {about.origin.step}{', EMA weights' if about.origin.averaged else ''}"
+    yield f"{options.out}: {what}, {options.format}, {options.dtype}, {size / 1e6:.1f} MB"
+
+
+def _check(options: Options) -> None:
+    """Refuse what would fail only after the work."""
+    model_folder.check_out(options.out)
+    if options.format != "torch" and options.dtype != "fp32":
+        raise JobError(f"--dtype {options.dtype} is for --format torch: a graph is in fp32")
+    refuse_missing(options.format)
+
+
+def _write_weights(folder: Path, network: FrameInterpolator, about: Card, dtype: Dtype) -> tuple[Description, Run]:
+    described = model_folder.write_model(folder, network, about.origin, dtype)
+    again, _ = model_folder.read_model(folder, torch.device("cpu"))
+    return described, _runs(again)
+
+
+def _write_graph(folder: Path, network: FrameInterpolator, about: Card, kind: str) -> tuple[Description, Run]:
+    described = describe(network.config, about.origin)
+    model_folder.write_description(folder, described)
+    return described, WRITERS[kind](folder, trace(traceable(network)))
+
+
+def _runs(network: FrameInterpolator) -> Run:
+    return partial(predict, network, precision=torch.float32)
+
+
+def _line(one: Difference) -> str:
+    return f"{one.frames}: at most {255 * one.largest:.3g} of 255 from the original, {255 * one.mean:.3g} on average"
+
+
+if __name__ == "__main__":
+    main()

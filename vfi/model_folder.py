@@ -1,0 +1,247 @@
+"""How does a model travel? As a folder of weights, settings and a card, or as the same three files on the Hugging Face hub.
+
+    model.safetensors   weights, in fp32 or fp16
+    config.json         the architecture, where the weights come from, and which version of the project wrote it
+    README.md           the card (vfi/model_card.py)
+
+Reading executes nothing that is in there: settings are checked field by field, weights are safetensors; of a model on the hub
+no other file is even fetched. Hub, cache, revisions, HF_TOKEN and HF_HUB_OFFLINE are those of the library huggingface_hub.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors.torch import save
+from torch import Tensor
+
+from vfi.checkpoint import CONFIG, MODEL, STATE, CheckpointError
+from vfi.config import Config, ConfigError, ModelConfig, validate
+from vfi.errors import JobError
+from vfi.manifest import MANIFEST
+from vfi.model.interpolator import FrameInterpolator
+from vfi.records import RecordError, from_object, note
+from vfi.weights import read_weights, refuse_differences
+
+SCHEMA, VERSION = "vfi-model", 1
+CARD = "README.md"
+Dtype = Literal["fp32", "fp16"]
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+@dataclasses.dataclass(frozen=True)
+class Origin:
+    """Where weights come from."""
+
+    name: str
+    """Of the run."""
+    preset: str
+    step: int
+    averaged: bool
+    """Are they a running mean (--ema)?"""
+    trained_on: tuple[str, ...] = ()
+    """Names of the data sets."""
+    licence: str = ""
+    """Of the weights; empty where it was not said."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Description:
+    """What config.json holds."""
+
+    model: ModelConfig
+    origin: Origin
+    dtype: Dtype = "fp32"
+    """In which the weights are stored; they are computed with in fp32."""
+    written_by: str = ""
+    schema: str = SCHEMA
+    version: int = VERSION
+
+
+def data_name(path: str) -> str:
+    """What a folder or URL of shards is called: by its last part, and by the one before where that is only the split."""
+    parts = Path(path).parts
+    return " ".join(parts[-2:] if parts[-1:] in (("train",), ("val",), ("test",)) else parts[-1:])
+
+
+def this_version() -> str:
+    """Name and version of the project."""
+    return f"vfi-training-stack {metadata.version('vfi-training-stack')}"
+
+
+@contextlib.contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """A folder beside `out` to write into; in the end it gets that name, or after an error is gone.
+
+    JobError where `out` is something already, other than an empty folder, or can't be written.
+    """
+    check_out(out)
+    temporary = out.with_name(f".{out.name}.{os.getpid()}")
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        temporary.rename(out)
+    except OSError as error:
+        raise JobError(f"{out} cannot be written: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def check_out(out: Path) -> None:
+    """JobError unless a folder can be made at `out`."""
+    if out.is_dir() and any(out.iterdir()):
+        raise JobError(f"{out} is there already and is not empty: give another folder, nothing is overwritten")
+    for path in (out, *out.parents):
+        if path.exists() and not path.is_dir():
+            raise JobError(f"{out} cannot be a folder: {path} is a file")
+
+
+def write_model(folder: Path, network: FrameInterpolator, origin: Origin, dtype: Dtype = "fp32") -> Description:
+    """Put weights and config.json into `folder`: all but what is for training only. JobError for what fp16 can't hold."""
+    weights = {name: tensor for name, tensor in network.state_dict().items() if not name.startswith("flow.teacher.")}
+    described = describe(network.config, origin, dtype)
+    # not save_file, which makes a file that nobody else may read
+    (folder / MODEL).write_bytes(save(_stored(weights, dtype), {"format": "pt"}))
+    write_description(folder, described)
+    return described
+
+
+def write_description(folder: Path, described: Description) -> None:
+    """Put config.json into `folder`."""
+    fields = dataclasses.asdict(described)
+    head = {name: fields.pop(name) for name in ("schema", "version", "written_by")}
+    (folder / CONFIG).write_text(json.dumps(head | fields, indent=1) + "\n", encoding="utf-8")
+
+
+def describe(config: ModelConfig, origin: Origin, dtype: Dtype = "fp32") -> Description:
+    """What config.json says of a network that this program writes."""
+    return Description(portable(config), origin, dtype, this_version())
+
+
+def portable(config: ModelConfig) -> ModelConfig:
+    """The same network on any machine: each takes its own fast paths, and the teacher stays behind."""
+    return dataclasses.replace(config, ssd_backend="auto", attention_backend="auto", teacher=False)
+
+
+def _stored(weights: dict[str, Tensor], dtype: Dtype) -> dict[str, Tensor]:
+    stored = {}
+    for name, tensor in weights.items():
+        half = dtype == "fp16" and tensor.is_floating_point()
+        kept = tensor.detach().to("cpu", torch.float16 if half else tensor.dtype).contiguous()
+        if half and not kept.isfinite().all():
+            raise JobError(f"--dtype fp16: {name} has values up to {tensor.abs().max():g}, more than fp16 can hold: take fp32")
+        stored[name] = kept
+    return stored
+
+
+def read_model(folder: Path, device: torch.device, say: Callable[[str], None] = note) -> tuple[FrameInterpolator, Description]:
+    """The network of a folder, in eval mode on `device`, with fp32 parameters. CheckpointError says what is not usable."""
+    described = read_description(folder, say)
+    if not (folder / MODEL).is_file():
+        there = ", ".join(sorted(path.name for path in folder.iterdir()))
+        raise CheckpointError(f"{folder} lacks {MODEL}, the only file that weights are read from; it holds {there}")
+    weights = read_weights(folder)
+    if sum(described.model.depths) > len(weights):
+        raise CheckpointError(f"{folder / CONFIG} asks for more blocks than {MODEL} holds weights: {described.model.depths}")
+    with torch.device("meta"):  # the shapes first: settings that ask for too much are found before memory is
+        expected = FrameInterpolator(described.model, "meta").state_dict()
+    refuse_differences(expected, weights, folder)
+    network = FrameInterpolator(described.model, device)
+    network.load_state_dict(weights)
+    return network.eval(), described
+
+
+def read_description(folder: Path, say: Callable[[str], None] = note) -> Description:
+    """config.json, checked; CheckpointError names what does not fit and who wrote it."""
+    path = folder / CONFIG
+    content = _read_json(path)
+    if content.get("schema") != SCHEMA:
+        raise CheckpointError(f"{path} is no description of a model of this project: its schema is {content.get('schema')!r}")
+    writer = content.get("written_by") or "an unnamed version"
+    if content.get("version") != VERSION:
+        raise CheckpointError(
+            f"{path} is of schema version {content.get('version')!r}, written by {writer}; {this_version()} reads version "
+            f"{VERSION}: install the version of the project that wrote it"
+        )
+    defaulted: list[str] = []
+    try:
+        described: Description = from_object(Description, content, str(path), defaulted)
+        validate(Config(model=described.model))
+    except (RecordError, ConfigError) as error:
+        raise CheckpointError(f"{error} ({path} was written by {writer}; this is {this_version()})") from error
+    if defaulted:
+        say(f"{path} is older than these settings, which have their defaults: {', '.join(defaulted)}")
+    return described
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_bytes())
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path} is missing: without it nobody knows which network the weights belong to") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} holds a JSON {type(content).__name__}, expected an object")
+    return content
+
+
+def is_model_folder(path: Path) -> bool:
+    """Is this a folder of the kind above, whole or not, and not a run or a checkpoint?"""
+    if not path.is_dir() or any((path / name).exists() for name in (STATE, MANIFEST, "checkpoints")):
+        return False
+    if (path / MODEL).exists():
+        return True
+    try:
+        return _read_json(path / CONFIG).get("schema") == SCHEMA
+    except CheckpointError:
+        return False
+
+
+def is_hub_id(path: str | Path) -> bool:
+    """ORG/NAME, and nothing that is here: neither the path, nor its first folder, nor a run."""
+    text = str(path)
+    here = (Path(text), Path(text).parent, Path("runs") / text)
+    return _HUB_ID.fullmatch(text) is not None and not any(place.exists() for place in here)
+
+
+def fetch(hub_id: str, revision: str | None = None) -> Path:
+    """The folder, in the library's cache, of a model on the hub at a branch, tag or commit; CheckpointError where it isn't."""
+    from huggingface_hub import snapshot_download  # not before it is wanted: its import takes a while
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )  # fmt: skip
+
+    at = f"{hub_id} at {revision or 'main'}"
+    try:
+        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=[CONFIG, MODEL, CARD]))
+    except GatedRepoError as error:
+        why = "it is open only to who was let in: ask on its page, and set HF_TOKEN"
+        raise CheckpointError(f"{at} cannot be fetched: {why}") from error
+    except RevisionNotFoundError as error:
+        raise CheckpointError(f"{hub_id} has no revision {revision!r}: give a branch, a tag or a commit of it") from error
+    except RepositoryNotFoundError as error:
+        raise CheckpointError(
+            f"there is no run, file or folder {hub_id} here and no such model on the hub (or it is private: set HF_TOKEN)"
+        ) from error
+    except LocalEntryNotFoundError as error:
+        raise CheckpointError(
+            f"{at} is not in the cache, and the hub can't be reached (or HF_HUB_OFFLINE is set): connect once, or give a folder"
+        ) from error
+    except (HFValidationError, HfHubHTTPError, OSError) as error:
+        raise CheckpointError(f"{at} cannot be fetched: {error}") from error

@@ -1,0 +1,128 @@
+"""How does a program use a trained model? Load, two frames in, frames out.
+
+    from vfi import FrameInterpolator
+    model = FrameInterpolator.from_pretrained("runs/first")             # or a saved folder, or ORG/NAME on the hub
+    middle = model(img0, img1)                                          # arrays [H, W, 3] or tensors [3, H, W], or batches
+    quarters = model(img0, img1, timestep=[0.25, 0.5, 0.75])            # a list of three, from one pass over the frames
+    model.save_pretrained("first", licence="cc-by-4.0")                 # a folder that can be put on the hub as it is
+
+What comes out is of the kind, type and device of what went in. The network itself is `model.network`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Self, cast, get_args, overload
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vfi import model_folder
+from vfi.config import SCALES
+from vfi.errors import JobError
+from vfi.frames import Frames, read_pair
+from vfi.inference import DeviceName, LoadedModel, PrecisionName, describe_precision, load, pick_device, pick_precision
+from vfi.model.interpolator import FrameInterpolator as Network
+from vfi.model_card import card
+
+Times = Sequence[float] | np.ndarray | Tensor
+
+
+class FrameInterpolator:
+    """A trained model on a device, for use. Made by `from_pretrained`."""
+
+    def __init__(self, loaded: LoadedModel, device: torch.device, precision: torch.dtype) -> None:
+        self._loaded, self.device, self._precision = loaded, device, precision
+
+    @classmethod
+    def from_pretrained(
+        cls, path: str | Path, *, revision: str | None = None, device: DeviceName = "auto", precision: PrecisionName = "auto"
+    ) -> Self:
+        """The model of a saved folder, a run, a checkpoint or, as ORG/NAME, of the Hugging Face hub.
+
+        `revision`: branch, tag or commit on the hub. `device`: auto (the GPU if there is one), cpu or cuda. `precision`: auto
+        (bf16 on a GPU that has it, else fp32), fp32 or bf16. Nothing that is read can execute code.
+        Raises CheckpointError for what can't be found or used, JobError for a device that isn't there.
+        """
+        _check_choice("device", device, get_args(DeviceName))
+        _check_choice("precision", precision, get_args(PrecisionName))
+        place = pick_device(device)
+        return cls(load(path, place, revision), place, pick_precision(precision, place))
+
+    @overload
+    def __call__(self, img0: Frames, img1: Frames, timestep: float = ..., *, scale: float | None = ...) -> Frames: ...
+
+    @overload
+    def __call__(self, img0: Frames, img1: Frames, timestep: Times, *, scale: float | None = ...) -> list[Frames]: ...
+
+    def __call__(self, img0: Any, img1: Any, timestep: float | Times = 0.5, *, scale: float | None = None) -> Any:
+        """The frame at `timestep` between two frames, or a list of frames at several, each like `img0`.
+
+        Frames are arrays [H, W, 3] or tensors [3, H, W], or batches of them (vfi/frames.py has types and ranges). Timesteps
+        lie above 0 (img0) and below 1 (img1). `scale`: flow is estimated at this fraction of the size, 0.5 for 2K, 0.25 for
+        4K; by default as trained. JobError says what of this does not go, what is allowed and what to do.
+        """
+        times = _times(timestep)
+        self._check_scale(scale)
+        first, last, kind = read_pair(img0, img1, self.device)
+        asked = torch.tensor(times, device=self.device)
+        made = self._loaded.predict_several(first, last, asked, self._precision, scale)
+        frames = [kind.give_back(one) for one in made.split(first.shape[0])]
+        return frames if _is_several(timestep) else frames[0]
+
+    def save_pretrained(self, path: str | Path, *, licence: str = "", results: Sequence[str | Path] = ()) -> None:
+        """Write a folder that `from_pretrained` reads, here or on the hub: weights, settings and a card.
+
+        `licence`: of the weights, such as cc-by-4.0. `results`: files of `vfi benchmark` that go into the card.
+        JobError where `path` is no empty or new folder, or a file of results has no row of this model.
+        """
+        about = card(self._loaded, licence, [Path(file) for file in results])
+        with model_folder.new_folder(Path(path)) as folder:
+            described = model_folder.write_model(folder, self.network, about.origin)
+            (folder / model_folder.CARD).write_text(about.text(described), encoding="utf-8")
+
+    @property
+    def network(self) -> Network:
+        """The torch module, in eval mode: img0, img1, timestep `[B]` -> Prediction."""
+        return cast(Network, self._loaded.model)
+
+    def __repr__(self) -> str:
+        size = f"{self._loaded.parameters / 1e6:.1f} M parameters"
+        return (
+            f"FrameInterpolator({str(self._loaded.path)!r}, step {self._loaded.step}, {size}, {self.device.type}, "
+            f"{describe_precision(self._precision)})"
+        )
+
+    def _check_scale(self, scale: float | None) -> None:
+        if scale is not None and scale not in SCALES:
+            raise JobError(f"scale is {scale}; choose from {', '.join(map(str, SCALES))}")
+        if scale not in (None, 1.0) and not self._loaded.has_flow:
+            raise JobError(f"scale is {scale}, but {self._loaded.path} is of phase 1, without flow: leave it out")
+
+
+def _check_choice(name: str, value: str, allowed: Sequence[str]) -> None:
+    if value not in allowed:
+        raise JobError(f"{name} is {value!r}; choose from {', '.join(allowed)}")
+
+
+def _is_several(timestep: object) -> bool:
+    """Also a list of one is several; an array or tensor without dimensions is one."""
+    if isinstance(timestep, np.ndarray | Tensor):
+        return timestep.ndim > 0
+    return isinstance(timestep, Sequence) and not isinstance(timestep, str)
+
+
+def _times(timestep: Any) -> list[float]:
+    """All timesteps that are asked for, checked."""
+    given = list(timestep) if _is_several(timestep) else [timestep]
+    found = [one.item() if isinstance(one, np.ndarray | np.generic | Tensor) and one.ndim == 0 else one for one in given]
+    if not found:
+        raise JobError("timestep is an empty list: give one number between 0 and 1, or several")
+    for one in found:
+        if not isinstance(one, int | float) or isinstance(one, bool) or not 0 < one < 1:
+            raise JobError(
+                f"timestep is {one!r}; it must be a number above 0 (img0) and below 1 (img1), or a list of such numbers"
+            )
+    return [float(one) for one in found]

@@ -1,0 +1,114 @@
+"""How is the network traced into one graph, in which height, width and batch stay open?
+
+    network = traceable(network)                # on a CPU, in fp32; the one that was given is left as it is
+    imgt = network(img0, img1, timestep)        # [B, 3, H, W] in [0, 1], [B] -> the same up to rounding, clamped
+    program = trace(network)
+
+The network computes in ways that depend on the size: indices from a cache, a loop over chunks of tokens, windows without a mask
+where none is needed. A graph would keep the way of the one size that it was traced at. Here the operators have a single way for
+all sizes, at the cost of some memory and time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vfi.errors import JobError
+from vfi.model.backbone import STRIDE
+from vfi.model.interpolator import FrameInterpolator, check_frames
+from vfi.model.ss2d import Mamba2SS2D
+from vfi.model.window_attention import GatedWindowAttention
+from vfi.ops.scan_order import ALL, OPEN_SCANS
+from vfi.ops.ssd import ssd_open
+from vfi.ops.window_attention import gated_window_attention_open
+
+_TRACED_AT = (2, 3, 80, 96)  # any size would do
+
+
+class TraceableInterpolator(nn.Module):
+    """Two frames and a timestep -> the frame between, and nothing else."""
+
+    def __init__(self, network: FrameInterpolator) -> None:
+        super().__init__()
+        self.network = network
+        self.multiple = round(STRIDE / network.config.scale)
+
+    def forward(self, img0: Tensor, img1: Tensor, timestep: Tensor) -> Tensor:
+        check_frames(img0, img1)
+        B, _, H, W = img0.shape
+        top, bottom = _around(H, self.multiple)
+        left, right = _around(W, self.multiple)
+        # padded here, so that inside of the network every size is a plain multiple and nothing is left to pad
+        frames = F.pad(torch.cat((img0, img1)), (left, right, top, bottom), mode="replicate")
+        imgt: Tensor = self.network(*frames.split([B, B]), timestep).imgt
+        return imgt.narrow(2, top, H).narrow(3, left, W).clamp(0, 1)
+
+
+def traceable(network: FrameInterpolator) -> TraceableInterpolator:
+    """A copy of `network` for tracing; JobError names an operator that has no such form."""
+    if network.config.backbone_mode != "gated_attn_only" and network.config.ssm != "mamba2":
+        raise JobError(
+            f"--ssm {network.config.ssm} cannot be traced: its operator (vfi/ops/selective_scan.py) is a loop over tokens, "
+            f"whose number changes with the size of the frames. Take --format torch, or a model with --ssm mamba2"
+        )
+    network = copy.deepcopy(network).to(memory_format=torch.contiguous_format)  # channels-last weights would be saved twice
+    open_operators(network, network.config.scan)
+    return TraceableInterpolator(network).eval()
+
+
+def open_operators(network: nn.Module, scan: str) -> None:
+    """Give the blocks in `network` operators with a single way for all sizes."""
+    for module in network.modules():
+        if isinstance(module, Mamba2SS2D):
+            module.scan, module.ssd = OPEN_SCANS[scan], ssd_open
+            module.forward = functools.partial(module.some_pairs, orders=len(ALL))  # type: ignore[method-assign]
+        elif isinstance(module, GatedWindowAttention):
+            module.attend = gated_window_attention_open
+
+
+def trace(network: nn.Module) -> torch.export.ExportedProgram:
+    """One graph for every batch, height and width. Takes half a minute and more, most of it algebra on sizes."""
+    B = _TRACED_AT[0]
+    frames = dict.fromkeys((0, 2, 3), torch.export.Dim.AUTO)
+    example = (torch.zeros(_TRACED_AT), torch.zeros(_TRACED_AT), torch.full((B,), 0.5))
+    with torch.no_grad(), open_sizes():
+        return torch.export.export(
+            network,
+            example,
+            dynamic_shapes=(frames, frames, {0: torch.export.Dim.AUTO}),
+            strict=False,
+            prefer_deferred_runtime_asserts_over_guards=True,
+        )
+
+
+@contextlib.contextmanager
+def open_sizes() -> Iterator[None]:
+    """PyTorch's settings for work on a graph whose sizes are formulas."""
+    # not before they are wanted: they take seconds
+    import torch._dynamo.config
+    import torch.fx.experimental._config
+
+    with (
+        # a batch of one is no special case
+        torch.fx.experimental._config.patch(backed_size_oblivious=True),  # type: ignore[attr-defined]
+        # to remember results costs more than to make them anew
+        torch._dynamo.config.patch(fake_tensor_cache_enabled=False),
+    ):
+        yield
+
+
+def _around(size: int, multiple: int) -> tuple[int, int]:
+    """Padding before and after, as the network pads: together they cancel `size` out, if that is a symbol.
+
+    Nothing negative is divided, which ONNX would round the other way.
+    """
+    whole = (size + multiple - 1) // multiple
+    before = whole * (multiple // 2) - (size + 1) // 2
+    return before, whole * multiple - size - before
