@@ -208,10 +208,17 @@ def is_model_folder(path: Path) -> bool:
         return False
 
 
-def is_hub_id(path: str | Path) -> bool:
+def find(path: str | Path, output_dir: Path = Path("runs")) -> Path | None:
+    """The folder that `path` means, fetched if it is ORG/NAME of the hub; None for what is something else, such as a run."""
+    if is_hub_id(path, output_dir):
+        return fetch(str(path))
+    return Path(path) if is_model_folder(Path(path)) else None
+
+
+def is_hub_id(path: str | Path, output_dir: Path = Path("runs")) -> bool:
     """ORG/NAME, and nothing that is here: neither the path, nor its first folder, nor a run."""
     text = str(path)
-    here = (Path(text), Path(text).parent, Path("runs") / text)
+    here = (Path(text), Path(text).parent, output_dir / text)
     return _HUB_ID.fullmatch(text) is not None and not any(place.exists() for place in here)
 
 

@@ -27,7 +27,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from shards.schema import ShardError
-from vfi import checkpoint, presets, weights
+from vfi import checkpoint, model_folder, presets, weights
 from vfi.checkpoint import CheckpointError, SavedPosition, State
 from vfi.config import UNTRAINED, Config, ConfigError, accumulation
 from vfi.data.augment import FrameTooSmallError
@@ -176,6 +176,8 @@ class Trainer:
         first = self.run.start_from or ("" if auto else self.run.resume)
         if not first:
             return None
+        if folder := model_folder.find(first, Path(self.run.output_dir)):
+            return folder
         path, self.found = checkpoint.find_whole(first, self.run.output_dir)
         return path
 
@@ -188,7 +190,11 @@ class Trainer:
             if self.run.resume == "auto":
                 self.say(f"no checkpoint in {self.folder}: starting from scratch")
             return 0
-        step, theirs = checkpoint.read_step(self.start_from), checkpoint.read_config(self.start_from, self.say)
+        if model_folder.is_model_folder(self.start_from):
+            described = model_folder.read_description(self.start_from, self.say)
+            step, theirs = described.origin.step, Config(model=described.model)
+        else:
+            step, theirs = checkpoint.read_step(self.start_from), checkpoint.read_config(self.start_from, self.say)
         different = weights.compare_models(self.config, theirs)
         self.say(f"{'going on' if self.going_on else 'starting'} from the weights of {self.start_from} (step {step})")
         if different:

@@ -25,7 +25,7 @@ from huggingface_hub import metadata_load
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from vfi import FrameInterpolator, checkpoint, interpolate, model_folder, presets
+from vfi import FrameInterpolator, checkpoint, interpolate, model_folder, presets, train
 from vfi.checkpoint import CheckpointError
 from vfi.config import Config
 from vfi.errors import JobError
@@ -559,3 +559,31 @@ def test_a_folder_goes_before_the_hub(hub, saved) -> None:
     with pytest.raises(CheckpointError, match=r"revision 'v1' is for a model on the hub .* leave it out"):
         load("org/mine", CPU, "v1")
     assert hub.asked == []
+
+
+# training goes on from it
+
+
+def begun(start: str | Path, tmp_path: Path, shards: Path, *flags: object) -> train.Trainer:
+    """A training that starts from there."""
+    words = ["--preset", "tiny", "--phase", 2, "--data_path", shards, "--num_workers", 0, "--crop", 64, "--steps", 1,
+             "--output_dir", tmp_path / "runs", "--start_from", start, *flags]  # fmt: skip
+    return train.Trainer(presets.from_command_line(list(map(str, words))))
+
+
+@pytest.mark.parametrize("where", ["a folder", "the hub"])
+def test_training_starts_from_a_saved_model(where, hub, saved, tmp_path, train_shards, capsys) -> None:
+    trainer = begun(saved if where == "a folder" else "org/mine", tmp_path, train_shards)
+    weights = load_file(saved / "model.safetensors")
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in trainer.network.state_dict().items())
+    assert "(step 4)" in capsys.readouterr().out
+    trainer.fit()
+    assert checkpoint.latest(trainer.folder).step == 1
+
+
+def test_training_names_what_does_not_fit(saved, broken, tmp_path, train_shards) -> None:
+    with pytest.raises(CheckpointError, match=r"is of another architecture[\s\S]* Settings that differ: .*use_ecab"):
+        begun(saved, tmp_path, train_shards, "--no-use_ecab")
+    (broken / "config.json").unlink()
+    with pytest.raises(CheckpointError, match=r"config\.json is missing"):
+        begun(broken, tmp_path, train_shards)
