@@ -39,9 +39,9 @@ from shards import synthetic
 from vfi import checkpoint, train, validation
 
 STEPS, SAVE_EVERY, VAL_EVERY = 12, 3, 4
-FLAGS = ["--preset", "tiny", "--crop", "64", "--num_workers", "0", "--log_every", "1", "--warmup_steps", "2", "--batch_size",
-         "2", "--ema", "0.9", "--resume", "auto", "--steps", str(STEPS), "--save_every", str(SAVE_EVERY),
-         "--val_every", str(VAL_EVERY)]  # fmt: skip
+FLAGS = ["--preset", "tiny", "--width", "2", "--head_dim", "8", "--crop", "64", "--num_workers", "0", "--log_every", "1",
+         "--warmup_steps", "2", "--batch_size", "2", "--ema", "0.9", "--resume", "auto", "--steps", str(STEPS), "--save_every",
+         str(SAVE_EVERY), "--val_every", str(VAL_EVERY)]  # fmt: skip
 OPERATIONS = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree")
 KINDS = ("start", "step", "validation", "save", "operation")
 _STEADY = ("loss", "grad_norm", "lr", "epoch", "psnr", "average_psnr", "samples")

@@ -6,10 +6,7 @@ import contextlib
 import itertools
 import json
 import math
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,13 +14,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from warm import finish, start_ranks
 
 from vfi import presets, train
 from vfi.checkpoint import latest, list_checkpoints, read_state
 from vfi.data.plan import START
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-ROOT = Path(__file__).parents[2]
 FLAGS = ["--preset", "tiny", "--width", "2", "--head_dim", "8", "--backbone_mode", "gated_attn_only", "--crop", "64",
          "--num_workers", "0", "--batch_size", "2", "--log_every", "1", "--warmup_steps", "2", "--val_every", "1000",
          "--save_every", "10", "--keep_last", "9", "--lr", "1e-3"]  # fmt: skip
@@ -35,7 +32,6 @@ INF_ON_ONE = """
 import os, sys
 import torch
 from vfi import presets, train
-torch.set_num_threads(1)
 plain, calls = train.training_losses, 0
 def losses(*arguments):
     global calls
@@ -304,14 +300,10 @@ def test_an_explosion_that_builds_up_raises_the_annealing_for_good_and_resumes_e
 
 def test_inf_on_one_process_is_skipped_by_both_which_stay_equal(tmp_path, train_shards):
     """By DDP; the samples that are named are those of the process whose loss it was."""
-    script, two = tmp_path / "job.py", tmp_path / "two"
-    script.write_text(INF_ON_ONE)
+    two = tmp_path / "two"
     flags = [*FLAGS, "--data_path", train_shards, "--output_dir", tmp_path, "--exp_name", "two", "--steps", 6,
              "--save_every", 1]  # fmt: skip
-    launcher = ["torch.distributed.run", "--nproc_per_node", 2, "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
-    settings = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", *launcher, script, tmp_path / "rank", *flags]
-    subprocess.run(list(map(str, command)), cwd=ROOT, env=settings, timeout=120, check=True)
+    finish(start_ranks(2, INF_ON_ONE, tmp_path / "rank", *flags))
     (event,) = rows(two, "skip")
     config = presets.from_command_line([*FLAGS, "--data_path", str(train_shards)])
     loader = train.TrainingLoader(config.data, 0, torch.device("cpu"), accumulation=1, rank=1, world=2)

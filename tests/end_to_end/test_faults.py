@@ -6,31 +6,18 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import tarfile
 import time
 from pathlib import Path
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from warm import TORCHRUN, TRAIN, Process, finish, start_ranks
 
 from vfi import train
 from vfi.checkpoint import latest
 
-ROOT = Path(__file__).parents[2]
 FLAGS = ["--preset", "tiny", "--crop", "64", "--log_every", "2", "--warmup_steps", "2", "--lr", "2e-4"]
-TORCHRUN = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0",
-            "-m")  # fmt: skip
-
-
-def start(*flags: object, launcher: tuple[str, ...] = ("-m",)) -> subprocess.Popen[str]:
-    """The job as a process group of its own, on the CPU."""
-    command = [sys.executable, *launcher, "vfi.train", *FLAGS, *map(str, flags)]
-    settings = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.Popen(
-        command, cwd=ROOT, env=settings, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
-    )
 
 
 def children(pid: int) -> list[int]:
@@ -39,10 +26,10 @@ def children(pid: int) -> list[int]:
     return [int(child) for child in listed]
 
 
-def wait_for(condition, process: subprocess.Popen[str], seconds: float = 180) -> None:
+def wait_for(condition, process: Process, seconds: float = 180) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
-        assert process.poll() is None, process.communicate()[0]
+        assert process.poll() is None, process.communicate(60)[0]
         assert time.monotonic() < deadline
         time.sleep(0.02)
 
@@ -107,8 +94,8 @@ def test_validation_skips_nothing(damaged, train_shards, tmp_path, capsys):
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_loader_process_that_is_killed_ends_the_run(train_shards, tmp_path, workers):
-    process = start("--data_path", train_shards, "--steps", 100_000, "--batch_size", 2, "--num_workers", workers,
-                    "--output_dir", tmp_path, "--exp_name", "run")  # fmt: skip
+    process = Process(TRAIN, *FLAGS, "--data_path", train_shards, "--steps", 100_000, "--batch_size", 2, "--num_workers",
+                      workers, "--output_dir", tmp_path, "--exp_name", "run")  # fmt: skip
     metrics = tmp_path / "run" / "metrics.jsonl"
     wait_for(lambda: metrics.exists() and metrics.read_text(), process)
     os.kill(children(process.pid)[0], signal.SIGKILL)
@@ -124,8 +111,9 @@ def test_a_loader_process_that_is_killed_ends_the_run(train_shards, tmp_path, wo
 
 @pytest.mark.slow
 def test_a_rank_that_is_killed_ends_the_others(train_shards, tmp_path):
-    process = start("--data_path", train_shards, "--steps", 100_000, "--batch_size", 2, "--num_workers", 0,
-                    "--output_dir", tmp_path, "--exp_name", "run", launcher=TORCHRUN)  # fmt: skip
+    launcher = ("--nproc_per_node", 2, "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "-m", "vfi.train")
+    process = Process(TORCHRUN, *launcher, *FLAGS, "--data_path", train_shards, "--steps", 100_000, "--batch_size", 2,
+                      "--num_workers", 0, "--output_dir", tmp_path, "--exp_name", "run")  # fmt: skip
     metrics = tmp_path / "run" / "metrics.jsonl"
     wait_for(lambda: metrics.exists() and metrics.read_text(), process)
     ranks = children(process.pid)
@@ -142,12 +130,8 @@ def test_a_rank_that_is_killed_ends_the_others(train_shards, tmp_path):
 @pytest.mark.slow
 def test_faults_of_all_processes_are_added_up(damaged, tmp_path):
     folder, key = damaged
-    process = start("--data_path", folder, "--steps", 10, "--batch_size", 2, "--num_workers", 1, "--output_dir", tmp_path,
-                    "--exp_name", "two", launcher=TORCHRUN)  # fmt: skip
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, output
-    alone = start("--data_path", folder, "--steps", 10, "--batch_size", 4, "--num_workers", 1, "--output_dir", tmp_path,
-                  "--exp_name", "one")  # fmt: skip
-    assert alone.wait(timeout=300) == 0
+    flags = [*FLAGS, "--data_path", folder, "--steps", 10, "--num_workers", 1, "--output_dir", tmp_path]
+    output, _ = finish(start_ranks(2, TRAIN, *flags, "--batch_size", 2, "--exp_name", "two"))
+    train.main([*map(str, flags), "--batch_size", "4", "--exp_name", "one"])
     assert rows(tmp_path / "two", "fault") == rows(tmp_path / "one", "fault") != []
     assert key in output

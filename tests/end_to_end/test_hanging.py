@@ -5,20 +5,16 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
+from warm import Process, start_ranks
 
 from vfi.checkpoint import list_checkpoints
 from vfi.errors import STOPPED
 
-ROOT = Path(__file__).parents[2]
 FLAGS = ["--preset", "tiny", "--crop", "64", "--num_workers", "0", "--log_every", "1", "--warmup_steps", "2", "--batch_size",
          "2", "--steps", "1000", "--save_every", "4"]  # fmt: skip
 SLEEPS = """
@@ -38,38 +34,18 @@ train.main(sys.argv[1:])
 
 
 @pytest.fixture
-def pair() -> Iterator[Callable[..., list[subprocess.Popen[str]]]]:
+def pair() -> Iterator[Callable[..., list[Process]]]:
     """Starts two processes of one run; those that are left at the end are killed."""
-    started: list[subprocess.Popen[str]] = []
+    started: list[Process] = []
 
-    def start(*arguments: Any, **settings: Any) -> list[subprocess.Popen[str]]:
-        started.extend(start_pair(*arguments, **settings))
+    def start(run: Path, shards: Path, *flags: object, hangs: bool = False) -> list[Process]:
+        place = ["--data_path", shards, "--output_dir", run.parent, "--exp_name", run.name]
+        started.extend(start_ranks(2, SLEEPS, *FLAGS, *place, *flags, HANGS="yes" * hangs))
         return started
 
     yield start
     for process in started:
         process.kill()
-        process.communicate()
-
-
-def start_pair(run: Path, shards: Path, *flags: object, hangs: bool = False) -> list[subprocess.Popen[str]]:
-    """Two processes of one run, as a launcher starts them, each in a process group of its own."""
-    with socket.socket() as port:
-        port.bind(("127.0.0.1", 0))
-        number = port.getsockname()[1]
-    place = ["--data_path", shards, "--output_dir", run.parent, "--exp_name", run.name]
-    command = [sys.executable, "-c", SLEEPS, *FLAGS, *map(str, [*place, *flags])]
-    settings = os.environ | {
-        "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "WORLD_SIZE": "2",
-        "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(number), "HANGS": "yes" * hangs,
-    }  # fmt: skip
-    return [
-        subprocess.Popen(
-            command, cwd=ROOT, env=settings | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
-        )
-        for rank in (0, 1)
-    ]  # fmt: skip
 
 
 def steps_of(run: Path) -> list[int]:
@@ -79,12 +55,12 @@ def steps_of(run: Path) -> list[int]:
     return [line["step"] for line in lines if line["event"] == "train"]
 
 
-def wait_for_step(run: Path, step: int, processes: list[subprocess.Popen[str]]) -> None:
+def wait_for_step(run: Path, step: int, processes: list[Process]) -> None:
     """Until that step is in the metrics."""
     deadline = time.monotonic() + 120
     while step not in steps_of(run):
         assert time.monotonic() < deadline
-        assert all(process.poll() is None for process in processes), [process.communicate()[0] for process in processes]
+        assert all(process.poll() is None for process in processes), [process.communicate(60)[0] for process in processes]
         time.sleep(0.02)
 
 

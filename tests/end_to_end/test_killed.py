@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
-
-HARNESS = Path(__file__).parents[1] / "kill_harness.py"
+from warm import Process, finish
 
 
 @pytest.mark.slow
 def test_ten_kills_leave_no_trace():
-    done = subprocess.run([sys.executable, HARNESS, "--times", "10"], capture_output=True, text=True, timeout=500, check=False)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1].startswith("10 kills")
+    (output,) = finish([Process("from kill_harness import main; main()", "--times", 10)], timeout=500)
+    assert output.splitlines()[-1].startswith("10 kills")

@@ -1,6 +1,6 @@
-"""Two machines, shown as two launches on this one with a process each: they train as one launch of both processes does.
+"""Two machines, shown as two launches on this one with a process each: they train as both processes on one machine do.
 
-Both are started as accelerate_configs/multi_node.yaml says, on the CPU.
+They are started as accelerate_configs/multi_node.yaml says, on the CPU.
 """
 
 from __future__ import annotations
@@ -15,34 +15,37 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from warm import ON_CPU, ROOT, TRAIN, finish, start_ranks
 
 from vfi.checkpoint import latest
 
 pytestmark = pytest.mark.slow
-ROOT = Path(__file__).parents[2]
 FLAGS = ["--preset", "tiny", "--width", "2", "--head_dim", "8", "--backbone_mode", "gated_attn_only", "--crop", "64",
          "--num_workers", "0", "--batch_size", "2", "--log_every", "1", "--warmup_steps", "2", "--lr", "1e-3", "--steps", "6",
          "--val_every", "3"]  # fmt: skip
 
 
-def start(run: Path, shards: tuple[Path, Path], *launcher: object, **environment: str) -> subprocess.Popen[str]:
-    """One launch, in fp32."""
+def flags(run: Path, shards: tuple[Path, Path]) -> list[object]:
+    """Of the training."""
+    return [*FLAGS, "--data_path", shards[0], "--val_path", shards[1], "--output_dir", run.parent, "--exp_name", run.name]
+
+
+def start(run: Path, shards: tuple[Path, Path], *settings: object) -> subprocess.Popen[str]:
+    """On one machine, in fp32."""
     config = "accelerate_configs/multi_node.yaml"
-    place = ["--data_path", shards[0], "--val_path", shards[1], "--output_dir", run.parent, "--exp_name", run.name]
-    launch = ["accelerate.commands.launch", "--config_file", config, "--mixed_precision", "no", *launcher]
-    command = [sys.executable, "-m", *launch, "-m", "vfi.train", *FLAGS, *place]
-    settings = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""} | environment
-    return subprocess.Popen(list(map(str, command)), cwd=ROOT, env=settings, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                            text=True)  # fmt: skip
+    launcher = ["accelerate.commands.launch", "--config_file", config, "--mixed_precision", "no", *settings]
+    command = [sys.executable, "-m", *launcher, "-m", "vfi.train", *flags(run, shards)]
+    return subprocess.Popen(list(map(str, command)), cwd=ROOT, env=os.environ | ON_CPU, stdout=subprocess.PIPE,
+                            stderr=subprocess.STDOUT, text=True)  # fmt: skip
 
 
-def on_two_machines(run: Path, shards: tuple[Path, Path], processes: int = 2, **environment: str) -> list[tuple[int, str]]:
+def on_two_machines(run: Path, shards: tuple[Path, Path], processes: int = 2) -> list[tuple[int | None, str]]:
     """Exit code and output of the launches of machine 0 and 1."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     common = ("--num_machines", 2, "--num_processes", processes, "--main_process_ip", "127.0.0.1", "--main_process_port", port)
-    launches = [start(run, shards, *common, "--machine_rank", rank, **environment) for rank in (0, 1)]
+    launches = [start(run, shards, *common, "--machine_rank", rank) for rank in (0, 1)]
     try:
         outputs = [launch.communicate(timeout=120)[0] for launch in launches]
     finally:
@@ -64,9 +67,7 @@ def test_two_machines_train_as_one_with_both_processes(tmp_path, train_shards, v
     assert (code, other_code) == (0, 0), output + other_output
     assert "2 processes on cpu, precision no, global batch 4 = 2 * 2 * 1 accumulated" in output
     assert "PSNR" not in other_output  # what there is to say is said once
-    one = start(tmp_path / "one", shards, "--num_processes", 2, "--main_process_port", 0)
-    output, _ = one.communicate(timeout=120)
-    assert one.returncode == 0, output
+    finish(start_ranks(2, TRAIN, *flags(tmp_path / "one", shards)))
     for event, number in (("train", 6), ("val", 2)):
         assert len(rows(tmp_path / "two", event)) == number
         assert rows(tmp_path / "two", event) == rows(tmp_path / "one", event)
@@ -76,18 +77,25 @@ def test_two_machines_train_as_one_with_both_processes(tmp_path, train_shards, v
         assert torch.equal(found[name], tensor), name
 
 
-# processes that are asked for, what is different in the environment, and what is said of it
-MISTAKES = {
-    "without a GPU": (2, {"ACCELERATE_USE_CPU": "false"}, "2 processes were started and no GPU is visible"),
-    "three for two machines": (3, {}, "accelerate launch was asked for 3 processes and started 2"),
-}
-
-
-@pytest.mark.parametrize("mistake", MISTAKES)
-def test_another_number_of_processes_than_asked_for_is_refused_on_both_machines(mistake, tmp_path, train_shards, val_shards):
-    """Left alone, accelerate would train twice on its own, or round down, and say nothing."""
-    processes, environment, words = MISTAKES[mistake]
-    for code, output in on_two_machines(tmp_path / "run", (train_shards, val_shards), processes, **environment):
-        assert code != 0
-        assert [line for line in output.splitlines() if line.startswith(f"error: {words}")], output
+def test_another_number_of_processes_than_asked_for_is_refused_on_both_machines(tmp_path, train_shards, val_shards):
+    """Left alone, accelerate would round down, and say nothing."""
+    launches = on_two_machines(tmp_path / "run", (train_shards, val_shards), processes=3)
+    assert_refused(launches, "accelerate launch was asked for 3 processes and started 2")
     assert not (tmp_path / "run").exists()
+
+
+def test_machines_without_a_gpu_are_refused_unless_the_cpu_was_asked_for(tmp_path, train_shards, val_shards):
+    """Left alone, accelerate would train twice on its own, and say nothing."""
+    words = flags(tmp_path / "run", (train_shards, val_shards))
+    processes = start_ranks(2, TRAIN, *words, ACCELERATE_USE_CPU="false")
+    outputs = [process.communicate(timeout=120)[0] for process in processes]
+    ended = [(process.returncode, output) for process, output in zip(processes, outputs, strict=True)]
+    assert_refused(ended, "2 processes were started and no GPU is visible")
+    assert not (tmp_path / "run").exists()
+
+
+def assert_refused(ended: list[tuple[int | None, str]], words: str) -> None:
+    """By exit code and output of each: an error of these words."""
+    for code, output in ended:
+        assert code not in (0, None)
+        assert [line for line in output.splitlines() if line.startswith(f"error: {words}")], output

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from warm import TRAIN, finish, start_ranks
 
 from shards.schema import read_index
 from vfi import presets, train
@@ -21,11 +19,12 @@ from vfi.checkpoint import latest
 from vfi.config import Config
 from vfi.weights import load_model
 
-ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.usefixtures("one_thread")
-FLAGS = ["--preset", "tiny", "--crop", "64", "--num_workers", "0", "--log_every", "1", "--warmup_steps", "2",
-         "--batch_size", "4", "--lr", "2e-4"]  # fmt: skip
+FLAGS = ["--preset", "tiny", "--width", "2", "--head_dim", "8", "--crop", "64", "--num_workers", "0", "--log_every", "1",
+         "--warmup_steps", "2", "--batch_size", "4", "--lr", "2e-4"]  # fmt: skip
 STEPS_PER_EPOCH = 22 // 4  # of the shards at this batch size
+TOTAL = STEPS_PER_EPOCH + 2
+FROZEN = ["--phase", 2, "--freeze_backbone", 1, "--steps", TOTAL, "--save_every", 1, "--keep_last", 9]
 
 
 def run(out: Path, name: str, *flags: object) -> Path:
@@ -61,8 +60,8 @@ def test_chain_of_three_phases(first, tmp_path, train_shards, val_shards, capsys
     still = ("--data_path", train_shards, "--val_path", val_shards, "--steps", 1, "--lr", 0, "--lr_min", 0)
     second = run(tmp_path, "second", *still, "--phase", 2, "--resume", first)
     printed = capsys.readouterr().out
-    assert "loaded: backbone (0.45 M), refine (0.88 M)" in printed
-    assert "new: flow (1.16 M)" in printed
+    assert "loaded: backbone (0.03 M), refine (0.06 M)" in printed
+    assert "new: flow (0.09 M)" in printed
     assert "left: " not in printed
     assert "settings of the model that differ from that run's: phase: 2 here, 1 there" in printed
     old, new = weights(first), weights(second)
@@ -77,12 +76,12 @@ def test_chain_of_three_phases(first, tmp_path, train_shards, val_shards, capsys
 
     third = run(tmp_path, "third", *still, "--phase", 3, "--resume", second)
     printed = capsys.readouterr().out
-    assert "loaded: backbone (0.45 M), flow (1.16 M), refine (0.88 M)" in printed
+    assert "loaded: backbone (0.03 M), flow (0.09 M), refine (0.06 M)" in printed
     assert "new: " not in printed
     assert all(torch.equal(weights(third)[name], tensor) for name, tensor in new.items())
 
     back = run(tmp_path, "back", *still, "--resume", second)
-    assert "left: flow (1.16 M)" in capsys.readouterr().out
+    assert "left: flow (0.09 M)" in capsys.readouterr().out
     assert weights(back).keys() == old.keys()
 
 
@@ -94,19 +93,27 @@ def test_chain_refuses_another_architecture(first, tmp_path, train_shards, capsy
     assert "flow" not in message.partition("Settings that differ")[0]
 
 
-def test_frozen_backbone_does_not_move_until_it_thaws(first, tmp_path, train_shards):
+@pytest.fixture(scope="module")
+def thawed(tmp_path_factory, first, train_shards) -> Path:
+    """A phase-2 run with one epoch frozen and two steps more, saved after each step; not to be changed."""
+    return run(tmp_path_factory.mktemp("runs"), "thawed", *FROZEN, "--data_path", train_shards, "--resume", first)
+
+
+def saved(run_folder: Path, step: int) -> Path:
+    """The checkpoint of that step."""
+    return run_folder / "checkpoints" / f"step_{step:08d}"
+
+
+def test_frozen_backbone_does_not_move_until_it_thaws(first, thawed):
     """One epoch frozen: the backbone's weights stay to the bit, have no optimizer state, and then train."""
-    flags = ("--data_path", train_shards, "--phase", 2, "--resume", first, "--freeze_backbone", 1)
     before = weights(first)
-    frozen = run(tmp_path, "frozen", *flags, "--steps", STEPS_PER_EPOCH)
-    after = weights(frozen)
+    after, later = (load_file(saved(thawed, STEPS_PER_EPOCH + n) / "model.safetensors") for n in (0, 1))
     backbone = [name for name in before if name.startswith("backbone.")]
     assert all(torch.equal(after[name], before[name]) for name in backbone)
     assert any(not torch.equal(after[name], before[name]) for name in before if name.startswith("refine."))
-    state = torch.load(latest(frozen).path / "optimizer.pt", weights_only=True)["state"]
+    state = torch.load(saved(thawed, STEPS_PER_EPOCH) / "optimizer.pt", weights_only=True)["state"]
     assert len(state) == len(after) - len(backbone)
-    thawed = run(tmp_path, "thawed", *flags, "--steps", STEPS_PER_EPOCH + 1)
-    moved = [name for name in backbone if not torch.equal(weights(thawed)[name], before[name])]
+    moved = [name for name in backbone if not torch.equal(later[name], before[name])]
     assert len(moved) > 0.9 * len(backbone)
 
 
@@ -125,19 +132,15 @@ def test_frozen_means_no_gradient_and_norms_in_eval(first, tmp_path, train_shard
 
 
 @pytest.mark.parametrize("stopped_at", [STEPS_PER_EPOCH - 1, STEPS_PER_EPOCH, STEPS_PER_EPOCH + 1])
-def test_resume_around_the_thaw_is_exact(first, tmp_path, train_shards, stopped_at):
+def test_resume_around_the_thaw_is_exact(thawed, tmp_path, train_shards, stopped_at):
     """A run that ended before, at or after the thaw and goes on ends with the weights of an undisturbed one."""
-    total = STEPS_PER_EPOCH + 2
-    flags = ("--data_path", train_shards, "--phase", 2, "--freeze_backbone", 1, "--steps", total, "--save_every", 1,
-             "--keep_last", 9)  # fmt: skip
-    whole = run(tmp_path, "whole", *flags, "--resume", first)
     again = tmp_path / "again"
     (again / "checkpoints").mkdir(parents=True)
-    (again / "config.json").write_bytes((whole / "config.json").read_bytes())
-    step = f"step_{stopped_at:08d}"
-    (again / "checkpoints" / step).symlink_to(whole / "checkpoints" / step)
-    run(tmp_path, "again", *flags, "--resume", "auto")
-    for name, tensor in weights(whole).items():
+    (again / "config.json").write_bytes((thawed / "config.json").read_bytes())
+    saved(again, stopped_at).symlink_to(saved(thawed, stopped_at))
+    run(tmp_path, "again", *FROZEN, "--data_path", train_shards, "--resume", "auto")
+    assert [row["step"] for row in rows(again)] == list(range(stopped_at + 1, TOTAL + 1))
+    for name, tensor in weights(thawed).items():
         assert torch.equal(weights(again)[name], tensor), name
 
 
@@ -148,7 +151,7 @@ def test_frozen_epochs_end_with_another_global_batch_too(first, tmp_path, train_
     run(tmp_path, "frozen", *flags, "--steps", 8, "--batch_size", 2, "--resume", "auto")
     before = {name: tensor for name, tensor in weights(first).items() if name.startswith("backbone.")}
     for step in range(4, 9):
-        after = load_file(folder / "checkpoints" / f"step_{step:08d}" / "model.safetensors")
+        after = load_file(saved(folder, step) / "model.safetensors")
         still = all(torch.equal(after[name], tensor) for name, tensor in before.items())
         assert still == (step <= 7), step
 
@@ -211,8 +214,8 @@ def test_annealing_rises_over_the_last_steps_and_is_saved(tmp_path, train_shards
                  "--save_every", 1, "--keep_last", 9)  # fmt: skip
     seen = []
     for step in range(1, 5):
-        saved = load_file(folder / "checkpoints" / f"step_{step:08d}" / "model.safetensors")
-        values = {tensor.item() for name, tensor in saved.items() if name.endswith("annealing")}
+        found = load_file(saved(folder, step) / "model.safetensors")
+        values = {tensor.item() for name, tensor in found.items() if name.endswith("annealing")}
         assert len(values) == 1
         seen.append(values.pop())
     assert seen == [0.0, 0.0, 0.5, 1.0]
@@ -274,8 +277,8 @@ LIKE_ATTENTION = ["--expand", 1, "--ssd_groups", "per_head", "--d_state", 16, "-
 
 def test_scan_starts_from_attention(tmp_path, train_shards, capsys):
     """A run with attention gives its W_V, W_K, W_Q to the scan; the control arm gets random ones; both say so."""
-    still = ["--data_path", train_shards, "--steps", 1, "--lr", 0, "--lr_min", 0]
-    donor = weights(run(tmp_path, "donor", *still, "--backbone_mode", "gated_attn_only"))
+    still = ["--data_path", train_shards, "--steps", 1, "--lr", 0, "--lr_min", 0, "--width", 8]
+    donor = weights(run(tmp_path, "donor", *still, "--backbone_mode", "gated_attn_only", "--head_dim", 16))
     capsys.readouterr()
     receiver = [*still, "--backbone_mode", "mamba2_only", *LIKE_ATTENTION, "--matvlm_plan", "B", "--matvlm_donor"]
     copied = weights(run(tmp_path, "copied", *receiver, tmp_path / "donor"))
@@ -300,51 +303,25 @@ def test_scan_of_another_layout_is_refused(tmp_path, train_shards, capsys):
 
 @pytest.mark.parametrize("name", presets.ABLATIONS)
 def test_every_ablation_trains_a_step(name, tmp_path, train_shards, train_shards_without_flow, first):
-    """At tiny width, in the training job."""
-    small, tiny = presets.get(name), presets.tiny()
-    model = presets.override(small, width=8, depths=(1, 1), d_state=16, head_dim=16)
+    """As small as it can be, in the training job."""
+    small = presets.get(name)
+    model = presets.override(small, width=2, depths=(1, 1), d_state=16, head_dim=8)
     folders = [str(train_shards)] + [str(train_shards_without_flow)] * (model.data.mixed_ratio is not None)
     config = presets.override(model, data_path=tuple(folders), crop=64, batch_size=2, num_workers=0, steps=1,
                               curriculum=False, output_dir=str(tmp_path), exp_name="run",
                               resume=str(first) if small.optim.freeze_backbone else "")  # fmt: skip
-    assert config.model.width == tiny.model.width
     train.train(config)
     assert latest(tmp_path / "run").step == 1
     assert rows(tmp_path / "run")[0]["grad_norm"] > 0
 
 
-FROZEN = ["--phase", 2, "--freeze_backbone", 1, "--steps", STEPS_PER_EPOCH + 2]
-PROCESSES = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0")
-
-
-def start(launcher: tuple[str, ...], out: Path, *flags: object, **environment: str) -> str:
-    """The job in processes of its own, on the CPU; what it printed."""
-    command = [sys.executable, *launcher, *FLAGS, "--output_dir", out, *flags]
-    settings = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""} | environment
-    done = subprocess.run([str(word) for word in command], cwd=ROOT, env=settings, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
 @pytest.mark.slow
-def test_two_processes_thaw_like_one(first, tmp_path, train_shards):
+def test_two_processes_thaw_like_one(first, thawed, tmp_path, train_shards):
     """The thawed backbone's gradients are averaged over the processes, too."""
-    flags = [
-        "--data_path",
-        train_shards,
-        "--phase",
-        2,
-        "--freeze_backbone",
-        1,
-        "--steps",
-        STEPS_PER_EPOCH + 2,
-        "--resume",
-        first,
-    ]
-    alone = run(tmp_path, "alone", *flags)
-    start((*PROCESSES, "-m", "vfi.train"), tmp_path, *flags, "--exp_name", "two", "--batch_size", 2)
+    flags = [*FLAGS, *FROZEN, "--data_path", train_shards, "--resume", first, "--output_dir", tmp_path, "--exp_name", "two"]
+    finish(start_ranks(2, TRAIN, *flags, "--batch_size", 2))
     theirs = weights(tmp_path / "two")
-    differences = torch.cat([(theirs[name] - tensor).abs().flatten() for name, tensor in weights(alone).items()])
+    differences = torch.cat([(theirs[name] - tensor).abs().flatten() for name, tensor in weights(thawed).items()])
     assert differences.max() < 1e-4  # rounding, which AdamW enlarges where a gradient is all but zero
     assert (differences > 1e-5).float().mean() < 1e-3
 
@@ -358,9 +335,7 @@ forward = HybridBackbone.forward
 def watched(self, frames):
     features = forward(self, frames)
     if torch.is_grad_enabled():
-        # in one piece: torchrun leaves stdout unbuffered, and two processes write to it
-        line = f"features are {features[-1].dtype} and the backbone trains: {features[-1].requires_grad}"
-        print(line + "\\n", end="", flush=True)
+        print(f"features are {features[-1].dtype} and the backbone trains: {features[-1].requires_grad}", flush=True)
     return features
 HybridBackbone.forward = watched
 train.main(sys.argv[1:])
@@ -370,12 +345,10 @@ train.main(sys.argv[1:])
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2])
 def test_autocast_outlives_the_thaw(first, tmp_path, train_shards, processes):
-    script = tmp_path / "watched.py"
-    script.write_text(WATCHED)
-    flags = [*FROZEN, "--data_path", train_shards, "--resume", first,
-             "--exp_name", "bf16", "--batch_size", 4 // processes]  # fmt: skip
-    launcher = (*PROCESSES, str(script)) if processes == 2 else (str(script),)
-    printed = start(launcher, tmp_path, *flags, ACCELERATE_MIXED_PRECISION="bf16", PYTHONPATH=str(ROOT))
+    flags = [*FROZEN, "--data_path", train_shards, "--resume", first, "--output_dir", tmp_path, "--exp_name", "bf16",
+             "--batch_size", 4 // processes]  # fmt: skip
+    started = start_ranks(processes, WATCHED, *FLAGS, *flags, ACCELERATE_MIXED_PRECISION="bf16")
+    printed = "\n".join(finish(started))
     lines = [line for line in printed.splitlines() if line.startswith("features are")]
     expected = ["False"] * STEPS_PER_EPOCH + ["True"] * 2
     for train_state in ("False", "True"):

@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 import json
-import os
 import random
-import resource
 import shutil
-import socket
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from warm import TRAIN, Process, finish, start_ranks
 
 from vfi import checkpoint, checkpoint_list, runs, train
 from vfi.checkpoint import latest, list_checkpoints
 from vfi.manifest import MANIFEST, write_folder
 
-ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.usefixtures("one_thread")
 FLAGS = ["--preset", "tiny", "--crop", "64", "--num_workers", "0", "--log_every", "1", "--warmup_steps", "2",
          "--batch_size", "2", "--lr", "2e-4", "--ema", "0.9", "--save_every", "2"]  # fmt: skip
@@ -315,22 +311,19 @@ def test_a_step_without_validation_has_no_score(tmp_path, train_shards, val_shar
 # disks that are full
 
 
-def start(*flags: object, limit: int = 0, **environment: str) -> subprocess.CompletedProcess[str]:
-    """The job as a process of its own, whose files the system lets grow to `limit` bytes."""
-    settings = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""} | environment
-    return subprocess.run(
-        [sys.executable, "-m", "vfi.train", *FLAGS, *map(str, flags)], cwd=ROOT, env=settings, text=True, timeout=300,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False,
-        preexec_fn=(lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))) if limit else None,
-    )  # fmt: skip
+def start(*flags: object, limit: int = 0) -> tuple[int | None, str]:
+    """Exit code and output of the job as a process of its own, whose files the system lets grow to `limit` bytes."""
+    process = Process(TRAIN, *FLAGS, *flags, limit=limit)
+    output, _ = process.communicate(timeout=300)
+    return process.returncode, output
 
 
-def assert_ended_by_the_disk(done: subprocess.CompletedProcess[str], folder: Path, why: str) -> None:
+def assert_ended_by_the_disk(code: int | None, output: str, folder: Path, why: str) -> None:
     """A clear error, the last good checkpoint, nothing half-written, and a state that says it."""
-    assert done.returncode not in (0, None), done.stdout
-    assert "Traceback" not in done.stdout
-    assert f"{why} (optimizer.pt: " in done.stdout
-    assert "bytes needed, " in done.stdout
+    assert code not in (0, None), output
+    assert "Traceback" not in output
+    assert f"{why} (optimizer.pt: " in output
+    assert "bytes needed, " in output
     assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step_00000004"]
     assert checkpoint.check(latest(folder).path) == []
 
@@ -338,7 +331,7 @@ def assert_ended_by_the_disk(done: subprocess.CompletedProcess[str], folder: Pat
 def test_a_limit_on_files_ends_the_run_and_keeps_the_last_checkpoint(again, train_shards, capsys):
     shutil.rmtree(again / "checkpoints" / "step_00000002")
     flags = ("--data_path", train_shards, "--steps", 6, "--exp_name", "again", "--output_dir", again.parent, "--resume", "auto")
-    assert_ended_by_the_disk(start(*flags, limit=8_000_000), again, "step_00000006 could not be written: File too large")
+    assert_ended_by_the_disk(*start(*flags, limit=8_000_000), again, "step_00000006 could not be written: File too large")
     runs.main(["--output_dir", str(again.parent), "--json"])
     (found,) = json.loads(capsys.readouterr().out)
     assert found["state"] == "failed"
@@ -355,7 +348,7 @@ def test_a_full_disk_ends_the_run_and_keeps_the_last_checkpoint(again, tmp_path,
         shutil.rmtree(again / "checkpoints" / "step_00000002")  # one checkpoint has 21 MB
         shutil.copytree(again, disk / "again")
         flags = ("--data_path", train_shards, "--steps", 6, "--exp_name", "again", "--output_dir", disk, "--resume", "auto")
-        assert_ended_by_the_disk(start(*flags), disk / "again", "step_00000006 could not be written: No space left on device")
+        assert_ended_by_the_disk(*start(*flags), disk / "again", "step_00000006 could not be written: No space left on device")
     finally:
         subprocess.run(["umount", disk], check=True)
 
@@ -372,34 +365,16 @@ train.main(sys.argv[1:])
 """
 
 
-def two_processes(*flags: object) -> str:
-    """The job in two processes, whose losses depend on random numbers of their own; what the first one printed."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    command = [sys.executable, "-c", RANKS, *FLAGS, *map(str, flags)]
-    fixed = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "WORLD_SIZE": "2",
-             "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}  # fmt: skip
-    ranks = [
-        subprocess.Popen(command, cwd=ROOT, env=os.environ | fixed | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-                         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        for rank in range(2)
-    ]  # fmt: skip
-    outputs = [process.communicate(timeout=300)[0] for process in ranks]
-    return "\n".join(f"{process.returncode}: {output}" for process, output in zip(ranks, outputs, strict=True))
-
-
 @pytest.mark.slow
 def test_each_process_gets_its_own_random_state_back(tmp_path, train_shards):
-    flags = ("--data_path", train_shards, "--output_dir", tmp_path, "--resume", "auto")
-    first = two_processes(*flags, "--exp_name", "whole", "--steps", 4)
-    assert first.count("0: ") >= 1, first
+    flags = (*FLAGS, "--data_path", train_shards, "--output_dir", tmp_path, "--resume", "auto", "--steps", 4)
+    finish(start_ranks(2, RANKS, *flags, "--exp_name", "whole"))
     states = [checkpoint.read_random(found.path) for found in list_checkpoints(tmp_path / "whole")]
     assert [len(state) for state in states] == [2, 2]
     assert states[0][0]["python"] != states[0][1]["python"]
     shutil.copytree(tmp_path / "whole", tmp_path / "again")
     shutil.rmtree(latest(tmp_path / "again").path)
-    two_processes(*flags, "--exp_name", "again", "--steps", 4)
+    finish(start_ranks(2, RANKS, *flags, "--exp_name", "again"))
     assert latest(tmp_path / "again").step == 4
     assert same_tensors(tmp_path / "whole", tmp_path / "again")
     assert checkpoint.read_random(latest(tmp_path / "again").path) == states[1]
@@ -409,6 +384,10 @@ def test_each_process_gets_its_own_random_state_back(tmp_path, train_shards):
 def test_all_processes_end_where_the_main_one_cannot_write(tmp_path, train_shards):
     (tmp_path / "blocked").mkdir()
     (tmp_path / "blocked" / "checkpoints").write_text("in the way")
-    output = two_processes("--data_path", train_shards, "--output_dir", tmp_path, "--exp_name", "blocked", "--steps", 2)
-    assert output.count("error: ") == 2
-    assert output.count("step_00000002 could not be written: File exists") == 2
+    processes = start_ranks(
+        2, TRAIN, *FLAGS, "--data_path", train_shards, "--output_dir", tmp_path, "--exp_name", "blocked", "--steps", 2
+    )
+    for process in processes:
+        output, _ = process.communicate(timeout=300)
+        assert process.returncode == 2
+        assert output.count("error: ") == output.count("step_00000002 could not be written: File exists") == 1, output

@@ -24,7 +24,7 @@ from vfi.checkpoint import EMA, MODEL, OPTIMIZER, latest, list_checkpoints, read
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]  # DeepSpeed compiles for minutes, the first time on a machine
 ROOT = Path(__file__).parents[2]
-STEPS, STOPPED, SKIPPED = 6, 2, (3, 4)
+STEPS, STOPPED, SKIPPED = 5, 2, (3, 4)
 FLAGS = ["--preset", "tiny", "--width", "2", "--head_dim", "8", "--phase", "2", "--teacher", "--mixing", "mhc",
          "--mixing_streams", "2", "--sinkhorn_iterations", "3", "--mhc_anneal", "0.9", "--crop", "64", "--num_workers", "0",
          "--log_every", "1", "--warmup_steps", "2", "--lr", "2e-4", "--global_batch", "4", "--val_every", "3", "--save_every",
@@ -35,7 +35,8 @@ WHOLE = {"ACCELERATE_USE_FSDP": "false"}
 BF16 = {"ACCELERATE_MIXED_PRECISION": "bf16"}
 STAGES = {f"zero{stage}": {"ACCELERATE_DEEPSPEED_ZERO_STAGE": str(stage)} for stage in (1, 2, 3)}
 KINDS = ["fsdp2", *STAGES]
-MOVES = {"fsdp2": "ddp", "zero1": "ddp", "zero2": "zero1", "zero3": "fsdp2"}  # goes on from what the other one saved
+FURTHER = ["fsdp2", "zero2", "zero3"]  # of ZeRO-1 only that it trains and saves: all else is the code of ZeRO-2
+MOVES = {"fsdp2": "ddp", "zero2": "zero1", "zero3": "fsdp2"}  # goes on from what the other one saved
 
 
 class Launch(NamedTuple):
@@ -52,12 +53,13 @@ class Jobs:
 
     def __init__(self, out: Path, train_shards: Path, val_shards: Path) -> None:
         self.out, self.listed = out, dict[str, dict[str, Any]]()
-        self.flags = [*FLAGS, "--data_path", train_shards, "--val_path", val_shards, "--output_dir", out]
+        self.flags, self.val_shards = [*FLAGS, "--data_path", train_shards, "--output_dir", out], val_shards
 
     def add(self, name: str, *flags: object, environment: dict[str, str], steps: int = STEPS, faults: tuple[int, ...] = (),
-            copied: tuple[str, int] | None = None) -> None:  # fmt: skip
+            copied: tuple[str, int] | None = None, validated: bool = True) -> None:  # fmt: skip
         """Train; `copied`: go on with a copy of that run, as it was after that step."""
-        everything = [*self.flags, *flags, "--steps", steps, "--exp_name", name, *(GO_ON if copied else ())]
+        everything = [*self.flags, *flags, "--steps", steps, "--exp_name", name, *(GO_ON if copied else ()),
+                      *(("--val_path", self.val_shards) if validated else ())]  # fmt: skip
         source = (str(self.out / copied[0]), str(self.out / name), copied[1]) if copied else None
         self.listed[name] = {
             "flags": list(map(str, everything)), "environment": environment, "faults": faults, "copied": source,
@@ -67,10 +69,11 @@ class Jobs:
         """What every kind of shards has to do."""
         flags = AT_ONCE if kind == "zero3" else (*AT_ONCE, *AVERAGED)
         self.add(kind, *flags, environment=environment, faults=SKIPPED)
-        self.add(f"{kind}_again", *flags, environment=environment, faults=SKIPPED, copied=(kind, STOPPED))
-        self.add(f"{kind}_moved", *ACCUMULATED, "--checkpointing", environment=environment, copied=(MOVES[kind], SKIPPED[-1]))
         if kind == "zero1":  # in what follows the same as the next
             return
+        self.add(f"{kind}_again", *flags, environment=environment, copied=(kind, SKIPPED[-1]))
+        self.add(f"{kind}_moved", *ACCUMULATED, "--checkpointing", environment=environment, copied=(MOVES[kind], SKIPPED[-1]),
+                 validated=False)  # fmt: skip
         # the step after those that are skipped is one too many
         self.add(f"{kind}_back", *flags, "--guard_skips", len(SKIPPED), "--guard_rate_factor", 1, environment=environment,
                  faults=(*SKIPPED, SKIPPED[-1] + 1), copied=(kind, SKIPPED[-1]))  # fmt: skip
@@ -79,7 +82,7 @@ class Jobs:
 
     def add_step(self, name: str, environment: dict[str, str]) -> None:
         """One step of the network that DDP has trained."""
-        self.add(name, *AT_ONCE, "--resume", self.out / "ddp", environment=environment, steps=1)
+        self.add(name, *AT_ONCE, "--resume", self.out / "ddp", environment=environment, steps=1, validated=False)
 
     def launch(self, config: str, **environment: str) -> Launch:
         """Start two processes that do all of it."""
@@ -171,7 +174,7 @@ def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor
 def assert_alike(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
     """The same weights but for rounding, which AdamW enlarges where a gradient is all but zero: 1e-7 was seen.
 
-    The training moves 19 weights of 20 by more than 1e-6, and the largest change is 6e-4.
+    The training moves 9 weights of 10 by more than 1e-6, its last step alone 6 of 7; the largest changes are 3e-4 and 2e-5.
     """
     assert {name: (t.shape, t.dtype) for name, t in found.items()} == {name: (t.shape, t.dtype) for name, t in expected.items()}
     differences = torch.cat([(found[name] - tensor).abs().flatten() for name, tensor in expected.items()])
@@ -182,7 +185,7 @@ def assert_alike(found: dict[str, torch.Tensor], expected: dict[str, torch.Tenso
 def test_trains_like_ddp(kind, out):
     assert json.loads((out / kind / "environment.json").read_text())["sharding"] == kind
     assert json.loads((out / kind / "environment.json").read_text())["processes"] == 2
-    assert [found.step for found in list_checkpoints(out / kind)] == [2, 4, 6]
+    assert [found.step for found in list_checkpoints(out / kind)] == [2, 4, STEPS]
     assert_alike(tensors(out / kind), tensors(out / "ddp"))
     for one, other in zip(rows(out / kind, "train"), rows(out / "ddp", "train"), strict=True):
         assert one["loss"] == pytest.approx(other["loss"], rel=1e-5, nan_ok=True)
@@ -222,7 +225,7 @@ def test_validation_sees_every_sample_once(kind, out, undivided):
     expected = rows(undivided("zero3") if kind == "zero3" else out / "ddp", "val")
     found = rows(out / kind, "val")
     assert [row["samples"] for row in found] == [5, 5]
-    assert [row["step"] for row in found] == [3, 6]
+    assert [row["step"] for row in found] == [3, STEPS]
     assert found[-1]["psnr"] == pytest.approx(expected[-1]["psnr"], abs=1e-4)
     assert found[-1]["average_psnr"] == pytest.approx(expected[-1]["average_psnr"], abs=1e-4)
 
@@ -244,10 +247,9 @@ def test_no_number_on_one_process_is_skipped_by_all(kind, out):
 
 
 @pytest.mark.parametrize("how", ["again", "back"])
+@pytest.mark.parametrize("kind", FURTHER, indirect=True)
 def test_goes_on_bit_for_bit(kind, out, how):
-    """again: stopped after two steps; back: the guard goes back, by itself, to before the first of the skipped steps."""
-    if (kind, how) == ("zero1", "back"):
-        pytest.skip("ZeRO-1 goes back as ZeRO-2 does")
+    """again: stopped after the skipped steps; back: the guard goes back, by itself, to before the first of them."""
     run, undisturbed = out / f"{kind}_{how}", out / kind
     assert [row["step"] for row in rows(run, "roll_back")] == [STOPPED] * (how == "back")
     for name in files(kind):
@@ -260,6 +262,7 @@ def test_goes_on_bit_for_bit(kind, out, how):
         assert one == other
 
 
+@pytest.mark.parametrize("kind", FURTHER, indirect=True)
 def test_goes_on_from_a_checkpoint_of_another_kind(kind, out):
     """With --checkpointing, and accumulated batches, too: it is the same mathematics."""
     run = out / f"{kind}_moved"
@@ -286,13 +289,13 @@ def undivided(out, by_deepspeed, train_shards, val_shards, tmp_path_factory):
     return run
 
 
-@pytest.mark.parametrize("kind", ["fsdp2", "zero2", "zero3"])
+@pytest.mark.parametrize("kind", FURTHER)
 def test_one_process_goes_on_from_shards(kind, out, undivided):
     assert json.loads((undivided(kind) / "environment.json").read_text())["sharding"] == "none"
     assert_alike(tensors(undivided(kind)), tensors(out / "ddp"))
 
 
-@pytest.mark.parametrize("kind", ["fsdp2", "zero2", "zero3"], indirect=True)
+@pytest.mark.parametrize("kind", FURTHER, indirect=True)
 def test_bf16_is_that_of_ddp_and_of_the_forward_pass_alone(kind, out):
     """The same loss as with DDP, another one than in fp32, and weights of fp32."""
     (row,), (expected,), (exact,) = (rows(out / name, "train") for name in (f"{kind}_bf16", "ddp_bf16", "ddp_fp32"))
@@ -305,7 +308,7 @@ def test_bf16_is_that_of_ddp_and_of_the_forward_pass_alone(kind, out):
 
 def test_what_is_not_supported_is_refused_by_name(by_torch, by_deepspeed):
     refused = by_torch.refused | by_deepspeed.refused
-    expected = {f"{kind}_frozen": "--freeze_backbone is not supported with" for kind in ("fsdp2", "zero2", "zero3")} | {
+    expected = {f"{kind}_frozen": "--freeze_backbone is not supported with" for kind in FURTHER} | {
         "version_1": "FSDP is supported in its version 2: set fsdp_version: 2",
         "averaged": "--ema is not supported with ZeRO-3",
         "compiled": "--compile is not supported with ZeRO-3",

@@ -7,8 +7,6 @@ import itertools
 import json
 import os
 import shutil
-import signal
-import socket
 import subprocess
 import sys
 import time
@@ -18,13 +16,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from warm import ON_CPU, ROOT, TRAIN, Process, finish, start_ranks
 
 from vfi import presets, train
 from vfi.checkpoint import latest, list_checkpoints, read_position
 from vfi.data.plan import Position
 
-ROOT = Path(__file__).parents[2]
 FLAGS = ["--preset", "tiny", "--crop", "64", "--num_workers", "0", "--log_every", "1", "--warmup_steps", "2", "--lr", "2e-4"]
+BY_TORCHRUN = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0", "--rdzv-backend", "c10d",
+               "--rdzv-endpoint", "localhost:0", "-m")  # fmt: skip
 
 
 def run_here(*flags: object) -> None:
@@ -33,13 +33,13 @@ def run_here(*flags: object) -> None:
 
 
 def start(*flags: object, launcher: tuple[str, ...] = ("-m",), **environment: str) -> subprocess.Popen[str]:
-    """The job as a process of its own, on the CPU."""
+    """The job as a process of its own, started as its users do, on the CPU."""
     command = [sys.executable, *launcher, "vfi.train", *FLAGS, *map(str, flags)]
-    settings = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""} | environment
+    settings = os.environ | ON_CPU | environment
     return subprocess.Popen(command, cwd=ROOT, env=settings, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
-def finish(process: subprocess.Popen[str]) -> str:
+def output_of(process: subprocess.Popen[str]) -> str:
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output
     return output
@@ -69,8 +69,8 @@ def assert_alike(found: Path, expected: Path) -> None:
 def undisturbed(tmp_path_factory, train_shards, val_shards) -> Path:
     """A run of 8 steps, started as a process with one thread like the runs that are compared with it."""
     out = tmp_path_factory.mktemp("runs")
-    finish(start("--data_path", train_shards, "--val_path", val_shards, "--steps", 8, "--batch_size", 4, "--exp_name", "whole",
-                 "--save_every", 4, "--val_every", 4, "--output_dir", out))  # fmt: skip
+    output_of(start("--data_path", train_shards, "--val_path", val_shards, "--steps", 8, "--batch_size", 4, "--exp_name",
+                    "whole", "--save_every", 4, "--val_every", 4, "--output_dir", out))  # fmt: skip
     return out / "whole"
 
 
@@ -91,8 +91,8 @@ def test_run_folder_holds_everything(undisturbed):
 
 
 def test_logged_loss_is_the_mean_since_the_last_row(undisturbed, tmp_path, train_shards):
-    finish(start("--data_path", train_shards, "--steps", 8, "--batch_size", 4, "--output_dir", tmp_path, "--exp_name", "rare",
-                 "--log_every", 3))  # fmt: skip
+    finish([Process(TRAIN, *FLAGS, "--data_path", train_shards, "--steps", 8, "--batch_size", 4, "--output_dir", tmp_path,
+                    "--exp_name", "rare", "--log_every", 3)])  # fmt: skip
     every = [row["loss"] for row in rows(undisturbed, "train")]
     rare = rows(tmp_path / "rare", "train")
     assert [row["step"] for row in rare] == [3, 6, 8]
@@ -116,14 +116,14 @@ def test_stopped_run_goes_on_bit_for_bit(undisturbed, tmp_path, train_shards, va
     flags = ["--data_path", train_shards, "--val_path", val_shards, "--steps", 8, "--batch_size", 4, "--exp_name", "killed",
              "--save_every", 4, "--val_every", 4, "--output_dir", tmp_path, "--resume", "auto"]  # fmt: skip
     run = tmp_path / "killed"
-    process = start(*flags)
+    process = Process(TRAIN, *FLAGS, *flags)
     deadline = time.monotonic() + 240
     while latest(run) is None and time.monotonic() < deadline:
         time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
+    process.kill()
     assert latest(run).step < 8, "the run ended before it could be killed"
-    assert "going on from the weights of" in finish(start(*flags))
+    (output,) = finish([Process(TRAIN, *FLAGS, *flags)])
+    assert "going on from the weights of" in output
     for name, tensor in weights(undisturbed).items():
         assert torch.equal(tensor, weights(run)[name]), name
     timeless = ("loss", "grad_norm", "lr", "epoch", "step", "psnr", "average_psnr")
@@ -142,20 +142,12 @@ def test_two_processes_killed_within_an_epoch_go_on_as_one(tmp_path, train_shard
     flags = ("--data_path", train_shards, "--remainder", "pad", "--save_every", 1, "--keep_last", 9, "--output_dir", tmp_path,
              "--exp_name", "killed", "--resume", "auto")  # fmt: skip
     run = tmp_path / "killed"
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    ranks = [
-        start(*flags, "--batch_size", 2, "--epochs", 50, WORLD_SIZE="2", RANK=str(rank), LOCAL_RANK=str(rank),
-              MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-        for rank in range(2)
-    ]  # fmt: skip
+    ranks = start_ranks(2, TRAIN, *FLAGS, *flags, "--batch_size", 2, "--epochs", 50)
     deadline = time.monotonic() + 240
     while (latest(run) is None or latest(run).step < 3) and time.monotonic() < deadline:
         time.sleep(0.01)
     for process in ranks:
         process.kill()
-        process.communicate()
     while latest(run).step % 6 not in (2, 3):  # of the six steps of an epoch
         shutil.rmtree(latest(run).path)
     epoch, ((global_batch, steps),) = read_position(latest(run).path).position
@@ -195,11 +187,12 @@ def test_another_order_starts_the_epoch_anew(undisturbed, tmp_path, train_shards
 @pytest.mark.parametrize("accumulated", [False, True])
 def test_two_processes_train_like_one(undisturbed, tmp_path, train_shards, val_shards, accumulated):
     size = 1 if accumulated else 2
-    launcher = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0", "--rdzv-backend", "c10d",
-                "--rdzv-endpoint", "localhost:0", "-m")  # fmt: skip
-    output = finish(start("--data_path", train_shards, "--val_path", val_shards, "--steps", 8, "--batch_size", size,
-                          "--exp_name", "two", "--global_batch", 4, "--val_every", 4, "--output_dir", tmp_path,
-                          launcher=launcher))  # fmt: skip
+    flags = ["--data_path", train_shards, "--val_path", val_shards, "--steps", 8, "--batch_size", size, "--exp_name", "two",
+             "--global_batch", 4, "--val_every", 4, "--output_dir", tmp_path]  # fmt: skip
+    if accumulated:
+        output, _ = finish(start_ranks(2, TRAIN, *FLAGS, *flags))
+    else:
+        output = output_of(start(*flags, launcher=BY_TORCHRUN))
     assert f"2 processes on cpu, precision no, global batch 4 = {size} * 2 * {4 // size // 2} accumulated" in output
     assert_alike(tmp_path / "two", undisturbed)
     for one, other in zip(rows(undisturbed, "val"), rows(tmp_path / "two", "val"), strict=True):
@@ -210,8 +203,8 @@ def test_two_processes_train_like_one(undisturbed, tmp_path, train_shards, val_s
 
 
 def test_accumulation_is_one_large_batch(undisturbed, tmp_path, train_shards):
-    finish(start("--data_path", train_shards, "--steps", 8, "--batch_size", 1, "--global_batch", 4, "--output_dir", tmp_path,
-                 "--exp_name", "a"))  # fmt: skip
+    finish([Process(TRAIN, *FLAGS, "--data_path", train_shards, "--steps", 8, "--batch_size", 1, "--global_batch", 4,
+                    "--output_dir", tmp_path, "--exp_name", "a")])  # fmt: skip
     assert_alike(tmp_path / "a", undisturbed)
 
 
@@ -221,9 +214,9 @@ def test_accelerate_config_starts(config, tmp_path, train_shards):
     if config.stem != "cpu" and not torch.cuda.is_available():
         pytest.skip("needs a CUDA GPU; torch.cuda.is_available() is False")
     launcher = ("-m", "accelerate.commands.launch", "--config_file", str(config), "-m")
-    output = finish(start("--data_path", train_shards, "--batch_size", 4, "--dry_run", "--output_dir", tmp_path,
-                          launcher=launcher, CUDA_VISIBLE_DEVICES=os.environ.get("CUDA_VISIBLE_DEVICES", ""),
-                          ACCELERATE_USE_CPU="true" if config.stem == "cpu" else "false"))  # fmt: skip
+    output = output_of(start("--data_path", train_shards, "--batch_size", 4, "--dry_run", "--output_dir", tmp_path,
+                             launcher=launcher, CUDA_VISIBLE_DEVICES=os.environ.get("CUDA_VISIBLE_DEVICES", ""),
+                             ACCELERATE_USE_CPU="true" if config.stem == "cpu" else "false"))  # fmt: skip
     assert "dry run: training, validation and saving work" in output
 
 
@@ -236,9 +229,9 @@ def test_launcher_that_starts_one_process_of_two_is_noticed(tmp_path, train_shar
 
 
 def test_accelerate_launch_starts_two_processes_on_a_cpu(tmp_path, train_shards):
-    output = finish(start("--data_path", train_shards, "--batch_size", 2, "--dry_run", "--output_dir", tmp_path,
-                          launcher=("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
-                                    "--main_process_port", "0", "-m")))  # fmt: skip
+    output = output_of(start("--data_path", train_shards, "--batch_size", 2, "--dry_run", "--output_dir", tmp_path,
+                             launcher=("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
+                                       "--main_process_port", "0", "-m")))  # fmt: skip
     assert "2 processes on cpu" in output
 
 

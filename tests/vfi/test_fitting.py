@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from warm import TRAIN, finish, start_ranks
 
 from vfi import fitting, presets, train
 from vfi.checkpoint import latest
 from vfi.config import ConfigError, accumulation
 from vfi.fitting import TrainingStep, is_out_of_memory, with_smaller_batch
 
-ROOT = Path(__file__).parents[2]
 FLAGS = ["--preset", "tiny", "--crop", "64", "--num_workers", "0", "--log_every", "1", "--warmup_steps", "2", "--lr", "2e-4",
          "--steps", "2"]  # fmt: skip
 
@@ -183,24 +179,10 @@ train.main(sys.argv[1:])
 
 @pytest.mark.slow
 def test_when_one_process_runs_out_of_memory_all_take_the_smaller_batch(tmp_path, train_shards):
-    script = tmp_path / "one_rank_full.py"
-    script.write_text(ONE_RANK_FULL)
-
-    def run(name: str, *command: str) -> Path:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = str(free.getsockname()[1])
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", port]
-        settings = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
-        done = subprocess.run(
-            [*launcher, *command, *FLAGS, "--data_path", str(train_shards), "--output_dir", str(tmp_path), "--exp_name", name],
-            cwd=ROOT, env=os.environ | settings, capture_output=True, text=True, timeout=300,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stdout + done.stderr
-        return tmp_path / name
-
-    halved = run("halved", str(script), "--batch_size", "4")
-    small = run("small", "-m", "vfi.train", "--batch_size", "1", "--global_batch", "8")
+    flags = [*FLAGS, "--data_path", train_shards, "--output_dir", tmp_path]
+    finish(start_ranks(2, ONE_RANK_FULL, *flags, "--exp_name", "halved", "--batch_size", 4))
+    finish(start_ranks(2, TRAIN, *flags, "--exp_name", "small", "--batch_size", 1, "--global_batch", 8))
+    halved, small = tmp_path / "halved", tmp_path / "small"
     theirs = weights(small)
     assert all(torch.equal(theirs[name], tensor) for name, tensor in weights(halved).items())
     assert [(row["batch_size"], row["accumulation"]) for row in rows(halved, "batch")] == [(1, 4)]

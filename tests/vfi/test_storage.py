@@ -14,8 +14,6 @@ import re
 import shutil
 import socket
 import socketserver
-import subprocess
-import sys
 import threading
 import time
 from collections import Counter
@@ -27,6 +25,7 @@ import fsspec
 import pytest
 import torch
 from fsspec.implementations.memory import MemoryFileSystem
+from warm import TRAIN, Process
 
 from shards.schema import ShardError, read_index
 from vfi import benchmark, presets, train
@@ -493,12 +492,12 @@ def test_an_index_does_not_choose_where_files_go(train_shards, tmp_path, changes
 
 def test_the_job_says_what_is_wrong_in_one_line(server, tmp_path):
     server.troubles = ["403"]
-    command = [sys.executable, "-m", "vfi.train", "--preset", "tiny", "--data_path", server.url, "--output_dir", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
-    assert done.returncode == 2
-    (line,) = done.stderr.strip().splitlines()[-1:]
+    process = Process(TRAIN, "--preset", "tiny", "--data_path", server.url, "--output_dir", tmp_path)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 2
+    (line,) = output.strip().splitlines()[-1:]
     assert line.startswith(f"error: {server.url}/index.json: 403 Forbidden: the server refuses")
-    assert "Traceback" not in done.stderr
+    assert "Traceback" not in output
 
 
 @pytest.mark.parametrize(
