@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vfi.config import SCALES
+from vfi.motion import shrunk_grey
 
 REACH = 64.0
 """Pixels, at the scale that is chosen, that nearly all motion stays below: a quarter of the usual crop of 256."""
@@ -23,7 +24,6 @@ _RADIUS = 12  # of the search, in those pixels
 _WINDOW = 5  # side of what is compared
 _PENALTY = 1e-4  # for each pixel of motion: where nothing can be told, nothing moves
 _NEARLY_ALL = 0.95
-_GREY = (0.299, 0.587, 0.114)
 
 
 def auto_scale(img0: Tensor, img1: Tensor) -> float:
@@ -40,10 +40,8 @@ def longest_motion(img0: Tensor, img1: Tensor) -> float:
 
     To within a 160th of the longer side, and up to 12 of those.
     """
-    shrink = max(1.0, max(img0.shape[-2:]) / _SIDE)
-    size = [max(1, round(side / shrink)) for side in img0.shape[-2:]]
-    weights = torch.tensor(_GREY, device=img0.device).view(1, 3, 1, 1)
-    grey0, grey1 = (F.interpolate((img.float() * weights).sum(1, keepdim=True), size=size, mode="area") for img in (img0, img1))
+    grey0, grey1 = shrunk_grey(img0, _SIDE), shrunk_grey(img1, _SIDE)
+    size, shrink = grey0.shape[2:], max(1.0, max(img0.shape[-2:]) / _SIDE)
     side = 2 * _RADIUS + 1
     moved = F.unfold(F.pad(grey1, [_RADIUS] * 4, mode="replicate"), side).view(1, side * side, *size)
     offsets = torch.arange(-_RADIUS, _RADIUS + 1, device=img0.device)

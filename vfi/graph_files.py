@@ -18,10 +18,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from vfi.comparison import Run
 from vfi.errors import JobError
 from vfi.traceable import open_sizes
 
-Run = Callable[[Tensor, Tensor, Tensor], Tensor]
 FILES = {"torch_export": "model.pt2", "onnx": "model.onnx"}
 _OPSET = 20  # the first in which GridSample has the modes that warping needs
 _TALKATIVE = ("torch._export.serde.serialize", "torch.onnx._internal.exporter._registration")

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import os
 import re
 import time
@@ -195,7 +196,7 @@ def _check_place(place: Path, source: Path) -> None:
 def convert(options: Options, path: Path, out: Path, model: Between, tick: Callable[[], object] = lambda: None) -> str:
     """One video or folder of frames -> one of either kind, and a line about it. `tick` is called for each frame read."""
     line, partial, temporary = _timeline(options), Partial.of(out), _temporary(out)
-    facts = _facts(options, path, model)
+    facts = functools.partial(_facts, options, path, model)  # of all weights: for when it is stopped, or goes on
     done = _done(options, partial, facts)
     with contextlib.ExitStack() as stack:
         stack.callback(_remove, temporary)
@@ -210,7 +211,7 @@ def convert(options: Options, path: Path, out: Path, model: Between, tick: Calla
             if isinstance(sink, VideoOutput):
                 sink.close()
             if sink.count >= done:
-                partial.keep(temporary, facts, sink.count)
+                partial.keep(temporary, facts(), sink.count)
                 tqdm.write(f"stopped: what was done is {partial.path}; --resume goes on with it")
             raise
         if isinstance(sink, VideoOutput):
@@ -229,7 +230,7 @@ def _facts(options: Options, path: Path, model: Between) -> dict[str, Any]:
     return {"input": path.name, "input_size": size, "weights": model.loaded.fingerprint()[:16], **flags}
 
 
-def _done(options: Options, partial: Partial, facts: dict[str, Any]) -> int:
+def _done(options: Options, partial: Partial, facts: Callable[[], dict[str, Any]]) -> int:
     """Frames that are there already."""
     if not options.resume:
         if partial.path.exists():
@@ -238,7 +239,7 @@ def _done(options: Options, partial: Partial, facts: dict[str, Any]) -> int:
                 f"to start anew, move it away"
             )
         return 0
-    done = partial.frames(facts)
+    done = partial.frames(facts())
     tqdm.write(
         f"{partial.path}: {done} frames are done" if done else f"{partial.path} is not there: this starts at the first frame"
     )

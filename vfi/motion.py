@@ -56,7 +56,7 @@ def estimate(img0: Tensor, img1: Tensor) -> Motion:
     """
     if img0.shape != img1.shape or img0.ndim != 4 or img0.shape[:2] != (1, 3) or min(img0.shape[2:]) < 2:
         raise ValueError(f"expected two tensors [1, 3, H, W], H and W from 2, got {tuple(img0.shape)} and {tuple(img1.shape)}")
-    grey0, grey1 = _shrunk_grey(img0), _shrunk_grey(img1)
+    grey0, grey1 = (shrunk_grey(image, LONGER_SIDE).cpu() for image in (img0, img1))
     flow = _lucas_kanade(grey0, grey1)
     flow = torch.where(_stays(grey0, grey1, flow), 0.0, flow)
     lengths = resize_flow(flow, (img0.shape[2], img0.shape[3])).norm(dim=1, keepdim=True)
@@ -80,15 +80,15 @@ def flow_picture(flow: np.ndarray) -> np.ndarray:
     return picture
 
 
-def _shrunk_grey(image: Tensor) -> Tensor:
-    """`[1, 3, H, W]` -> brightness `[1, 1, h, w]` on the CPU in fp32; its longer side at most LONGER_SIDE, by area means."""
+def shrunk_grey(image: Tensor, longer_side: int) -> Tensor:
+    """`[1, 3, H, W]` -> brightness `[1, 1, h, w]` in fp32; its longer side at most `longer_side`, by area means."""
     weights = torch.tensor(_GREY, device=image.device).view(1, 3, 1, 1)
     grey = (image.detach().float() * weights).sum(1, keepdim=True)
     longer = max(grey.shape[2:])
-    if longer > LONGER_SIDE:
-        sides = [max(2, round(side * LONGER_SIDE / longer)) for side in grey.shape[2:]]
+    if longer > longer_side:
+        sides = [max(2, round(side * longer_side / longer)) for side in grey.shape[2:]]
         grey = F.interpolate(grey, size=sides, mode="area")
-    return grey.cpu()
+    return grey
 
 
 def _lucas_kanade(grey0: Tensor, grey1: Tensor) -> Tensor:

@@ -21,11 +21,17 @@ EVEN = [0, 40, 80, 120, 160]
 """Milliseconds."""
 
 
-def untrained(folder: Path) -> Path:
-    """A run of a network as it is before training: it makes the mean of two frames, weighted by the timestep."""
+def new_run(folder: Path, noise: float = 0.0, step: int = 1) -> Path:
+    """A run of a network as it is before training: without noise on its weights it makes the mean of two frames, weighted by
+    the timestep.
+    """
     torch.manual_seed(0)
     config = presets.tiny()
-    checkpoint.save(folder, checkpoint.State(1), config, FrameInterpolator(config.model).state_dict(), {})
+    model = FrameInterpolator(config.model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(noise * torch.randn_like(parameter))
+    checkpoint.save(folder, checkpoint.State(step), config, model.state_dict(), {})
     (folder / "config.json").write_text(to_json(config))
     return folder
 

@@ -7,7 +7,6 @@ import os
 import shutil
 import signal
 import socket
-import subprocess
 import sys
 import threading
 from collections.abc import Iterator
@@ -17,40 +16,25 @@ from urllib.parse import urlsplit
 import av
 import numpy as np
 import pytest
-import torch
+from made_videos import new_run
 from PIL import Image
-from playwright.sync_api import Browser, Locator, Page, sync_playwright
+from playwright.sync_api import Browser, Locator, Page
 
 from shards.schema import ShardError
-from vfi import app, app_work, checkpoint, presets
+from vfi import app, app_work
 from vfi.app_work import COMPARE, Made, Moment, Work, compared
 from vfi.errors import JobError
-from vfi.model.interpolator import FrameInterpolator
-from vfi.records import to_json
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 ROOT = Path(__file__).parents[2]
-CHROMIUM = Path("/usr/bin/chromium")
-INSTALL = ROOT / "tests" / "apt_install.sh"
-FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-         "--disable-component-update", "--disable-sync"]  # fmt: skip
 WIDTH, HEIGHT, FRAMES = 64, 48, 4
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
     """A network as it is before training, but for weights that are far from a plain average."""
-    folder = tmp_path_factory.mktemp("work") / "runs" / "some"
-    torch.manual_seed(0)
-    config = presets.tiny()
-    model = FrameInterpolator(config.model)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.005 * torch.randn_like(parameter))
-    checkpoint.save(folder, checkpoint.State(4), config, model.state_dict(), {})
-    (folder / "config.json").write_text(to_json(config))
-    return folder
+    return new_run(tmp_path_factory.mktemp("work") / "runs" / "some", noise=0.005, step=4)
 
 
 def _image(number: int, width: int = WIDTH, height: int = HEIGHT) -> np.ndarray:
@@ -337,26 +321,6 @@ def test_ctrl_c_ends_it_cleanly(run, tmp_path, monkeypatch, capsys):
     assert folders == 1
     assert last == ("the page is closed", 0)
     assert capsys.readouterr().err == ""
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    if not CHROMIUM.exists():
-        _install_chromium()
-    with sync_playwright() as playwright:
-        running = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        yield running
-        running.close()
-
-
-def _install_chromium() -> None:
-    if os.geteuid() != 0 or not shutil.which("apt-get"):
-        pytest.skip(f"{CHROMIUM} is not there, and only root can install it, with apt-get")
-    try:
-        subprocess.run(["bash", str(INSTALL), "chromium"], capture_output=True, text=True, check=True, timeout=450)
-    except (OSError, subprocess.SubprocessError) as error:
-        said = [error, *(getattr(error, "stderr", None) or "").splitlines()]
-        pytest.skip(f"{CHROMIUM} can't be installed here: {said[-1]}")
 
 
 def _open(browser: Browser, address: str, width: int) -> Iterator[Page]:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from made_videos import untrained
+from made_videos import new_run
 from skimage import data
 from torch import Tensor
 
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
-    return untrained(tmp_path_factory.mktemp("work") / "runs" / "fresh")
+    return new_run(tmp_path_factory.mktemp("work") / "runs" / "fresh")
 
 
 # ---------------------------------------------------------------------------------------------------------- what stands still

@@ -6,12 +6,11 @@ import av
 import numpy as np
 import pytest
 import torch
+from made_videos import new_run
 from PIL import Image
 
-from vfi import checkpoint, presets, weights
+from vfi import weights
 from vfi.interpolate import frames_of, main
-from vfi.model.interpolator import FrameInterpolator
-from vfi.records import to_json
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -19,16 +18,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
     """A run with random weights, far from a plain average."""
-    folder = tmp_path_factory.mktemp("work") / "runs" / "some"
-    torch.manual_seed(0)
-    config = presets.tiny()
-    model = FrameInterpolator(config.model)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.005 * torch.randn_like(parameter))
-    checkpoint.save(folder, checkpoint.State(4), config, model.state_dict(), {})
-    (folder / "config.json").write_text(to_json(config))
-    return folder
+    return new_run(tmp_path_factory.mktemp("work") / "runs" / "some", noise=0.005, step=4)
 
 
 def _image(path: Path, width: int, height: int, seed: int = 0) -> Path:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from made_videos import call, frames_of, make, packets_of, pixels, refused, scene, times_of, untrained
+from made_videos import call, frames_of, make, new_run, packets_of, pixels, refused, scene, times_of
 from PIL import Image
 
 from vfi.between import Between
@@ -18,7 +18,7 @@ TIMES = [40 * n for n in range(12)]
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
-    return untrained(tmp_path_factory.mktemp("work") / "runs" / "fresh")
+    return new_run(tmp_path_factory.mktemp("work") / "runs" / "fresh")
 
 
 @pytest.fixture

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-import shutil
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import made_results as made
 import pytest
-from playwright.sync_api import Browser, Locator, Page, sync_playwright
+from playwright.sync_api import Browser, Locator, Page
 
 from vfi import gates
 from vfi.report import write
@@ -19,32 +16,8 @@ from vfi.report_page import Content
 from vfi.report_tables import from_markdown, gate_table
 from vfi.results import FRAME_AVERAGE, NEAREST_FRAME, Results, group_by_data
 
-CHROMIUM = Path("/usr/bin/chromium")
-INSTALL = Path(__file__).parents[1] / "apt_install.sh"
-FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-         "--disable-component-update", "--disable-sync"]  # fmt: skip
 ABLATION = "| experiment | what is different | PSNR dB |\n| --- | --- | ---: |\n| Exp-1a | mamba2_only | 25.00 |\n\nA note."
 pytestmark = pytest.mark.browser
-
-
-@pytest.fixture(scope="module")  # and not longer: Playwright keeps an event loop running, which other tests can't have
-def browser() -> Iterator[Browser]:
-    if not CHROMIUM.exists():
-        _install_chromium()
-    with sync_playwright() as playwright:
-        running = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        yield running
-        running.close()
-
-
-def _install_chromium() -> None:
-    if os.geteuid() != 0 or not shutil.which("apt-get"):
-        pytest.skip(f"{CHROMIUM} is not there, and only root can install it, with apt-get")
-    try:
-        subprocess.run(["bash", str(INSTALL), "chromium"], capture_output=True, text=True, check=True, timeout=450)
-    except (OSError, subprocess.SubprocessError) as error:
-        said = [error, *(getattr(error, "stderr", None) or "").splitlines()]
-        pytest.skip(f"{CHROMIUM} can't be installed here: {said[-1]}")
 
 
 @pytest.fixture(scope="module")

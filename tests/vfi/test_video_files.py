@@ -14,7 +14,7 @@ import av
 import numpy as np
 import pytest
 import torch
-from made_videos import EVEN, call, frames_of, make, packets_of, pixels, planes, refused, scene, times_of, untrained
+from made_videos import EVEN, call, frames_of, make, new_run, packets_of, pixels, planes, refused, scene, times_of
 
 from vfi import interpolate
 from vfi.between import Between
@@ -30,7 +30,7 @@ UNEVEN = [0, 40, 100, 140, 240]  # milliseconds
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
-    return untrained(tmp_path_factory.mktemp("work") / "runs" / "fresh")
+    return new_run(tmp_path_factory.mktemp("work") / "runs" / "fresh")
 
 
 # ----------------------------------------------------------------------------------------------------- frames and times

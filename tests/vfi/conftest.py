@@ -1,0 +1,42 @@
+"""A browser for the tests of pages."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser
+
+CHROMIUM = Path("/usr/bin/chromium")
+INSTALL = Path(__file__).parents[1] / "apt_install.sh"
+FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+         "--disable-component-update", "--disable-sync"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")  # and not longer: Playwright keeps an event loop running, which other tests can't have
+def browser() -> Iterator[Browser]:
+    from playwright.sync_api import sync_playwright  # other tests here must do without it
+
+    if not CHROMIUM.exists():
+        _install_chromium()
+    with sync_playwright() as playwright:
+        running = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield running
+        running.close()
+
+
+def _install_chromium() -> None:
+    if os.geteuid() != 0 or not shutil.which("apt-get"):
+        pytest.skip(f"{CHROMIUM} is not there, and only root can install it, with apt-get")
+    try:
+        subprocess.run(["bash", str(INSTALL), "chromium"], capture_output=True, text=True, check=True, timeout=450)
+    except (OSError, subprocess.SubprocessError) as error:
+        said = [error, *(getattr(error, "stderr", None) or "").splitlines()]
+        pytest.skip(f"{CHROMIUM} can't be installed here: {said[-1]}")
