@@ -52,7 +52,10 @@ NEVER = {
 GUARDED = {
     "mamba_ssm": {"vfi/ops/ssd.py", "vfi/ops/selective_scan.py"},
     "selective_scan_cuda": {"vfi/ops/ssd.py"},
-    "triton": set(),
+    "triton": {
+        "vfi/ops/fused_ss2d.py",
+        *(f"vfi/ops/{name}_kernels.py" for name in ("activation", "norm", "ss2d", "stack", "warp", "window_attention")),
+    },
     "flash_attn": {"vfi/ops/window_attention.py"},
     "deepspeed": set(),
     "gradio": {"vfi/app.py"},

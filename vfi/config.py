@@ -49,16 +49,19 @@ class ModelConfig:
     """B and C of Mamba-2: one pair for all heads, or one a head as attention has them (MaTVLM plans B and C)."""
     xb_share: int = 1
     """Heads that share one x and one B, the d_xb of MaTVLM plan C; needs --ssd_groups per_head."""
-    ssd_precision: Literal["fp32", "input"] = "fp32"
-    """Precision of the scan's core: fp32 whatever autocast says, or that of its input."""
-    ssd_backend: Literal["auto", "reference", "mamba_ssm"] = "auto"
-    """auto takes mamba_ssm's kernels on a GPU and says what it took and why."""
+    ssd_precision: Literal["fp32", "tf32", "input"] = "tf32"
+    """Products in the scan's core: fp32, TF32, or of the type that its input has under autocast. Sums, decays and states are
+    fp32 in any case. mamba_ssm's kernels multiply fp32 as TF32."""
+    ssd_backend: Literal["auto", "reference", "mamba_ssm", "fused"] = "auto"
+    """auto takes the fused kernels on a GPU, or else mamba_ssm's, and says what it took and why."""
     window_size: Literal[7, 8, 14] = 8
     """Side of an attention window in tokens."""
     gate: Literal["headwise", "elementwise", "off"] = "headwise"
     """Gate on the attention's output: one a head and token, one a channel and token, or none."""
-    attention_backend: Literal["auto", "sdpa", "flash_attn"] = "auto"
-    """auto takes PyTorch's SDPA; flash_attn needs that package, a GPU and half precision."""
+    attention_backend: Literal["auto", "sdpa", "flash_attn", "fused"] = "auto"
+    """auto takes the fused kernels on a GPU, or else PyTorch's SDPA; flash_attn needs that package and half precision."""
+    pointwise_backend: Literal["auto", "torch", "fused"] = "auto"
+    """Bias and PReLU, warps, layer norms, what lies side by side: auto takes fused kernels on a GPU, or else PyTorch's."""
     use_ecab: bool = True
     """Fusion by efficient channel attention (ECAB); --no-use_ecab takes CAB (squeeze and excite)."""
     mixing: Literal["none", "hc", "mhc", "mhc_lite"] = "none"

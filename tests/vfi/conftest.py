@@ -1,15 +1,18 @@
-"""A browser for the tests of pages."""
+"""A browser for the tests of pages, and an interpreter for those of Triton kernels."""
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import shutil
 import subprocess
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+import torch
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser
@@ -40,3 +43,15 @@ def _install_chromium() -> None:
     except (OSError, subprocess.SubprocessError) as error:
         said = [error, *(getattr(error, "stderr", None) or "").splitlines()]
         pytest.skip(f"{CHROMIUM} can't be installed here: {said[-1]}")
+
+
+@pytest.fixture(scope="session")
+def interpreter() -> Iterator[ProcessPoolExecutor]:
+    """A process in which nobody has imported Triton yet, which decides at its import whether kernels are interpreted."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), _in_an_interpreter) as pool:
+        yield pool
+
+
+def _in_an_interpreter() -> None:
+    os.environ["TRITON_INTERPRET"] = "1"
+    torch.set_num_threads(1)

@@ -106,13 +106,20 @@ def test_ssd_stays_fp32_over_2_to_the_15_tokens_under_autocast(dtype):
 
 def test_ssd_backend_choice_says_why():
     cpu = torch.device("cpu")
-    function, reason = choose_ssd("auto", cpu)
+
+    def narrow_heads(device: torch.device) -> str:
+        return "heads are too narrow"
+
+    function, reason = choose_ssd("auto", cpu, narrow_heads)
     assert function is ssd_reference
-    assert "cpu" in reason
+    assert reason == "ssd: reference (heads are too narrow; mamba_ssm's kernels need a CUDA GPU and the device is cpu)"
+    assert choose_ssd("auto", cpu, lambda device: None) == (None, "ssd: fused (available on cpu)")
+    with pytest.raises(RuntimeError, match="fused cannot run: heads are too narrow; use --ssd_backend auto"):
+        choose_ssd("fused", cpu, narrow_heads)
     with pytest.raises(RuntimeError, match="mamba_ssm cannot run"):
-        choose_ssd("mamba_ssm", cpu)
+        choose_ssd("mamba_ssm", cpu, narrow_heads)
     with pytest.raises(ValueError, match="does not exist"):
-        choose_ssd("cuda", cpu)
+        choose_ssd("cuda", cpu, narrow_heads)
 
 
 @pytest.mark.parametrize("asked", [None, "0"])
@@ -167,7 +174,7 @@ def test_ssd_kernel_against_float64(L, dtype):
     Triton cuts the factors of a product to 10 bits of mantissa for TF32 where cuBLAS rounds: up to 2^-10 each, one way, which
     sums over many tokens don't even out.
     """
-    kernel, reason = choose_ssd("auto", torch.device("cuda"))
+    kernel, reason = choose_ssd("mamba_ssm", torch.device("cuda"), lambda device: None)
     assert "mamba_ssm" in reason
     exact = [t.requires_grad_() for t in ssd_inputs(L, H=4, P=32, G=1, S=64, device="cuda")]
     grad = torch.randn(2, L, 4, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).cuda()
@@ -292,24 +299,32 @@ def test_flash_attn_trains_after_inference_at_the_same_size():
 
 def test_attention_backend_choice_says_why(monkeypatch):
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
-    assert choose_window_attention("sdpa", cpu) == (gated_window_attention, "attention: sdpa (asked for)")
-    function, reason = choose_window_attention("auto", cpu)
+    assert choose_window_attention("sdpa", cpu, 32) == (gated_window_attention, "attention: sdpa (asked for)")
+    function, reason = choose_window_attention("auto", cpu, 32)
     assert function is gated_window_attention
-    assert "fp32" in reason
+    assert reason == "attention: sdpa (the fused kernels need a CUDA GPU and the device is cpu)"
     with pytest.raises(ValueError, match="does not exist"):
-        choose_window_attention("flash", cpu)
+        choose_window_attention("flash", cpu, 32)
     with pytest.raises(RuntimeError, match="flash_attn cannot run: its kernels need a CUDA GPU and the device is cpu"):
-        choose_window_attention("flash_attn", cpu)
+        choose_window_attention("flash_attn", cpu, 32)
     capability = {"value": (7, 0)}
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability["value"])
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla V100")
-    with pytest.raises(RuntimeError, match=r"V100 is older than compute capability 8\.0"):
-        choose_window_attention("flash_attn", cuda)
+    for backend in ("flash_attn", "fused"):
+        with pytest.raises(RuntimeError, match=rf"{backend} cannot run: Tesla V100 is older than compute capability 8\.0"):
+            choose_window_attention(backend, cuda, 32)
     capability["value"] = (9, 0)
+    assert choose_window_attention("auto", cuda, 32) == (None, "attention: fused (available on cuda)")
+    assert (
+        choose_window_attention("auto", cuda, 8)[1]
+        == "attention: sdpa (the fused kernels take heads of 16, 32, 64 channels, not 8)"
+    )
     monkeypatch.delitem(sys.modules, "flash_attn", raising=False)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(RuntimeError, match="package flash_attn is not installed"):
-        choose_window_attention("flash_attn", cuda)
+        choose_window_attention("flash_attn", cuda, 32)
+    with pytest.raises(RuntimeError, match="package triton is not installed"):
+        choose_window_attention("fused", cuda, 32)
 
 
 @pytest.mark.gpu
@@ -318,7 +333,7 @@ def test_attention_backend_choice_says_why(monkeypatch):
 def test_flash_attn_against_float64(window, shift, dtype):
     """Output and every gradient: at most twice the error of SDPA on the same inputs."""
     pytest.importorskip("flash_attn")
-    flash, _ = choose_window_attention("flash_attn", torch.device("cuda"))
+    flash, _ = choose_window_attention("flash_attn", torch.device("cuda"), 32)
     torch.manual_seed(0)
     shapes = [(2, 24, 35, 4, 32)] * 3 + [(2, 24, 35, 4, 1)]
     low = [torch.randn(shape, device="cuda").to(dtype) for shape in shapes]

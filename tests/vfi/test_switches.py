@@ -67,6 +67,7 @@ ELSEWHERE = {
     "depths": "the number of blocks",
     "ssd_precision": "shows under autocast only: test_model.py",
     "ssd_backend": "the same numbers by another program: test_ops.py",
+    "pointwise_backend": "the same numbers by another program: test_pointwise.py",
     "attention_backend": "the same numbers by another program: test_ops.py",
     "teacher": "shows in training only: test_flow.py",
 }

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from vfi.config import ModelConfig
-from vfi.model.convolutions import conv_prelu, scaled_conv
+from vfi.model.convolutions import ConvPReLU, LayerNorm, scaled_conv
 from vfi.model.fusion import fusion_block
 from vfi.model.hyper_connections import residual_mixing, stage_ends
 from vfi.model.ss2d import ss2d
@@ -43,9 +43,9 @@ class LGSBlock(nn.Module):
             "mamba2_only": ("ss2d",),
             "gated_attn_only": ("attention",),
         }[config.backbone_mode]
-        self.norm1 = nn.LayerNorm(dim)
+        self.norm1 = LayerNorm(dim)
         self.branches = nn.ModuleDict({name: branches[name]() for name in names})
-        self.norm2 = nn.LayerNorm(dim)
+        self.norm2 = LayerNorm(dim)
         self.fusion = fusion_block(dim, config.use_ecab)
         self.mixing1 = residual_mixing(dim, len(names), 2 * index, config)
         self.mixing2 = residual_mixing(dim, 1, 2 * index + 1, config)
@@ -70,7 +70,7 @@ class HybridBackbone(nn.Module):
         super().__init__()
         widths = level_widths(config)
         self.stem = nn.ModuleList(
-            nn.Sequential(conv_prelu(c_in, c_out, stride=1 if c_in == 3 else 2), conv_prelu(c_out, c_out))
+            nn.Sequential(ConvPReLU(c_in, c_out, stride=1 if c_in == 3 else 2), ConvPReLU(c_out, c_out))
             for c_in, c_out in zip((3, *widths[:2]), widths[:3], strict=True)
         )
         self.down = nn.ModuleList(scaled_conv(widths[level - 1], widths[level], 3, stride=2) for level in (3, 4))
@@ -79,7 +79,7 @@ class HybridBackbone(nn.Module):
             for level, depth in zip((3, 4), config.depths, strict=True)
         )
         self.open_streams, self.close_streams = stage_ends(config)
-        self.norms = nn.ModuleList(nn.LayerNorm(widths[level]) for level in (3, 4))
+        self.norms = nn.ModuleList(LayerNorm(widths[level]) for level in (3, 4))
 
     def forward(self, frames: Tensor) -> list[Tensor]:
         features = []

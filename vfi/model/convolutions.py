@@ -7,7 +7,10 @@ training starts with a long plateau at the cross-fade.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+
+from vfi.ops.pointwise import PointwiseModule
 
 _SLOPE = 0.25  # of PReLU below zero, when training starts
 
@@ -20,23 +23,52 @@ def scaled_conv(c_in: int, c_out: int, kernel: int, stride: int = 1, *, activate
     return conv
 
 
-def conv_prelu(c_in: int, c_out: int, stride: int = 1) -> nn.Sequential:
-    """3x3 convolution and PReLU."""
-    return nn.Sequential(scaled_conv(c_in, c_out, 3, stride, activated=True), nn.PReLU(c_out, _SLOPE))
+class ConvPReLU(nn.Sequential, PointwiseModule):
+    """3x3 convolution and PReLU. With kernels the map may have more channels, zeros, than the convolution takes."""
+
+    def __init__(self, c_in: int, c_out: int, stride: int = 1) -> None:
+        super().__init__(scaled_conv(c_in, c_out, 3, stride, activated=True), nn.PReLU(c_out, _SLOPE))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.pointwise is None:
+            return super().forward(x)
+        conv, act = self
+        return self.pointwise.bias_prelu(_without_bias(conv, x), conv.bias, act.weight)
 
 
-class ResidualBlock(nn.Module):
+def _without_bias(conv: nn.Module, x: Tensor) -> Tensor:
+    assert isinstance(conv, nn.Conv2d)
+    extra = x.shape[1] - conv.in_channels
+    weight = F.pad(conv.weight, (0, 0, 0, 0, 0, extra)) if extra else conv.weight
+    return F.conv2d(x, weight, None, conv.stride, conv.padding)
+
+
+class ResidualBlock(PointwiseModule):
     """x + conv(act(conv(x))), then an activation. Starts without the sum's second part, as a plain activation."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
         last = nn.Conv2d(channels, channels, 3, padding=1)
         zero(last.weight, last.bias)
-        self.body = nn.Sequential(*conv_prelu(channels, channels), last)
+        self.body = nn.Sequential(*ConvPReLU(channels, channels), last)
         self.act = nn.PReLU(channels, _SLOPE)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.act(x + self.body(x))
+        if self.pointwise is None:
+            return self.act(x + self.body(x))
+        first, inner_act, last = self.body
+        inner = self.pointwise.bias_prelu(_without_bias(first, x), first.bias, inner_act.weight)
+        out = _without_bias(last, inner)
+        return self.pointwise.bias_prelu(out, last.bias, self.act.weight, x.to(out.dtype))
+
+
+class LayerNorm(nn.LayerNorm, PointwiseModule):
+    """Over channels, the last dimension. In fp32 under autocast, and with kernels given back in the dtype of x."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.pointwise is None:
+            return super().forward(x)
+        return self.pointwise.layer_norm(x, self.weight, self.bias, self.eps)
 
 
 def zero(*parameters: Tensor | None) -> None:

@@ -17,8 +17,9 @@ from vfi.model.backbone import LGSBlock
 from vfi.model.flow import FlowStage
 from vfi.model.interpolator import FrameInterpolator
 from vfi.model.refine import RefineNet
-from vfi.model.ss2d import SS2D
+from vfi.model.ss2d import SS2D, Mamba2SS2D
 from vfi.model.window_attention import GatedWindowAttention
+from vfi.ops.pointwise import give_pointwise
 from vfi.ops.scan_order import Scan
 from vfi.ops.window_attention import gated_window_attention
 
@@ -40,11 +41,17 @@ def compile_parts(network: FrameInterpolator, without_gradients: bool = False) -
             scan, unscan, sequences = module.scan
             module.scan = Scan(torch.compiler.disable(scan), torch.compiler.disable(unscan), sequences)
             module.island = torch.compiler.disable(module.island)
-        if isinstance(module, GatedWindowAttention) and module.attend is not gated_window_attention:
-            module.attend = torch.compiler.disable(module.attend)
+        if isinstance(module, Mamba2SS2D):
+            module.fused = torch.compiler.disable(module.fused)
+        if isinstance(module, GatedWindowAttention):
+            if module.attend is None:
+                module.fused = torch.compiler.disable(module.fused)
+            elif module.attend is not gated_window_attention:
+                module.attend = torch.compiler.disable(module.attend)
     dynamo.recompile_limit = max(dynamo.recompile_limit, _VARIANTS)
     for part in _compiled(network):
         compiled = torch.compile(part.forward, dynamic=False)
+        give_pointwise(part, None)  # the compiler makes kernels of what lies between convolutions itself
         part.forward = compiled if without_gradients else _in_training(compiled, part.forward)
 
 

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from vfi.config import ModelConfig
 from vfi.model.backbone import level_widths, of_each_frame
-from vfi.model.convolutions import ResidualBlock, conv_prelu, zero
+from vfi.model.convolutions import ConvPReLU, ResidualBlock, zero
+from vfi.ops.pointwise import PointwiseModule
 from vfi.ops.warp import backward_warp, resize_flow
 
 STAGE_LEVELS = (4, 3, 2)
@@ -47,7 +48,7 @@ class FlowStage(nn.Module):
     def __init__(self, feature_width: int, width: int, extra: int = 0) -> None:
         super().__init__()
         seen = 2 * feature_width + 4 * 3 + 4 + 1 + 1 + extra
-        self.body = nn.Sequential(conv_prelu(seen, width), *(ResidualBlock(width) for _ in range(_BLOCKS)))
+        self.body = nn.Sequential(ConvPReLU(seen, width), *(ResidualBlock(width) for _ in range(_BLOCKS)))
         self.head = nn.Conv2d(width, 4 * _OUT, 3, padding=1)
         zero(self.head.weight, self.head.bias)
 
@@ -56,7 +57,7 @@ class FlowStage(nn.Module):
         return Motion(torch.cat((flow_t0, flow_t1)), mask_logit)
 
 
-class FlowNet(nn.Module):
+class FlowNet(PointwiseModule):
     """Features and frames -> Motion of each stage, on the grids of strides 8, 4 and 2.
 
     `forward(features, frames, timestep)`: `features` as the backbone gives them, `frames` `[2B, 3, H, W]`, `timestep` `[B]`.
@@ -74,7 +75,7 @@ class FlowNet(nn.Module):
         motions: list[Motion] = []
         for stage, level in zip(self.stages, STAGE_LEVELS, strict=True):
             so_far = motions[-1] if motions else _still(features[level])
-            motions.append(_add(so_far, stage(_seen(features[level], frames, so_far, timestep))))
+            motions.append(_add(so_far, stage(self._seen(features[level], frames, so_far, timestep))))
         return motions
 
     def teach(self, features: list[Tensor], frames: Tensor, timestep: Tensor, motion: Motion, imgt: Tensor) -> Motion:
@@ -82,9 +83,22 @@ class FlowNet(nn.Module):
         assert self.teacher is not None, "the network was built without a teacher"
         level = STAGE_LEVELS[-1]
         start = Motion(*(t.detach() for t in motion)).at((features[level].shape[2], features[level].shape[3]))
-        seen = _seen(features[level], frames, start, timestep)
-        truth = F.pixel_unshuffle(imgt, _TRUTH_DETAIL).to(seen.dtype)
-        return _add(start, self.teacher(torch.cat((seen, truth), dim=1)))
+        seen = self._seen(features[level], frames, start, timestep, F.pixel_unshuffle(imgt, _TRUTH_DETAIL))
+        return _add(start, self.teacher(seen))
+
+    def _seen(self, features: Tensor, frames: Tensor, motion: Motion, timestep: Tensor, *more: Tensor) -> Tensor:
+        """Everything that a stage sees, on its grid, side by side for each pair."""
+        size = features.shape[2:]
+        small = F.interpolate(frames, size=size, mode="area")
+        time = timestep.view(-1, 1, 1, 1).expand(-1, 1, *size)
+        others = (*of_each_frame(small), *of_each_frame(motion.flow), motion.mask_logit, time, *more)
+        if self.pointwise is not None:
+            warp = self.pointwise.backward_warp
+            features0, features1 = of_each_frame(warp(features, motion.flow))
+            small0, small1 = of_each_frame(warp(small, motion.flow))
+            return self.pointwise.stack_channels((features0, small0, features1, small1, *others), features.dtype)
+        moved = of_each_frame(backward_warp(torch.cat((features, small.to(features.dtype)), dim=1), motion.flow))
+        return torch.cat([part.to(features.dtype) for part in (*moved, *others)], dim=1)
 
 
 def _still(features: Tensor) -> Motion:
@@ -98,13 +112,3 @@ def _still(features: Tensor) -> Motion:
 def _add(so_far: Motion, residual: Motion) -> Motion:
     coarse = so_far.at((residual.flow.shape[2], residual.flow.shape[3]))
     return Motion(coarse.flow + residual.flow, coarse.mask_logit + residual.mask_logit)
-
-
-def _seen(features: Tensor, frames: Tensor, motion: Motion, timestep: Tensor) -> Tensor:
-    """Everything that a stage sees, on its grid, side by side for each pair."""
-    size = features.shape[2:]
-    small = F.interpolate(frames, size=size, mode="area").to(features.dtype)
-    moved = backward_warp(torch.cat((features, small), dim=1), motion.flow)
-    time = timestep.view(-1, 1, 1, 1).expand(-1, 1, *size)
-    parts = (*of_each_frame(moved), *of_each_frame(small), *of_each_frame(motion.flow), motion.mask_logit, time)
-    return torch.cat([part.to(features.dtype) for part in parts], dim=1)

@@ -13,12 +13,13 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from vfi.config import SCALES, ModelConfig
 from vfi.model.backbone import STRIDE, HybridBackbone, of_each_frame
 from vfi.model.flow import FlowNet, Motion
 from vfi.model.refine import RefineNet
+from vfi.ops.pointwise import PointwiseModule, choose_pointwise, give_pointwise
 from vfi.ops.warp import backward_warp, resize_flow
 
 MIN_SIZE = 32
@@ -71,7 +72,7 @@ class Encoded(NamedTuple):
     """Their features."""
 
 
-class FrameInterpolator(nn.Module):
+class FrameInterpolator(PointwiseModule):
     """The network of one ModelConfig, built for a kind of device (which decides the fast paths)."""
 
     def __init__(self, config: ModelConfig, device: torch.device | str = "cpu") -> None:
@@ -82,6 +83,8 @@ class FrameInterpolator(nn.Module):
         self.refine = RefineNet(config) if config.phase == 1 or config.warp != "flow_only" else None
         self.warps_features = config.phase > 1 and config.warp == "feature"
         self.to(memory_format=torch.channels_last).to(device=device)
+        pointwise, self.choice = choose_pointwise(config.pointwise_backend, torch.device(device))
+        give_pointwise(self, pointwise)
 
     def forward(
         self, img0: Tensor, img1: Tensor, timestep: Tensor, imgt: Tensor | None = None, scale: float | None = None
@@ -116,9 +119,9 @@ class FrameInterpolator(nn.Module):
         mask_logit: Tensor = prior.expand(-1, 1, *frames.shape[2:])
         residual = frames.new_zeros(frames.shape[0] // 2, *frames.shape[1:])
         if motion:
-            warped, mask_logit = backward_warp(frames, motion.flow), prior + motion.mask_logit
+            warped, mask_logit = self._warp(frames, motion.flow), prior + motion.mask_logit
         if motion and self.warps_features:
-            features = [backward_warp(f, resize_flow(motion.flow, (f.shape[2], f.shape[3]))) for f in features]
+            features = [self._warp(f, resize_flow(motion.flow, (f.shape[2], f.shape[3]))) for f in features]
         if self.refine:
             refined_logit, residual = self.refine(features, torch.cat(of_each_frame(warped), dim=1), timestep)
             mask_logit = mask_logit + refined_logit
@@ -154,7 +157,7 @@ class FrameInterpolator(nn.Module):
         def stage(motion: Motion, warped: tuple[Tensor, Tensor] | None = None) -> Stage:
             motion = motion.at(size)
             mask_logit = _crop(prior + motion.mask_logit, encoded.padding)
-            warped0, warped1 = warped or of_each_frame(_crop(backward_warp(encoded.frames, motion.flow), encoded.padding))
+            warped0, warped1 = warped or of_each_frame(_crop(self._warp(encoded.frames, motion.flow), encoded.padding))
             flow = _crop(torch.cat(of_each_frame(motion.flow), dim=1), encoded.padding)
             return Stage(flow, _blend(mask_logit, warped0, warped1))
 
@@ -168,6 +171,9 @@ class FrameInterpolator(nn.Module):
         # the last stage's flow has moved the frames already
         last = stage(motions[-1], (prediction.warped0, prediction.warped1))
         return prediction._replace(stages=(*map(stage, motions[:-1]), last), teacher=teacher)
+
+    def _warp(self, x: Tensor, flow: Tensor) -> Tensor:
+        return backward_warp(x, flow) if self.pointwise is None else self.pointwise.backward_warp(x, flow)
 
     def choices(self) -> list[str]:
         """Which fast path each operator took and why, one line each."""

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vfi.config import ModelConfig
 from vfi.model.backbone import LEVELS, level_widths, of_each_frame
-from vfi.model.convolutions import ResidualBlock, conv_prelu, scaled_conv, zero
+from vfi.model.convolutions import ConvPReLU, ResidualBlock, scaled_conv, zero
+from vfi.ops.pointwise import PointwiseModule
 
 
-class RefineNet(nn.Module):
+class RefineNet(PointwiseModule):
     """Features of both frames, coarse to fine, and at full size the frames themselves -> mask logit and residual.
 
     `forward(features, images, timestep)`: `features` as the backbone gives them ([2B, C, h, w], finest first), `images`
@@ -26,7 +28,7 @@ class RefineNet(nn.Module):
         for level in range(LEVELS - 1):
             inputs[level] += widths[level]  # from the level below
         self.mix = nn.ModuleList(
-            nn.Sequential(conv_prelu(c_in, c_out), ResidualBlock(c_out)) for c_in, c_out in zip(inputs, widths, strict=True)
+            nn.Sequential(ConvPReLU(c_in, c_out), ResidualBlock(c_out)) for c_in, c_out in zip(inputs, widths, strict=True)
         )
         # 1x1 convolution and pixel shuffle: an upsampling whose backward pass is deterministic on a GPU
         self.up = nn.ModuleList(
@@ -37,16 +39,24 @@ class RefineNet(nn.Module):
         zero(self.head.weight, self.head.bias)
 
     def forward(self, features: list[Tensor], images: Tensor, timestep: Tensor) -> tuple[Tensor, Tensor]:
-        coarsest = _side_by_side(features[-1])
-        time = timestep.to(coarsest.dtype).view(-1, 1, 1, 1).expand(-1, 1, *coarsest.shape[2:])
-        x = self.mix[-1](torch.cat((coarsest, time), dim=1))
+        time = timestep.view(-1, 1, 1, 1).expand(-1, 1, *features[-1].shape[2:])
+        x = self.mix[-1](self._stacked(None, *of_each_frame(features[-1]), time))
         for level in range(LEVELS - 2, 0, -1):
-            x = self.mix[level](torch.cat((self.up[level](x), _side_by_side(features[level])), dim=1))
-        x = self.mix[0](torch.cat((self.up[0](x), _side_by_side(features[0]), images.to(x.dtype)), dim=1))
+            x = self.mix[level](self._beside(level, x, *of_each_frame(features[level])))
+        x = self.mix[0](self._beside(0, x, *of_each_frame(features[0]), images))
         mask_logit, residual = self.head(x).float().split((1, 3), dim=1)
         return mask_logit, residual
 
+    def _beside(self, level: int, below: Tensor, *parts: Tensor) -> Tensor:
+        """What comes from the level below, upsampled, and maps of this level."""
+        up = self.up[level]
+        assert isinstance(up, nn.Sequential)
+        return self._stacked(up[0](below), *parts)
 
-def _side_by_side(features: Tensor) -> Tensor:
-    """[2B, C, h, w] -> [B, 2C, h, w]: both frames' features of a pair."""
-    return torch.cat(of_each_frame(features), dim=1)
+    def _stacked(self, shuffled: Tensor | None, *parts: Tensor) -> Tensor:
+        """The pixel shuffle of the first, and the others, side by side in the dtype of the first."""
+        dtype = (parts[0] if shuffled is None else shuffled).dtype
+        if self.pointwise is not None:
+            return self.pointwise.stack_channels(parts, dtype, shuffled)
+        below = () if shuffled is None else (F.pixel_shuffle(shuffled, 2),)
+        return torch.cat((*below, *(part.to(dtype) for part in parts)), dim=1)

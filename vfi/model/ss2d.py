@@ -2,7 +2,8 @@
 
 The plain form runs one Mamba over four reordered copies of the tokens. `in_proj` and the gate act on each token alone and
 `out_proj` is linear, so here the projection is computed once a pixel, its output is reordered, the gate is applied back in
-place, and the four orders are summed before `out_proj`: the same numbers for a quarter of the projection work.
+place, and the four orders are summed before `out_proj`: the same numbers for a quarter of the projection work. On a
+GPU all that lies between the two projections is one operator (vfi/ops/fused_ss2d.py).
 Parameters carry the names of `mamba_ssm.Mamba2` and `mamba_ssm.Mamba`, which differ in nothing else here.
 Sources: Mamba-2 (arXiv 2405.21060), Mamba (arXiv 2312.00752), VFIMamba (arXiv 2407.02315).
 """
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 
 from vfi.config import ModelConfig
 from vfi.ops.causal_conv1d import causal_conv1d
+from vfi.ops.fused_ss2d import Parameters, Shape, fused_obstacle, fused_ss2d
 from vfi.ops.precision import fp32_island
 from vfi.ops.scan_order import ALL, SCANS
 from vfi.ops.selective_scan import choose_selective_scan, selective_scan_elements
@@ -61,7 +63,7 @@ class SS2D(nn.Module):
     def __init__(self, dim: int, config: ModelConfig, device: torch.device) -> None:
         super().__init__()
         self.scan = SCANS[config.scan]
-        self.island = {"fp32": fp32_island, "input": _call}[config.ssd_precision]
+        self.island = _call if config.ssd_precision == "input" else fp32_island
 
     def forward(self, x: Tensor) -> Tensor:
         frames, H, W, _ = x.shape
@@ -121,13 +123,30 @@ class Mamba2SS2D(SS2D):
         self.dt_bias = nn.Parameter(_initial_dt_bias(self.heads))
         self.norm = GatedRMSNorm(inner, self.groups)
         self.out_proj = nn.Linear(inner, dim, bias=False)
-        self.ssd, self.choice = choose_ssd(config.ssd_backend, device)
+        self.ssd, self.choice = choose_ssd(config.ssd_backend, device, self._fused_obstacle)
+        self.fused = fused_ss2d
+        together = 2 // self.scan.sequences
+        self.shape = Shape(self.heads, config.head_dim, config.d_state, together, config.ssd_precision)
+
+    def _fused_obstacle(self, device: torch.device) -> str | None:
+        return fused_obstacle(device, self.head_dim, self.state, self.groups)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.ssd is not None:
+            return super().forward(x)
+        A = -self.A_log.float().exp()
+        conv_weight, conv_bias = self.conv1d.weight.squeeze(1), self.conv1d.bias
+        assert conv_bias is not None
+        parameters = Parameters(conv_weight, conv_bias, A, self.D, self.dt_bias, self.norm.weight)
+        y: Tensor = self.out_proj(self.fused(self.in_proj(x), parameters, self.shape))
+        return y
 
     def elements(self, tokens: int) -> int:
         inside = ssd_elements(tokens, self.heads, self.head_dim, self.groups, self.state)
         return max(inside, tokens * sum(self.inner_splits))
 
     def _scan_orders(self, *pixels: Tensor, orders: range) -> Tensor:
+        assert self.ssd is not None, "the fused kernels take whole pixels"
         z, xbc, dt = pixels
         x, B, C = self._convolved(xbc, orders).split(self.inner_splits, dim=-1)
         y = self.island(

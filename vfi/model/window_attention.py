@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from vfi.config import ModelConfig
 from vfi.model.convolutions import zero
-from vfi.ops.window_attention import choose_window_attention
+from vfi.ops.window_attention import choose_window_attention, import_fused
 
 # gate -> logits a head and token
 _GATE_WIDTH = {"headwise": lambda head_dim: 1, "elementwise": lambda head_dim: head_dim, "off": lambda head_dim: 0}
@@ -29,10 +29,16 @@ class GatedWindowAttention(nn.Module):
         self.qkv_gate = nn.Linear(dim, sum(self.splits), bias=False)
         zero(self.qkv_gate.weight[3 * dim :])  # every gate starts half open: a zero logit for any input
         self.out_proj = nn.Linear(dim, dim, bias=False)
-        self.attend, self.choice = choose_window_attention(config.attention_backend, device)
+        self.attend, self.choice = choose_window_attention(config.attention_backend, device, config.head_dim)
+        self.fused = import_fused() if self.attend is None else None
 
     def forward(self, x: Tensor) -> Tensor:
-        parts = self.qkv_gate(x).split(self.splits, dim=-1)
+        projected = self.qkv_gate(x)
+        if self.attend is None:
+            assert self.fused is not None, "no way to attend was chosen"
+            head_dim = self.splits[0] // self.heads
+            return self.out_proj(self.fused(projected, self.heads, head_dim, self.window, self.shift))
+        parts = projected.split(self.splits, dim=-1)
         q, k, v, gate = (part.unflatten(-1, (self.heads, -1)) for part in parts)
         y = self.attend(q, k, v, gate if gate.numel() else None, self.window, self.shift)
         return self.out_proj(y.flatten(-2))

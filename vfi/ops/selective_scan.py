@@ -132,7 +132,7 @@ def selective_scan_elements(L: int, D: int, S: int) -> int:
 def choose_selective_scan(backend: str, device: torch.device) -> tuple[SelectiveScan, str]:
     """The function for a backend name and a line that says what was taken and why; a named backend that can't run raises."""
     functions = {"reference": selective_scan_reference, "mamba_ssm": selective_scan_mamba_ssm}
-    name, choice = choose_kernel("selective_scan", backend, device, _kernel_obstacle)
+    name, choice = choose_kernel("selective_scan", backend, device, {"mamba_ssm": _kernel_obstacle})
     return functions[name], choice
 
 

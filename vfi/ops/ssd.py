@@ -16,7 +16,7 @@ import math
 import os
 import sys
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +26,8 @@ from vfi.ops import tuned
 from vfi.ops.precision import fp32_island
 
 SSD = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
-BACKENDS = ("auto", "reference", "mamba_ssm")
+Obstacle = Callable[[torch.device], str | None]  # why kernels can't run on a device; None where they can
+BACKENDS = ("auto", "reference", "mamba_ssm", "fused")
 # Work inside a chunk grows with its length, the number of states falls with it. The kernels' own default is 256.
 REFERENCE_CHUNK = 64
 _KERNEL_CHUNK = 256
@@ -192,31 +193,40 @@ def ssd_elements(L: int, H: int, P: int, G: int, S: int) -> int:
     return max(L * H * P, L * G * S, chunks * G * _KERNEL_CHUNK**2, chunks * H * P * S)
 
 
-def choose_ssd(backend: str, device: torch.device) -> tuple[SSD, str]:
-    """The function for a backend name and a line that says what was taken and why; a named backend that can't run raises."""
-    functions = {"reference": ssd_reference, "mamba_ssm": ssd_mamba_ssm}
-    name, choice = choose_kernel("ssd", backend, device, kernel_obstacle)
+def choose_ssd(backend: str, device: torch.device, fused_obstacle: Obstacle) -> tuple[SSD | None, str]:
+    """The function for a backend name and a line that says what was taken and why; a named backend that can't run raises.
+
+    None for fused, which is more than this recurrence (vfi/ops/fused_ss2d.py); `fused_obstacle` says why it can't run.
+    """
+    functions = {"reference": ssd_reference, "mamba_ssm": ssd_mamba_ssm, "fused": None}
+    name, choice = choose_kernel("ssd", backend, device, {"fused": fused_obstacle, "mamba_ssm": kernel_obstacle})
     if name == "mamba_ssm":
         known = "kernels tuned" if tuned.entry(device) else "the first step tunes kernels; `vfi tune` keeps what is found"
         choice += f"; {tuned.card(device)}: {known}"
     return functions[name], choice
 
 
-def choose_kernel(
-    operator: str, backend: str, device: torch.device, obstacle: Callable[[torch.device], str | None]
-) -> tuple[str, str]:
-    """ "reference" or "mamba_ssm" for a backend name, and the line that says so; `obstacle` says why the kernels can't run."""
+def choose_kernel(operator: str, backend: str, device: torch.device, obstacles: Mapping[str, Obstacle]) -> tuple[str, str]:
+    """The backend that is taken for a name, and the line that says so.
+
+    `obstacles` has the backends with kernels, the best first, and what says why each can't run.
+    """
     if backend not in BACKENDS:
         raise ValueError(f"ssd_backend {backend!r} does not exist; choose from {', '.join(BACKENDS)}")
     if backend == "reference":
         return backend, f"{operator}: reference (asked for)"
-    problem = obstacle(device)
-    if problem is None:
-        why = "asked for" if backend == "mamba_ssm" else f"available on {device}"
-        return "mamba_ssm", f"{operator}: mamba_ssm ({why})"
-    if backend == "mamba_ssm":
-        raise RuntimeError(f"ssd_backend mamba_ssm cannot run: {problem}; use --ssd_backend auto or reference")
-    return "reference", f"{operator}: reference ({problem})"
+    if backend != "auto":
+        problem = obstacles[backend](device) if backend in obstacles else f"{operator} has no such kernels"
+        if problem is not None:
+            raise RuntimeError(f"ssd_backend {backend} cannot run: {problem}; use --ssd_backend auto or reference")
+        return backend, f"{operator}: {backend} (asked for)"
+    problems: list[str] = []
+    for name, obstacle in obstacles.items():
+        problem = obstacle(device)
+        if problem is None:
+            return name, f"{operator}: {name} ({'; '.join((f'available on {device}', *problems))})"
+        problems.append(problem)
+    return "reference", f"{operator}: reference ({'; '.join(problems)})"
 
 
 def kernel_obstacle(device: torch.device) -> str | None:

@@ -1,7 +1,8 @@
-"""How does attention inside (shifted) windows with a gate on its output run? On PyTorch's SDPA, or on the package flash_attn.
+"""How does attention inside (shifted) windows with a gate on its output run? Fused, on PyTorch's SDPA, or on flash_attn.
 
 SDPA: partition, attention with a mask, gate, reverse. flash_attn: the tokens of the frame in the order of their windows, as
-sequences of different lengths, so that there is neither padding nor a mask. Both have the same signature.
+sequences of different lengths, so that there is neither padding nor a mask. Both have the same signature. Fused: all of it in
+place in one kernel (vfi/ops/window_attention_kernels.py).
 Source: Swin Transformer (windows, shift, mask), Gated Attention for Large Language Models (gate after SDPA, position G1).
 """
 
@@ -15,8 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+FUSED_WIDTHS = (16, 32, 64)  # of a head
+FusedWindowAttention = Callable[[Tensor, int, int, int, int], Tensor]
 WindowAttention = Callable[[Tensor, Tensor, Tensor, Tensor | None, int, int], Tensor]
-BACKENDS = ("auto", "sdpa", "flash_attn")
+BACKENDS = ("auto", "sdpa", "flash_attn", "fused")
 
 
 def gated_window_attention(q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None, window: int, shift: int) -> Tensor:
@@ -107,17 +110,44 @@ def _window_order(B: int, H: int, W: int, window: int, shift: int, device: torch
         return order, order.argsort(), F.pad(ends, (1, 0)).int()
 
 
-def choose_window_attention(backend: str, device: torch.device) -> tuple[WindowAttention, str]:
-    """The function for a backend name and a line that says what was taken and why; a named backend that can't run raises."""
+def choose_window_attention(backend: str, device: torch.device, head_dim: int) -> tuple[WindowAttention | None, str]:
+    """The function for a backend name and a line that says what was taken and why; a named backend that can't run raises.
+
+    None for fused, which takes q, k, v and gate as they were projected.
+    """
     if backend not in BACKENDS:
         raise ValueError(f"attention_backend {backend!r} does not exist; choose from {', '.join(BACKENDS)}")
-    if backend == "flash_attn":
-        obstacle = _flash_obstacle(device)
-        if obstacle is not None:
-            raise RuntimeError(f"attention_backend flash_attn cannot run: {obstacle}; use --attention_backend auto or sdpa")
-        return gated_window_attention_flash, "attention: flash_attn (asked for)"
-    why = "asked for" if backend == "sdpa" else "it holds FlashAttention's kernels, and takes fp32 and masks"
-    return gated_window_attention, f"attention: sdpa ({why})"
+    if backend == "sdpa":
+        return gated_window_attention, "attention: sdpa (asked for)"
+    obstacle = _flash_obstacle(device) if backend == "flash_attn" else fused_obstacle(device, head_dim)
+    if backend == "auto":
+        if obstacle is None:
+            return None, f"attention: fused (available on {device})"
+        return gated_window_attention, f"attention: sdpa ({obstacle})"
+    if obstacle is not None:
+        raise RuntimeError(f"attention_backend {backend} cannot run: {obstacle}; use --attention_backend auto or sdpa")
+    return gated_window_attention_flash if backend == "flash_attn" else None, f"attention: {backend} (asked for)"
+
+
+@functools.cache
+def import_fused() -> FusedWindowAttention:
+    """The fused kernels; only what chose them needs Triton."""
+    from vfi.ops.window_attention_kernels import gated_window_attention_fused
+
+    return gated_window_attention_fused
+
+
+def fused_obstacle(device: torch.device, head_dim: int) -> str | None:
+    """Why the fused kernels can't run on `device` with heads of this width; None where they can."""
+    if device.type != "cuda":
+        return f"the fused kernels need a CUDA GPU and the device is {device.type}"
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return f"{torch.cuda.get_device_name(device)} is older than compute capability 8.0, which the fused kernels need"
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed; README.md has the command"
+    if head_dim not in FUSED_WIDTHS:
+        return f"the fused kernels take heads of {', '.join(map(str, FUSED_WIDTHS))} channels, not {head_dim}"
+    return None
 
 
 def _flash_obstacle(device: torch.device) -> str | None:

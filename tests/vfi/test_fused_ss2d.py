@@ -1,0 +1,240 @@
+"""The fused SS2D against float64: interpreted on the CPU, and compiled on a GPU."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from typing import Any, NamedTuple
+from unittest import mock
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vfi.config import ModelConfig
+from vfi.model.ss2d import Mamba2SS2D, ss2d
+from vfi.ops import fused_ss2d as fused
+from vfi.ops.causal_conv1d import causal_conv1d
+from vfi.ops.fused_ss2d import Parameters, Shape, fused_obstacle
+from vfi.ops.scan_order import SCANS
+from vfi.ops.ssd import ssd_reference
+
+HALF, SINGLE = torch.float16, torch.float32
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+
+
+class Case(NamedTuple):
+    """Frames, heads, and how they are scanned."""
+
+    B: int
+    H: int
+    W: int
+    heads: int
+    head_dim: int
+    state: int
+    scan: str
+    dtype: torch.dtype
+    precision: str = "fp32"
+
+    @property
+    def shape(self) -> Shape:
+        return Shape(self.heads, self.head_dim, self.state, {"interleaved": 2, "flip": 1}[self.scan], self.precision)
+
+
+def plain(projected: Tensor, parameters: Parameters, case: Case) -> Tensor:
+    """The same from operators that are tested on their own (test_ops.py, test_scan.py)."""
+    shape, scan, p = case.shape, SCANS[case.scan], parameters
+    z, xbc, dt = projected.split((shape.inner, shape.channels, shape.heads), dim=-1)
+    tokens = F.silu(causal_conv1d(scan.scan(xbc, range(4)), p.conv_weight, p.conv_bias))
+    x, B, C = tokens.split((shape.inner, shape.state, shape.state), dim=-1)
+    x = x.unflatten(-1, (shape.heads, shape.head_dim))
+    y = ssd_reference(x, scan.scan(dt, range(4)), p.A, B.unsqueeze(2), C.unsqueeze(2), p.D, p.dt_bias)
+    y = scan.unscan(y.flatten(-2).to(z.dtype), case.B, case.H, case.W, range(4))
+    normed = F.rms_norm((y * F.silu(z)).to(p.norm_weight.dtype), (shape.inner,), p.norm_weight, eps=1e-5)
+    return normed.sum(0).to(z.dtype)
+
+
+def made(case: Case, device: str = "cpu", spare: int = 0) -> tuple[Tensor, Parameters, Tensor]:
+    """Projected pixels, a slice of rows with `spare` channels more on either side; parameters; a gradient of the output."""
+    generator = torch.Generator().manual_seed(sum(case[:6]))
+    shape = case.shape
+
+    def normal(*size: int) -> Tensor:
+        return torch.randn(size, generator=generator)
+
+    width = shape.inner + shape.channels + shape.heads
+    wide = normal(2 * case.B, case.H, case.W, width + 2 * spare).to(device, case.dtype)
+    step = torch.exp(torch.rand(shape.heads, generator=generator) * math.log(100) + math.log(1e-3))
+    parameters = Parameters(
+        conv_weight=0.3 * normal(shape.channels, 4), conv_bias=0.1 * normal(shape.channels),
+        A=-1 - 15 * torch.rand(shape.heads, generator=generator), D=normal(shape.heads),
+        dt_bias=step + torch.log(-torch.expm1(-step)), norm_weight=1 + 0.1 * normal(shape.inner),
+    )  # fmt: skip
+    grad = normal(2 * case.B, case.H, case.W, shape.inner).to(device, case.dtype)
+    return wide[..., spare : spare + width], Parameters(*(t.to(device) for t in parameters)), grad
+
+
+def results(function: Any, projected: Tensor, parameters: Parameters, grad: Tensor, last: Any) -> list[Tensor]:
+    """Output, and the gradients of the pixels and of every parameter."""
+    leaves = [t.detach().requires_grad_() for t in (projected, *parameters)]
+    y = function(leaves[0], Parameters(*leaves[1:]), last)
+    return [y.detach(), *torch.autograd.grad(y, leaves, grad.to(y.dtype))]
+
+
+def relative_errors(case: Case, device: str = "cpu", spare: int = 0) -> dict[str, tuple[float, ...]]:
+    """Of output and gradients: that of the kernels and that of the plain form, against float64. Memory begins as NaN."""
+    projected, parameters, grad = made(case, device, spare)
+    double = Parameters(*(t.double() for t in parameters))
+    exact = results(plain, projected.double(), double, grad.double(), case)
+    with mock.patch.object(fused._Run, "new", _unwritten):
+        ours = results(fused.fused_ss2d, projected, parameters, grad, case.shape)
+    theirs = results(plain, projected, parameters, grad, case)
+    assert ours[0].dtype == case.dtype
+    shape, names = case.shape, ("output", "z", "x", "B", "C", "dt", *Parameters._fields)
+    widths = (shape.inner, shape.inner, shape.state, shape.state, shape.heads)
+    columns = zip(*((t[0], *t[1].split(widths, dim=-1), *t[2:]) for t in (ours, theirs, exact)), strict=True)
+    errors = {}
+    for name, (our, their, true) in zip(names, columns, strict=True):
+        size = true.norm()
+        if name == "dt_bias":  # the sum of what dt has, in which much cancels out
+            size = exact[1][..., -shape.heads :].flatten(0, 2).abs().sum(0).norm()
+        errors[name] = tuple(((t.double() - true).norm() / size).item() for t in (our, their))
+    return errors
+
+
+def _unwritten(run: Any, *size: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.full(size, torch.nan, dtype=dtype, device=run.projected.device)
+
+
+def _error(t: Tensor, true: Tensor) -> float:
+    return ((t.double() - true).norm() / true.norm()).item()
+
+
+SMALL = [
+    Case(1, 5, 11, 2, 16, 16, "interleaved", SINGLE),
+    Case(2, 7, 6, 1, 32, 16, "flip", SINGLE),
+    Case(1, 1, 40, 3, 16, 32, "interleaved", HALF, "input"),
+    Case(1, 9, 1, 2, 16, 16, "flip", HALF, "tf32"),
+    Case(1, 5, 7, 1, 64, 64, "interleaved", SINGLE),  # chunks of 32 tokens
+    Case(1, 1, 1, 1, 16, 16, "interleaved", SINGLE),
+]
+
+
+@pytest.mark.parametrize("case", SMALL, ids=str)
+def test_interpreted_against_float64(interpreter, case):
+    """Sizes that chunks do and do not divide, one pixel wide and high: at most twice the error of plain torch.
+
+    A rounding error is allowed on top, for some of the sums are of numbers that cancel out.
+    """
+    for name, (ours, theirs) in interpreter.submit(relative_errors, case).result().items():
+        assert ours <= 2 * theirs + {SINGLE: 1e-5, HALF: 2**-11}[case.dtype], name
+
+
+def test_a_slice_of_wider_pixels_is_read_in_place(interpreter):
+    case = Case(1, 3, 5, 2, 16, 16, "interleaved", SINGLE)
+    for name, (ours, theirs) in interpreter.submit(relative_errors, case, spare=3).result().items():
+        assert ours <= 2 * theirs + 1e-5, name
+
+
+def without_gradients(case: Case) -> list[Tensor]:
+    """The same output by all ways that need less memory, or keep a larger GPU busy."""
+    projected, parameters, _ = made(case)
+    outputs = [fused.fused_ss2d(projected, parameters, case.shape)]
+    for settings in ({"_LEAN_BYTES": 1}, {"_multiprocessors": lambda device: 4, "_SHORTEST": 1}):
+        with mock.patch.multiple(fused, **settings):
+            outputs.append(fused.fused_ss2d(projected, parameters, case.shape))
+    with torch.no_grad():
+        outputs.append(fused.fused_ss2d(projected, Parameters(*(p.requires_grad_() for p in parameters)), case.shape))
+    return outputs
+
+
+def test_orders_one_by_one_and_segments_of_sequences_are_the_same(interpreter):
+    first, *others = interpreter.submit(without_gradients, Case(1, 9, 11, 1, 16, 16, "interleaved", SINGLE)).result()
+    for other in others:
+        assert _error(other, first.double()) < 1e-6
+
+
+def two_runs(case: Case) -> list[list[Tensor]]:
+    """The states of all sequences at once in memory, and of one after the other."""
+    projected, parameters, grad = made(case)
+    runs = []
+    for size in (fused._STATE_BYTES, 1):
+        with mock.patch.object(fused, "_STATE_BYTES", size):
+            runs.append(results(fused.fused_ss2d, projected, parameters, grad, case.shape))
+    return runs
+
+
+def test_runs_are_the_same_to_the_bit(interpreter):
+    first, second = interpreter.submit(two_runs, Case(1, 3, 5, 2, 16, 16, "interleaved", SINGLE)).result()
+    assert all(map(torch.equal, first, second))
+
+
+def test_what_it_can_not_take_is_refused():
+    shape = SMALL[0].shape
+    parameters = made(SMALL[0])[1]
+    width = shape.inner + shape.channels + shape.heads
+    with pytest.raises(TypeError, match=r"given torch\.float64.*--ssd_backend reference"):
+        fused.fused_ss2d(torch.zeros(2, 4, 4, width, dtype=torch.float64), parameters, shape)
+    with pytest.raises(ValueError, match=rf"\[2B, H, W, {width}\] and was given \[3, 4, 4, {width}\]"):
+        fused.fused_ss2d(torch.zeros(3, 4, 4, width), parameters, shape)
+
+
+def test_what_stands_in_the_way_is_said(monkeypatch):
+    cuda = torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla V100")
+    assert fused_obstacle(cuda, 32, 64, 1) is None
+    assert "the device is cpu" in fused_obstacle(torch.device("cpu"), 32, 64, 1)
+    assert "--ssd_groups shared" in fused_obstacle(cuda, 32, 64, 16)
+    assert "not 8 and 64" in fused_obstacle(cuda, 8, 64, 1)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert "triton is not installed" in fused_obstacle(cuda, 32, 64, 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 0))
+    assert "Tesla V100 is older than compute capability 8.0" in fused_obstacle(cuda, 32, 64, 1)
+
+
+LARGE = [
+    *(Case(2, 31, 45, 8, 32, 64, "interleaved", *kind) for kind in [
+        (SINGLE, "fp32"), (SINGLE, "input"), (HALF, "input"), (torch.bfloat16, "input"), (torch.bfloat16, "tf32"),
+        (torch.bfloat16, "fp32"),
+    ]),
+    Case(1, 40, 52, 8, 16, 16, "flip", torch.bfloat16, "input"),
+    Case(1, 20, 31, 2, 64, 128, "interleaved", torch.bfloat16, "input"),
+    Case(1, 20, 31, 2, 64, 128, "interleaved", SINGLE, "tf32"),
+    Case(1, 64, 200, 2, 32, 64, "interleaved", torch.bfloat16, "input"),
+]  # fmt: skip
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", LARGE, ids=str)
+def test_gpu_against_float64(case):
+    """Twice the error of plain torch in the same dtype; what multiplies in TF32 or bf16 adds half a unit of that."""
+    rounding = {"fp32": 2e-6, "tf32": 2**-9, "input": 2**-9 if case.dtype != SINGLE else 2e-6}[case.precision]
+    for name, (ours, theirs) in relative_errors(case, "cuda").items():
+        print(f"{name}: {ours:.1e}, plain {theirs:.1e}")
+        assert ours <= 2 * theirs + rounding, name
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("scan", ["interleaved", "flip"])
+@pytest.mark.parametrize("dim", [256, 512])
+def test_gpu_module_agrees_with_its_reference(dim, scan):
+    """The whole SS2D under autocast, training and not, against itself in float64; repeated runs are the same to the bit."""
+    device = torch.device("cuda")
+    module = ss2d(dim, ModelConfig(scan=scan, width=32, ssd_precision="input"), device).to(device)
+    assert isinstance(module, Mamba2SS2D)
+    assert module.choice == "ssd: fused (available on cuda)"
+    exact = ss2d(dim, ModelConfig(scan=scan, width=32, ssd_backend="reference"), device).to(device, torch.float64)
+    exact.load_state_dict(module.state_dict())
+    x = torch.randn(4, 17, 23, dim, device=device)
+    truth = exact(x.double())
+    outputs = []
+    for _ in range(2):
+        with torch.autocast("cuda", dtype=torch.bfloat16):
+            outputs.append(module(x.to(torch.bfloat16)))
+    with torch.no_grad(), torch.autocast("cuda", dtype=torch.bfloat16):
+        lean = module(x.to(torch.bfloat16))
+    assert torch.equal(*outputs)
+    assert _error(outputs[0], truth) < 8e-3
+    assert _error(lean, truth) < 8e-3

@@ -1,0 +1,214 @@
+"""How do a convolution's bias, a skip connection and PReLU cost one pass over the map? As one Triton kernel each way.
+
+A channels-last map is a matrix of pixels and channels, read once and written once, 16 bytes at a time. The backward pass needs
+nothing but the inputs again. Bias and slope get their gradients from sums that a bounded number of programs make, each over its
+own pixels in one order: all is the same bit for bit each time.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+PROGRAMS = 8  # a multiprocessor, in the backward pass
+
+
+def bias_prelu(x: Tensor, bias: Tensor, slope: Tensor, residual: Tensor | None = None) -> Tensor:
+    """PReLU(x + bias + residual), computed in fp32.
+
+    Args:
+        x: `[B, C, H, W]` in bf16, fp16 or fp32. It and `residual` are copied unless they are dense and channels-last.
+        bias, slope: `[C]`. A slope of each channel below zero.
+        residual: like `x`.
+
+    Returns:
+        `[B, C, H, W]` in x's dtype, channels-last.
+    """
+    if x.dtype not in DTYPES:
+        raise TypeError(f"fused PReLU takes bf16, fp16 or fp32 and was given {x.dtype}")
+    if residual is not None and residual.dtype != x.dtype:
+        raise TypeError(f"fused PReLU was given a residual in {residual.dtype} for a map in {x.dtype}")
+    if x.ndim != 4 or not bias.shape == slope.shape == x.shape[1:2] or (residual is not None and residual.shape != x.shape):
+        shapes = [tuple(t.shape) for t in (x, bias, slope, residual) if t is not None]
+        raise ValueError(f"map, bias, slope and residual must be [B, C, H, W], [C], [C] and like the map, not {shapes}")
+    if isinstance(_forward_kernel, triton.JITFunction) and not x.is_cuda:
+        raise ValueError(f"fused PReLU runs on a GPU and was given a map on {x.device}")
+    return _Fused.apply(x, bias, slope, residual)
+
+
+class _Fused(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bias: Tensor, slope: Tensor, residual: Tensor | None) -> Tensor:
+        x, bias, slope = _channels_last(x), bias.contiguous(), slope.contiguous()
+        residual = None if residual is None else _channels_last(residual)
+        y = torch.empty_like(x, memory_format=torch.channels_last)
+        tile, rows = forward_tile(x.shape[1], x.dtype), _rows(x)
+        programs = -(-rows // (tile.rows * tile.together)) * tile.blocks
+        _launch(_forward_kernel, programs, tile, x, bias, slope, residual, y, rows)
+        ctx.save_for_backward(x, bias, slope, residual)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, bias, slope, residual = ctx.saved_tensors
+        to_x, to_bias, to_slope, to_residual = ctx.needs_input_grad
+        tile, rows = backward_tile(x.shape[1], x.dtype), _rows(x)
+        programs = min(max(1, -(-rows // (tile.rows * tile.together))), -(-_processors(x) * PROGRAMS // tile.blocks))
+        dx = torch.empty_like(x, memory_format=torch.channels_last)
+        sums = x.new_empty(2, programs, x.shape[1], dtype=torch.float32)
+        tensors = x, bias, slope, residual, _channels_last(grad), dx, sums
+        _launch(_backward_kernel, programs * tile.blocks, tile, *tensors, rows, programs)
+        d_bias, d_slope = sums.sum(dim=1)
+        return (
+            dx if to_x else None,
+            d_bias.to(bias.dtype) if to_bias else None,
+            d_slope.to(slope.dtype) if to_slope else None,
+            dx if to_residual else None,
+        )
+
+
+class Tile(NamedTuple):
+    """What a program has at once: `together` times as much as its threads read with one instruction each, rows x channels."""
+
+    channels: int
+    blocks: int  # of channels
+    rows: int
+    together: int
+    num_warps: int
+
+
+def forward_tile(C: int, dtype: torch.dtype) -> Tile:
+    """54 registers on an H100: nine programs a multiprocessor, each with 64 bytes of each map a thread under way."""
+    return _tile(C, dtype, together=4, num_warps=4)
+
+
+def backward_tile(C: int, dtype: torch.dtype) -> Tile:
+    """128 registers on an H100: four programs a multiprocessor, so that `PROGRAMS` run in two waves."""
+    return _tile(C, dtype, together=4, num_warps=4)
+
+
+def _tile(C: int, dtype: torch.dtype, together: int, num_warps: int) -> Tile:
+    """Channels in blocks of a cache line or two: the fewer a program has, the fewer the sums that it leaves."""
+    at_once = num_warps * 32 * math.gcd(C, 16 // dtype.itemsize)
+    channels = min(64, triton.next_power_of_2(C))
+    return Tile(channels, -(-C // channels), at_once // channels, together, num_warps)
+
+
+def _channels_last(t: Tensor) -> Tensor:
+    return t.contiguous(memory_format=torch.channels_last)
+
+
+def _rows(x: Tensor) -> int:
+    return x.shape[0] * x.shape[2] * x.shape[3]
+
+
+def _processors(x: Tensor) -> int:
+    return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 1
+
+
+def _launch(kernel: Any, programs: int, tile: Tile, x: Tensor, *others: Tensor | int | None) -> None:
+    with torch.cuda.device_of(x):
+        kernel[(programs,)](
+            x,
+            *others,
+            C=x.shape[1],
+            CHANNELS=tile.channels,
+            ROWS=tile.rows,
+            TOGETHER=tile.together,
+            num_warps=tile.num_warps,
+        )
+
+
+@triton.jit
+def _lanes(C: tl.constexpr, CHANNELS: tl.constexpr):
+    """`[CHANNELS]`: this program's channels, and which there are. Blocks of channels are neighbours."""
+    lane = tl.program_id(0) % tl.cdiv(C, CHANNELS) * CHANNELS + tl.arange(0, CHANNELS)
+    return lane, lane < C
+
+
+@triton.jit
+def _places(lane, known, left, C: tl.constexpr, ROWS: tl.constexpr, TOGETHER: tl.constexpr):
+    """`[TOGETHER, ROWS, CHANNELS]`: offsets from a row on, and which of them exist where `left` rows do.
+
+    A thread reads the same channels of the same row of ROWS each time: sums over TOGETHER need no other thread.
+    """
+    row = tl.arange(0, TOGETHER)[:, None, None] * ROWS + tl.arange(0, ROWS)[None, :, None]
+    return row * C + lane[None, None, :], (row < left) & known[None, None, :]
+
+
+@triton.jit
+def _sum(x, bias, residual, start, at, inside):
+    """x + bias + residual in fp32. `start` in int64: a map may have 2^31 elements and more."""
+    v = tl.load(x + start + at, mask=inside, other=0.0).to(tl.float32) + bias
+    if residual is not None:
+        v += tl.load(residual + start + at, mask=inside, other=0.0).to(tl.float32)
+    return v
+
+
+@triton.jit
+def _per_channel(values, lane, known):
+    return tl.load(values + lane, mask=known, other=0.0).to(tl.float32)[None, None, :]
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _forward_kernel(
+    x,
+    bias,
+    slope,
+    residual,
+    y,
+    rows,
+    C: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    ROWS: tl.constexpr,
+    TOGETHER: tl.constexpr,
+):
+    lane, known = _lanes(C, CHANNELS)
+    row = (tl.program_id(0) // tl.cdiv(C, CHANNELS)).to(tl.int64) * (ROWS * TOGETHER)
+    at, inside = _places(lane, known, rows - row, C, ROWS, TOGETHER)
+    v = _sum(x, _per_channel(bias, lane, known), residual, row * C, at, inside)
+    v = tl.where(v > 0, v, v * _per_channel(slope, lane, known))
+    tl.store(y + row * C + at, v.to(y.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["rows", "programs"])
+def _backward_kernel(
+    x,
+    bias,
+    slope,
+    residual,
+    grad,
+    dx,
+    sums,
+    rows,
+    programs,
+    C: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    ROWS: tl.constexpr,
+    TOGETHER: tl.constexpr,
+):
+    """sums `[2, programs, C]`: a program's part of the gradients of bias and slope."""
+    lane, known = _lanes(C, CHANNELS)
+    program = tl.program_id(0) // tl.cdiv(C, CHANNELS)
+    bias_, slope_ = _per_channel(bias, lane, known), _per_channel(slope, lane, known)
+    d_bias = tl.full((ROWS, CHANNELS), 0.0, tl.float32)
+    d_slope = tl.full((ROWS, CHANNELS), 0.0, tl.float32)
+    for tile in range(program, tl.cdiv(rows, ROWS * TOGETHER), programs):
+        row = tl.cast(tile, tl.int64) * (ROWS * TOGETHER)
+        at, inside = _places(lane, known, rows - row, C, ROWS, TOGETHER)
+        g = tl.load(grad + row * C + at, mask=inside, other=0.0).to(tl.float32)
+        v = _sum(x, bias_, residual, row * C, at, inside)
+        d = tl.where(v > 0, g, g * slope_)
+        tl.store(dx + row * C + at, d.to(dx.dtype.element_ty), mask=inside)
+        d_bias += tl.sum(d, axis=0)
+        d_slope += tl.sum(tl.where(v > 0, 0.0, g * v), axis=0)
+    tl.store(sums + program * C + lane, tl.sum(d_bias, axis=0), mask=known)
+    tl.store(sums + (programs + program) * C + lane, tl.sum(d_slope, axis=0), mask=known)

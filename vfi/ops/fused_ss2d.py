@@ -1,0 +1,362 @@
+"""How is the core of an SS2D computed in one go? From projected pixels to the gated, normed sum of the four orders, in Triton.
+
+    sum over orders of RMSNorm(unscan(ssd(silu(conv(scan(x, B, C))), scan(dt))) * silu(z)) * weight
+
+The convolution reads the pixels in the orders by index, and the norm puts the outputs back in place: nothing is reordered for
+its own sake (vfi/ops/ss2d_kernels.py). For the backward pass one output an order is kept; all else is computed anew.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+HEAD_DIMS, STATES = (16, 32, 64), (16, 32, 64, 128)
+"""Widths of a head and of a state that the kernels have tiles for."""
+_LEAN_BYTES = 2**30  # of one output an order that are in memory at a time, where none is kept
+_STATE_BYTES = 2**28  # of states and their gradients that are in memory at a time
+_FULL = 8  # programs for each multiprocessor that keep a GPU busy; fewer sequences are cut into segments
+_SHORTEST = 4  # chunks in a segment
+
+
+# Blocks and warps: the fastest of those measured on an H100.
+_LAUNCH: dict[str, dict[str, int]] = {
+    "convolve": {"BLOCK": 32, "WIDTH": 128, "num_warps": 4},
+    "time_steps": {"num_warps": 4},
+    "carry_states": {"num_warps": 4},
+    "step_gradients": {"num_warps": 4},
+    "convolution_gradients": {"BLOCK": 32, "WIDTH": 64, "num_warps": 4},
+    "time_step_gradients": {"BLOCK": 64, "num_warps": 4},
+    "gated_norm": {"BLOCK": 2, "num_warps": 4},
+    "gated_norm_gradients": {"BLOCKS": 16, "num_warps": 1},
+}
+# (warps, stages) of the kernels with products: of half-precision operands, and of fp32.
+_SCAN_LAUNCH: dict[str, tuple[tuple[int, int], tuple[int, int]]] = {
+    "scan": ((4, 3), (4, 2)),
+    "scan_states": ((4, 2), (2, 3)),
+    "scan_state_gradients": ((4, 2), (2, 3)),
+    "scan_key_gradients": ((4, 3), (4, 3)),
+    "scan_gradients": ((4, 3), (4, 1)),
+}
+_TILE_BYTES = 8192  # of a state in operands; wider ones get shorter chunks and fewer stages, to fit into shared memory
+
+
+class Shape(NamedTuple):
+    """What a tensor's shape does not tell."""
+
+    heads: int
+    head_dim: int
+    state: int
+    together: int
+    """Frames that make a sequence: 2 interleaved, 1 alone."""
+    precision: str
+    """Products of the scan: fp32 (three of TF32 each), tf32, or input (operands in the type of the pixels)."""
+
+    @property
+    def inner(self) -> int:
+        """Channels of x, z and the output."""
+        return self.heads * self.head_dim
+
+    @property
+    def channels(self) -> int:
+        """Channels of x, B and C, which go through the convolution."""
+        return self.inner + 2 * self.state
+
+
+class Parameters(NamedTuple):
+    """Parameters of an SS2D, as `mamba_ssm.Mamba2` has them; A is negative."""
+
+    conv_weight: Tensor
+    """[channels, 4]."""
+    conv_bias: Tensor
+    """[channels]."""
+    A: Tensor
+    """[heads]."""
+    D: Tensor
+    """[heads]."""
+    dt_bias: Tensor
+    """[heads]."""
+    norm_weight: Tensor
+    """[inner]."""
+
+
+def fused_ss2d(projected: Tensor, parameters: Parameters, shape: Shape) -> Tensor:
+    """Projected pixels `[2B, H, W, z | x, B, C | dt]`, frame 0 of all pairs first -> `[2B, H, W, inner]`, in their dtype.
+
+    Any H and W; fp32, bf16 or fp16. Sums, decays and states are fp32.
+    """
+    if projected.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise TypeError(f"fused_ss2d takes fp32, bf16 or fp16 and was given {projected.dtype}: use --ssd_backend reference")
+    width = shape.inner + shape.channels + shape.heads
+    if projected.dim() != 4 or projected.shape[0] % 2 or projected.shape[-1] != width:
+        raise ValueError(f"fused_ss2d takes pixels [2B, H, W, {width}] and was given {list(projected.shape)}")
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (projected, *parameters)):
+        result: Tensor = _FusedSS2D.apply(projected, *parameters, shape)
+        return result
+    return _Run(projected, Parameters(*parameters), shape).without_gradients()
+
+
+def fused_obstacle(device: torch.device, head_dim: int, state: int, groups: int) -> str | None:
+    """Why the fused kernels can't run; None where they can."""
+    if device.type != "cuda":
+        return f"the fused kernels need a CUDA GPU and the device is {device.type}"
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return f"{torch.cuda.get_device_name(device)} is older than compute capability 8.0, which the fused kernels need"
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed; README.md has the command"
+    if groups != 1:
+        return "the fused kernels have one B and C for all heads (--ssd_groups shared)"
+    if head_dim not in HEAD_DIMS or state not in STATES:
+        allowed = [", ".join(map(str, sizes)) for sizes in (HEAD_DIMS, STATES)]
+        return f"the fused kernels have --head_dim {allowed[0]} and --d_state {allowed[1]}, not {head_dim} and {state}"
+    return None
+
+
+class _FusedSS2D(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, projected: Tensor, *arguments: Any) -> Tensor:
+        *parameters, shape = arguments
+        run = _Run(projected, Parameters(*parameters), shape)
+        out, y = run.forward()
+        ctx.save_for_backward(projected, *parameters, y)
+        ctx.shape = shape
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
+        projected, *parameters, y = ctx.saved_tensors
+        run = _Run(projected, Parameters(*parameters), ctx.shape)
+        gradients = run.backward(y, d_out)
+        return (*(g.to(t.dtype) for g, t in zip(gradients, (projected, *parameters), strict=True)), None)
+
+
+class Tokens(NamedTuple):
+    """What the scan works on, in the order of its n sequences."""
+
+    x: Tensor
+    """[n, L, inner], or with B and C [n, L, channels] before their SiLU."""
+    keys: Tensor
+    """[n, L, 2 * state]: B | C."""
+    steps: Tensor
+    """[n, heads, chunks * chunk], as the next: dt."""
+    decays: Tensor
+    """Logarithm to 2 of the decay since the chunk began."""
+
+
+class _Run:
+    """One call: what all kernels are told, and the launches in their order."""
+
+    def __init__(self, projected: Tensor, parameters: Parameters, shape: Shape) -> None:
+        from vfi.ops import ss2d_kernels
+
+        self.kernels = ss2d_kernels
+        frames, self.H, self.W, _ = projected.shape
+        stride = projected.stride(2)
+        if projected.stride() != (self.H * self.W * stride, self.W * stride, stride, 1):
+            projected = projected.contiguous()
+        self.projected, self.stride, self.shape = projected, projected.stride(2), shape
+        self.parameters = Parameters(*(t.detach().contiguous() for t in parameters))
+        self.z, self.map, self.raw_steps = projected.split((shape.inner, shape.channels, shape.heads), dim=-1)
+        self.frames, self.pixels = frames, self.H * self.W
+        self.sequences, self.L = frames // shape.together, shape.together * self.pixels  # of one order
+        self.dot = torch.float32 if shape.precision != "input" else projected.dtype
+        self.wide = shape.head_dim * shape.state * self.dot.itemsize > _TILE_BYTES
+        self.chunk = 32 if self.wide else 64  # tokens whose products are computed at once
+        self.chunks = math.ceil(self.L / self.chunk)
+        as_torch = "tf32" if torch.backends.cuda.matmul.allow_tf32 else "tf32x3"
+        precision = {"fp32": "tf32x3", "tf32": "tf32", "input": as_torch}[shape.precision]
+        self.scan_constants = {
+            "P": shape.head_dim, "S": shape.state, "Q": self.chunk, "DOT": _triton_type(self.dot), "PRECISION": precision,
+        }  # fmt: skip
+
+    def new(self, *size: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Memory for what a kernel writes."""
+        return torch.empty(size, dtype=dtype, device=self.projected.device)
+
+    def launch(self, name: str, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
+        """Run a kernel."""
+        options = _LAUNCH.get(name)
+        if options is None:
+            warps, stages = _SCAN_LAUNCH[name][self.dot == torch.float32]
+            # not 1 for the scan, which Triton 3.6 then compiles into reads of memory that is not there
+            options = {"num_warps": warps, "num_stages": min(stages, 2 if name == "scan" else 1) if self.wide else stages}
+        getattr(self.kernels, name)[grid](*arguments, **constants, **options)
+
+    @property
+    def grid_of_pixels(self) -> tuple[int, int, int, int]:
+        """What turns a pixel into its place in a sequence, and back."""
+        return self.L, self.sequences, self.H, self.W
+
+    def forward(self) -> tuple[Tensor, Tensor]:
+        """The result, and one output an order `[n, L, inner]`."""
+        y = self.scan(self.tokens(range(4), activated=True))
+        return self.norm(y, range(4), None), y
+
+    def without_gradients(self) -> Tensor:
+        """The result alone; fewer orders at a time where memory asks for it."""
+        one = self.frames * self.pixels * (self.shape.inner + self.shape.channels) * self.projected.element_size()
+        at_once = next((orders for orders in (4, 2) if orders * one <= _LEAN_BYTES), 1)
+        out = None
+        for first in range(0, 4, at_once):
+            orders = range(first, first + at_once)
+            out = self.norm(self.scan(self.tokens(orders, activated=True)), orders, out)
+        assert out is not None
+        return out
+
+    def tokens(self, orders: range, activated: bool) -> Tokens:
+        """What the scan works on, of these orders; x not `activated` comes with B and C, all before their SiLU."""
+        shape, p, n = self.shape, self.parameters, len(orders) * self.sequences
+        x = self.new(n, self.L, shape.inner if activated else shape.channels, dtype=self.projected.dtype)
+        keys = self.new(n, self.L, 2 * shape.state, dtype=self.dot)
+        steps, decays = (self.new(n, shape.heads, self.chunks * self.chunk) for _ in range(2))
+        where = (self.L, orders.start, self.sequences, self.H, self.W)
+        block, width = _LAUNCH["convolve"]["BLOCK"], _LAUNCH["convolve"]["WIDTH"]
+        self.launch(
+            "convolve", (math.ceil(self.L / block), n, math.ceil(shape.channels / width)),
+            self.map, self.stride, p.conv_weight, p.conv_bias, x, keys, *where, shape.inner, shape.channels,
+            TOGETHER=shape.together, ACTIVATED=activated,
+        )  # fmt: skip
+        self.launch(
+            "time_steps", (self.chunks, n), self.raw_steps, self.stride, p.dt_bias, p.A, steps, decays, *where,
+            shape.heads, Q=self.chunk, HEADS=_power_of_two(shape.heads), TOGETHER=shape.together,
+        )  # fmt: skip
+        return Tokens(x, keys, steps, decays)
+
+    def segments(self, n: int) -> tuple[int, int]:
+        """Into how many segments of how many chunks the sequences are cut."""
+        wanted = math.ceil(_FULL * _multiprocessors(self.projected.device) / (n * self.shape.heads))
+        each = max(math.ceil(self.chunks / wanted), min(_SHORTEST, self.chunks))
+        return math.ceil(self.chunks / each), each
+
+    def scan(self, tokens: Tokens) -> Tensor:
+        """One output an order, [n, L, inner]."""
+        shape, n = self.shape, len(tokens.keys)
+        x, keys, steps, decays = tokens
+        segments, each = self.segments(n)
+        before = keys  # not read where there is one segment
+        if segments > 1:
+            before = self.new(n, segments, shape.heads, shape.state, shape.head_dim)
+            totals = self.new(n, segments, shape.heads)
+            self.launch(
+                "scan_states", (shape.heads, n, segments), x, keys, steps, decays, before, totals, self.L, each, shape.heads,
+                **self.scan_constants, EVERY=False,
+            )  # fmt: skip
+            size = shape.state * shape.head_dim
+            self.launch("carry_states", (shape.heads, n), before, totals, segments, shape.heads, SIZE=size)
+        y = self.new(n, self.L, shape.inner, dtype=self.projected.dtype)
+        self.launch(
+            "scan", (shape.heads, n, segments), x, keys, steps, decays, self.parameters.D, before, y, self.L, each,
+            shape.heads, **self.scan_constants, CARRIED=segments > 1,
+        )  # fmt: skip
+        return y
+
+    def norm(self, y: Tensor, orders: range, out: Tensor | None) -> Tensor:
+        """Gated, normed and summed over the orders of y, and added to `out`."""
+        inner, add = self.shape.inner, out is not None
+        if out is None:
+            out = self.new(self.frames, self.H, self.W, inner, dtype=self.projected.dtype)
+        self.launch(
+            "gated_norm", (math.ceil(self.pixels / _LAUNCH["gated_norm"]["BLOCK"]), self.frames),
+            y, self.z, self.stride, self.parameters.norm_weight, out, self.L, orders.start, self.sequences, self.H, self.W,
+            inner, ADD=add, ORDERS=len(orders), WIDTH=_power_of_two(inner), TOGETHER=self.shape.together,
+        )  # fmt: skip
+        return out
+
+    def backward(self, y: Tensor, d_out: Tensor) -> tuple[Tensor, ...]:
+        """Gradients of the pixels and of each parameter, in their order."""
+        shape, p = self.shape, self.parameters
+        d_projected = self.new(*self.projected.shape, dtype=self.projected.dtype)
+        dz, d_map, d_raw = d_projected.split((shape.inner, shape.channels, shape.heads), dim=-1)
+        d_stride = d_projected.stride(2)
+        dy, d_norm = self.norm_gradients(y, d_out.contiguous(), dz, d_stride)
+
+        n = 4 * self.sequences
+        tokens = self.tokens(range(4), activated=False)
+        d_steps = self.new(*tokens.steps.shape)
+        d_heads = self.new(n, self.chunks, shape.heads, 2)
+        for part in self.sequences_with_states(n):
+            self.scan_gradients(Tokens(*(t[part] for t in tokens)), dy[part], d_steps[part], d_heads[part])
+        d_convolved = tokens.x
+        del dy, tokens
+
+        block, width = (_LAUNCH["convolution_gradients"][size] for size in ("BLOCK", "WIDTH"))
+        blocks = math.ceil(self.pixels / block)
+        d_weights = self.new(blocks * self.frames, 5, shape.channels)
+        self.launch(
+            "convolution_gradients", (blocks, self.frames, math.ceil(shape.channels / width)),
+            self.map, self.stride, p.conv_weight, d_convolved, d_map, d_stride, d_weights, *self.grid_of_pixels, shape.channels,
+            TOGETHER=shape.together,
+        )  # fmt: skip
+        blocks = math.ceil(self.pixels / _LAUNCH["time_step_gradients"]["BLOCK"])
+        d_bias = self.new(blocks * self.frames, shape.heads)
+        self.launch(
+            "time_step_gradients", (blocks, self.frames),
+            self.raw_steps, self.stride, p.dt_bias, d_steps, d_raw, d_stride, d_bias, self.L, self.chunks * self.chunk,
+            *self.grid_of_pixels[1:], shape.heads, HEADS=_power_of_two(shape.heads), TOGETHER=shape.together,
+        )  # fmt: skip
+        d_conv = d_weights.sum(0)
+        d_A, d_D = d_heads.sum((0, 1)).unbind(-1)
+        return d_projected, d_conv[:4].t(), d_conv[4], d_A, d_D, d_bias.sum(0), d_norm.sum(0)
+
+    def norm_gradients(self, y: Tensor, d_out: Tensor, dz: Tensor, d_stride: int) -> tuple[Tensor, Tensor]:
+        """Those of y and, by program, of the weight; dz is filled."""
+        inner = self.shape.inner
+        dy = self.new(*y.shape, dtype=y.dtype)
+        blocks = math.ceil(self.pixels / _LAUNCH["gated_norm_gradients"]["BLOCKS"])
+        d_norm = self.new(blocks * self.frames, inner)
+        self.launch(
+            "gated_norm_gradients", (blocks, self.frames), y, self.z, self.stride, self.parameters.norm_weight, d_out, dy, dz,
+            d_stride, d_norm, *self.grid_of_pixels, inner, WIDTH=_power_of_two(inner), TOGETHER=self.shape.together,
+        )  # fmt: skip
+        return dy, d_norm
+
+    def sequences_with_states(self, n: int) -> list[slice]:
+        """Parts of the sequences: of one at a time, the states and the gradients of them are in memory."""
+        one = 2 * self.chunks * self.shape.inner * self.shape.state * self.dot.itemsize
+        at_once = max(1, min(n, _STATE_BYTES // one))
+        return [slice(first, first + at_once) for first in range(0, n, at_once)]
+
+    def scan_gradients(self, tokens: Tokens, dy: Tensor, d_steps: Tensor, d_heads: Tensor) -> None:
+        """Fill d_steps and d_heads; the gradient of tokens.x takes its place."""
+        p, shape, n = self.parameters, self.shape, len(dy)
+        x, keys, steps, decays = tokens
+        states = self.new(n, self.chunks, shape.heads, shape.state, shape.head_dim, dtype=self.dot)
+        state_gradients, d_keys = self.new(*states.shape, dtype=self.dot), self.new(*keys.shape, dtype=self.dot)
+        sums = self.new(5, *steps.shape)
+        size = (self.L, shape.heads)
+        self.launch(
+            "scan_states", (shape.heads, n, 1), x, keys, steps, decays, states, states, self.L, self.chunks, shape.heads,
+            **self.scan_constants, EVERY=True,
+        )  # fmt: skip
+        self.launch("scan_state_gradients", (shape.heads, n), keys, decays, dy, state_gradients, *size, **self.scan_constants)
+        self.launch(
+            "scan_key_gradients", (self.chunks, n), x, keys, steps, decays, states, state_gradients, dy, d_keys, d_heads,
+            *size, **self.scan_constants,
+        )  # fmt: skip
+        self.launch(
+            "scan_gradients", (self.chunks, n), x, keys, steps, decays, p.D, states, state_gradients, dy, d_keys, sums, *size,
+            **self.scan_constants,
+        )  # fmt: skip
+        self.launch(
+            "step_gradients", (self.chunks, n), steps, decays, p.A, sums, d_heads, d_steps, shape.heads, Q=self.chunk,
+            HEADS=_power_of_two(shape.heads),
+        )  # fmt: skip
+
+
+def _triton_type(dtype: torch.dtype) -> Any:
+    import triton.language as tl
+
+    return {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}[dtype]
+
+
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+def _power_of_two(n: int) -> int:
+    return 1 << (n - 1).bit_length()

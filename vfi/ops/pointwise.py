@@ -1,0 +1,83 @@
+"""Which operators between the convolutions run as kernels of our own? All or none of these, chosen when a network is built.
+
+Each costs several passes over a map in PyTorch and one here: bias, skip connection and PReLU; channels side by side, with the
+pixel shuffle; warping; layer norms in half precision. Modules that can do without are left as they are where there is no GPU.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from vfi.ops.warp import backward_warp
+
+BACKENDS = ("auto", "torch", "fused")
+
+
+class Pointwise(NamedTuple):
+    """The kernels."""
+
+    bias_prelu: Callable[..., Tensor]
+    """vfi/ops/activation_kernels.py."""
+    stack_channels: Callable[..., Tensor]
+    """vfi/ops/stack_kernels.py."""
+    backward_warp: Callable[[Tensor, Tensor], Tensor]
+    """vfi/ops/warp_kernels.py; PyTorch's in deterministic runs, for the kernels sum up the gradient of `x` in any order."""
+    layer_norm: Callable[[Tensor, Tensor, Tensor, float], Tensor]
+    """vfi/ops/norm_kernels.py."""
+
+
+class PointwiseModule(nn.Module):
+    """A module that takes such kernels where it has them."""
+
+    pointwise: Pointwise | None = None
+
+
+def give_pointwise(network: nn.Module, pointwise: Pointwise | None) -> None:
+    """Let all modules of `network` take these kernels, or PyTorch's operators."""
+    for module in network.modules():
+        if isinstance(module, PointwiseModule):
+            module.pointwise = pointwise
+
+
+def choose_pointwise(backend: str, device: torch.device) -> tuple[Pointwise | None, str]:
+    """The kernels, or None for PyTorch's operators, and a line that says what was taken and why.
+
+    fused raises where the kernels can't run.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"pointwise_backend {backend!r} does not exist; choose from {', '.join(BACKENDS)}")
+    if backend == "torch":
+        return None, "pointwise: torch (asked for)"
+    obstacle = _obstacle(device)
+    if obstacle is None:
+        return _import(), f"pointwise: fused ({'asked for' if backend == 'fused' else f'available on {device}'})"
+    if backend == "fused":
+        raise RuntimeError(f"pointwise_backend fused cannot run: {obstacle}; use --pointwise_backend auto or torch")
+    return None, f"pointwise: torch ({obstacle})"
+
+
+def _obstacle(device: torch.device) -> str | None:
+    if device.type != "cuda":
+        return f"the fused kernels need a CUDA GPU and the device is {device.type}"
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return f"{torch.cuda.get_device_name(device)} is older than compute capability 8.0, which the fused kernels need"
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed; README.md has the command"
+    return None
+
+
+def _import() -> Pointwise:
+    from vfi.ops.activation_kernels import bias_prelu
+    from vfi.ops.norm_kernels import layer_norm
+    from vfi.ops.stack_kernels import stack_channels
+    from vfi.ops.warp_kernels import backward_warp_fused
+
+    def warp(x: Tensor, flow: Tensor) -> Tensor:
+        return (backward_warp if torch.are_deterministic_algorithms_enabled() else backward_warp_fused)(x, flow)
+
+    return Pointwise(bias_prelu, stack_channels, warp, layer_norm)

@@ -1,0 +1,506 @@
+"""Triton kernels of the fused SS2D (vfi/ops/fused_ss2d.py).
+
+A sequence n = order * sequences + sequence has L = TOGETHER * H * W tokens; `_rows` says where in the map of pixels
+`[frames * H * W, width]` each lies, so that the convolution reads pixels and the norm reads tokens with nothing in between.
+Sums, decays and states are fp32; the operands of products are of type DOT, and products of fp32 run in PRECISION: "tf32",
+"tf32x3" (three products, almost fp32) or "ieee".
+
+    pixels  --convolve, time_steps-->  x [n, L, inner], keys [n, L, B | C], steps [n, heads, L]
+            --scan-->  y [n, L, inner]  --gated_norm-->  pixels
+
+With steps dt, decays a_i = A * (dt_1 + … + dt_i) counted from the start of a chunk, and h the state [S, P] before it:
+
+    y_i  = sum_{j <= i} (C_i . B_j) exp(a_i - a_j) dt_j x_j  +  exp(a_i) C_i h  +  D x_i
+    h'   = exp(a_Q) h + sum_j exp(a_Q - a_j) B_j (dt_j x_j)^T
+
+Source: Mamba-2 (arXiv 2405.21060), section 6; the backward pass is these formulas differentiated.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import triton
+import triton.language as tl
+
+TAPS = tl.constexpr(4)  # of the causal convolution
+EPSILON = tl.constexpr(1e-5)  # of the norm
+LOG2_E = tl.constexpr(1.4426950408889634)  # decays are powers of 2: one multiplication less than powers of e
+# A kernel is compiled once for all sizes of frames, and not anew where one of these is 1 or a multiple of 16.
+_SIZES = ("L", "H", "W", "sequences", "chunks_each", "first_order", "segments", "size")
+
+
+def _kernel(function: Callable[..., None]) -> Any:
+    names = inspect.signature(function).parameters
+    return triton.jit(function, do_not_specialize=[name for name in _SIZES if name in names])
+
+
+@triton.jit
+def _rows(place, L, order, sequence, sequences, H, W, TOGETHER: tl.constexpr):
+    """Where in the map the tokens at `place` of a sequence lie; int64, since a map may have 2^31 elements and more."""
+    place = tl.where(order >= 2, L - 1 - place, place)
+    spot = place // TOGETHER
+    pixel = tl.where(order % 2 == 1, spot % H * W + spot // H, spot)
+    frame = place % TOGETHER * sequences + sequence
+    return frame.to(tl.int64) * (H * W) + pixel
+
+
+@triton.jit
+def _places(frame, pixel, L, order, sequences, H, W, TOGETHER: tl.constexpr):
+    """The inverse of `_rows`: in which sequence of an order, and where in it, the pixels of a frame are read."""
+    spot = tl.where(order % 2 == 1, pixel % W * H + pixel // W, pixel)
+    place = spot * TOGETHER + frame // sequences
+    return frame % sequences, tl.where(order >= 2, L - 1 - place, place)
+
+
+@triton.jit
+def _softplus(x):
+    """log(1 + exp(x)), precise for every x: log(1 + u) of a small u is u * log(1 + u) / ((1 + u) - 1)."""
+    u = tl.exp(-tl.abs(x))
+    one_more = 1.0 + u
+    log1p = tl.where(one_more == 1.0, u, u * tl.log(one_more) / tl.where(one_more == 1.0, 1.0, one_more - 1.0))
+    return tl.maximum(x, 0.0) + log1p
+
+
+@_kernel
+def convolve(
+    map_, stride, weight, bias, x, keys, L, first_order, sequences, H, W, inner, channels,
+    BLOCK: tl.constexpr, WIDTH: tl.constexpr, TOGETHER: tl.constexpr, ACTIVATED: tl.constexpr,
+):  # fmt: skip
+    """Causal convolution of x, B and C along each order, and SiLU: x [n, L, inner], keys [n, L, B | C].
+
+    If not ACTIVATED, x [n, L, channels] has all of them before their SiLU. Program: (block of tokens, sequence, of channels).
+    """
+    n = tl.program_id(1)
+    order, sequence = first_order + n // sequences, n % sequences
+    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    channel = tl.program_id(2) * WIDTH + tl.arange(0, WIDTH)
+    known = channel < channels
+    total = tl.zeros([BLOCK, WIDTH], tl.float32) + tl.load(bias + channel, mask=known, other=0.0).to(tl.float32)[None, :]
+    for tap in tl.static_range(TAPS):
+        at = place + (tap - TAPS + 1)
+        row = _rows(at, L, order, sequence, sequences, H, W, TOGETHER)
+        inside = ((at >= 0) & (at < L))[:, None] & known[None, :]
+        value = tl.load(map_ + row[:, None] * stride + channel[None, :], mask=inside, other=0.0).to(tl.float32)
+        total += value * tl.load(weight + channel * TAPS + tap, mask=known, other=0.0).to(tl.float32)[None, :]
+    token = (n.to(tl.int64) * L + place)[:, None]
+    here = (place < L)[:, None] & known[None, :]
+    if ACTIVATED:
+        total *= tl.sigmoid(total)
+        tl.store(x + token * inner + channel[None, :], total.to(x.dtype.element_ty), mask=here & (channel < inner)[None, :])
+    else:
+        tl.store(x + token * channels + channel[None, :], total.to(x.dtype.element_ty), mask=here)
+    if (tl.program_id(2) + 1) * WIDTH > inner:
+        if not ACTIVATED:
+            total *= tl.sigmoid(total)
+        out = keys + token * (channels - inner) + (channel - inner)[None, :]
+        tl.store(out, total.to(keys.dtype.element_ty), mask=here & (channel >= inner)[None, :])
+
+
+@_kernel
+def time_steps(
+    raw, stride, dt_bias, A, steps, decays, L, first_order, sequences, H, W, heads,
+    Q: tl.constexpr, HEADS: tl.constexpr, TOGETHER: tl.constexpr,
+):  # fmt: skip
+    """Step dt = softplus(raw + dt_bias) and decay a of every token, [n, heads, chunks * Q], decays as logarithms to 2.
+
+    Behind the last token steps are zero. Program: (chunk, sequence).
+    """
+    chunk, n = tl.program_id(0), tl.program_id(1)
+    order, sequence = first_order + n // sequences, n % sequences
+    place = chunk * Q + tl.arange(0, Q)
+    head = tl.arange(0, HEADS)
+    row = _rows(place, L, order, sequence, sequences, H, W, TOGETHER)
+    known = (head < heads)[None, :]
+    here = (place < L)[:, None] & known
+    value = tl.load(raw + row[:, None] * stride + head[None, :], mask=here, other=0.0).to(tl.float32)
+    value += tl.load(dt_bias + head, mask=head < heads, other=0.0).to(tl.float32)[None, :]
+    a = tl.load(A + head, mask=head < heads, other=0.0).to(tl.float32) * LOG2_E
+    step = tl.where(here, _softplus(value), 0.0)
+    decay = tl.cumsum(step * a[None, :], 0)
+    at = (n.to(tl.int64) * heads + head[None, :]) * (tl.num_programs(0) * Q) + place[:, None]
+    tl.store(steps + at, step, mask=known)
+    tl.store(decays + at, decay, mask=known)
+
+
+@triton.jit
+def _tokens(values, token, width, channel, inside):
+    """[tokens, channels] of [n * L, width]; zero outside."""
+    return tl.load(values + token[:, None] * width + channel[None, :], mask=inside[:, None], other=0.0)
+
+
+@_kernel
+def scan(
+    x_, keys, steps, decays, D, before, y, L, chunks_each, heads,
+    P: tl.constexpr, S: tl.constexpr, Q: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, CARRIED: tl.constexpr,
+):  # fmt: skip
+    """y [n, L, inner] of a segment of `chunks_each` chunks. Program: (head, sequence, segment).
+
+    CARRIED: the state `before [n, segments, heads, S, P]` each segment is given; otherwise there is one, and it starts at zero.
+    """
+    head, n, segment = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
+    skip = tl.load(D + head).to(tl.float32)
+    q, s, p = tl.arange(0, Q), tl.arange(0, S), tl.arange(0, P)
+    inner = heads * P
+    chunks = tl.cdiv(L, Q)
+    state = tl.zeros([S, P], tl.float32)
+    if CARRIED:
+        start = ((n * tl.num_programs(2) + segment) * heads + head) * (S * P)
+        state = tl.load(before + start + s[:, None] * P + p[None, :])
+    steps += (n * heads + head) * chunks * Q
+    decays += (n * heads + head) * chunks * Q
+    for chunk in range(segment * chunks_each, tl.minimum((segment + 1) * chunks_each, chunks)):
+        place = chunk * Q + q
+        inside = place < L
+        token = n * L + place
+        x = _tokens(x_, token, inner, head * P + p, inside).to(tl.float32)
+        key = _tokens(keys, token, 2 * S, s, inside)
+        query = _tokens(keys, token, 2 * S, S + s, inside)
+        step, decay, whole = tl.load(steps + place), tl.load(decays + place), tl.load(decays + chunk * Q + Q - 1)
+        entering = x * step[:, None]
+        scores = tl.dot(query, tl.trans(key), input_precision=PRECISION)
+        between = tl.where(q[:, None] >= q[None, :], tl.exp2(decay[:, None] - decay[None, :]), 0.0)
+        out = tl.dot(query, state.to(DOT), input_precision=PRECISION) * tl.exp2(decay)[:, None]
+        out += tl.dot((scores * between).to(DOT), entering.to(DOT), input_precision=PRECISION)
+        out += skip * x
+        tl.store(y + token[:, None] * inner + (head * P + p)[None, :], out.to(y.dtype.element_ty), mask=inside[:, None])
+        fading = (entering * tl.exp2(whole - decay)[:, None]).to(DOT)
+        state = state * tl.exp2(whole) + tl.dot(tl.trans(key), fading, input_precision=PRECISION)
+
+
+@_kernel
+def scan_states(
+    x_, keys, steps, decays, states, totals, L, chunks_each, heads,
+    P: tl.constexpr, S: tl.constexpr, Q: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, EVERY: tl.constexpr,
+):  # fmt: skip
+    """States alone, from zero at the start of each segment. Program: (head, sequence, segment).
+
+    EVERY, for the backward pass: x [n, L, inner | B, C] is given before its SiLU, and the result is the state before each
+    chunk, states [n, chunks, heads, S, P], of one segment that is the whole sequence. Otherwise the state after each segment
+    [n, segments, heads, S, P], and the decay over it, totals [n, segments, heads].
+    """
+    head, n, segment = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
+    q, s, p = tl.arange(0, Q), tl.arange(0, S), tl.arange(0, P)
+    chunks = tl.cdiv(L, Q)
+    tile = s[:, None] * P + p[None, :]
+    state = tl.zeros([S, P], tl.float32)
+    total = tl.load(decays) * 0.0
+    steps += (n * heads + head) * chunks * Q
+    decays += (n * heads + head) * chunks * Q
+    for chunk in range(segment * chunks_each, tl.minimum((segment + 1) * chunks_each, chunks)):
+        if EVERY:
+            start = ((n * chunks + chunk) * heads + head) * (S * P)
+            tl.store(states + start + tile, state.to(states.dtype.element_ty))
+        place = chunk * Q + q
+        inside = place < L
+        token = n * L + place
+        x = _tokens(x_, token, heads * P + (2 * S if EVERY else 0), head * P + p, inside).to(tl.float32)
+        key = _tokens(keys, token, 2 * S, s, inside)
+        if EVERY:
+            x *= tl.sigmoid(x)
+        whole = tl.load(decays + chunk * Q + Q - 1)
+        fading = (x * (tl.load(steps + place) * tl.exp2(whole - tl.load(decays + place)))[:, None]).to(DOT)
+        state = state * tl.exp2(whole) + tl.dot(tl.trans(key), fading, input_precision=PRECISION)
+        total += whole
+    if not EVERY:
+        start = (n * tl.num_programs(2) + segment) * heads + head
+        tl.store(states + start * (S * P) + tile, state)
+        tl.store(totals + start, total)
+
+
+@_kernel
+def carry_states(states, totals, segments, heads, SIZE: tl.constexpr):
+    """States after each segment alone, [n, segments, heads, SIZE] -> before each segment of the whole, in place.
+
+    Program: (head, sequence).
+    """
+    head, n = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    i = tl.arange(0, SIZE)
+    state = tl.zeros([SIZE], tl.float32)
+    for segment in range(segments):
+        start = (n * segments + segment) * heads + head
+        added = tl.load(states + start * SIZE + i)
+        tl.store(states + start * SIZE + i, state)
+        state = state * tl.exp2(tl.load(totals + start)) + added
+
+
+@_kernel
+def scan_state_gradients(
+    keys, decays, dy, state_gradients, L, heads,
+    P: tl.constexpr, S: tl.constexpr, Q: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Gradient of the state after each chunk, [n, chunks, heads, S, P], from the last to the first. Program: (head, n)."""
+    head, n = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    q, s, p = tl.arange(0, Q), tl.arange(0, S), tl.arange(0, P)
+    chunks = tl.cdiv(L, Q)
+    decays += (n * heads + head) * chunks * Q
+    gradient = tl.zeros([S, P], tl.float32)
+    for back in range(chunks):
+        chunk = chunks - 1 - back
+        tile = ((n * chunks + chunk) * heads + head) * (S * P) + s[:, None] * P + p[None, :]
+        tl.store(state_gradients + tile, gradient.to(state_gradients.dtype.element_ty))
+        place = chunk * Q + q
+        inside = place < L
+        token = n * L + place
+        g = _tokens(dy, token, heads * P, head * P + p, inside).to(tl.float32)
+        query = _tokens(keys, token, 2 * S, S + s, inside)
+        fading = (g * tl.exp2(tl.load(decays + place))[:, None]).to(DOT)
+        whole = tl.load(decays + chunk * Q + Q - 1)
+        gradient = gradient * tl.exp2(whole) + tl.dot(tl.trans(query), fading, input_precision=PRECISION)
+
+
+@_kernel
+def scan_key_gradients(
+    x_, keys, steps, decays, states, state_gradients, dy, d_keys, d_heads, L, heads,
+    P: tl.constexpr, S: tl.constexpr, Q: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Gradients of B and C by way of the states before and after a chunk, summed over heads: d_keys [n, L, B | C].
+
+    x [n, L, inner | B, C] is given before its SiLU. Of each chunk and head also sum(h * dh'), the gradient of its whole decay
+    by way of the state, and sum(x * dy), that of D: d_heads [n, chunks, heads, 2]. Program: (chunk, sequence).
+    """
+    chunk, n = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    inner = heads * P
+    q, s, p = tl.arange(0, Q), tl.arange(0, S), tl.arange(0, P)
+    place = chunk * Q + q
+    inside = place < L
+    token = n * L + place
+    here = n * tl.num_programs(0) + chunk
+    steps += n * heads * tl.num_programs(0) * Q + chunk * Q
+    decays += n * heads * tl.num_programs(0) * Q + chunk * Q
+    d_key = tl.zeros([Q, S], tl.float32)
+    d_query = tl.zeros([Q, S], tl.float32)
+    for head in range(heads):
+        x = _tokens(x_, token, inner + 2 * S, head * P + p, inside).to(tl.float32)
+        x *= tl.sigmoid(x)
+        g = _tokens(dy, token, inner, head * P + p, inside).to(tl.float32)
+        tile = (here * heads + head) * (S * P) + s[:, None] * P + p[None, :]
+        state, d_state = tl.load(states + tile), tl.load(state_gradients + tile)
+        at = head * tl.num_programs(0) * Q
+        step, decay, whole = tl.load(steps + at + q), tl.load(decays + at + q), tl.load(decays + at + Q - 1)
+        from_state = (g * tl.exp2(decay)[:, None]).to(DOT)
+        d_query = tl.dot(from_state, tl.trans(state), acc=d_query, input_precision=PRECISION)
+        to_state = (x * (step * tl.exp2(whole - decay))[:, None]).to(DOT)
+        d_key = tl.dot(to_state, tl.trans(d_state), acc=d_key, input_precision=PRECISION)
+        tl.store(d_heads + (here * heads + head) * 2, tl.sum(state.to(tl.float32) * d_state.to(tl.float32)))
+        tl.store(d_heads + (here * heads + head) * 2 + 1, tl.sum(x * g))
+    at = d_keys + token[:, None] * (2 * S) + s[None, :]
+    tl.store(at, d_key.to(d_keys.dtype.element_ty), mask=inside[:, None])
+    tl.store(at + S, d_query.to(d_keys.dtype.element_ty), mask=inside[:, None])
+
+
+@_kernel
+def scan_gradients(
+    convolved, keys, steps, decays, D, states, state_gradients, dy, d_keys, sums, L, heads,
+    P: tl.constexpr, S: tl.constexpr, Q: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Gradients of x, B and C before their SiLU, which take the place of `convolved`, head after head.
+
+    Those of the products C B^T, which all heads share, are summed up; they become gradients of B and C together with d_keys
+    [n, L, B | C]. Of what the decays do, `step_gradients` makes the rest from sums [5, n, heads, chunks * Q]: over the rows and
+    over the columns of a chunk, from the state before, to the state after, and by way of dt x. Program: (chunk, n).
+    """
+    chunk, n = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    inner = heads * P
+    q, s, p = tl.arange(0, Q), tl.arange(0, S), tl.arange(0, P)
+    place = chunk * Q + q
+    inside = place < L
+    token = n * L + place
+    here = n * tl.num_programs(0) + chunk
+    size = tl.num_programs(0) * Q
+    steps += n * heads * size + chunk * Q
+    decays += n * heads * size + chunk * Q
+    sums += n * heads * size + chunk * Q
+    kind = tl.num_programs(1).to(tl.int64) * heads * size
+
+    key = _tokens(keys, token, 2 * S, s, inside)
+    query = _tokens(keys, token, 2 * S, S + s, inside)
+    scores = tl.dot(query, tl.trans(key), input_precision=PRECISION)
+    d_scores = tl.zeros([Q, Q], tl.float32)
+    for head in range(heads):
+        before_silu = _tokens(convolved, token, inner + 2 * S, head * P + p, inside).to(tl.float32)
+        gate = tl.sigmoid(before_silu)
+        x = before_silu * gate
+        g = _tokens(dy, token, inner, head * P + p, inside)
+        tile = (here * heads + head) * (S * P) + s[:, None] * P + p[None, :]
+        state, d_state = tl.load(states + tile), tl.load(state_gradients + tile)
+        step, decay = tl.load(steps + head * size + q), tl.load(decays + head * size + q)
+        whole = tl.load(decays + head * size + Q - 1)
+        out = sums + head * size + q
+
+        entering = x * step[:, None]
+        between = tl.where(q[:, None] >= q[None, :], tl.exp2(decay[:, None] - decay[None, :]), 0.0)
+        d_one = tl.dot(g.to(DOT), tl.trans(entering.to(DOT)), input_precision=PRECISION) * between
+        d_scores += d_one
+        d_one *= scores
+        tl.store(out, tl.sum(d_one, 1))
+        tl.store(out + kind, tl.sum(d_one, 0))
+        from_state = tl.dot(query, state, input_precision=PRECISION) * g.to(tl.float32)
+        tl.store(out + 2 * kind, tl.sum(from_state, 1))
+        to_state = tl.dot(key, d_state, input_precision=PRECISION) * tl.exp2(whole - decay)[:, None]
+        tl.store(out + 3 * kind, tl.sum(to_state * entering, 1))
+        d_entering = to_state + tl.dot(tl.trans((scores * between).to(DOT)), g.to(DOT), input_precision=PRECISION)
+        tl.store(out + 4 * kind, tl.sum(d_entering * x, 1))
+        d_x = d_entering * step[:, None] + tl.load(D + head).to(tl.float32) * g.to(tl.float32)
+        d_x *= gate * (1 + before_silu * (1 - gate))
+        at = convolved + token[:, None] * (inner + 2 * S) + (head * P + p)[None, :]
+        tl.store(at, d_x.to(convolved.dtype.element_ty), mask=inside[:, None])
+
+    for part in tl.static_range(2):
+        if part == 0:
+            gradient = tl.dot(tl.trans(d_scores.to(DOT)), query, input_precision=PRECISION)
+        else:
+            gradient = tl.dot(d_scores.to(DOT), key, input_precision=PRECISION)
+        gradient += _tokens(d_keys, token, 2 * S, part * S + s, inside).to(tl.float32)
+        before_silu = _tokens(convolved, token, inner + 2 * S, inner + part * S + s, inside).to(tl.float32)
+        gate = tl.sigmoid(before_silu)
+        gradient *= gate * (1 + before_silu * (1 - gate))
+        at = convolved + token[:, None] * (inner + 2 * S) + (inner + part * S + s)[None, :]
+        tl.store(at, gradient.to(convolved.dtype.element_ty), mask=inside[:, None])
+
+
+@_kernel
+def step_gradients(steps, decays, A, sums, d_heads, d_steps, heads, Q: tl.constexpr, HEADS: tl.constexpr):
+    """From the sums of `scan_gradients` to the gradients of the steps, d_steps [n, heads, chunks * Q], and of A, which takes
+    the first place of d_heads [n, chunks, heads, 2]. Program: (chunk, sequence)."""
+    chunk, n = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    head = tl.arange(0, HEADS)[:, None]
+    size = tl.num_programs(0) * Q
+    at = (n * heads + head) * size + chunk * Q + tl.arange(0, Q)[None, :]
+    kind = tl.num_programs(1).to(tl.int64) * heads * size
+    known = (head < heads) & (at >= 0)
+    step, decay = tl.load(steps + at, mask=known, other=0.0), tl.load(decays + at, mask=known, other=0.0)
+    whole = tl.load(decays + (n * heads + head) * size + chunk * Q + Q - 1, mask=head < heads, other=0.0)
+    rows, columns = tl.load(sums + at, mask=known, other=0.0), tl.load(sums + kind + at, mask=known, other=0.0)
+    from_state = tl.load(sums + 2 * kind + at, mask=known, other=0.0) * tl.exp2(decay)
+    to_state = tl.load(sums + 3 * kind + at, mask=known, other=0.0)
+    of_entering = tl.load(sums + 4 * kind + at, mask=known, other=0.0)
+    one = d_heads + ((n * tl.num_programs(0) + chunk) * heads + head) * 2
+    d_whole = tl.sum(to_state, 1)[:, None] + tl.exp2(whole) * tl.load(one, mask=head < heads, other=0.0)
+    d_log = tl.cumsum(rows - columns + from_state - to_state, 1, reverse=True) + d_whole  # of step * A
+    a = tl.load(A + head, mask=head < heads, other=0.0).to(tl.float32)
+    tl.store(d_steps + at, d_log * a + of_entering, mask=known)
+    tl.store(one, tl.sum(d_log * step, 1)[:, None], mask=head < heads)
+
+
+@_kernel
+def time_step_gradients(
+    raw, stride, dt_bias, d_steps, d_raw, d_stride, d_bias, L, size, sequences, H, W, heads,
+    BLOCK: tl.constexpr, HEADS: tl.constexpr, TOGETHER: tl.constexpr,
+):  # fmt: skip
+    """Back through softplus and the four orders: d_steps [n, heads, size] -> d_raw of the pixels; of the bias d_bias
+    [programs, heads]. Program: (block of pixels of a frame, frame)."""
+    block, frame = tl.program_id(0), tl.program_id(1)
+    pixel = block * BLOCK + tl.arange(0, BLOCK)
+    head = tl.arange(0, HEADS)
+    here = (pixel < H * W)[:, None] & (head < heads)[None, :]
+    row = frame.to(tl.int64) * (H * W) + pixel
+    value = tl.load(raw + row[:, None] * stride + head[None, :], mask=here, other=0.0).to(tl.float32)
+    value += tl.load(dt_bias + head, mask=head < heads, other=0.0).to(tl.float32)[None, :]
+    total = tl.zeros([BLOCK, HEADS], tl.float32)
+    for order in tl.static_range(4):
+        sequence, place = _places(frame, pixel, L, order, sequences, H, W, TOGETHER)
+        n = (order * sequences + sequence).to(tl.int64)
+        total += tl.load(d_steps + (n * heads + head[None, :]) * size + place[:, None], mask=here, other=0.0)
+    total *= tl.sigmoid(value)
+    tl.store(d_raw + row[:, None] * d_stride + head[None, :], total.to(d_raw.dtype.element_ty), mask=here)
+    out = d_bias + (frame * tl.num_programs(0) + block) * heads + head
+    tl.store(out, tl.sum(total, 0), mask=head < heads)
+
+
+@_kernel
+def convolution_gradients(
+    map_, stride, weight, d_convolved, d_map, d_stride, d_weights, L, sequences, H, W, channels,
+    BLOCK: tl.constexpr, WIDTH: tl.constexpr, TOGETHER: tl.constexpr,
+):  # fmt: skip
+    """Back through the convolution and the four orders: d_map of the pixels; of the weights and the bias, by block,
+    d_weights [blocks, TAPS + 1, channels]. Program: (block of pixels of a frame, frame, block of channels)."""
+    block, frame = tl.program_id(0), tl.program_id(1)
+    pixel = block * BLOCK + tl.arange(0, BLOCK)
+    channel = tl.program_id(2) * WIDTH + tl.arange(0, WIDTH)
+    known = channel < channels
+    here = (pixel < H * W)[:, None] & known[None, :]
+    row = frame.to(tl.int64) * (H * W) + pixel
+    value = tl.load(map_ + row[:, None] * stride + channel[None, :], mask=here, other=0.0).to(tl.float32)
+    total = tl.zeros([BLOCK, WIDTH], tl.float32)
+    out = d_weights + (frame * tl.num_programs(0) + block).to(tl.int64) * (TAPS + 1) * channels + channel
+    for tap in tl.static_range(TAPS):
+        read = tl.zeros([BLOCK, WIDTH], tl.float32)  # gradients of the tokens that read these pixels by this tap
+        for order in tl.static_range(4):
+            sequence, place = _places(frame, pixel, L, order, sequences, H, W, TOGETHER)
+            place += TAPS - 1 - tap
+            token = (order * sequences + sequence).to(tl.int64) * L + place
+            at = d_convolved + token[:, None] * channels + channel[None, :]
+            read += tl.load(at, mask=here & (place < L)[:, None], other=0.0).to(tl.float32)
+        total += read * tl.load(weight + channel * TAPS + tap, mask=known, other=0.0).to(tl.float32)[None, :]
+        tl.store(out + tap * channels, tl.sum(read * value, 0), mask=known)
+        if tap == TAPS - 1:
+            tl.store(out + TAPS * channels, tl.sum(read, 0), mask=known)
+    tl.store(d_map + row[:, None] * d_stride + channel[None, :], total.to(d_map.dtype.element_ty), mask=here)
+
+
+@_kernel
+def gated_norm(
+    y, z, stride, weight, out, L, first_order, sequences, H, W, inner, ADD: tl.constexpr, ORDERS: tl.constexpr,
+    BLOCK: tl.constexpr, WIDTH: tl.constexpr, TOGETHER: tl.constexpr,
+):  # fmt: skip
+    """Sum over orders of RMSNorm(y * silu(z)) * weight, back in place: y [n, L, inner] -> out [frames * H * W, inner].
+
+    ADD: to what is there. Program: (block of pixels of a frame, frame).
+    """
+    frame = tl.program_id(1)
+    pixel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    channel = tl.arange(0, WIDTH)
+    row = frame.to(tl.int64) * (H * W) + pixel
+    here = (pixel < H * W)[:, None] & (channel < inner)[None, :]
+    gate = tl.load(z + row[:, None] * stride + channel[None, :], mask=here, other=0.0).to(tl.float32)
+    gate *= tl.sigmoid(gate)
+    total = tl.zeros([BLOCK, WIDTH], tl.float32)
+    for order in tl.static_range(ORDERS):
+        sequence, place = _places(frame, pixel, L, first_order + order, sequences, H, W, TOGETHER)
+        token = (order * sequences + sequence).to(tl.int64) * L + place
+        u = tl.load(y + token[:, None] * inner + channel[None, :], mask=here, other=0.0).to(tl.float32) * gate
+        total += u * tl.rsqrt(tl.sum(u * u, 1) / inner + EPSILON)[:, None]
+    total *= tl.load(weight + channel, mask=channel < inner, other=0.0).to(tl.float32)[None, :]
+    at = out + row[:, None] * inner + channel[None, :]
+    if ADD:
+        total += tl.load(at, mask=here, other=0.0).to(tl.float32)
+    tl.store(at, total.to(out.dtype.element_ty), mask=here)
+
+
+@_kernel
+def gated_norm_gradients(
+    y, z, stride, weight, d_out, dy, dz, d_stride, d_weights, L, sequences, H, W, inner,
+    BLOCKS: tl.constexpr, WIDTH: tl.constexpr, TOGETHER: tl.constexpr,
+):  # fmt: skip
+    """Gradients of `gated_norm` of all four orders: dy [n, L, inner], dz, and by program that of the weight, d_weights
+    [programs, inner]. Program: (BLOCKS pixels of a frame, one after the other, frame)."""
+    block, frame = tl.program_id(0), tl.program_id(1)
+    channel = tl.arange(0, WIDTH)
+    known = channel < inner
+    w = tl.load(weight + channel, mask=known, other=0.0).to(tl.float32)
+    d_weight = tl.zeros([WIDTH], tl.float32)
+    for i in range(BLOCKS):
+        pixel = block * BLOCKS + i
+        row = frame.to(tl.int64) * (H * W) + pixel
+        here = known & (pixel < H * W)
+        value = tl.load(z + row * stride + channel, mask=here, other=0.0).to(tl.float32)
+        gate = tl.sigmoid(value)
+        d = tl.load(d_out + row * inner + channel, mask=here, other=0.0).to(tl.float32)
+        d_gate = tl.zeros([WIDTH], tl.float32)
+        for order in tl.static_range(4):
+            sequence, place = _places(frame, pixel, L, order, sequences, H, W, TOGETHER)
+            at = ((order * sequences + sequence).to(tl.int64) * L + place) * inner + channel
+            one = tl.load(y + at, mask=here, other=0.0).to(tl.float32)
+            u = one * value * gate
+            scale = tl.rsqrt(tl.sum(u * u, 0) / inner + EPSILON)
+            d_u = scale * (d * w - u * (scale * scale * tl.sum(d * w * u, 0) / inner))
+            d_weight += d * u * scale
+            d_gate += d_u * one
+            tl.store(dy + at, (d_u * value * gate).to(dy.dtype.element_ty), mask=here)
+        d_value = d_gate * gate * (1 + value * (1 - gate))
+        tl.store(dz + row * d_stride + channel, d_value.to(dz.dtype.element_ty), mask=here)
+    out = d_weights + (frame * tl.num_programs(0) + block).to(tl.int64) * inner + channel
+    tl.store(out, d_weight, mask=known)

@@ -1,0 +1,248 @@
+"""How does backward warping run without copies to fp32 and back? As one Triton kernel forward and one backward.
+
+A program has a small rectangle of pixels of one frame, whose corners overlap and so come from the cache, and goes over all of
+their channels. Backward it gathers the gradient of the flow, written once and the same bit for bit each time, and scatters that
+of the frames by atomic additions in fp32, whose last bits depend on their order.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def backward_warp_fused(x: Tensor, flow: Tensor) -> Tensor:
+    """`backward_warp`: `[B, C, H, W]`, y[p] = x[p + flow[p]], bilinear; beyond the frame its border goes on.
+
+    Args:
+        x: bf16, fp16 or fp32; read where it lies if it is channels-last.
+        flow: `[B, 2, H, W]` in bf16, fp16 or fp32, in pixels, at any strides. NaN looks at the first column or row.
+
+    Returns:
+        `[B, C, H, W]` in the dtype of `x`, channels-last. Coordinates, weights and sums are fp32.
+    """
+    if x.shape[2:] != flow.shape[2:] or flow.shape[:2] != (x.shape[0], 2):
+        raise ValueError(f"a flow for {list(x.shape)} must be {[x.shape[0], 2, *x.shape[2:]]}; given {list(flow.shape)}")
+    if x.dtype not in DTYPES or flow.dtype not in DTYPES:
+        raise TypeError(f"fused warping takes bf16, fp16 or fp32 and was given {x.dtype} and a flow in {flow.dtype}")
+    return _Fused.apply(x.permute(0, 2, 3, 1), flow).permute(0, 3, 1, 2)
+
+
+class _Fused(torch.autograd.Function):
+    """Frames and what comes out are `[B, H, W, C]` here."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, flow: Tensor) -> Tensor:
+        x = x.contiguous()
+        y = x.new_empty(x.shape)
+        _launch(_forward_kernel, forward_tiles(x.shape[-1], x.dtype), x, flow, y)
+        ctx.save_for_backward(flow, *((x,) if ctx.needs_input_grad[1] else ()))
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        flow, *kept = ctx.saved_tensors
+        grad = grad.contiguous()
+        x = kept[0] if kept else None
+        d_x = grad.new_zeros(grad.shape, dtype=torch.float32) if ctx.needs_input_grad[0] else None
+        d_flow = flow.new_empty(flow.shape) if kept else None
+        _launch(_backward_kernel, backward_tiles(grad.shape[-1], grad.dtype), grad, flow, x, d_x, d_flow)
+        return None if d_x is None else d_x.to(grad.dtype), d_flow
+
+
+class Tiles(NamedTuple):
+    """How a kernel runs: the pixels of a program, and the channels that it takes at a time, all powers of two."""
+
+    rows: int
+    columns: int
+    channels: int
+    num_warps: int
+
+
+def forward_tiles(C: int, dtype: torch.dtype) -> Tiles:
+    return _tiles(C, dtype, elements=2048)
+
+
+def backward_tiles(C: int, dtype: torch.dtype) -> Tiles:
+    return _tiles(C, dtype, elements=1024)
+
+
+def _tiles(C: int, dtype: torch.dtype, elements: int) -> Tiles:
+    """As many channels at a time as leave few lanes without one, and a rectangle of pixels that together are `elements`.
+
+    Where pixels do not start at multiples of 16 bytes, every element needs registers for its own four addresses: two a thread.
+    """
+    channels = max(n for n in (1, 2, 4, 8, 16, 32, 64, 128) if triton.cdiv(C, n) * n <= 1.15 * C)
+    in_vectors = C * dtype.itemsize % 16 == 0
+    pixels = min(256, (elements if in_vectors else 512) // channels)
+    rows = 2 ** ((pixels.bit_length() - 1) // 2)
+    return Tiles(rows, pixels // rows, channels, num_warps=4 if in_vectors else 8)
+
+
+def _launch(kernel: Any, tiles: Tiles, given: Tensor, flow: Tensor, *others: Tensor | None) -> None:
+    """Runs a kernel over all pixels. `given`: `[B, H, W, C]`, contiguous as all others, apart from the flow."""
+    B, H, W, C = given.shape
+    down, across = triton.cdiv(H, tiles.rows), triton.cdiv(W, tiles.columns)
+    with torch.cuda.device_of(given):
+        kernel[(B * down * across,)](
+            given,
+            flow,
+            *others,
+            *flow.stride(),
+            *(H, W, down, across),
+            C=C,
+            ROWS=tiles.rows,
+            COLUMNS=tiles.columns,
+            CHANNELS=tiles.channels,
+            num_warps=tiles.num_warps,
+            num_stages=1,
+        )
+
+
+@triton.jit
+def _place(H, W, down, across, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """This program's frame, and rows and columns `[ROWS * COLUMNS]` of its pixels. Programs of a row are neighbours."""
+    place = tl.program_id(0)
+    left, place = (place % across) * COLUMNS, place // across
+    top, frame = (place % down) * ROWS, place // down
+    pixel = tl.arange(0, ROWS * COLUMNS)
+    return frame.to(tl.int64), top + pixel // COLUMNS, left + pixel % COLUMNS
+
+
+@triton.jit
+def _looked_at(start, by, size):
+    """Along one axis: the pixels before and after the place looked at, how far it is between them, and whether it moves.
+
+    It doesn't on the border and beyond, as in `grid_sample`. Comparisons with NaN are false, which so never gets further.
+    """
+    last = size - 1
+    at = start.to(tl.float32) + by.to(tl.float32)
+    moves = (at > 0) & (at < last)
+    at = tl.where(at > 0, at, 0.0)
+    at = tl.where(at < last, at, last.to(tl.float32))
+    before = at.to(tl.int32)
+    return before, tl.minimum(before + 1, last), at - before.to(tl.float32), moves
+
+
+@triton.jit
+def _at(row, column, W, C: tl.constexpr):
+    """`[pixels, 1]`: where pixels start in their frame."""
+    return (row.to(tl.int64) * W + column)[:, None] * C
+
+
+@triton.jit
+def _read(at, channel, C: tl.constexpr, CHANNELS: tl.constexpr):
+    if C % CHANNELS == 0:
+        value = tl.load(at + channel)
+    else:
+        value = tl.load(at + channel, mask=channel < C, other=0.0)
+    return value.to(tl.float32)
+
+
+@triton.jit(do_not_specialize=["frame_stride", "part_stride", "row_stride", "column_stride", "H", "W", "down", "across"])
+def _forward_kernel(
+    x,
+    flow,
+    y,
+    frame_stride,
+    part_stride,
+    row_stride,
+    column_stride,
+    H,
+    W,
+    down,
+    across,
+    C: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):
+    frame, row, column = _place(H, W, down, across, ROWS, COLUMNS)
+    inside = (row < H) & (column < W)
+    flow += frame * frame_stride + row.to(tl.int64) * row_stride + column.to(tl.int64) * column_stride
+    # upper left to lower right; also for pixels outside the frame the places looked at are inside
+    left, right, a, _ = _looked_at(column, tl.load(flow, mask=inside, other=0.0), W)
+    top, bottom, d, _ = _looked_at(row, tl.load(flow + part_stride, mask=inside, other=0.0), H)
+    a, d = a[:, None], d[:, None]
+    x += frame * H * W * C
+    ul, ur = x + _at(top, left, W, C), x + _at(top, right, W, C)
+    ll, lr = x + _at(bottom, left, W, C), x + _at(bottom, right, W, C)
+    out = y + frame * H * W * C + _at(row, column, W, C)
+    for start in range(0, C, CHANNELS):
+        channel = start + tl.arange(0, CHANNELS)[None, :]
+        value = _read(ul, channel, C, CHANNELS) * ((1 - d) * (1 - a))
+        value += _read(ur, channel, C, CHANNELS) * ((1 - d) * a)
+        value += _read(ll, channel, C, CHANNELS) * (d * (1 - a))
+        value += _read(lr, channel, C, CHANNELS) * (d * a)
+        tl.store(out + channel, value.to(y.dtype.element_ty), mask=inside[:, None] & (channel < C))
+
+
+@triton.jit(do_not_specialize=["frame_stride", "part_stride", "row_stride", "column_stride", "H", "W", "down", "across"])
+def _backward_kernel(
+    grad,
+    flow,
+    x,
+    d_x,
+    d_flow,
+    frame_stride,
+    part_stride,
+    row_stride,
+    column_stride,
+    H,
+    W,
+    down,
+    across,
+    C: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):
+    """Either of `d_x` (fp32, zeros before) and `d_flow` may be None, and `x` with the latter."""
+    frame, row, column = _place(H, W, down, across, ROWS, COLUMNS)
+    inside = (row < H) & (column < W)
+    flow += frame * frame_stride + row.to(tl.int64) * row_stride + column.to(tl.int64) * column_stride
+    left, right, across_by, moves_across = _looked_at(column, tl.load(flow, mask=inside, other=0.0), W)
+    top, bottom, down_by, moves_down = _looked_at(row, tl.load(flow + part_stride, mask=inside, other=0.0), H)
+    asked, a, d = inside[:, None], across_by[:, None], down_by[:, None]
+    first = frame * H * W * C
+    ul, ur = first + _at(top, left, W, C), first + _at(top, right, W, C)
+    ll, lr = first + _at(bottom, left, W, C), first + _at(bottom, right, W, C)
+    grad += first + _at(row, column, W, C)
+    d_across = tl.full((ROWS * COLUMNS, CHANNELS), 0.0, tl.float32)
+    d_down = tl.full((ROWS * COLUMNS, CHANNELS), 0.0, tl.float32)
+    for start in range(0, C, CHANNELS):
+        channel = start + tl.arange(0, CHANNELS)[None, :]
+        known = asked & (channel < C)
+        dy = tl.load(grad + channel, mask=known, other=0.0).to(tl.float32)
+        if d_flow is not None:
+            x_ul = _read(x + ul, channel, C, CHANNELS)
+            x_ur = _read(x + ur, channel, C, CHANNELS)
+            x_ll = _read(x + ll, channel, C, CHANNELS)
+            x_lr = _read(x + lr, channel, C, CHANNELS)
+            d_across += dy * ((1 - d) * (x_ur - x_ul) + d * (x_lr - x_ll))
+            d_down += dy * ((1 - a) * (x_ll - x_ul) + a * (x_lr - x_ur))
+        if d_x is not None:
+            _add(d_x + ul + channel, dy, (1 - d) * (1 - a), known)
+            _add(d_x + ur + channel, dy, (1 - d) * a, known)
+            _add(d_x + ll + channel, dy, d * (1 - a), known)
+            _add(d_x + lr + channel, dy, d * a, known)
+    if d_flow is not None:
+        d_flow += frame * 2 * H * W + row.to(tl.int64) * W + column
+        d_across = tl.where(moves_across, tl.sum(d_across, axis=1), 0.0)
+        d_down = tl.where(moves_down, tl.sum(d_down, axis=1), 0.0)
+        tl.store(d_flow, d_across.to(d_flow.dtype.element_ty), mask=inside)
+        tl.store(d_flow + H.to(tl.int64) * W, d_down.to(d_flow.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _add(at, dy, weight, known):
+    """Whole pixels have corners that count for nothing: nothing is added there."""
+    tl.atomic_add(at, dy * weight, mask=known & (weight > 0), sem="relaxed")
