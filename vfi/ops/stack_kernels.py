@@ -268,8 +268,7 @@ def _read(
     if MAP < 0:
         value = tl.zeros(place.pixel.shape, TYPE)
     else:
-        at = _column(maps, place, area, MAP, CHANNEL, STRIDES, SHUFFLED)
-        value = tl.load(at, mask=place.inside, other=0.0).to(TYPE)
+        value = tl.load(_column(maps, place, area, MAP, CHANNEL, STRIDES, SHUFFLED), mask=place.inside, other=0.0).to(TYPE)
     return value
 
 
