@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vfi import presets
+from vfi.model import refine
 from vfi.model.interpolator import FrameInterpolator, Prediction
 from vfi.ops.pointwise import Pointwise, choose_pointwise, give_pointwise
 from vfi.ops.warp import backward_warp
@@ -92,6 +93,20 @@ def test_they_are_asked_for_everywhere():
     assert called == {"bias_prelu": 42, "stack_channels": 8, "backward_warp": 12, "layer_norm": 6}
 
 
+@pytest.mark.parametrize("band", [64 * 2, 64 * 20, 64 * 46])
+def test_large_frames_are_refined_in_bands(monkeypatch, band):
+    """Of 2, 20 and 46 rows: what they see above and below makes them the same as the whole."""
+    model = network(CPU).eval()
+    give_pointwise(model, IN_TORCH)
+    frames = torch.rand(2, 2, 3, 48, 64, generator=torch.Generator().manual_seed(0)), torch.tensor([0.5, 0.2])
+    with torch.no_grad():
+        whole = model(*frames[0], frames[1])
+        monkeypatch.setattr(refine, "_BAND_PIXELS", band)
+        parts = model(*frames[0], frames[1])
+    torch.testing.assert_close(parts.residual, whole.residual, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(parts.imgt, whole.imgt, atol=1e-6, rtol=1e-5)
+
+
 def test_choice_says_why(monkeypatch):
     assert choose_pointwise("torch", CPU) == (None, "pointwise: torch (asked for)")
     reason = "the fused kernels need a CUDA GPU and the device is cpu"
@@ -110,8 +125,9 @@ def test_choice_says_why(monkeypatch):
 
 
 @pytest.mark.gpu
-def test_gpu_network_is_the_same():
+def test_gpu_network_is_the_same(monkeypatch):
     """fp32 without TF32: outputs and every gradient."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     choices = {"ssd_precision": "fp32", "head_dim": 16}
     plain = network(CUDA, "torch", ssd_backend="reference", attention_backend="sdpa", **choices | {"ssd_precision": "tf32"})
     fused = network(CUDA, "fused", ssd_backend="fused", attention_backend="fused", **choices)

@@ -9,7 +9,8 @@ Any H and W from 32 up: frames are padded inside to multiples of 16 / scale and 
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -115,13 +116,15 @@ class FrameInterpolator(PointwiseModule):
         prior = torch.logit(1 - timestep.float(), eps=1e-6).view(-1, 1, 1, 1)
         motions = self._estimate_flow(encoded, timestep)
         motion = motions[-1] if motions else None
-        warped, features = frames, encoded.features
+        warped = frames
+        features: Sequence[Tensor] = encoded.features
         mask_logit: Tensor = prior.expand(-1, 1, *frames.shape[2:])
         residual = frames.new_zeros(frames.shape[0] // 2, *frames.shape[1:])
         if motion:
             warped, mask_logit = self._warp(frames, motion.flow), prior + motion.mask_logit
         if motion and self.warps_features:
-            features = [self._warp(f, resize_flow(motion.flow, (f.shape[2], f.shape[3]))) for f in features]
+            features = _Moved(self._warp, features, motion.flow)
+            features = list(features) if torch.is_grad_enabled() else features
         if self.refine:
             refined_logit, residual = self.refine(features, torch.cat(of_each_frame(warped), dim=1), timestep)
             mask_logit = mask_logit + refined_logit
@@ -178,6 +181,20 @@ class FrameInterpolator(PointwiseModule):
     def choices(self) -> list[str]:
         """Which fast path each operator took and why, one line each."""
         return sorted({str(module.choice) for module in self.modules() if hasattr(module, "choice")})
+
+
+class _Moved(Sequence[Tensor]):
+    """Features of each level, moved when they are asked for: so those of one level are in memory at a time."""
+
+    def __init__(self, warp: Callable[[Tensor, Tensor], Tensor], features: Sequence[Tensor], flow: Tensor) -> None:
+        self.warp, self.features, self.flow = warp, features, flow
+
+    def __len__(self) -> int:
+        return len(self.features)
+
+    def __getitem__(self, level: Any) -> Any:
+        features = self.features[level]
+        return self.warp(features, resize_flow(self.flow, (features.shape[2], features.shape[3])))
 
 
 def check_frames(img0: Tensor, img1: Tensor, scale: float = 1.0) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -10,6 +12,9 @@ from vfi.config import ModelConfig
 from vfi.model.backbone import LEVELS, level_widths, of_each_frame
 from vfi.model.convolutions import ConvPReLU, ResidualBlock, scaled_conv, zero
 from vfi.ops.pointwise import PointwiseModule
+
+_REACH = 4  # rows that level 0 and the head look up and down: four 3x3 convolutions
+_BAND_PIXELS = 2**21  # of a pair, at level 0: as many as 1080p has
 
 
 class RefineNet(PointwiseModule):
@@ -38,14 +43,28 @@ class RefineNet(PointwiseModule):
         self.head = nn.Conv2d(widths[0], 4, 3, 1, 1)
         zero(self.head.weight, self.head.bias)
 
-    def forward(self, features: list[Tensor], images: Tensor, timestep: Tensor) -> tuple[Tensor, Tensor]:
-        time = timestep.view(-1, 1, 1, 1).expand(-1, 1, *features[-1].shape[2:])
-        x = self.mix[-1](self._stacked(None, *of_each_frame(features[-1]), time))
+    def forward(self, features: Sequence[Tensor], images: Tensor, timestep: Tensor) -> tuple[Tensor, Tensor]:
+        coarsest = of_each_frame(features[-1])
+        time = timestep.view(-1, 1, 1, 1).expand(-1, 1, *coarsest[0].shape[2:])
+        x = self.mix[-1](self._stacked(None, *coarsest, time))
         for level in range(LEVELS - 2, 0, -1):
             x = self.mix[level](self._beside(level, x, *of_each_frame(features[level])))
-        x = self.mix[0](self._beside(0, x, *of_each_frame(features[0]), images))
-        mask_logit, residual = self.head(x).float().split((1, 3), dim=1)
+        mask_logit, residual = self._finest(x, (*of_each_frame(features[0]), images)).split((1, 3), dim=1)
         return mask_logit, residual
+
+    def _finest(self, below: Tensor, parts: tuple[Tensor, ...]) -> Tensor:
+        """Level 0 and the head, `[B, 4, H, W]` in fp32. Large frames without gradients in bands of rows, for the same numbers."""
+        H, W = parts[0].shape[2:]
+        if self.pointwise is None or torch.is_grad_enabled() or H * W <= _BAND_PIXELS:
+            return self.head(self.mix[0](self._beside(0, below, *parts))).float()
+        out = torch.empty((len(below), 4, H, W), dtype=torch.float32, device=below.device)
+        rows = max(2, _BAND_PIXELS // W // 2 * 2)  # of the level below there are half as many
+        for top in range(0, H, rows):
+            first, last = max(0, top - _REACH), min(H, top + rows + _REACH)
+            band = self._beside(0, below[:, :, first // 2 : last // 2], *(part[:, :, first:last] for part in parts))
+            inside = slice(top - first, min(H, top + rows) - first)
+            out[:, :, top : top + rows] = self.head(self.mix[0](band))[:, :, inside]
+        return out
 
     def _beside(self, level: int, below: Tensor, *parts: Tensor) -> Tensor:
         """What comes from the level below, upsampled, and maps of this level."""
