@@ -53,7 +53,7 @@ class RefineNet(PointwiseModule):
         return mask_logit, residual
 
     def _finest(self, below: Tensor, parts: tuple[Tensor, ...]) -> Tensor:
-        """Level 0 and the head, `[B, 4, H, W]` in fp32. Large frames without gradients in bands of rows, for the same numbers."""
+        """Level 0 and the head, `[B, 4, H, W]` in fp32. Large frames without gradients in bands of rows: the same numbers."""
         H, W = parts[0].shape[2:]
         if self.pointwise is None or torch.is_grad_enabled() or H * W <= _BAND_PIXELS:
             return self.head(self.mix[0](self._beside(0, below, *parts))).float()
