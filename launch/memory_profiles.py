@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from launch.memory_fit import GIB, Entry, Fit, Point, Profiles, read_profiles, settings
-from vfi.config import Config, ConfigError
+from vfi.config import Config, ConfigError, ModelConfig
 
 OUTSIDE_GIB = 1.0
 """Of a card, left to what is not torch's: CUDA, libraries, NCCL."""
@@ -128,14 +128,20 @@ class _Asked:
         return *self._by_statement(), "stated", None
 
     def known(self, **changed: Any) -> list[Entry]:
-        """Entries that were measured with these settings, or with some of them changed."""
+        """Entries that were measured with these settings, or with some of them changed.
+
+        If there are none, those of the same network without fused kernels, which takes more.
+        """
         compute = self.config.compute
         asked: dict[str, Any] = {
             "precision": self.precision,
             "checkpointing": compute.checkpointing,
             "compiled": compute.compile,
         } | changed
-        return [entry for entry in self.profiles.measured if entry.settings == settings(self.config.model, **asked)]
+        for model in (self.config.model, _unfused(self.config.model)):
+            if found := [entry for entry in self.profiles.measured if entry.settings == settings(model, **asked)]:
+                return found
+        return []
 
     def _by_fit(self, entry: Entry, fit: Fit) -> tuple[int, str]:
         limit = fit.largest_batch(self.crop, self.card.budget)
@@ -155,7 +161,9 @@ class _Asked:
 
     def _where(self, entry: Entry) -> str:
         own = entry.is_of(self.card.kind, self.card.gib)
-        return "" if own else f" on another card ({entry.card}, {entry.memory_gib:.0f} GiB)"
+        more = settings(entry.model, "", False, False) != settings(self.config.model, "", False, False)
+        card = "" if own else f" on another card ({entry.card}, {entry.memory_gib:.0f} GiB)"
+        return card + " without fused kernels, which take less" * more
 
     def _by_statement(self) -> tuple[int, str]:
         """Of the card itself, or of the largest one that has no more memory; less where the crop is larger, by its area."""
@@ -199,6 +207,13 @@ class _Asked:
             return " (not measured)"
         limit = fit.largest_batch(self.crop, self.card.budget)
         return f" (a batch of {limit} fits by measurement)" if limit else " (not enough by measurement)"
+
+
+def _unfused(model: ModelConfig) -> ModelConfig:
+    """The same network by PyTorch's and mamba-ssm's operators."""
+    return dataclasses.replace(
+        model, ssd_backend="mamba_ssm", ssd_precision="fp32", attention_backend="sdpa", pointwise_backend="torch"
+    )
 
 
 def _best_fit(entries: Sequence[Entry], card: Card) -> tuple[Entry, Fit] | tuple[None, None]:

@@ -49,9 +49,9 @@ class ModelConfig:
     """B and C of Mamba-2: one pair for all heads, or one a head as attention has them (MaTVLM plans B and C)."""
     xb_share: int = 1
     """Heads that share one x and one B, the d_xb of MaTVLM plan C; needs --ssd_groups per_head."""
-    ssd_precision: Literal["fp32", "tf32", "input"] = "tf32"
-    """Products in the scan's core: fp32, TF32, or of the type that its input has under autocast. Sums, decays and states are
-    fp32 in any case. mamba_ssm's kernels multiply fp32 as TF32."""
+    ssd_precision: Literal["auto", "fp32", "tf32", "input"] = "auto"
+    """Products in the scan's core: fp32, TF32, or of the type that its input has under autocast. auto: bf16 of bf16 input in
+    the fused kernels, or else fp32. Sums, decays and states are fp32 in any case. mamba_ssm's kernels multiply fp32 as TF32."""
     ssd_backend: Literal["auto", "reference", "mamba_ssm", "fused"] = "auto"
     """auto takes the fused kernels on a GPU, or else mamba_ssm's, and says what it took and why."""
     window_size: Literal[7, 8, 14] = 8

@@ -143,6 +143,19 @@ def test_knowledge_is_taken_the_best_first():
     assert "python -m launch.profile" in stated.why
 
 
+def test_what_was_measured_without_fused_kernels_is_taken_where_nothing_else_was():
+    """They take less: the batch fits, and that more would is said."""
+    config = small(batch_size=128)
+    unfused = entry(small(ssd_backend="mamba_ssm", ssd_precision="fp32", attention_backend="sdpa", pointwise_backend="torch"))
+    choice = choose_batch(config, "a100-80gb", 1, "bf16", profiles=profiles(unfused))
+    assert (choice.device_batch, choice.basis) == (64, "fit")
+    assert "without fused kernels, which take less" in choice.why
+    less = entry(config, fit=Fit(0.5 * GIB, 0.5 * GIB / 256**2, 0.0))
+    choice = choose_batch(config, "a100-80gb", 1, "bf16", profiles=profiles(unfused, less))
+    assert choice.device_batch == 128
+    assert "without" not in choice.why
+
+
 def test_a_fit_beyond_what_was_measured_says_so():
     config = small(global_batch=64)
     assert "beyond what was measured (batch 8 at crop 256)" in choose_batch(

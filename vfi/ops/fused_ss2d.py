@@ -54,7 +54,8 @@ class Shape(NamedTuple):
     together: int
     """Frames that make a sequence: 2 interleaved, 1 alone."""
     precision: str
-    """Products of the scan: fp32 (three of TF32 each), tf32, or input (operands in the type of the pixels)."""
+    """Products of the scan: fp32 (three of TF32 each), tf32, or input (operands in the type of the pixels); auto is input, but
+    for fp16 that is tf32, which rounds alike and has the range of fp32."""
 
     @property
     def inner(self) -> int:
@@ -164,12 +165,14 @@ class _Run:
         self.z, self.map, self.raw_steps = projected.split((shape.inner, shape.channels, shape.heads), dim=-1)
         self.frames, self.pixels = frames, self.H * self.W
         self.sequences, self.L = frames // shape.together, shape.together * self.pixels  # of one order
-        self.dot = torch.float32 if shape.precision != "input" else projected.dtype
+        half = projected.dtype == torch.bfloat16 or (projected.dtype == torch.float16 and shape.precision == "input")
+        self.dot = projected.dtype if half and shape.precision in ("auto", "input") else torch.float32
         self.wide = shape.head_dim * shape.state * self.dot.itemsize > _TILE_BYTES
         self.chunk = 32 if self.wide else 64  # tokens whose products are computed at once
         self.chunks = math.ceil(self.L / self.chunk)
-        as_torch = "tf32" if torch.backends.cuda.matmul.allow_tf32 else "tf32x3"
-        precision = {"fp32": "tf32x3", "tf32": "tf32", "input": as_torch}[shape.precision]
+        as_torch = shape.precision != "tf32" and projected.dtype == torch.float32
+        exact = shape.precision == "fp32" or (as_torch and not torch.backends.cuda.matmul.allow_tf32)
+        precision = "tf32x3" if exact else "tf32"
         self.scan_constants = {
             "P": shape.head_dim, "S": shape.state, "Q": self.chunk, "DOT": _triton_type(self.dot), "PRECISION": precision,
         }  # fmt: skip

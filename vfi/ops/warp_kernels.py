@@ -52,22 +52,10 @@ class _Fused(torch.autograd.Function):
         flow, *kept = ctx.saved_tensors
         grad = grad.contiguous()
         x = kept[0] if kept else None
-        d_x = grad.new_empty(grad.shape) if ctx.needs_input_grad[0] else None
+        d_x = grad.new_zeros(grad.shape, dtype=torch.float32) if ctx.needs_input_grad[0] else None
         d_flow = flow.new_empty(flow.shape) if kept else None
-        tiles = backward_tiles(grad.shape[-1], grad.dtype)
-        # the sums of d_x are fp32, of some frames at a time
-        at_once = grad.shape[0] if d_x is None else max(1, _SUM_ELEMENTS // max(1, grad[0].numel()))
-        for first in range(0, grad.shape[0], at_once):
-            part = slice(first, first + at_once)
-            sums = None if d_x is None else grad[part].new_zeros(grad[part].shape, dtype=torch.float32)
-            source, to_flow = (None if t is None else t[part] for t in (x, d_flow))
-            _launch(_backward_kernel, tiles, grad[part], flow[part], source, sums, to_flow)
-            if d_x is not None and sums is not None:
-                d_x[part] = sums
-        return d_x, d_flow
-
-
-_SUM_ELEMENTS = 2**25
+        _launch(_backward_kernel, backward_tiles(grad.shape[-1], grad.dtype), grad, flow, x, d_x, d_flow)
+        return None if d_x is None else d_x.to(grad.dtype), d_flow
 
 
 class Tiles(NamedTuple):
