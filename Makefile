@@ -9,8 +9,11 @@ DEMO   ?= demo
 demo: $(VENV)/.ready            ## synthetic shards -> train `tiny` -> benchmark -> report -> a clip
 	$(BIN)/vfi demo --out $(DEMO)
 
+# One more than there are cores: some tests wait, for Slurm or for a process that has to die.
+WORKERS ?= $(shell expr $$(nproc) + 1)
+
 test: $(VENV)/.ready            ## all tests (those that need a GPU skip with their reason)
-	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(ARGS)
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --maxprocesses 5 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: $(VENV)/.ready            ## style and types
 	$(BIN)/ruff check .

@@ -17,6 +17,7 @@ import pytest
 from submitted import TRAINING, Submitted, assert_same, wait_for
 
 from launch import cancel, resubmit, status, submit
+from launch.slurm import states
 from vfi import checkpoint, report, train
 from vfi.results import read_results
 
@@ -61,6 +62,8 @@ class Job(Submitted):
     def end(self) -> dict[str, str]:
         """Wait for it -> what Slurm says of it."""
         wait_for(self.has_ended, f"the end of job {self.id}: {self.log()}", seconds=150)
+        # its accounts, which are what is known once it has left the queue, come a little later
+        wait_for(lambda: states([self.id])[self.id].state in ENDED, f"the accounts of job {self.id}")
         return self.facts()
 
 
