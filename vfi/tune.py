@@ -1,4 +1,4 @@
-"""Which configurations are the fastest on this GPU? JOB: has the kernels of the presets tuned and keeps what was found.
+"""Which configurations of mamba-ssm's kernels are the fastest on this GPU? JOB: tunes them and keeps what was found.
 
     vfi tune                                   tiny, small and base; adds this card to vfi/ops/tuned_kernels.json
     vfi tune --presets base --batch_size 16 --out mine.json
@@ -63,7 +63,10 @@ def tune(options: Options) -> Iterator[str]:
     import_kernel()
     kernels: tuned.Kernels = {}
     for preset in options.presets:
-        config = presets.override(presets.get(preset), batch_size=options.batch_size, crop=options.crop)
+        # the fused kernels have one configuration each, so there is nothing to be tuned
+        config = presets.override(
+            presets.get(preset), batch_size=options.batch_size, crop=options.crop, ssd_backend="mamba_ssm"
+        )
         for precision in (torch.float32, torch.bfloat16):
             step = TrainingStep(config, device, precision)
             for tuner in tuned.tuners():
