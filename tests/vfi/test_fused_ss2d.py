@@ -16,7 +16,7 @@ from vfi.config import ModelConfig
 from vfi.model.ss2d import Mamba2SS2D, ss2d
 from vfi.ops import fused_ss2d as fused
 from vfi.ops.causal_conv1d import causal_conv1d
-from vfi.ops.fused_ss2d import Parameters, Shape, fused_obstacle
+from vfi.ops.fused_ss2d import Parameters, Shape, ss2d_obstacle
 from vfi.ops.scan_order import SCANS
 from vfi.ops.ssd import ssd_reference
 
@@ -113,8 +113,8 @@ def _error(t: Tensor, true: Tensor) -> float:
 
 SMALL = [
     Case(1, 5, 11, 2, 16, 16, "interleaved", SINGLE),
-    Case(2, 7, 6, 1, 32, 16, "flip", SINGLE),
-    Case(1, 1, 40, 3, 16, 32, "interleaved", HALF, "input"),
+    Case(1, 7, 6, 1, 32, 16, "flip", SINGLE),
+    Case(2, 1, 20, 3, 16, 32, "interleaved", HALF, "input"),
     Case(1, 9, 1, 2, 16, 16, "flip", HALF, "tf32"),
     Case(1, 5, 7, 1, 64, 64, "interleaved", SINGLE),  # chunks of 32 tokens
     Case(1, 1, 1, 1, 16, 16, "interleaved", SINGLE),
@@ -150,7 +150,7 @@ def without_gradients(case: Case) -> list[Tensor]:
 
 
 def test_orders_one_by_one_and_segments_of_sequences_are_the_same(interpreter):
-    first, *others = interpreter.submit(without_gradients, Case(1, 9, 11, 1, 16, 16, "interleaved", SINGLE)).result()
+    first, *others = interpreter.submit(without_gradients, Case(1, 5, 13, 1, 16, 16, "interleaved", SINGLE)).result()
     for other in others:
         assert _error(other, first.double()) < 1e-6
 
@@ -184,14 +184,14 @@ def test_what_stands_in_the_way_is_said(monkeypatch):
     cuda = torch.device("cuda")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla V100")
-    assert fused_obstacle(cuda, 32, 64, 1) is None
-    assert "the device is cpu" in fused_obstacle(torch.device("cpu"), 32, 64, 1)
-    assert "--ssd_groups shared" in fused_obstacle(cuda, 32, 64, 16)
-    assert "not 8 and 64" in fused_obstacle(cuda, 8, 64, 1)
+    assert ss2d_obstacle(cuda, 32, 64, 1) is None
+    assert "the device is cpu" in ss2d_obstacle(torch.device("cpu"), 32, 64, 1)
+    assert "--ssd_groups shared" in ss2d_obstacle(cuda, 32, 64, 16)
+    assert "not 8 and 64" in ss2d_obstacle(cuda, 8, 64, 1)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert "triton is not installed" in fused_obstacle(cuda, 32, 64, 1)
+    assert "triton is not installed" in ss2d_obstacle(cuda, 32, 64, 1)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 0))
-    assert "Tesla V100 is older than compute capability 8.0" in fused_obstacle(cuda, 32, 64, 1)
+    assert "Tesla V100 is older than compute capability 8.0" in ss2d_obstacle(cuda, 32, 64, 1)
 
 
 LARGE = [

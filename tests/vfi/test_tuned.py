@@ -123,7 +123,7 @@ def test_on_a_card_that_is_known_nothing_is_measured(preset, monkeypatch):
     ssd.import_kernel()
     measured = []
     monkeypatch.setattr(triton.runtime.Autotuner, "_bench", lambda self, *args, **rest: measured.append(self) or [1.0] * 3)
-    config = presets.override(presets.get(preset), batch_size=2, crop=128)
+    config = presets.override(presets.get(preset), batch_size=2, crop=128, ssd_backend="mamba_ssm")
     step = TrainingStep(config, device, torch.bfloat16)
     step(step.make_frames())
     assert not measured

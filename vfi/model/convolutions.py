@@ -15,9 +15,20 @@ from vfi.ops.pointwise import PointwiseModule
 _SLOPE = 0.25  # of PReLU below zero, when training starts
 
 
-def scaled_conv(c_in: int, c_out: int, kernel: int, stride: int = 1, *, activated: bool = False) -> nn.Conv2d:
+class Conv(nn.Conv2d):
+    """A convolution that can leave its bias to what follows; then the map may have more channels, zeros, than it takes."""
+
+    def forward(self, x: Tensor, with_bias: bool = True) -> Tensor:
+        if with_bias:
+            return super().forward(x)
+        extra = x.shape[1] - self.in_channels
+        weight = F.pad(self.weight, (0, 0, 0, 0, 0, extra)) if extra else self.weight
+        return F.conv2d(x, weight, None, self.stride, self.padding)
+
+
+def scaled_conv(c_in: int, c_out: int, kernel: int, stride: int = 1, *, activated: bool = False) -> Conv:
     """A convolution whose output has the variance of its input, after a PReLU if it is `activated`; bias zero (He et al.)."""
-    conv = nn.Conv2d(c_in, c_out, kernel, stride, kernel // 2)
+    conv = Conv(c_in, c_out, kernel, stride, kernel // 2)
     nn.init.kaiming_normal_(conv.weight, a=_SLOPE if activated else 1.0)
     zero(conv.bias)
     return conv
@@ -33,14 +44,7 @@ class ConvPReLU(nn.Sequential, PointwiseModule):
         if self.pointwise is None:
             return super().forward(x)
         conv, act = self
-        return self.pointwise.bias_prelu(_without_bias(conv, x), conv.bias, act.weight)
-
-
-def _without_bias(conv: nn.Module, x: Tensor) -> Tensor:
-    assert isinstance(conv, nn.Conv2d)
-    extra = x.shape[1] - conv.in_channels
-    weight = F.pad(conv.weight, (0, 0, 0, 0, 0, extra)) if extra else conv.weight
-    return F.conv2d(x, weight, None, conv.stride, conv.padding)
+        return self.pointwise.bias_prelu(conv(x, with_bias=False), conv.bias, act.weight)
 
 
 class ResidualBlock(PointwiseModule):
@@ -48,7 +52,7 @@ class ResidualBlock(PointwiseModule):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        last = nn.Conv2d(channels, channels, 3, padding=1)
+        last = Conv(channels, channels, 3, padding=1)
         zero(last.weight, last.bias)
         self.body = nn.Sequential(*ConvPReLU(channels, channels), last)
         self.act = nn.PReLU(channels, _SLOPE)
@@ -57,8 +61,8 @@ class ResidualBlock(PointwiseModule):
         if self.pointwise is None:
             return self.act(x + self.body(x))
         first, inner_act, last = self.body
-        inner = self.pointwise.bias_prelu(_without_bias(first, x), first.bias, inner_act.weight)
-        out = _without_bias(last, inner)
+        inner = self.pointwise.bias_prelu(first(x, with_bias=False), first.bias, inner_act.weight)
+        out = last(inner, with_bias=False)
         return self.pointwise.bias_prelu(out, last.bias, self.act.weight, x.to(out.dtype))
 
 

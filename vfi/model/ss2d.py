@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from vfi.config import ModelConfig
 from vfi.ops.causal_conv1d import causal_conv1d
-from vfi.ops.fused_ss2d import Parameters, Shape, fused_obstacle, fused_ss2d
+from vfi.ops.fused_ss2d import Parameters, Shape, fused_ss2d, ss2d_obstacle
 from vfi.ops.precision import fp32_island
 from vfi.ops.scan_order import ALL, SCANS
 from vfi.ops.selective_scan import choose_selective_scan, selective_scan_elements
@@ -129,7 +129,7 @@ class Mamba2SS2D(SS2D):
         self.shape = Shape(self.heads, config.head_dim, config.d_state, together, config.ssd_precision)
 
     def _fused_obstacle(self, device: torch.device) -> str | None:
-        return fused_obstacle(device, self.head_dim, self.state, self.groups)
+        return ss2d_obstacle(device, self.head_dim, self.state, self.groups)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.ssd is not None:

@@ -8,12 +8,13 @@ its own sake (vfi/ops/ss2d_kernels.py). For the backward pass one output an orde
 
 from __future__ import annotations
 
-import importlib.util
 import math
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from vfi.ops.fused import fused_obstacle
 
 HEAD_DIMS, STATES = (16, 32, 64), (16, 32, 64, 128)
 """Widths of a head and of a state that the kernels have tiles for."""
@@ -101,14 +102,10 @@ def fused_ss2d(projected: Tensor, parameters: Parameters, shape: Shape) -> Tenso
     return _Run(projected, Parameters(*parameters), shape).without_gradients()
 
 
-def fused_obstacle(device: torch.device, head_dim: int, state: int, groups: int) -> str | None:
+def ss2d_obstacle(device: torch.device, head_dim: int, state: int, groups: int) -> str | None:
     """Why the fused kernels can't run; None where they can."""
-    if device.type != "cuda":
-        return f"the fused kernels need a CUDA GPU and the device is {device.type}"
-    if torch.cuda.get_device_capability(device) < (8, 0):
-        return f"{torch.cuda.get_device_name(device)} is older than compute capability 8.0, which the fused kernels need"
-    if importlib.util.find_spec("triton") is None:
-        return "the package triton is not installed; README.md has the command"
+    if obstacle := fused_obstacle(device):
+        return obstacle
     if groups != 1:
         return "the fused kernels have one B and C for all heads (--ssd_groups shared)"
     if head_dim not in HEAD_DIMS or state not in STATES:

@@ -6,13 +6,13 @@ pixel shuffle; warping; layer norms in half precision. Modules that can do witho
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from vfi.ops.fused import fused_obstacle
 from vfi.ops.warp import backward_warp
 
 BACKENDS = ("auto", "torch", "fused")
@@ -53,22 +53,12 @@ def choose_pointwise(backend: str, device: torch.device) -> tuple[Pointwise | No
         raise ValueError(f"pointwise_backend {backend!r} does not exist; choose from {', '.join(BACKENDS)}")
     if backend == "torch":
         return None, "pointwise: torch (asked for)"
-    obstacle = _obstacle(device)
+    obstacle = fused_obstacle(device)
     if obstacle is None:
         return _import(), f"pointwise: fused ({'asked for' if backend == 'fused' else f'available on {device}'})"
     if backend == "fused":
         raise RuntimeError(f"pointwise_backend fused cannot run: {obstacle}; use --pointwise_backend auto or torch")
     return None, f"pointwise: torch ({obstacle})"
-
-
-def _obstacle(device: torch.device) -> str | None:
-    if device.type != "cuda":
-        return f"the fused kernels need a CUDA GPU and the device is {device.type}"
-    if torch.cuda.get_device_capability(device) < (8, 0):
-        return f"{torch.cuda.get_device_name(device)} is older than compute capability 8.0, which the fused kernels need"
-    if importlib.util.find_spec("triton") is None:
-        return "the package triton is not installed; README.md has the command"
-    return None
 
 
 def _import() -> Pointwise:

@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vfi.ops.fused import fused_obstacle
+
 FUSED_WIDTHS = (16, 32, 64)  # of a head
 FusedWindowAttention = Callable[[Tensor, int, int, int, int], Tensor]
 WindowAttention = Callable[[Tensor, Tensor, Tensor, Tensor | None, int, int], Tensor]
@@ -119,7 +121,7 @@ def choose_window_attention(backend: str, device: torch.device, head_dim: int) -
         raise ValueError(f"attention_backend {backend!r} does not exist; choose from {', '.join(BACKENDS)}")
     if backend == "sdpa":
         return gated_window_attention, "attention: sdpa (asked for)"
-    obstacle = _flash_obstacle(device) if backend == "flash_attn" else fused_obstacle(device, head_dim)
+    obstacle = _flash_obstacle(device) if backend == "flash_attn" else attention_obstacle(device, head_dim)
     if backend == "auto":
         if obstacle is None:
             return None, f"attention: fused (available on {device})"
@@ -137,14 +139,10 @@ def import_fused() -> FusedWindowAttention:
     return gated_window_attention_fused
 
 
-def fused_obstacle(device: torch.device, head_dim: int) -> str | None:
+def attention_obstacle(device: torch.device, head_dim: int) -> str | None:
     """Why the fused kernels can't run on `device` with heads of this width; None where they can."""
-    if device.type != "cuda":
-        return f"the fused kernels need a CUDA GPU and the device is {device.type}"
-    if torch.cuda.get_device_capability(device) < (8, 0):
-        return f"{torch.cuda.get_device_name(device)} is older than compute capability 8.0, which the fused kernels need"
-    if importlib.util.find_spec("triton") is None:
-        return "the package triton is not installed; README.md has the command"
+    if obstacle := fused_obstacle(device):
+        return obstacle
     if head_dim not in FUSED_WIDTHS:
         return f"the fused kernels take heads of {', '.join(map(str, FUSED_WIDTHS))} channels, not {head_dim}"
     return None
