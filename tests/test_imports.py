@@ -53,6 +53,7 @@ GUARDED = {
     "mamba_ssm": {"vfi/ops/ssd.py", "vfi/ops/selective_scan.py"},
     "selective_scan_cuda": {"vfi/ops/ssd.py"},
     "triton": {
+        "vfi/ops/compiling.py",
         "vfi/ops/fused_ss2d.py",
         *(f"vfi/ops/{name}_kernels.py" for name in ("activation", "norm", "ss2d", "stack", "warp", "window_attention")),
     },

@@ -23,10 +23,12 @@ from vfi.losses import training_losses
 from vfi.model.execution import compile_parts, recompute
 from vfi.model.interpolator import FrameInterpolator
 from vfi.numerics import refusals_explained
+from vfi.ops.compiling import compiling_ahead
 from vfi.optim import build_optimizer
 from vfi.signals import Agreement
 
 _HEADROOM = 256 * 2**20  # bytes that stay free beside a step: batches under way, metrics, fragmentation
+_COMPILED_AT = 64  # pixels of a side: a kernel is the same for all sizes
 PRECISIONS = {"no": torch.float32, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # what else than torch.OutOfMemoryError says so: CUDA itself, Triton, cuBLAS, cuDNN
 _OUT_OF_MEMORY = ("out of memory", "STATUS_ALLOC_FAILED", "DEVICE_ALLOCATION_FAILED")
@@ -100,6 +102,7 @@ def rehearse(config: Config, device: torch.device, precision: torch.dtype, proce
     step = TrainingStep(config, device, precision, accumulating=accumulation(config, processes) > 1)
     copies = (processes > 1) + (config.optim.ema > 0)  # DDP's buckets of the gradient, the running mean
     spare = torch.empty(_HEADROOM + copies * step.weights, dtype=torch.uint8, device=device)
+    step.compile_ahead()
     for _ in range(2):
         step(step.make_frames())
     del spare
@@ -127,14 +130,30 @@ class TrainingStep:
         frames = torch.rand(3, batch, 3, crop, crop, device=self.device)
         return (*frames, torch.rand(batch, device=self.device) * 0.8 + 0.1)
 
+    def compile_ahead(self) -> None:
+        """Have the fused kernels compiled side by side, where they are taken, and not one after the other in the first step.
+
+        Of the step nothing is left: its numbers mean nothing. mamba-ssm's kernels must not be met in it, for they are tuned by
+        running them, nor --compile, which would compile for these small frames.
+        """
+        if self.config.compute.compile or not all(": fused" in choice for choice in self.model.choices()):
+            return
+        crop = min(_COMPILED_AT, self.config.data.largest_crop)
+        frames = torch.rand(3, 1, 3, crop, crop, device=self.device)
+        with compiling_ahead(self.device):
+            self._loss((*frames, torch.full((1,), 0.5, device=self.device))).backward()
+        self.optimizer.zero_grad(set_to_none=True)
+
     def __call__(self, frames: tuple[Tensor, ...]) -> None:
+        self._loss(frames).backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=not self.accumulating)
+
+    def _loss(self, frames: tuple[Tensor, ...]) -> Tensor:
         img0, imgt, img1, timestep = frames
         with torch.autocast(self.device.type, self.precision, enabled=self.precision != torch.float32):
             prediction = self.model(img0, img1, timestep, imgt)
-            loss = training_losses(prediction, imgt, self.config.optim)["loss"]
-        loss.backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=not self.accumulating)
+            return training_losses(prediction, imgt, self.config.optim)["loss"]
 
 
 def _nothing_fits(config: Config, device: torch.device) -> str:

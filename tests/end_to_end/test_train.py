@@ -85,8 +85,10 @@ def test_run_folder_holds_everything(undisturbed):
     environment = json.loads((undisturbed / "environment.json").read_text())
     assert environment["packages"]["torch"] == torch.__version__.partition("+")[0]
     assert environment["choices"] == [
-        "attention: sdpa (it holds FlashAttention's kernels, and takes fp32 and masks)",
-        "ssd: reference (mamba_ssm's kernels need a CUDA GPU and the device is cpu)",
+        "attention: sdpa (the fused kernels need a CUDA GPU and the device is cpu)",
+        "pointwise: torch (the fused kernels need a CUDA GPU and the device is cpu)",
+        "ssd: reference (the fused kernels need a CUDA GPU and the device is cpu; mamba_ssm's kernels need a CUDA GPU and the "
+        "device is cpu)",
     ]
 
 
