@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-import torch
+from interpreted import in_an_interpreter
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser
@@ -48,10 +48,5 @@ def _install_chromium() -> None:
 @pytest.fixture(scope="session")
 def interpreter() -> Iterator[ProcessPoolExecutor]:
     """A process in which nobody has imported Triton yet, which decides at its import whether kernels are interpreted."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), _in_an_interpreter) as pool:
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), in_an_interpreter) as pool:
         yield pool
-
-
-def _in_an_interpreter() -> None:
-    os.environ["TRITON_INTERPRET"] = "1"
-    torch.set_num_threads(1)

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-import multiprocessing
-import os
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -111,18 +108,6 @@ def check(case: Case, device: str = "cpu") -> None:
             for leaf, mine, right in zip(leaves, of_ours, of_theirs, strict=True):
                 assert (mine.dtype, mine.shape) == (leaf.dtype, leaf.shape)
                 assert torch.equal(mine, right)
-
-
-def in_an_interpreter() -> None:
-    os.environ["TRITON_INTERPRET"] = "1"
-    torch.set_num_threads(1)
-
-
-@pytest.fixture(scope="module")
-def interpreter() -> Iterator[ProcessPoolExecutor]:
-    """A process in which nobody has imported Triton yet, which decides at its import whether kernels are interpreted."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), in_an_interpreter) as pool:
-        yield pool
 
 
 def refine(width: int, dtype: torch.dtype) -> tuple[Part, tuple[Part, ...]]:

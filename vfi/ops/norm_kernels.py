@@ -59,7 +59,7 @@ class _LayerNorm(torch.autograd.Function):
 
 def _tile(C: int) -> dict[str, int]:
     """Rows of a program, about 2048 numbers, and the channels of a row up to a power of two."""
-    channels = 1 << (C - 1).bit_length()
+    channels = triton.next_power_of_2(C)
     return {"ROWS": max(1, 2048 // channels), "CHANNELS": channels, "num_warps": 4}
 
 

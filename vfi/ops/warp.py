@@ -17,9 +17,14 @@ def backward_warp(x: Tensor, flow: Tensor) -> Tensor:
 
     Coordinates and sampling are fp32 whatever autocast says: fp16 cannot tell neighbours apart beyond 2,048 pixels.
     """
+    check_flow(x, flow)
+    return fp32_island(_backward_warp, x, flow).to(x.dtype)
+
+
+def check_flow(x: Tensor, flow: Tensor) -> None:
+    """Raise ValueError for a flow that does not belong to a map `[B, C, H, W]`."""
     if x.shape[2:] != flow.shape[2:] or flow.shape[:2] != (x.shape[0], 2):
         raise ValueError(f"a flow for {list(x.shape)} must be {[x.shape[0], 2, *x.shape[2:]]}; given {list(flow.shape)}")
-    return fp32_island(_backward_warp, x, flow).to(x.dtype)
 
 
 def _backward_warp(x: Tensor, flow: Tensor) -> Tensor:

@@ -15,6 +15,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from vfi.ops.warp import check_flow
+
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -28,8 +30,7 @@ def backward_warp_fused(x: Tensor, flow: Tensor) -> Tensor:
     Returns:
         `[B, C, H, W]` in the dtype of `x`, channels-last. Coordinates, weights and sums are fp32.
     """
-    if x.shape[2:] != flow.shape[2:] or flow.shape[:2] != (x.shape[0], 2):
-        raise ValueError(f"a flow for {list(x.shape)} must be {[x.shape[0], 2, *x.shape[2:]]}; given {list(flow.shape)}")
+    check_flow(x, flow)
     if x.dtype not in DTYPES or flow.dtype not in DTYPES:
         raise TypeError(f"fused warping takes bf16, fp16 or fp32 and was given {x.dtype} and a flow in {flow.dtype}")
     return _Fused.apply(x.permute(0, 2, 3, 1), flow).permute(0, 3, 1, 2)
