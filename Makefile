@@ -9,8 +9,7 @@ DEMO   ?= demo
 demo: $(VENV)/.ready            ## synthetic shards -> train `tiny` -> benchmark -> report -> a clip
 	$(BIN)/vfi demo --out $(DEMO)
 
-# One more than there are cores: some tests wait, for Slurm or for a process that has to die.
-WORKERS ?= $(shell expr $$(nproc) + 1)
+WORKERS ?= $(shell nproc)
 
 test: $(VENV)/.ready            ## all tests (those that need a GPU skip with their reason)
 	$(BIN)/python -m pytest --numprocesses $(WORKERS) --maxprocesses 5 --dist loadfile --no-loadscope-reorder $(ARGS)
@@ -22,8 +21,7 @@ lint: $(VENV)/.ready            ## style and types
 
 $(VENV)/.ready: setup.cfg pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --no-compile --editable '.[dev]'  # Python compiles what is used when it is used
 	touch $@
 
 clean:

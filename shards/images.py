@@ -86,7 +86,7 @@ def header_size(data: bytes, extension: str) -> tuple[int, int]:
     elif extension == "qoi" and data[:4] == b"qoif" and len(data) >= 14:
         width, height = struct.unpack(">II", data[4:12])
     elif extension == "jpg" and data[:2] == b"\xff\xd8":
-        if data.count(b"\xff\xda") > _MAX_SCANS:
+        if not _has_one_scan(data) and data.count(b"\xff\xda") > _MAX_SCANS:
             raise ShardError(f"it has more than {_MAX_SCANS} scans")
         try:
             height, width = simplejpeg.decode_jpeg_header(data)[:2]
@@ -95,6 +95,21 @@ def header_size(data: bytes, extension: str) -> tuple[int, int]:
     else:
         raise ShardError(f"it is no {extension}")
     return height, width
+
+
+def _has_one_scan(data: bytes) -> bool:
+    """Is this JPEG sequential with all components in its first scan? Then a decoder takes no second one."""
+    at, components = 2, 0
+    while len(data) > at + 9 and data[at] == 0xFF:
+        marker, length = data[at + 1], int.from_bytes(data[at + 2 : at + 4], "big")
+        if marker == 0xDA:  # a scan
+            return data[at + 4] == components
+        if marker in (0xC0, 0xC1):  # the sequential frames of libjpeg
+            components = data[at + 9]
+        elif length < 2 or not (marker == 0xC4 or marker > 0xDA):  # not a table or a comment, which have a length
+            return False
+        at += 2 + length
+    return False
 
 
 def decode_flow(data: bytes, height: int, width: int) -> np.ndarray:

@@ -100,3 +100,7 @@ def write(path: Path, card: str, content: dict[str, Any]) -> None:
     temporary = path.with_name(f".{path.name}")
     temporary.write_text(json.dumps(dict(sorted(cards.items())), indent=1) + "\n")
     temporary.replace(path)
+
+
+if __name__ == "__main__":
+    main()

@@ -103,11 +103,13 @@ def fake(tmp_path_factory) -> str:
 
 @pytest.fixture(scope="module")
 def late(start) -> Iterator[tuple[Job, Thread]]:
-    """A job on n2 that is held in a step until the signal before its time limit comes, which takes up to 50 s."""
-    job = start("late", "--sbatch", "nodelist=n2", "--time", "1", "--signal_seconds", "10")
+    """A job on n2 that is held in a step until the signal before its time limit comes, which takes up to a minute."""
+    job = start("late", "--sbatch", "nodelist=n2", "--signal_seconds", "10")
 
     def disturb() -> None:
         job.hold_at(4)
+        minutes, seconds = map(int, job.facts()["RunTime"].split(":")[1:])  # hours, of which there are none, come first
+        call("scontrol", "update", f"jobid={job.id}", f"timelimit={minutes + (1 if seconds < 45 else 2)}")
         job.go_on_when_told("SIGUSR2")
         wait_for(lambda: job.facts()["Restarts"] == "1", "the requeue after the time limit")
         call("scontrol", "update", f"jobid={job.id}", "timelimit=10")

@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import pytest
+from warm import Process
 
 from vfi import demo
 from vfi.cli import JOBS, main
@@ -122,9 +123,22 @@ def test_a_failing_step_stops_the_demo(tmp_path, capfd) -> None:
     assert "vfi train" not in captured.out
 
 
+RUN_MODULE = "import runpy, sys; del sys.argv[0]; runpy.run_module(sys.argv[0], run_name='__main__', alter_sys=True)"
+
+
+def run_warm(command: list[str], env: dict[str, str], check: bool) -> subprocess.CompletedProcess:
+    """`subprocess.run` for a module."""
+    python, option, *arguments = command
+    assert (python, option, check) == (sys.executable, "-m", False)
+    process = Process(RUN_MODULE, *arguments, **env)
+    print(process.communicate(300)[0])
+    return subprocess.CompletedProcess(command, process.returncode)
+
+
 @pytest.mark.slow
 def test_the_demo_runs_through_and_again(tmp_path, monkeypatch, capfd) -> None:
     """With too little data and training to be any good: every step runs, and the exit code says that it is not."""
+    monkeypatch.setattr(demo.subprocess, "run", run_warm)
     monkeypatch.setattr(demo, "TRAIN_SAMPLES", 16)
     monkeypatch.setattr(demo, "VAL_SAMPLES", 4)
     monkeypatch.setattr(demo, "CLIP_FRAMES", 3)

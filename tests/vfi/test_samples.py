@@ -247,11 +247,22 @@ def sample_of(codec: str, data: bytes) -> dict:
     return {"__key__": "k", "__number__": 0, "__where__": "t: sample k"} | frames
 
 
-def scans(count: int) -> bytes:
+def scans(count: int, **options: bool) -> bytes:
     """A JPEG whose picture is coded again and again."""
-    data = encode(FRAME, "jpeg")
+    buffer = io.BytesIO()
+    Image.fromarray(FRAME).save(buffer, "jpeg", **options)
+    data = buffer.getvalue()
     start = data.index(b"\xff\xda")
     return data[:start] + data[start:-2] * count + data[-2:]
+
+
+def one_by_one(count: int) -> bytes:
+    """A sequential JPEG with scans of its first component alone."""
+    data = scans(1)
+    header = data.index(b"\xff\xda")
+    content = header + 2 + int.from_bytes(data[header + 2 : header + 4], "big")
+    scan = b"\xff\xda\x00\x08\x01" + data[header + 5 : header + 7] + data[content - 3 : -2]
+    return data[:header] + scan * count + data[-2:]
 
 
 def jpeg_claiming(height: int, width: int) -> bytes:
@@ -265,7 +276,9 @@ def jpeg_claiming(height: int, width: int) -> bytes:
     ("codec", "data", "why"),
     [
         ("jpeg", jpeg_claiming(65_000, 65_000), "im1.jpg is 65000x65000 pixels"),
-        ("jpeg", scans(5000), "more than 100 scans"),
+        ("jpeg", scans(5000), "Didn't expect more than one scan"),
+        ("jpeg", scans(5000, progressive=True), "more than 100 scans"),
+        ("jpeg", one_by_one(5000), "more than 100 scans"),
         ("jpeg", png((80, 72)), "it is no jpg"),
         ("jpeg", b"\xff\xd8\xff", "its header cannot be read"),
         ("qoi", b"qoif" + struct.pack(">IIBB", 60_000, 60_000, 3, 0) + bytes(8), "im1.qoi is 60000x60000 pixels"),

@@ -71,6 +71,8 @@ def apply_change(change: Change, frames: Sequence[np.ndarray], timestep: float) 
 
 def apply_change_to_flows(change: Change, flows: Sequence[np.ndarray]) -> list[np.ndarray]:
     """Flows `[H, W, 2]`, (dx, dy) in pixels, to the first and to the last frame -> those of the changed frames."""
+    if not flows:
+        return []
     flip = np.diag([-1 if change.flip_horizontal else 1, -1 if change.flip_vertical else 1])
     quarter_turn = np.array([[0, 1], [-1, 0]])  # against the clock, as np.rot90 turns; y points down
     # a vector turns with its frame; the entries are 0, 1 and -1, so that no value is rounded

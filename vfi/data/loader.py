@@ -116,15 +116,18 @@ def to_device(parts: Sequence[_Part], device: torch.device) -> FrameBatch:
 
 
 def _join(tensors: Sequence[Tensor], device: torch.device, divisor: float = 1) -> tuple[Tensor, ...]:
-    """[n, K, H, W, C] each -> K of [B, C, H, W], float on the device, channels-last in memory; it is written only once."""
+    """[n, K, H, W, C] each -> K of [B, C, H, W], float on the device, channels-last in memory."""
     count, sizes = sum(len(tensor) for tensor in tensors), tensors[0].shape[1:]
     joined = torch.empty(sizes[0], count, *sizes[1:], device=device)
+    if device.type == "cpu":  # one sample after the other, which is still in the cache when it is divided
+        tensors = [sample for tensor in tensors for sample in tensor.split(1)]
     start = 0
     for tensor in tensors:
-        joined[:, start : start + len(tensor)] = tensor.to(device, non_blocking=True).transpose(0, 1)
+        place = joined[:, start : start + len(tensor)]
+        place.copy_(tensor.to(device, non_blocking=True).transpose(0, 1))
+        if divisor != 1:
+            place /= divisor
         start += len(tensor)
-    if divisor != 1:
-        joined /= divisor
     return joined.permute(0, 1, 4, 2, 3).unbind()
 
 
