@@ -21,7 +21,8 @@ lint: $(VENV)/.ready            ## style and types
 
 $(VENV)/.ready: setup.cfg pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --no-compile --editable '.[dev]'  # Python compiles what is used when it is used
+	$(BIN)/python -m pip install --quiet --no-compile --editable '.[dev]'
+	-$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib  # on all cores; files that are no Python of this version stay as they are
 	touch $@
 
 clean:
