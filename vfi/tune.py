@@ -25,6 +25,7 @@ from vfi.fitting import TrainingStep
 from vfi.ops import tuned
 from vfi.ops.ssd import import_kernel, kernel_obstacle
 from vfi.profiling import free_memory
+from vfi.records import write_text
 from vfi.tracking import environment
 
 _SHOWN = ("torch", "triton", "mamba-ssm")
@@ -97,9 +98,7 @@ def write(path: Path, card: str, content: dict[str, Any]) -> None:
     """Put a card into the file, in place of what it had for it."""
     cards = json.loads(path.read_text()) if path.exists() else {}
     cards[card] = content
-    temporary = path.with_name(f".{path.name}")
-    temporary.write_text(json.dumps(dict(sorted(cards.items())), indent=1) + "\n")
-    temporary.replace(path)
+    write_text(path, json.dumps(dict(sorted(cards.items())), indent=1) + "\n")
 
 
 if __name__ == "__main__":

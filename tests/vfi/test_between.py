@@ -53,7 +53,6 @@ def one_by_one(made: Tensor, img0: Tensor, img1: Tensor, times: Tensor) -> Tenso
 
 
 def test_what_stands_still_is_kept_as_one_would_pixel_by_pixel():
-    torch.manual_seed(0)
     img0 = torch.rand(1, 3, 24, 31)
     img1 = img0.clone()
     img1[..., 8:12, 20:24] += 0.2  # moves

@@ -32,7 +32,6 @@ def moving(config: ModelConfig, seed: int = 0) -> FrameInterpolator:
 
 def test_phase_2_starts_as_phase_1():
     """With the weights of phase 1 and flow heads at zero the prediction is that of phase 1."""
-    torch.manual_seed(0)
     first = FrameInterpolator(dataclasses.replace(TINY, phase=1)).eval()
     torch.nn.init.normal_(first.refine.head.weight, std=0.1)
     second = FrameInterpolator(TINY).eval()
@@ -154,7 +153,6 @@ def test_masks_add_up():
 
 def test_stages_refine_each_other():
     """Every stage starts from the flow of the one before: with a silent later stage the motion just goes on."""
-    torch.manual_seed(0)
     net = FlowNet(TINY)
     model = moving(TINY)
     features = model.backbone(torch.rand(2, 3, 64, 96))

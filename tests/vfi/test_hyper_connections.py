@@ -143,7 +143,6 @@ def gains(product: Tensor) -> Tensor:
 @pytest.mark.parametrize(("kind", "low", "high"), [("hc", 100, math.inf), ("mhc", 1, 1.1), ("mhc_lite", 1, 1 + 1e-5)])
 def test_gain_of_fifty_layers(kind, low, high):
     """At every token; what the report says is the product of the means. Twenty iterations leave mhc a few percent."""
-    torch.manual_seed(0)
     stack = nn.ModuleList(random_mixing(settings(kind), index=i, spread=0.5) for i in range(50))
     x = torch.randn(2, 3, 5, 4, 6)
     product = torch.eye(4, dtype=torch.float64)
@@ -199,7 +198,6 @@ def naive_mixing(mixing: HyperConnections, x: Tensor, config: ModelConfig) -> Te
 
 @pytest.mark.parametrize(("kind", "n", "coefficients"), EVERY)
 def test_mixing_against_a_loop_over_tokens(kind, n, coefficients):
-    torch.manual_seed(0)
     config = settings(kind, n, coefficients)
     mixing = random_mixing(config).double()
     x = torch.randn(2, 3, 5, n, 6, dtype=torch.float64)
@@ -209,7 +207,6 @@ def test_mixing_against_a_loop_over_tokens(kind, n, coefficients):
 
 @pytest.mark.parametrize(("kind", "n", "coefficients"), EVERY)
 def test_gradients(kind, n, coefficients):
-    torch.manual_seed(0)
     mixing = random_mixing(settings(kind, n, coefficients, sinkhorn_iterations=3), dim=2).double()
     set_annealing(mixing, 0.25)
     names = [name for name, _ in mixing.named_parameters()]
@@ -246,7 +243,6 @@ def test_coefficients_of_a_frame_depend_on_that_frame_only():
 
 
 def test_pooled_and_token_agree_on_a_constant_image():
-    torch.manual_seed(0)
     token, pooled = (random_mixing(settings("mhc", coefficients=name)) for name in ("token", "pooled"))
     pooled.load_state_dict(token.state_dict())
     constant = torch.randn(2, 1, 1, 4, 6).expand(2, 5, 7, 4, 6)
@@ -261,7 +257,6 @@ def test_pooled_and_token_agree_on_a_constant_image():
 
 @pytest.mark.parametrize(("kind", "n", "coefficients"), EVERY)
 def test_full_annealing_is_the_plain_shortcut_to_the_last_bit(kind, n, coefficients):
-    torch.manual_seed(0)
     mixing = random_mixing(settings(kind, n, coefficients), spread=2.0)
     x = torch.randn(2, 3, 5, n, 6)
     learnt = mixing.coefficients(x)[2]
@@ -346,7 +341,6 @@ def train(backbone: HybridBackbone, frames: Tensor, steps: int) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_streams_part_and_every_coefficient_learns(kind):
-    torch.manual_seed(0)
     config = settings(kind, depths=(3, 1), backbone_mode="gated_attn_only")
     backbone = HybridBackbone(config, CPU)
     frames = torch.rand(2, 3, 64, 64)
@@ -367,7 +361,6 @@ def test_streams_part_and_every_coefficient_learns(kind):
 @pytest.mark.parametrize("kind", ["mhc", "mhc_lite"])
 def test_equal_reads_would_keep_the_streams_equal(kind):
     """Why the mixings of a stage start with different reads."""
-    torch.manual_seed(0)
     backbone = HybridBackbone(settings(kind, depths=(3, 1), backbone_mode="gated_attn_only"), CPU)
     for module in backbone.modules():
         if isinstance(module, MixingCoefficients):
@@ -380,7 +373,6 @@ def test_equal_reads_would_keep_the_streams_equal(kind):
 @pytest.mark.parametrize(("kind", "n", "coefficients"), EVERY)
 def test_every_switch_trains_the_whole_network(kind, n, coefficients):
     """One step, on frames that need padding to odd sizes at stride 8 and 16, in channels-last memory."""
-    torch.manual_seed(0)
     model = FrameInterpolator(settings(kind, n, coefficients)).to(memory_format=torch.channels_last)
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
     img0, img1 = torch.rand(2, 1, 3, 37, 75)
@@ -408,7 +400,6 @@ def test_weight_decay_spares_the_static_parts_and_gates():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("kind", KINDS)
 def test_coefficients_stay_fp32_under_autocast(kind, dtype):
-    torch.manual_seed(0)
     mixing = random_mixing(settings(kind))
     module, seen = mixing.coefficients, []
     skip = module.kind.skip
@@ -438,7 +429,6 @@ def test_coefficients_stay_fp32_under_autocast(kind, dtype):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_gradients_under_autocast(dtype):
     """What the backward pass computes anew is fp32 again: the gradients of half-precision streams against those of fp32."""
-    torch.manual_seed(0)
     mixing = random_mixing(settings("mhc"))
     half = torch.randn(2, 3, 5, 4, 6).to(dtype)
     weight = torch.randn(half.shape)
@@ -457,7 +447,6 @@ def test_gradients_under_autocast(dtype):
 
 
 def test_recording_sees_the_last_forward_and_leaves_nothing_behind():
-    torch.manual_seed(0)
     model = HybridBackbone(settings("hc", depths=(2, 1)), CPU)
     set_annealing(model, 0.5)
     skip = model.stages[0][0].mixing2.coefficients

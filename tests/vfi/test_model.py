@@ -72,7 +72,6 @@ def test_pairs_of_a_batch_do_not_mix():
 
 def test_signal_keeps_its_size_before_training():
     """The largest and the smallest spread of activations on the way from the frames to the head are within a factor of 3."""
-    torch.manual_seed(0)
     model = FrameInterpolator(dataclasses.replace(presets.small().model, depths=(1, 1)))
     spreads = []
     for module in (*model.backbone.stem, *model.refine.mix):

@@ -183,8 +183,8 @@ def test_macs_grow_with_the_area(model) -> None:
 
 
 def test_counting_takes_no_memory_and_leaves_nothing_behind(model) -> None:
-    """Of a batch of thousands; and what operators keep for the next call at the same size is real afterwards."""
-    assert count(model, 2**12, (256, 256), torch.float32).peak_bytes > 2**36
+    """More than any test machine has; and what operators keep for the next call at the same size is real afterwards."""
+    assert count(model, 2**15, (256, 256), torch.float32).peak_bytes > 2**39
     count(model, 1, (72, 104), torch.float32)
     frames = torch.rand(2, 1, 3, 72, 104)
     assert type(predict(model, frames[0], frames[1], torch.tensor([0.5]), torch.float32)) is torch.Tensor

@@ -222,7 +222,6 @@ def attention_by_pixel(q, k, v, gate, window, shift):
 @pytest.mark.parametrize(("window", "shift"), [(7, 0), (8, 4), (14, 7), (4, 0)])
 @pytest.mark.parametrize("gate_width", [0, 1, 3])
 def test_window_attention_by_pixel(window, shift, gate_width):
-    torch.manual_seed(0)
     q, k, v = torch.randn(3, 2, 12, 9, 2, 3, dtype=torch.float64)
     gate = torch.randn(2, 12, 9, 2, gate_width, dtype=torch.float64) if gate_width else None
     result = gated_window_attention(q, k, v, gate, window, shift)
@@ -264,7 +263,6 @@ def flash_attn_stand_in(monkeypatch):
 @pytest.mark.usefixtures("flash_attn_stand_in")
 def test_flash_attn_gets_every_window_by_pixel(window, shift, gate_width):
     """The indexing around flash_attn, for sizes that windows do and do not divide: output and gradients."""
-    torch.manual_seed(0)
     shapes = [(2, 12, 9, 2, 3)] * 3 + ([(2, 12, 9, 2, gate_width)] if gate_width else [])
     inputs = [torch.randn(shape).bfloat16().requires_grad_() for shape in shapes]
     exact = [t.detach().double().requires_grad_() for t in inputs]

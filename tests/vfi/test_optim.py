@@ -66,7 +66,6 @@ def test_annealing_rises_over_the_last_part_of_the_steps():
 
 def test_frozen_module_is_left_out_and_its_neighbour_keeps_its_state():
     """Steps with a frozen part, then with all: the neighbour trains as if nothing had happened, the thawed part from zero."""
-    torch.manual_seed(0)
     model = torch.nn.ModuleDict({"backbone": torch.nn.Linear(3, 3), "refine": torch.nn.Linear(3, 3)})
     alone = copy.deepcopy(model["refine"])
     freeze(model["backbone"])

@@ -220,7 +220,6 @@ KINDS = {
 @pytest.mark.parametrize("kind", KINDS)
 def test_ss2d_is_a_mamba_over_four_sequences(kind, scan):
     """The cheaper form against an independent Mamba on the four reordered copies: output and every gradient."""
-    torch.manual_seed(0)
     build, switches = KINDS[kind]
     ours = ss2d(16, ModelConfig(**SMALL, scan=scan, **switches), CPU).double()
     theirs = build().double().eval()
@@ -246,7 +245,6 @@ def test_ss2d_is_a_mamba_over_four_sequences(kind, scan):
 @pytest.mark.parametrize("share", [2, 4])
 def test_xb_share_is_per_head_with_repeated_weights(share):
     """Heads that share x and B equal heads of their own with equal weights: output and the gradient of the input."""
-    torch.manual_seed(0)
     shared = ss2d(16, ModelConfig(**SMALL, ssd_groups="per_head", xb_share=share), CPU).double()
     own = ss2d(16, ModelConfig(**SMALL, ssd_groups="per_head"), CPU).double()
     heads, P, S = 4, SMALL["head_dim"], SMALL["d_state"]
@@ -288,7 +286,6 @@ def spy_on_core(module):
 )
 @pytest.mark.parametrize(("ssm", "scan"), [("mamba2", "interleaved"), ("mamba1", "flip")])
 def test_split_calls_change_nothing(ssm, scan, fits, calls, monkeypatch):
-    torch.manual_seed(0)
     module = ss2d(16, ModelConfig(**SMALL, ssm=ssm, scan=scan), CPU).double()
     x = torch.randn(6, 5, 7, 16, dtype=torch.float64)
     inputs = [x, *(p.detach() for p in module.parameters())]
