@@ -36,6 +36,7 @@ STILL, MOVES = 1.5 / 255, 4 / 255
 """Up to the first difference between two frames a place stands still; from the second on it moves."""
 _AROUND = 9  # side of what has to stand still with it
 _FADE = 5
+_OUTSIDE = 0.6 * GIB  # of a GPU, what CUDA and the code of kernels take beside tensors: 0.5 GiB on an H100
 _AMPLE = 2**15  # bytes a pixel, several times what the largest preset takes: with so many nothing needs to be estimated
 _CGROUP = Path("/sys/fs/cgroup")
 
@@ -59,7 +60,7 @@ class Settings:
     keep_still: bool = True
     """What is the same in both frames is so between them."""
     max_memory: float | None = None
-    """Most GiB to take; None: what is free."""
+    """Most GiB to take, on a GPU with what CUDA itself takes; None: what is free."""
 
 
 class Between:
@@ -74,6 +75,7 @@ class Between:
         """For which the device was busy, with all that has been waited for."""
         self.bytes_per_pixel: float | None = None
         self.before: tuple[np.ndarray, Tensor] | None = None
+        self.compiled = False
         if self.tile is not None and self.tile < SMALLEST:
             raise JobError(f"--tile {self.tile} must be at least {SMALLEST}")
         if settings.scale == "auto":
@@ -126,6 +128,10 @@ class Between:
             return tiled(predict, first, last, self.tile) if self.tile else predict(first, last)
 
         try:
+            if not self.compiled:
+                one = (..., slice(self.tile), slice(self.tile))
+                self.loaded.compile_ahead(lambda: predict(first[one], last[one]))
+                self.compiled = True
             found = made(first, last)
             if self.settings.tta:
                 found = (found + made(first.flip(2, 3), last.flip(2, 3)).flip(2, 3)) / 2
@@ -175,12 +181,14 @@ class Between:
         )
 
     def _limit(self, gib: float) -> None:
-        if gib <= 0:
-            raise JobError(f"--max_memory {gib:g} must be above 0 (GiB)")
+        own = _OUTSIDE if self.device.type == "cuda" else 0.0
+        limit = gib * GIB - own
+        if limit <= 0:
+            raise JobError(f"--max_memory {gib:g} must be above {own / GIB:g} (GiB)" + (", which CUDA takes" if own else ""))
         if self.device.type == "cuda":
             total = torch.cuda.get_device_properties(self.device).total_memory
-            torch.cuda.set_per_process_memory_fraction(min(1.0, gib * GIB / total), self.device)
-            self.loaded.graphs.limit = gib * GIB
+            torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total), self.device)
+            self.loaded.graphs.limit = limit
 
     def _upload(self, image: np.ndarray) -> Tensor:
         """[H, W, 3] -> [1, 3, H, W] in [0, 1] on the device; the second frame of a pair is the first of the next one."""

@@ -136,7 +136,7 @@ class TrainingStep:
         Of the step nothing is left: its numbers mean nothing. mamba-ssm's kernels must not be met in it, for they are tuned by
         running them, nor --compile, which would compile for these small frames.
         """
-        if self.config.compute.compile or not all(": fused" in choice for choice in self.model.choices()):
+        if self.config.compute.compile or not self.model.all_fused:
             return
         crop = min(_COMPILED_AT, self.config.data.largest_crop)
         frames = torch.rand(3, 1, 3, crop, crop, device=self.device)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Literal, cast
 
@@ -22,6 +22,7 @@ from vfi.errors import JobError
 from vfi.graphs import Graphs
 from vfi.model.interpolator import FrameInterpolator
 from vfi.model_folder import Origin, data_name, fetch, is_hub_id, is_model_folder, read_model
+from vfi.ops.compiling import compiling_ahead
 from vfi.weights import best_weights, load_model
 
 DeviceName = Literal["auto", "cpu", "cuda"]
@@ -65,6 +66,15 @@ class LoadedModel:
 
         with torch.inference_mode():
             return self.graphs(forward, img0, img1, timesteps, kind=("several", precision, scale))
+
+    def compile_ahead(self, predict: Callable[[], object]) -> None:
+        """Have the fused kernels that `predict` will need compiled side by side; does nothing where the network has none.
+
+        It is called for it, and what it gives then means nothing.
+        """
+        if cast(FrameInterpolator, self.model).all_fused:
+            with compiling_ahead(next(self.model.parameters()).device):
+                predict()
 
     def flow(self, img0: Tensor, img1: Tensor, timestep: Tensor, precision: torch.dtype, scale: float | None = None) -> Tensor:
         """Flow from the timestep to the first frame, `[B, 2, H, W]` in pixels; for a model that has flow."""

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import importlib.util
 
+import numpy as np
 import pytest
 import torch
+from made_videos import new_run
 
 from vfi import presets
+from vfi.between import Between, Settings
 from vfi.fitting import TrainingStep
+from vfi.inference import LoadedModel
 from vfi.ops.compiling import compiling_ahead
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
@@ -73,14 +77,42 @@ def test_nothing_is_compiled_for_plain_torch():
 @pytest.mark.gpu
 def test_gpu_step_needs_nothing_more(monkeypatch, tmp_path):
     """After it a step compiles nothing: the kernels of forward and backward pass are all there."""
-    import triton
-
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     config = presets.override(presets.tiny(), phase=2, batch_size=2, crop=128)
     step = TrainingStep(config, torch.device("cuda"), torch.bfloat16)
     step.compile_ahead()
     assert all(parameter.isfinite().all() and parameter.grad is None for parameter in step.model.parameters())
-    compiled = []
-    monkeypatch.setattr(triton.knobs.runtime, "jit_cache_hook", lambda **facts: compiled.append(facts["repr"]) and None)
+    compiled = note_compiling(monkeypatch)
     step(step.make_frames())
     assert not compiled
+
+
+@pytest.mark.gpu
+def test_gpu_frames_between_need_nothing_more(monkeypatch, tmp_path):
+    """The first pair of a video compiles all it needs beforehand, at its own size."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "triton"))
+    model = Between(Settings(new_run(tmp_path / "runs" / "fresh"), "cuda"))
+    assert model.loaded.model.all_fused
+    asked, ahead = [], LoadedModel.compile_ahead
+
+    def compile_ahead(self, predict):
+        everything = note_compiling(monkeypatch)
+        ahead(self, predict)
+        asked.append((len(everything), note_compiling(monkeypatch)))
+
+    monkeypatch.setattr(LoadedModel, "compile_ahead", compile_ahead)
+    img0, img1 = np.random.default_rng(0).integers(0, 255, (2, 270, 480, 3), dtype=np.uint8)
+    for _ in range(3):
+        model(img0, img1, [0.5])
+    ((before, after),) = asked
+    assert before > 0
+    assert not after
+
+
+def note_compiling(monkeypatch) -> list[str]:
+    """Names of the kernels that are compiled from here on."""
+    import triton
+
+    compiled: list[str] = []
+    monkeypatch.setattr(triton.knobs.runtime, "jit_cache_hook", lambda **facts: compiled.append(facts["repr"]) and None)
+    return compiled

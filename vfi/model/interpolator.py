@@ -182,6 +182,11 @@ class FrameInterpolator(PointwiseModule):
         """Which fast path each operator took and why, one line each."""
         return sorted({str(module.choice) for module in self.modules() if hasattr(module, "choice")})
 
+    @property
+    def all_fused(self) -> bool:
+        """Did all of them take kernels of our own?"""
+        return all(": fused" in choice for choice in self.choices())
+
 
 class _Moved(Sequence[Tensor]):
     """Features of each level, moved when they are asked for: so those of one level are in memory at a time."""
