@@ -28,7 +28,6 @@ from vfi.optim import build_optimizer
 from vfi.signals import Agreement
 
 _HEADROOM = 256 * 2**20  # bytes that stay free beside a step: batches under way, metrics, fragmentation
-_COMPILED_AT = 64  # pixels of a side: a kernel is the same for all sizes
 PRECISIONS = {"no": torch.float32, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # what else than torch.OutOfMemoryError says so: CUDA itself, Triton, cuBLAS, cuDNN
 _OUT_OF_MEMORY = ("out of memory", "STATUS_ALLOC_FAILED", "DEVICE_ALLOCATION_FAILED")
@@ -134,14 +133,12 @@ class TrainingStep:
         """Have the fused kernels compiled side by side, where they are taken, and not one after the other in the first step.
 
         Of the step nothing is left: its numbers mean nothing. mamba-ssm's kernels must not be met in it, for they are tuned by
-        running them, nor --compile, which would compile for these small frames.
+        running them, nor --compile, which launches them by itself.
         """
         if self.config.compute.compile or not self.model.all_fused:
             return
-        crop = min(_COMPILED_AT, self.config.data.largest_crop)
-        frames = torch.rand(3, 1, 3, crop, crop, device=self.device)
         with compiling_ahead(self.device):
-            self._loss((*frames, torch.full((1,), 0.5, device=self.device))).backward()
+            self._loss(self.make_frames()).backward()
         self.optimizer.zero_grad(set_to_none=True)
 
     def __call__(self, frames: tuple[Tensor, ...]) -> None:

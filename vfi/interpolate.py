@@ -81,7 +81,10 @@ class Options:
     codec: str = ""
     """Encoder of the video, such as libx265, libsvtav1, prores_ks; by default H.264, for more than 8 bits H.265."""
     crf: int | None = None
-    """Quality of the encoder: lower is better; by default 16 to 24, hard to tell from the original."""
+    """Quality of the encoder: lower is better; by default 14 to 24, hard to tell from the original."""
+    encoder_preset: str = ""
+    """What the encoder spends on a smaller file, in its own words: ultrafast to veryslow for H.264 (by default veryfast) and
+    H.265 (medium), 0 (smallest) to 13 (fastest) for libsvtav1."""
     pix_fmt: str = ""
     """Pixel format of the video, such as yuv420p10le; by default that of the input."""
     scale: float | Literal["auto"] | None = None
@@ -269,10 +272,10 @@ def _create(
     stack: contextlib.ExitStack, partial: Path, done: int,
 ) -> VideoOutput | FolderOutput:  # fmt: skip
     """Where the frames go; the first so many are in `partial`."""
-    encoding = Encoding(options.codec, options.crf, options.pix_fmt)
+    encoding = Encoding(options.codec, options.crf, options.encoder_preset, options.pix_fmt)
     if not path.suffix:
         if encoding != Encoding():
-            raise JobError("--codec, --crf and --pix_fmt are for a video: frames are written as PNG")
+            raise JobError("--codec, --crf, --encoder_preset and --pix_fmt are for a video: frames are written as PNG")
         if done:
             copy_frames(partial, path)
         else:

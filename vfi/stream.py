@@ -38,7 +38,7 @@ Between = Callable[[np.ndarray, np.ndarray, Sequence[Fraction]], Callable[[], li
 """Two frames `[H, W, 3]` uint8 or uint16, timesteps -> what waits for the frames there, of the same kind."""
 T = TypeVar("T")
 _AHEAD = 4  # frames read beforehand, or pairs waiting to be written
-_CONVERTING = 4  # threads for it: one frame of 4K takes longer than a fast model
+_CONVERTING = 8  # threads for it: a frame of 4K takes one of them longer than a fast model
 _MOST_REPEATS = 4  # in a row that are dropped: a longer one is no pulldown but a picture that stands still
 
 
