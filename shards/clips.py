@@ -80,8 +80,8 @@ class VideoFrame:
         return zlib.crc32(self.thumbnail().tobytes())
 
     def thumbnail(self) -> np.ndarray:
-        """Small luma float32 [THUMBNAIL], 0 to 255 (not turned: it is only compared with its neighbours)."""
-        small = self._frame.reformat(THUMBNAIL[1], THUMBNAIL[0], format="gray", interpolation=Interpolation.AREA)
+        """Small luma float32 [THUMBNAIL], 0 to 255, by one thread (not turned: it is only compared with its neighbours)."""
+        small = self._frame.reformat(THUMBNAIL[1], THUMBNAIL[0], format="gray", interpolation=Interpolation.AREA, threads=1)
         return small.to_ndarray().astype(np.float32)
 
 

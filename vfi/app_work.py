@@ -175,7 +175,9 @@ class Work:
             report(len(between) / len(times), "Slow motion")
             between += self.model(img0, img1, times[len(between) : len(between) + 4])
         path = self.results / "slow.mp4"
-        sink = VideoOutput(path, None, (img0.shape[0], img0.shape[1]), 1 / CLIP_FPS, CLIP_FPS, Encoding("libx264"))
+        sink = VideoOutput(
+            path, None, (img0.shape[0], img0.shape[1]), 1 / CLIP_FPS, CLIP_FPS, Encoding("libx264", preset="medium")
+        )
         try:
             for number, image in enumerate([img0, *between, img1, *reversed(between)]):
                 sink.write(from_rgb(image, sink.colours, "rgb24"), number)

@@ -194,9 +194,10 @@ class Between:
         """[H, W, 3] -> [1, 3, H, W] in [0, 1] on the device; the second frame of a pair is the first of the next one."""
         if self.before is not None and self.before[0] is image:
             return self.before[1]
-        whole = torch.from_numpy(image if image.dtype == np.uint8 else image.astype(np.float32))
-        if self.device.type == "cuda":
-            whole = whole.pin_memory().to(self.device, non_blocking=True)
+        on_gpu = self.device.type == "cuda"
+        whole = torch.empty(image.shape, dtype=torch.uint8 if image.dtype == np.uint8 else torch.float32, pin_memory=on_gpu)
+        np.copyto(whole.numpy(), image)  # torch's copy waits for threads on all cores, which decode and encode
+        whole = whole.to(self.device, non_blocking=True)
         return whole.permute(2, 0, 1)[None].float() / np.iinfo(image.dtype).max
 
 

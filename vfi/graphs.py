@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 _BEFORE = 2  # calls of a shape before its graph is worth its making; in them kernels are tuned and caches filled
@@ -88,15 +88,18 @@ class _Graph:
         return self.output.clone()
 
 
-class _Reads(TorchDispatchMode):
-    """The tensors from before that operators read, such as indices that a cache may drop."""
+class _Reads(TorchFunctionMode):
+    """The tensors from before that operators read, such as indices that a cache may drop.
+
+    No dispatch mode: the first one of a process imports PyTorch's compiler, which takes seconds.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.kept: dict[int, Tensor] = {}
         self.own: set[int] = set()
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         for tensor in _tensors((args, kwargs)):
             if (address := tensor.untyped_storage().data_ptr()) not in self.own:
                 self.kept.setdefault(address, tensor)

@@ -156,15 +156,17 @@ def test_memory_of_a_container_is_no_more_than_its_limit(monkeypatch, tmp_path):
 def test_no_more_is_taken_of_a_gpu_than_allowed(run):
     rng = np.random.default_rng(0)
     img0, img1 = rng.integers(0, 255, (2, 1600, 2560, 3), dtype=np.uint8)
+    (whole,) = Between(Settings(run, "cuda"))(img0, img1, [0.5])
+    allowed = 0.8 * torch.cuda.max_memory_reserved() / GIB
+    torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     try:
-        model = Between(Settings(run, "cuda", max_memory=0.9))
+        model = Between(Settings(run, "cuda", max_memory=allowed + 0.6))
         (found,) = model(img0, img1, [0.5])
         assert model.tile is not None
-        assert torch.cuda.max_memory_reserved() <= 0.3 * GIB
+        assert torch.cuda.max_memory_reserved() <= allowed * GIB
         with pytest.raises(JobError, match=r"--max_memory 0.5 must be above 0.6 \(GiB\), which CUDA takes"):
             Between(Settings(run, "cuda", max_memory=0.5))
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
-    (whole,) = Between(Settings(run, "cuda"))(img0, img1, [0.5])
     assert np.abs(found.astype(int) - whole).mean() < 1

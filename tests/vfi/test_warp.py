@@ -35,6 +35,22 @@ def test_warp_by_pixel(size):
     torch.testing.assert_close(backward_warp(x, flow), warp_by_pixel(x, flow))
 
 
+@pytest.mark.parametrize(("top", "rows"), [(0, 3), (2, 4), (6, 1), (0, 7)])
+def test_some_rows_are_those_of_the_whole(top, rows):
+    x, flow = torch.randn(2, 3, 7, 9, dtype=torch.float64), 3 * torch.randn(2, 2, 7, 9, dtype=torch.float64)
+    some = slice(top, top + rows)
+    torch.testing.assert_close(backward_warp(x, flow[:, :, some], top), warp_by_pixel(x, flow)[:, :, some])
+
+
+def test_rows_that_are_not_there():
+    x, flow = torch.zeros(1, 3, 7, 9), torch.zeros(1, 2, 4, 9)
+    for top in (-1, 4):
+        with pytest.raises(ValueError, match=f"4 rows from {top} on are not in a map of 7 rows"):
+            backward_warp(x, flow, top)
+    with pytest.raises(ValueError, match=r"must be \[1, 2, 7, 9\]; given \[1, 2, 4, 9\]"):
+        backward_warp(x, flow)
+
+
 @pytest.mark.parametrize(("dx", "dy"), [(2, 0), (0, 3), (-1, 2), (100, -100)])
 def test_whole_pixels(dx, dy):
     """dx looks to the right, dy down, and beyond the edge the border goes on."""

@@ -27,8 +27,8 @@ class Case(NamedTuple):
     flow_dtype: torch.dtype = SINGLE
 
 
-def fused(x: Tensor, flow: Tensor) -> Tensor:
-    return importlib.import_module("vfi.ops.warp_kernels").backward_warp_fused(x, flow)
+def fused(x: Tensor, flow: Tensor, top: int | None = None) -> Tensor:
+    return importlib.import_module("vfi.ops.warp_kernels").backward_warp_fused(x, flow, top)
 
 
 def made(case: Case, device: str = "cpu") -> tuple[Tensor, Tensor, Tensor]:
@@ -126,6 +126,21 @@ def test_the_border_has_no_gradient(interpreter):
     assert (ours[0, 0, 0] != 0).tolist() == [False, True, False, True, False, False, False, True, False]
 
 
+def by_rows(case: Case, rows: int, device: str = "cpu") -> tuple[Tensor, Tensor]:
+    """Moved as a whole, and so many rows at a time."""
+    x, flow, _ = made(case, device)
+    with mock.patch.object(torch.Tensor, "new_empty", unwritten):
+        parts = [fused(x, flow[:, :, top : top + rows], top) for top in range(0, case.H, rows)]
+        return fused(x, flow), torch.cat(parts, dim=2)
+
+
+@pytest.mark.parametrize("case", [Case(2, 3, 5, 11, SINGLE), Case(2, 8, 18, 19, HALF)], ids=str)
+def test_some_rows_are_those_of_the_whole(interpreter, case):
+    for rows in (1, 4, case.H):
+        whole, parts = interpreter.submit(by_rows, case, rows).result()
+        assert torch.equal(whole, parts)
+
+
 def flows_without_numbers() -> tuple[Tensor, list[Tensor], list[Tensor]]:
     x, flow, grad = made(Case(1, 8, 5, 11, SINGLE))
     odd = torch.zeros(flow.shape, dtype=torch.bool)
@@ -183,6 +198,10 @@ def test_what_the_kernels_do_not_take():
         fused(x, flow.double())
     with pytest.raises(ValueError, match=r"must be \[1, 2, 4, 5\]"):
         fused(x, flow.mT)
+    with pytest.raises(ValueError, match="4 rows from 1 on are not in a map of 4 rows"):
+        fused(x, flow, 1)
+    with pytest.raises(NotImplementedError, match="some rows has no gradients"):
+        fused(x.requires_grad_(), flow[:, :, 1:], 1)
 
 
 LARGE = [(2, 64, 123, 77), (1, 3, 270, 480), (1, 515, 20, 24), (2, 35, 64, 64), (1, 128, 33, 40)]
@@ -197,6 +216,8 @@ def test_against_float64(monkeypatch, shape, dtype):
     case = Case(*shape, dtype)
     for ours, theirs in relative_errors(case, "cuda"):
         assert ours <= 2 * theirs + 1e-6
+    whole, parts = by_rows(case, 7, "cuda")
+    assert torch.equal(whole, parts)
     first, second = (results(fused, *made(case, "cuda")) for _ in range(2))
     assert torch.equal(first[0], second[0])
     assert torch.equal(first[2], second[2])

@@ -9,8 +9,8 @@ Any H and W from 32 up: frames are padded inside to multiples of 16 / scale and 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,9 +19,9 @@ from torch import Tensor
 from vfi.config import SCALES, ModelConfig
 from vfi.model.backbone import STRIDE, HybridBackbone, of_each_frame
 from vfi.model.flow import FlowNet, Motion
-from vfi.model.refine import RefineNet
+from vfi.model.refine import MovedFeatures, RefineNet
 from vfi.ops.pointwise import PointwiseModule, choose_pointwise, give_pointwise
-from vfi.ops.warp import backward_warp, resize_flow
+from vfi.ops.warp import backward_warp
 
 MIN_SIZE = 32
 
@@ -123,7 +123,7 @@ class FrameInterpolator(PointwiseModule):
         if motion:
             warped, mask_logit = self._warp(frames, motion.flow), prior + motion.mask_logit
         if motion and self.warps_features:
-            features = _Moved(self._warp, features, motion.flow)
+            features = MovedFeatures(self._warp, features, motion.flow)
             features = list(features) if torch.is_grad_enabled() else features
         if self.refine:
             refined_logit, residual = self.refine(features, torch.cat(of_each_frame(warped), dim=1), timestep)
@@ -175,8 +175,8 @@ class FrameInterpolator(PointwiseModule):
         last = stage(motions[-1], (prediction.warped0, prediction.warped1))
         return prediction._replace(stages=(*map(stage, motions[:-1]), last), teacher=teacher)
 
-    def _warp(self, x: Tensor, flow: Tensor) -> Tensor:
-        return backward_warp(x, flow) if self.pointwise is None else self.pointwise.backward_warp(x, flow)
+    def _warp(self, x: Tensor, flow: Tensor, top: int | None = None) -> Tensor:
+        return (backward_warp if self.pointwise is None else self.pointwise.backward_warp)(x, flow, top)
 
     def choices(self) -> list[str]:
         """Which fast path each operator took and why, one line each."""
@@ -186,20 +186,6 @@ class FrameInterpolator(PointwiseModule):
     def all_fused(self) -> bool:
         """Did all of them take kernels of our own?"""
         return all(": fused" in choice for choice in self.choices())
-
-
-class _Moved(Sequence[Tensor]):
-    """Features of each level, moved when they are asked for: so those of one level are in memory at a time."""
-
-    def __init__(self, warp: Callable[[Tensor, Tensor], Tensor], features: Sequence[Tensor], flow: Tensor) -> None:
-        self.warp, self.features, self.flow = warp, features, flow
-
-    def __len__(self) -> int:
-        return len(self.features)
-
-    def __getitem__(self, level: Any) -> Any:
-        features = self.features[level]
-        return self.warp(features, resize_flow(self.flow, (features.shape[2], features.shape[3])))
 
 
 def check_frames(img0: Tensor, img1: Tensor, scale: float = 1.0) -> None:

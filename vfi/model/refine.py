@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,9 +13,31 @@ from vfi.config import ModelConfig
 from vfi.model.backbone import LEVELS, level_widths, of_each_frame
 from vfi.model.convolutions import ConvPReLU, ResidualBlock, scaled_conv, zero
 from vfi.ops.pointwise import PointwiseModule
+from vfi.ops.warp import resize_flow
 
 _REACH = 4  # rows that level 0 and the head look up and down: four 3x3 convolutions
 _BAND_PIXELS = 2**21  # of a pair, at level 0: as many as 1080p has
+
+
+class MovedFeatures(Sequence[Tensor]):
+    """Features of each level, moved when they are asked for: so those of one level are in memory at a time.
+
+    `warp(x, flow, top)` as `backward_warp`; `flow` is that of the finest level.
+    """
+
+    def __init__(self, warp: Callable[..., Tensor], features: Sequence[Tensor], flow: Tensor) -> None:
+        self.warp, self.features, self.flow = warp, features, flow
+
+    def __len__(self) -> int:
+        return len(self.features)
+
+    def __getitem__(self, level: Any) -> Any:
+        features = self.features[level]
+        return self.warp(features, resize_flow(self.flow, (features.shape[2], features.shape[3])))
+
+    def finest(self, first: int, last: int) -> Tensor:
+        """Rows `first` to `last` of level 0."""
+        return self.warp(self.features[0], self.flow[:, :, first:last], first)
 
 
 class RefineNet(PointwiseModule):
@@ -49,19 +72,21 @@ class RefineNet(PointwiseModule):
         x = self.mix[-1](self._stacked(None, *coarsest, time))
         for level in range(LEVELS - 2, 0, -1):
             x = self.mix[level](self._beside(level, x, *of_each_frame(features[level])))
-        mask_logit, residual = self._finest(x, (*of_each_frame(features[0]), images)).split((1, 3), dim=1)
+        mask_logit, residual = self._finest(x, features, images).split((1, 3), dim=1)
         return mask_logit, residual
 
-    def _finest(self, below: Tensor, parts: tuple[Tensor, ...]) -> Tensor:
+    def _finest(self, below: Tensor, features: Sequence[Tensor], images: Tensor) -> Tensor:
         """Level 0 and the head, `[B, 4, H, W]` in fp32. Large frames without gradients in bands of rows: the same numbers."""
-        H, W = parts[0].shape[2:]
+        H, W = images.shape[2:]
         if self.pointwise is None or torch.is_grad_enabled() or H * W <= _BAND_PIXELS:
-            return self.head(self.mix[0](self._beside(0, below, *parts))).float()
+            return self.head(self.mix[0](self._beside(0, below, *of_each_frame(features[0]), images))).float()
         out = torch.empty((len(below), 4, H, W), dtype=torch.float32, device=below.device)
         rows = max(2, _BAND_PIXELS // W // 2 * 2)  # of the level below there are half as many
         for top in range(0, H, rows):
             first, last = max(0, top - _REACH), min(H, top + rows + _REACH)
-            band = self._beside(0, below[:, :, first // 2 : last // 2], *(part[:, :, first:last] for part in parts))
+            moved = isinstance(features, MovedFeatures)
+            finest = of_each_frame(features.finest(first, last) if moved else features[0][:, :, first:last])
+            band = self._beside(0, below[:, :, first // 2 : last // 2], *finest, images[:, :, first:last])
             inside = slice(top - first, min(H, top + rows) - first)
             out[:, :, top : top + rows] = self.head(self.mix[0](band))[:, :, inside]
         return out

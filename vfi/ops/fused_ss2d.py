@@ -3,7 +3,7 @@
     sum over orders of RMSNorm(unscan(ssd(silu(conv(scan(x, B, C))), scan(dt))) * silu(z)) * weight
 
 The convolution reads the pixels in the orders by index, and the norm puts the outputs back in place: nothing is reordered for
-its own sake (vfi/ops/ss2d_kernels.py). For the backward pass one output an order is kept; all else is computed anew.
+its own sake (vfi/ops/ss2d_kernels.py). For the backward pass nothing but the projected pixels is kept; all is computed anew.
 """
 
 from __future__ import annotations
@@ -118,18 +118,16 @@ class _FusedSS2D(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, projected: Tensor, *arguments: Any) -> Tensor:
         *parameters, shape = arguments
-        run = _Run(projected, Parameters(*parameters), shape)
-        out, y = run.forward()
-        ctx.save_for_backward(projected, *parameters, y)
+        ctx.save_for_backward(projected, *parameters)
         ctx.shape = shape
-        return out
+        run = _Run(projected, Parameters(*parameters), shape)
+        return run.norm(run.outputs(range(4)), range(4), None)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
-        projected, *parameters, y = ctx.saved_tensors
-        run = _Run(projected, Parameters(*parameters), ctx.shape)
-        gradients = run.backward(y, d_out)
+        projected, *parameters = ctx.saved_tensors
+        gradients = _Run(projected, Parameters(*parameters), ctx.shape).backward(d_out)
         return (*(g.to(t.dtype) for g, t in zip(gradients, (projected, *parameters), strict=True)), None)
 
 
@@ -192,10 +190,9 @@ class _Run:
         """What turns a pixel into its place in a sequence, and back."""
         return self.L, self.sequences, self.H, self.W
 
-    def forward(self) -> tuple[Tensor, Tensor]:
-        """The result, and one output an order `[n, L, inner]`."""
-        y = self.scan(self.tokens(range(4), activated=True))
-        return self.norm(y, range(4), None), y
+    def outputs(self, orders: range) -> Tensor:
+        """One an order, [n, L, inner]."""
+        return self.scan(self.tokens(orders, activated=True))
 
     def without_gradients(self) -> Tensor:
         """The result alone; fewer orders at a time where memory asks for it."""
@@ -204,7 +201,7 @@ class _Run:
         out = None
         for first in range(0, 4, at_once):
             orders = range(first, first + at_once)
-            out = self.norm(self.scan(self.tokens(orders, activated=True)), orders, out)
+            out = self.norm(self.outputs(orders), orders, out)
         assert out is not None
         return out
 
@@ -267,13 +264,13 @@ class _Run:
         )  # fmt: skip
         return out
 
-    def backward(self, y: Tensor, d_out: Tensor) -> tuple[Tensor, ...]:
+    def backward(self, d_out: Tensor) -> tuple[Tensor, ...]:
         """Gradients of the pixels and of each parameter, in their order."""
         shape, p = self.shape, self.parameters
         d_projected = self.new(*self.projected.shape, dtype=self.projected.dtype)
         dz, d_map, d_raw = d_projected.split((shape.inner, shape.channels, shape.heads), dim=-1)
         d_stride = d_projected.stride(2)
-        dy, d_norm = self.norm_gradients(y, d_out.contiguous(), dz, d_stride)
+        dy, d_norm = self.norm_gradients(d_out.contiguous(), dz, d_stride)
 
         n = 4 * self.sequences
         tokens = self.tokens(range(4), activated=False)
@@ -303,9 +300,9 @@ class _Run:
         d_A, d_D = d_heads.sum((0, 1)).unbind(-1)
         return d_projected, d_conv[:4].t(), d_conv[4], d_A, d_D, d_bias.sum(0), d_norm.sum(0)
 
-    def norm_gradients(self, y: Tensor, d_out: Tensor, dz: Tensor, d_stride: int) -> tuple[Tensor, Tensor]:
-        """Those of y and, by program, of the weight; dz is filled."""
-        inner = self.shape.inner
+    def norm_gradients(self, d_out: Tensor, dz: Tensor, d_stride: int) -> tuple[Tensor, Tensor]:
+        """Those of the outputs and, by program, of the weight; dz is filled."""
+        y, inner = self.outputs(range(4)), self.shape.inner
         dy = self.new(*y.shape, dtype=y.dtype)
         blocks = math.ceil(self.pixels / _LAUNCH["gated_norm_gradients"]["BLOCKS"])
         d_norm = self.new(blocks * self.frames, inner)

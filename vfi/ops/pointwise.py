@@ -25,7 +25,7 @@ class Pointwise(NamedTuple):
     """vfi/ops/activation_kernels.py."""
     stack_channels: Callable[..., Tensor]
     """vfi/ops/stack_kernels.py."""
-    backward_warp: Callable[[Tensor, Tensor], Tensor]
+    backward_warp: Callable[..., Tensor]
     """vfi/ops/warp_kernels.py; PyTorch's in deterministic runs, for the kernels sum up the gradient of `x` in any order."""
     layer_norm: Callable[[Tensor, Tensor, Tensor, float], Tensor]
     """vfi/ops/norm_kernels.py."""
@@ -67,7 +67,7 @@ def _import() -> Pointwise:
     from vfi.ops.stack_kernels import stack_channels
     from vfi.ops.warp_kernels import backward_warp_fused
 
-    def warp(x: Tensor, flow: Tensor) -> Tensor:
-        return (backward_warp if torch.are_deterministic_algorithms_enabled() else backward_warp_fused)(x, flow)
+    def warp(x: Tensor, flow: Tensor, top: int | None = None) -> Tensor:
+        return (backward_warp if torch.are_deterministic_algorithms_enabled() else backward_warp_fused)(x, flow, top)
 
     return Pointwise(bias_prelu, stack_channels, warp, layer_norm)

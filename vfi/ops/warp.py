@@ -12,24 +12,30 @@ from torch import Tensor
 from vfi.ops.precision import fp32_island
 
 
-def backward_warp(x: Tensor, flow: Tensor) -> Tensor:
+def backward_warp(x: Tensor, flow: Tensor, top: int | None = None) -> Tensor:
     """`[B, C, H, W]`: y[p] = x[p + flow[p]], bilinear; beyond the frame its border goes on. In the dtype of `x`.
+
+    With `top`, flow is that of some rows of the frame, from `top` on, and y is these rows.
 
     Coordinates and sampling are fp32 whatever autocast says: fp16 cannot tell neighbours apart beyond 2,048 pixels.
     """
-    check_flow(x, flow)
-    return fp32_island(_backward_warp, x, flow).to(x.dtype)
+    check_flow(x, flow, top)
+    return fp32_island(_backward_warp, x, flow, top or 0).to(x.dtype)
 
 
-def check_flow(x: Tensor, flow: Tensor) -> None:
-    """Raise ValueError for a flow that does not belong to a map `[B, C, H, W]`."""
-    if x.shape[2:] != flow.shape[2:] or flow.shape[:2] != (x.shape[0], 2):
-        raise ValueError(f"a flow for {list(x.shape)} must be {[x.shape[0], 2, *x.shape[2:]]}; given {list(flow.shape)}")
+def check_flow(x: Tensor, flow: Tensor, top: int | None) -> None:
+    """Raise ValueError for a flow that does not belong to a map `[B, C, H, W]`, or to rows of it from `top` on."""
+    B, _, H, W = x.shape
+    rows = H if top is None else flow.shape[2]
+    if flow.shape != (B, 2, rows, W):
+        raise ValueError(f"a flow for {list(x.shape)} must be {[B, 2, rows, W]}; given {list(flow.shape)}")
+    if top is not None and not 0 <= top <= H - rows:
+        raise ValueError(f"{rows} rows from {top} on are not in a map of {H} rows")
 
 
-def _backward_warp(x: Tensor, flow: Tensor) -> Tensor:
+def _backward_warp(x: Tensor, flow: Tensor, top: int = 0) -> Tensor:
     H, W = x.shape[2:]
-    rows = torch.arange(H, device=x.device, dtype=flow.dtype).view(1, H, 1)
+    rows = torch.arange(top, top + flow.shape[2], device=x.device, dtype=flow.dtype).view(1, -1, 1)
     columns = torch.arange(W, device=x.device, dtype=flow.dtype).view(1, 1, W)
     # grid_sample counts from -1 (centre of the first pixel) to 1 (centre of the last)
     across = (columns + flow[:, 0]) * (2 / max(W - 1, 1)) - 1

@@ -20,20 +20,34 @@ from vfi.ops.warp import check_flow
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
-def backward_warp_fused(x: Tensor, flow: Tensor) -> Tensor:
+def backward_warp_fused(x: Tensor, flow: Tensor, top: int | None = None) -> Tensor:
     """`backward_warp`: `[B, C, H, W]`, y[p] = x[p + flow[p]], bilinear; beyond the frame its border goes on.
 
     Args:
         x: bf16, fp16 or fp32; read where it lies if it is channels-last.
         flow: `[B, 2, H, W]` in bf16, fp16 or fp32, in pixels, at any strides. NaN looks at the first column or row.
+        top: given, flow is that of some rows of the frame, from `top` on, and so is the result; without gradients.
 
     Returns:
-        `[B, C, H, W]` in the dtype of `x`, channels-last. Coordinates, weights and sums are fp32.
+        `[B, C, H, W]`, with `top` of fewer rows, in the dtype of `x`, channels-last. Coordinates, weights and sums are fp32.
     """
-    check_flow(x, flow)
+    check_flow(x, flow, top)
     if x.dtype not in DTYPES or flow.dtype not in DTYPES:
         raise TypeError(f"fused warping takes bf16, fp16 or fp32 and was given {x.dtype} and a flow in {flow.dtype}")
-    return _Fused.apply(x.permute(0, 2, 3, 1), flow).permute(0, 3, 1, 2)
+    pixels = x.permute(0, 2, 3, 1)
+    if top is None:
+        return _Fused.apply(pixels, flow).permute(0, 3, 1, 2)
+    if torch.is_grad_enabled() and (x.requires_grad or flow.requires_grad):
+        raise NotImplementedError("fused warping of some rows has no gradients: warp the whole map")
+    return _warp(pixels, flow, top).permute(0, 3, 1, 2)
+
+
+def _warp(x: Tensor, flow: Tensor, top: int = 0) -> Tensor:
+    """Frames `[B, H, W, C]` -> `[B, rows, W, C]`, as many rows as the flow has."""
+    x = x.contiguous()
+    y = x.new_empty(x.shape[0], flow.shape[2], *x.shape[2:])
+    _launch(_forward_kernel, forward_tiles(x.shape[-1], x.dtype), y, flow, x, x.shape[1], top)
+    return y
 
 
 class _Fused(torch.autograd.Function):
@@ -42,8 +56,7 @@ class _Fused(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, flow: Tensor) -> Tensor:
         x = x.contiguous()
-        y = x.new_empty(x.shape)
-        _launch(_forward_kernel, forward_tiles(x.shape[-1], x.dtype), x, flow, y)
+        y = _warp(x, flow)
         ctx.save_for_backward(flow, *((x,) if ctx.needs_input_grad[1] else ()))
         return y
 
@@ -88,8 +101,8 @@ def _tiles(C: int, dtype: torch.dtype, elements: int) -> Tiles:
     return Tiles(rows, pixels // rows, channels, num_warps=4 if in_vectors else 8)
 
 
-def _launch(kernel: Any, tiles: Tiles, given: Tensor, flow: Tensor, *others: Tensor | None) -> None:
-    """Runs a kernel over all pixels. `given`: `[B, H, W, C]`, contiguous as all others, apart from the flow."""
+def _launch(kernel: Any, tiles: Tiles, given: Tensor, flow: Tensor, *others: Tensor | int | None) -> None:
+    """Runs a kernel over all pixels. `given`: `[B, H, W, C]` of the flow's size, contiguous as all others but the flow."""
     B, H, W, C = given.shape
     down, across = triton.cdiv(H, tiles.rows), triton.cdiv(W, tiles.columns)
     with torch.cuda.device_of(given):
@@ -148,11 +161,16 @@ def _read(at, channel, C: tl.constexpr, CHANNELS: tl.constexpr):
     return value.to(tl.float32)
 
 
-@triton.jit(do_not_specialize=["frame_stride", "part_stride", "row_stride", "column_stride", "H", "W", "down", "across"])
+_SIZES = ["height", "top", "frame_stride", "part_stride", "row_stride", "column_stride", "H", "W", "down", "across"]
+
+
+@triton.jit(do_not_specialize=_SIZES)
 def _forward_kernel(
-    x,
-    flow,
     y,
+    flow,
+    x,
+    height,
+    top,
     frame_stride,
     part_stride,
     row_stride,
@@ -166,16 +184,17 @@ def _forward_kernel(
     COLUMNS: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
+    """H rows from `top` on, of frames that have `height`."""
     frame, row, column = _place(H, W, down, across, ROWS, COLUMNS)
     inside = (row < H) & (column < W)
     flow += frame * frame_stride + row.to(tl.int64) * row_stride + column.to(tl.int64) * column_stride
     # upper left to lower right; also for pixels outside the frame the places looked at are inside
     left, right, a, _ = _looked_at(column, tl.load(flow, mask=inside, other=0.0), W)
-    top, bottom, d, _ = _looked_at(row, tl.load(flow + part_stride, mask=inside, other=0.0), H)
+    upper, lower, d, _ = _looked_at(top + row, tl.load(flow + part_stride, mask=inside, other=0.0), height)
     a, d = a[:, None], d[:, None]
-    x += frame * H * W * C
-    ul, ur = x + _at(top, left, W, C), x + _at(top, right, W, C)
-    ll, lr = x + _at(bottom, left, W, C), x + _at(bottom, right, W, C)
+    x += frame * height * W * C
+    ul, ur = x + _at(upper, left, W, C), x + _at(upper, right, W, C)
+    ll, lr = x + _at(lower, left, W, C), x + _at(lower, right, W, C)
     out = y + frame * H * W * C + _at(row, column, W, C)
     for start in range(0, C, CHANNELS):
         channel = start + tl.arange(0, CHANNELS)[None, :]
@@ -186,7 +205,7 @@ def _forward_kernel(
         tl.store(out + channel, value.to(y.dtype.element_ty), mask=inside[:, None] & (channel < C))
 
 
-@triton.jit(do_not_specialize=["frame_stride", "part_stride", "row_stride", "column_stride", "H", "W", "down", "across"])
+@triton.jit(do_not_specialize=_SIZES[2:])
 def _backward_kernel(
     grad,
     flow,
