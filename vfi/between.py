@@ -99,7 +99,9 @@ class Between:
         first, last = self._upload(img0), self._upload(img1)
         self.before = (img1, last)
         clock = _Clock(self.device)
-        times = torch.tensor([float(timestep) for timestep in timesteps], device=self.device)
+        on_gpu = self.device.type == "cuda"  # where memory that isn't pinned would be waited for
+        times = torch.tensor([float(timestep) for timestep in timesteps], pin_memory=on_gpu)
+        times = times.to(self.device, non_blocking=True)
         self._estimate(img0.shape[0], img0.shape[1])
         while (found := self._if_it_fits(first, last, times)) is None:
             self._step_down(img0.shape[0], img0.shape[1])

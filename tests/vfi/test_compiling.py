@@ -1,8 +1,10 @@
-"""Kernels are compiled side by side before they are run; that compiling works is seen on a GPU alone."""
+"""Kernels are compiled side by side before they are run: here for a GPU that isn't there, on a GPU those of a network."""
 
 from __future__ import annotations
 
 import importlib.util
+import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,59 +15,85 @@ from vfi import presets
 from vfi.between import Between, Settings
 from vfi.fitting import TrainingStep
 from vfi.inference import LoadedModel
+from vfi.ops import compiling
 from vfi.ops.compiling import compiling_ahead
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 
 
 @pytest.fixture
-def asked(monkeypatch) -> list[tuple[object, ...]]:
-    """What Triton is asked for, instead of what it does."""
-    from triton.runtime.jit import JITFunction
+def hopper(monkeypatch, tmp_path) -> Path:
+    """Triton compiles for an H100 that is not there, and nothing is loaded onto it; its cache."""
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import driver
 
+    class Driver:
+        def get_current_device(self) -> int:
+            return 0
+
+        def get_current_stream(self, device: int) -> int:
+            return 0
+
+        def get_current_target(self) -> GPUTarget:
+            return GPUTarget("cuda", 90, 32)
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
-    calls: list[tuple[object, ...]] = []
-
-    def run(kernel, *arguments, grid, warmup, **options):
-        if options.get("BLOCK") == 3:
-            raise ValueError("BLOCK must be a power of 2")
-        calls.append((kernel.__name__, grid, warmup, len(arguments), options))
-
-    monkeypatch.setattr(JITFunction, "run", run)
-    return calls
+    monkeypatch.setattr(driver, "_active", Driver())
+    return tmp_path
 
 
 def kernel():
     import triton
+    import triton.language as tl
 
-    def add(x, n):
-        pass
+    def add(x, n, BLOCK: tl.constexpr):
+        tl.store(x + tl.arange(0, BLOCK), n)
 
     return triton.jit(add)
 
 
-def test_each_kind_is_compiled_once_and_nothing_is_run(asked):
+def test_each_kind_is_compiled_once_and_nothing_is_run(hopper, monkeypatch):
+    loaded = []
+    monkeypatch.setattr(compiling, "_load", loaded.append)
     add, numbers = kernel(), torch.zeros(64)
+    tensors = (numbers, numbers[4:], numbers[1:], numbers.half())
     with compiling_ahead(torch.device("cuda", 0)):
-        for tensor, block in (
-            (numbers, 16),
-            (numbers[4:], 16),
-            (numbers[1:], 16),
-            (numbers.half(), 16),
-            (numbers, 32),
-            (numbers, 16),
-        ):
-            add[(7,)](tensor, 5, BLOCK=block)
+        for tensor, block in (*((tensor, 16) for tensor in tensors), (numbers, 32), (numbers, 16)):
+            assert add[(7,)](tensor, 5, BLOCK=block) is None
     # the second and the last are as the first; the third starts elsewhere
-    assert sorted(options["BLOCK"] for *_, options in asked) == [16, 16, 16, 32]
-    assert all(call[:4] == ("add", (7,), True, 2) for call in asked)
-    add[(7,)](numbers, 5, BLOCK=16)
-    assert asked[-1][2] is False
+    assert len(loaded) == 4
+    made = sorted(path.read_text() for path in hopper.glob("*/add.ptx"))
+    assert len(made) == 4
+    assert all(".target sm_90" in text for text in made)
+    assert not numbers.any()
+    # what is loaded is not compiled again
+    before = {path: path.stat().st_mtime_ns for path in hopper.rglob("*.ptx")}
+    assert [compile_or_find().metadata.name for compile_or_find in loaded] == ["add"] * 4
+    assert before == {path: path.stat().st_mtime_ns for path in hopper.rglob("*.ptx")}
+    with pytest.raises(AttributeError, match="launcher_cls"):  # outside it is launched again
+        add[(7,)](numbers, 5, BLOCK=16)
 
 
-def test_what_can_not_be_compiled_is_said(asked):
-    with pytest.raises(ValueError, match="power of 2"), compiling_ahead(torch.device("cuda", 0)):
-        kernel()[(1,)](torch.zeros(4), 5, BLOCK=3)
+def test_what_can_not_be_compiled_is_said(hopper):
+    add = kernel()
+
+    def launch() -> None:
+        with compiling_ahead(torch.device("cuda", 0)):
+            for block in (4, 3):
+                add[(1,)](torch.zeros(4), 5, BLOCK=block)
+
+    with pytest.raises(Exception, match="power of 2"):
+        launch()
+
+
+def test_processes_of_a_machine_share_its_cores(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(16)))
+    assert compiling._cores() == 16
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "5")
+    assert compiling._cores() == 3
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "64")
+    assert compiling._cores() == 1
 
 
 def test_nothing_is_compiled_for_plain_torch():

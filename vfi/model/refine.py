@@ -84,9 +84,10 @@ class RefineNet(PointwiseModule):
         rows = max(2, _BAND_PIXELS // W // 2 * 2)  # of the level below there are half as many
         for top in range(0, H, rows):
             first, last = max(0, top - _REACH), min(H, top + rows + _REACH)
-            moved = isinstance(features, MovedFeatures)
-            finest = of_each_frame(features.finest(first, last) if moved else features[0][:, :, first:last])
-            band = self._beside(0, below[:, :, first // 2 : last // 2], *finest, images[:, :, first:last])
+            whole = not isinstance(features, MovedFeatures)
+            finest = features[0][:, :, first:last] if whole else features.finest(first, last)
+            parts = (*of_each_frame(finest), images[:, :, first:last])
+            band = self._beside(0, below[:, :, first // 2 : last // 2], *parts)
             inside = slice(top - first, min(H, top + rows) - first)
             out[:, :, top : top + rows] = self.head(self.mix[0](band))[:, :, inside]
         return out

@@ -1,45 +1,132 @@
 """How does one wait less for kernels that were never compiled on this machine? All that a call needs are compiled side by side.
 
     with compiling_ahead(device):
-        step(small_frames)          # compiles what it meets, on all cores, and runs none of it
+        step(frames)          # notes the kernels that it meets, and runs none of them
 
-Triton compiles a kernel when it is launched, one after the other, and a training step has a hundred of them.
+Triton compiles a kernel when it is launched, one after the other, and a training step has a hundred of them. Most of it is
+Python, so threads don't help: copies of this process compile into Triton's cache, from which they are loaded here.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
+import multiprocessing
 import os
-from collections.abc import Hashable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+import warnings
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 from unittest import mock
 
 import torch
 from torch import Tensor
 
-_THREADS = 32
+Compile = Callable[[], Any]
 
 
 @contextlib.contextmanager
 def compiling_ahead(device: torch.device) -> Iterator[None]:
-    """Meanwhile Triton's kernels are compiled and not run: what they would write holds anything. Ends when all are there."""
+    """Meanwhile Triton's kernels are not run: what they would write holds anything. Ends when all of them are loaded."""
     from triton.runtime.jit import JITFunction
 
-    run, compiled = JITFunction.run, dict[Hashable, Future[Any]]()
+    run, met = JITFunction.run, dict[Hashable, Compile]()
     index = torch.cuda.current_device() if device.index is None else device.index
+    first: Future[Any] | None = None
 
-    def compile_only(kernel: Any, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> None:
+    def note(kernel: Any, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        nonlocal first
         key = (kernel, *map(_kind, arguments), *((name, _kind(value)) for name, value in options.items()))
-        if key not in compiled:
-            compiled[key] = pool.submit(run, kernel, *arguments, grid=grid, warmup=True, **options)
+        if key not in met:
+            met[key] = functools.partial(run, kernel, *map(_stand_in, arguments), grid=grid, warmup=True, **options)
+            first = first or pool.submit(met[key])  # meanwhile; what it needs the others need, too, and inherit
 
-    # compiling is done outside of Python's lock
-    with ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1), "compile", torch.cuda.set_device, (index,)) as pool:
-        with mock.patch.object(JITFunction, "run", compile_only):
+    with ThreadPoolExecutor(_cores(), "load", torch.cuda.set_device, (index,)) as pool:
+        with mock.patch.object(JITFunction, "run", note):
             yield
-        for future in compiled.values():
-            future.result()
+        if first is not None:
+            first.result()
+            _compile_in_copies(list(met.values())[1:], index)
+            list(pool.map(_load, met.values()))
+
+
+def _load(compile_or_find: Compile) -> None:
+    """Onto the GPU, with the little C library by which it is launched: that is made here, too, if it isn't in the cache."""
+    compile_or_find().run  # noqa: B018 (a property that does it)
+
+
+def _compile_in_copies(launches: Sequence[Compile], index: int) -> None:
+    """Into Triton's cache."""
+    if not launches:
+        return
+    copies = multiprocessing.get_context("fork")  # which inherit what is to be compiled
+    answers = _Answers(index)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)  # they only compile, and end
+        with ProcessPoolExecutor(min(_cores(), len(launches)), copies, _begin, (launches, answers)) as pool:
+            try:
+                list(pool.map(_compile, range(len(launches))))
+            except BrokenProcessPool as error:
+                warnings.warn(f"the rest of the kernels is compiled one by one, which takes longer: {error}", stacklevel=2)
+
+
+class _Answers:
+    """What Triton asks its driver when it compiles, as it is in the process that has the GPU: a copy can't ask CUDA."""
+
+    def __init__(self, index: int) -> None:
+        from triton.runtime import driver
+
+        self.index, self.target = index, driver.active.get_current_target()
+
+    def get_current_device(self) -> int:
+        return self.index
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> Any:
+        return self.target
+
+
+_inherited: Sequence[Compile] = ()
+
+
+def _begin(launches: Sequence[Compile], answers: _Answers) -> None:
+    from triton.runtime import driver
+
+    global _inherited
+    _inherited = launches
+    driver.set_active(answers)
+
+
+def _compile(number: int) -> None:
+    _inherited[number]()
+
+
+def _cores() -> int:
+    """For each of the processes on this machine that train together."""
+    return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+class _StandIn:
+    """What a kernel is compiled for, of a tensor, without its memory."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.dtype, self.place = tensor.dtype, tensor.data_ptr() % 16
+
+    def data_ptr(self) -> int:
+        """Whether it is a multiple of 16 is what counts."""
+        return self.place
+
+
+def _stand_in(argument: Any) -> Any:
+    if isinstance(argument, Tensor):
+        return _StandIn(argument)
+    if not isinstance(argument, tuple | list):
+        return argument
+    parts = map(_stand_in, argument)
+    return type(argument)(*parts) if hasattr(argument, "_fields") else type(argument)(parts)
 
 
 def _kind(argument: Any) -> Hashable:
