@@ -11,6 +11,7 @@ that takes too much, so there it is estimated before anything is computed.
 from __future__ import annotations
 
 import dataclasses
+import threading
 import time
 from collections.abc import Callable, Sequence
 from fractions import Fraction
@@ -36,7 +37,7 @@ STILL, MOVES = 1.5 / 255, 4 / 255
 """Up to the first difference between two frames a place stands still; from the second on it moves."""
 _AROUND = 9  # side of what has to stand still with it
 _FADE = 5
-_OUTSIDE = 0.6 * GIB  # of a GPU, what CUDA and the code of kernels take beside tensors: 0.5 GiB on an H100
+_OUTSIDE = 0.75 * GIB  # of a GPU, what CUDA and the code of kernels take beside tensors: 0.7 GiB on an H100
 _AMPLE = 2**15  # bytes a pixel, several times what the largest preset takes: with so many nothing needs to be estimated
 _CGROUP = Path("/sys/fs/cgroup")
 
@@ -71,6 +72,7 @@ class Between:
         self.precision = pick_precision(settings.precision, self.device)
         self.loaded: LoadedModel = load(settings.model or newest_run(), self.device)
         self.settings, self.tile = settings, settings.tile
+        self.lock = threading.Lock()
         self.seconds = 0.0
         """For which the device was busy, with all that has been waited for."""
         self.bytes_per_pixel: float | None = None
@@ -113,7 +115,9 @@ class Between:
         clock.stop()
 
         def wait() -> Images:
-            self.seconds += clock.seconds()
+            seconds = clock.seconds()
+            with self.lock:  # several pairs are waited for at a time
+                self.seconds += seconds
             return list(levels.numpy().astype(img0.dtype, copy=False))
 
         return wait

@@ -16,7 +16,7 @@ from vfi.ops.pointwise import PointwiseModule
 from vfi.ops.warp import resize_flow
 
 _REACH = 4  # rows that level 0 and the head look up and down: four 3x3 convolutions
-_BAND_PIXELS = 2**21  # of a pair, at level 0: as many as 1080p has
+_BAND_PIXELS = 2**20  # of a pair, at level 0: half as many as 1080p has, which is still refined as a whole
 
 
 class MovedFeatures(Sequence[Tensor]):
@@ -78,14 +78,16 @@ class RefineNet(PointwiseModule):
     def _finest(self, below: Tensor, features: Sequence[Tensor], images: Tensor) -> Tensor:
         """Level 0 and the head, `[B, 4, H, W]` in fp32. Large frames without gradients in bands of rows: the same numbers."""
         H, W = images.shape[2:]
-        if self.pointwise is None or torch.is_grad_enabled() or H * W <= _BAND_PIXELS:
+        if self.pointwise is None or torch.is_grad_enabled() or H * W <= 2 * _BAND_PIXELS:
             return self.head(self.mix[0](self._beside(0, below, *of_each_frame(features[0]), images))).float()
         out = torch.empty((len(below), 4, H, W), dtype=torch.float32, device=below.device)
         rows = max(2, _BAND_PIXELS // W // 2 * 2)  # of the level below there are half as many
         for top in range(0, H, rows):
             first, last = max(0, top - _REACH), min(H, top + rows + _REACH)
-            whole = not isinstance(features, MovedFeatures)
-            finest = features[0][:, :, first:last] if whole else features.finest(first, last)
+            if isinstance(features, MovedFeatures):
+                finest = features.finest(first, last)
+            else:
+                finest = features[0][:, :, first:last]
             parts = (*of_each_frame(finest), images[:, :, first:last])
             band = self._beside(0, below[:, :, first // 2 : last // 2], *parts)
             inside = slice(top - first, min(H, top + rows) - first)
