@@ -28,8 +28,8 @@ class Case(NamedTuple):
     dtype: torch.dtype
 
 
-def fused(*inputs: Tensor | None) -> Tensor:
-    return importlib.import_module("vfi.ops.activation_kernels").bias_prelu(*inputs)
+def fused(*inputs: Tensor | None, **options: bool) -> Tensor:
+    return importlib.import_module("vfi.ops.activation_kernels").bias_prelu(*inputs, **options)
 
 
 def plain(x: Tensor, bias: Tensor, slope: Tensor, residual: Tensor | None) -> Tensor:
@@ -168,6 +168,34 @@ def results_of_no_pixels() -> list[Tensor]:
     return results(fused, *made(Case(0, 8, 5, 7, False, SINGLE)))
 
 
+def overwritten(case: Case, device: str = "cpu") -> tuple[Tensor, Tensor, bool]:
+    """As usual, and where x was."""
+    inputs, _ = made(case, device)
+    inputs[0] = inputs[0].contiguous(memory_format=torch.channels_last)
+    usual, place = fused(*inputs), inputs[0].data_ptr()
+    found = fused(*inputs, overwrite=True)
+    return usual, found, found.data_ptr() == place
+
+
+@pytest.mark.parametrize("with_residual", [False, True])
+def test_the_result_takes_the_place_of_the_map(interpreter, with_residual):
+    usual, found, in_place = interpreter.submit(overwritten, Case(2, 24, 5, 7, with_residual, HALF)).result()
+    assert torch.equal(usual, found)
+    assert in_place
+
+
+def refused() -> str:
+    inputs, _ = made(Case(1, 8, 3, 3, False, torch.float32))
+    inputs[1].requires_grad_()
+    with pytest.raises(ValueError, match="can't overwrite what its gradients need") as error:
+        fused(*inputs, overwrite=True)
+    return str(error.value)
+
+
+def test_what_gradients_need_is_not_overwritten(interpreter):
+    assert interpreter.submit(refused).result()
+
+
 def test_what_the_kernels_do_not_take():
     x, c = torch.zeros(1, 8, 5, 7), torch.zeros(8)
     with pytest.raises(TypeError, match=r"bf16, fp16 or fp32 and was given torch.float64"):
@@ -194,6 +222,9 @@ LARGE = [
 def test_against_float64(case, dtype):
     """Output and gradients: at most twice the error of the plain form, no place unwritten, the same each time."""
     case = case._replace(dtype=dtype)
+    usual, found, in_place = overwritten(case, "cuda")
+    assert torch.equal(usual, found)
+    assert in_place
     for ours, theirs in errors_from_nan(case, "cuda"):
         assert ours <= 2 * theirs + 1e-6
     first, second = (results(fused, *made(case, "cuda")) for _ in range(2))

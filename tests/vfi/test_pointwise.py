@@ -19,9 +19,10 @@ from vfi.ops.warp import backward_warp
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
-def bias_prelu(x: Tensor, bias: Tensor, slope: Tensor, residual: Tensor | None = None) -> Tensor:
-    x = x + bias.view(-1, 1, 1)
-    return F.prelu(x if residual is None else x + residual, slope)
+def bias_prelu(x: Tensor, bias: Tensor, slope: Tensor, residual: Tensor | None = None, overwrite: bool = False) -> Tensor:
+    y = x + bias.view(-1, 1, 1)
+    y = F.prelu(y if residual is None else y + residual, slope)
+    return x.copy_(y) if overwrite else y
 
 
 def stack_channels(parts: Sequence[Tensor], dtype: torch.dtype, shuffled: Tensor | None = None, multiple: int = 8) -> Tensor:

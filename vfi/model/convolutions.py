@@ -44,7 +44,7 @@ class ConvPReLU(nn.Sequential, PointwiseModule):
         if self.pointwise is None:
             return super().forward(x)
         conv, act = self
-        return self.pointwise.bias_prelu(conv(x, with_bias=False), conv.bias, act.weight)
+        return self.bias_prelu(conv(x, with_bias=False), conv.bias, act.weight)
 
 
 class ResidualBlock(PointwiseModule):
@@ -61,9 +61,9 @@ class ResidualBlock(PointwiseModule):
         if self.pointwise is None:
             return self.act(x + self.body(x))
         first, inner_act, last = self.body
-        inner = self.pointwise.bias_prelu(first(x, with_bias=False), first.bias, inner_act.weight)
+        inner = self.bias_prelu(first(x, with_bias=False), first.bias, inner_act.weight)
         out = last(inner, with_bias=False)
-        return self.pointwise.bias_prelu(out, last.bias, self.act.weight, x.to(out.dtype))
+        return self.bias_prelu(out, last.bias, self.act.weight, x.to(out.dtype))
 
 
 class LayerNorm(nn.LayerNorm, PointwiseModule):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -40,6 +41,15 @@ class MovedFeatures(Sequence[Tensor]):
         return self.warp(self.features[0], self.flow[:, :, first:last], first)
 
 
+class _Mix(nn.Sequential):
+    """What refines maps that lie side by side, which it has made: of those that it is given its caller would hold on to."""
+
+    def forward(self, maps: Callable[[], Tensor]) -> Tensor:
+        take, refine = self
+        refined: Tensor = refine(take(maps()))
+        return refined
+
+
 class RefineNet(PointwiseModule):
     """Features of both frames, coarse to fine, and at full size the frames themselves -> mask logit and residual.
 
@@ -56,7 +66,7 @@ class RefineNet(PointwiseModule):
         for level in range(LEVELS - 1):
             inputs[level] += widths[level]  # from the level below
         self.mix = nn.ModuleList(
-            nn.Sequential(ConvPReLU(c_in, c_out), ResidualBlock(c_out)) for c_in, c_out in zip(inputs, widths, strict=True)
+            _Mix(ConvPReLU(c_in, c_out), ResidualBlock(c_out)) for c_in, c_out in zip(inputs, widths, strict=True)
         )
         # 1x1 convolution and pixel shuffle: an upsampling whose backward pass is deterministic on a GPU
         self.up = nn.ModuleList(
@@ -69,9 +79,9 @@ class RefineNet(PointwiseModule):
     def forward(self, features: Sequence[Tensor], images: Tensor, timestep: Tensor) -> tuple[Tensor, Tensor]:
         coarsest = of_each_frame(features[-1])
         time = timestep.view(-1, 1, 1, 1).expand(-1, 1, *coarsest[0].shape[2:])
-        x = self.mix[-1](self._stacked(None, *coarsest, time))
+        x = self.mix[-1](lambda: self._stacked(None, *coarsest, time))
         for level in range(LEVELS - 2, 0, -1):
-            x = self.mix[level](self._beside(level, x, *of_each_frame(features[level])))
+            x = self.mix[level](lambda level=level, x=x: self._beside(level, x, *of_each_frame(features[level])))
         mask_logit, residual = self._finest(x, features, images).split((1, 3), dim=1)
         return mask_logit, residual
 
@@ -79,19 +89,23 @@ class RefineNet(PointwiseModule):
         """Level 0 and the head, `[B, 4, H, W]` in fp32. Large frames without gradients in bands of rows: the same numbers."""
         H, W = images.shape[2:]
         if self.pointwise is None or torch.is_grad_enabled() or H * W <= 2 * _BAND_PIXELS:
-            return self.head(self.mix[0](self._beside(0, below, *of_each_frame(features[0]), images))).float()
+            mixed = self.mix[0](lambda: self._beside(0, below, *of_each_frame(features[0]), images))
+            return self.head(mixed).float()
         out = torch.empty((len(below), 4, H, W), dtype=torch.float32, device=below.device)
         rows = max(2, _BAND_PIXELS // W // 2 * 2)  # of the level below there are half as many
-        for top in range(0, H, rows):
-            first, last = max(0, top - _REACH), min(H, top + rows + _REACH)
+
+        def band(first: int, last: int) -> Tensor:
             if isinstance(features, MovedFeatures):
                 finest = features.finest(first, last)
             else:
                 finest = features[0][:, :, first:last]
-            parts = (*of_each_frame(finest), images[:, :, first:last])
-            band = self._beside(0, below[:, :, first // 2 : last // 2], *parts)
+            return self._beside(0, below[:, :, first // 2 : last // 2], *of_each_frame(finest), images[:, :, first:last])
+
+        for top in range(0, H, rows):
+            first, last = max(0, top - _REACH), min(H, top + rows + _REACH)
+            mixed = self.mix[0](functools.partial(band, first, last))
             inside = slice(top - first, min(H, top + rows) - first)
-            out[:, :, top : top + rows] = self.head(self.mix[0](band))[:, :, inside]
+            out[:, :, top : top + rows] = self.head(mixed)[:, :, inside]
         return out
 
     def _beside(self, level: int, below: Tensor, *parts: Tensor) -> Tensor:

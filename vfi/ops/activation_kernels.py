@@ -20,13 +20,14 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 PROGRAMS = 8  # a multiprocessor, in the backward pass
 
 
-def bias_prelu(x: Tensor, bias: Tensor, slope: Tensor, residual: Tensor | None = None) -> Tensor:
+def bias_prelu(x: Tensor, bias: Tensor, slope: Tensor, residual: Tensor | None = None, overwrite: bool = False) -> Tensor:
     """PReLU(x + bias + residual), computed in fp32.
 
     Args:
         x: `[B, C, H, W]` in bf16, fp16 or fp32. It and `residual` are copied unless they are dense and channels-last.
         bias, slope: `[C]`. A slope of each channel below zero.
         residual: like `x`.
+        overwrite: the result takes the place of `x`, which is given up; without gradients.
 
     Returns:
         `[B, C, H, W]` in x's dtype, channels-last.
@@ -40,7 +41,20 @@ def bias_prelu(x: Tensor, bias: Tensor, slope: Tensor, residual: Tensor | None =
         raise ValueError(f"map, bias, slope and residual must be [B, C, H, W], [C], [C] and like the map, not {shapes}")
     if isinstance(_forward_kernel, triton.JITFunction) and not x.is_cuda:
         raise ValueError(f"fused PReLU runs on a GPU and was given a map on {x.device}")
-    return _Fused.apply(x, bias, slope, residual)
+    if not overwrite:
+        return _Fused.apply(x, bias, slope, residual)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, bias, slope, residual)):
+        raise ValueError("fused PReLU can't overwrite what its gradients need")
+    x = _channels_last(x)
+    return _forward(x, bias.contiguous(), slope.contiguous(), None if residual is None else _channels_last(residual), x)
+
+
+def _forward(x: Tensor, bias: Tensor, slope: Tensor, residual: Tensor | None, y: Tensor) -> Tensor:
+    """Fills y, which may be x."""
+    tile, rows = forward_tile(x.shape[1], x.dtype), _rows(x)
+    programs = -(-rows // (tile.rows * tile.together)) * tile.blocks
+    _launch(_forward_kernel, programs, tile, x, bias, slope, residual, y, rows)
+    return y
 
 
 class _Fused(torch.autograd.Function):
@@ -48,12 +62,8 @@ class _Fused(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, bias: Tensor, slope: Tensor, residual: Tensor | None) -> Tensor:
         x, bias, slope = _channels_last(x), bias.contiguous(), slope.contiguous()
         residual = None if residual is None else _channels_last(residual)
-        y = torch.empty_like(x, memory_format=torch.channels_last)
-        tile, rows = forward_tile(x.shape[1], x.dtype), _rows(x)
-        programs = -(-rows // (tile.rows * tile.together)) * tile.blocks
-        _launch(_forward_kernel, programs, tile, x, bias, slope, residual, y, rows)
         ctx.save_for_backward(x, bias, slope, residual)
-        return y
+        return _forward(x, bias, slope, residual, torch.empty_like(x, memory_format=torch.channels_last))
 
     @staticmethod
     @once_differentiable

@@ -7,7 +7,7 @@ pixel shuffle; warping; layer norms in half precision. Modules that can do witho
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +35,12 @@ class PointwiseModule(nn.Module):
     """A module that takes such kernels where it has them."""
 
     pointwise: Pointwise | None = None
+
+    def bias_prelu(self, x: Tensor, bias: Any, slope: Any, residual: Tensor | None = None) -> Tensor:
+        """By its kernel, of a map that nothing else needs: without gradients the result takes its place."""
+        assert self.pointwise is not None
+        activated: Tensor = self.pointwise.bias_prelu(x, bias, slope, residual, not torch.is_grad_enabled())
+        return activated
 
 
 def give_pointwise(network: nn.Module, pointwise: Pointwise | None) -> None:
