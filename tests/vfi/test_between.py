@@ -156,6 +156,8 @@ def test_memory_of_a_container_is_no_more_than_its_limit(monkeypatch, tmp_path):
 def test_no_more_is_taken_of_a_gpu_than_allowed(run):
     rng = np.random.default_rng(0)
     img0, img1 = rng.integers(0, 255, (2, 1600, 2560, 3), dtype=np.uint8)
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
     (whole,) = Between(Settings(run, "cuda"))(img0, img1, [0.5])
     allowed = 0.8 * torch.cuda.max_memory_reserved() / GIB
     torch.cuda.empty_cache()
