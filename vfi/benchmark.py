@@ -52,7 +52,7 @@ from vfi.measure import Scores, Way, mean_of, measure, predict, summarise
 from vfi.model.interpolator import FrameInterpolator
 from vfi.protocols import PROTOCOLS, ProfileName
 from vfi.result_pictures import check_folder, draw_pictures
-from vfi.results import BASELINES, FRAME_AVERAGE, Results, Row, check_output, write_results
+from vfi.results import BASELINES, FRAME_AVERAGE, ResultError, Results, Row, check_output, write_results
 from vfi.scoring import Ask
 from vfi.speed import SpeedOptions
 from vfi.tracking import git_state
@@ -110,14 +110,18 @@ class Options:
         return shard_folder(self.data, cache_at(self.cache_dir, self.cache_gb))
 
 
-@clear_errors(ShardError, CheckpointError)
+@clear_errors(ShardError, CheckpointError, ResultError)
 def main(argv: Sequence[str] | None = None) -> None:
     """The job: measure, write results.json and the pictures, print the table."""
     arguments = sys.argv[1:] if argv is None else list(argv)
     command = shlex.join(["vfi", "benchmark", *arguments])
     options = parse(arguments)
     if isinstance(options, SpeedOptions):
-        print(speed_results.table(speed.speed(options, command)))
+        then = speed_results.read_speed(options.against) if options.against else None
+        now = speed.speed(options, command)
+        print(speed_results.table(now))
+        if then is not None:
+            print(f"\nagainst {options.against}:\n{speed_results.against(now, then)}")
         print(f"speed: {options.out}")
     elif options.protocol == ALL:
         if not benchmark_all(options, command):

@@ -1,6 +1,7 @@
 """How fast is a model, beside others, and how much memory does it take? Measured on photographs, on frames of any size.
 
     vfi benchmark --speed --model runs/base --out speed.json
+    vfi benchmark --speed --model runs/base runs/small --out speed.json --against docs/speed/h100.json
     vfi benchmark --speed --model runs/base vfimamba_adapter:vfimamba --sizes 736x1280 2176x4096 --scale 0.25 --out speed.json
 
 A call makes all frames between two: one for twice the frame rate (×2), as the jobs make it, and seven for ×8, where models of
@@ -69,6 +70,8 @@ class SpeedOptions:
     vfi/adapters.py); the others are compared with the first."""
     out: Path
     """Speed file to write, a .json."""
+    against: Path | None = None
+    """Speed file of an earlier run, such as docs/speed/h100.json: also print this one beside it, as ratios."""
     device: DeviceName = "auto"
     """auto takes a GPU if there is one."""
     precision: PrecisionName = "auto"

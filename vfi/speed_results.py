@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +100,35 @@ def read_speed(path: Path) -> Speed:
     return speed
 
 
+def against(now: Speed, then: Speed) -> str:
+    """Each row of `now` beside that of the same model, size, factor and precision in `then`, as aligned text: how many times
+    the time and the memory, below 1 where it got better. Then what else differs, and what is in one of them alone.
+    """
+    before = {_which(row): row for row in then.rows}
+    lines: list[tuple[str, ...]] = [("size", "model", "rate", "precision", "ms", "ms then", "time", "memory")]
+    alone = [f"{' '.join(_which(row))} was not measured then" for row in now.rows if _which(row) not in before]
+    for row in now.rows:
+        if old := before.pop(_which(row), None):
+            ms = (OUT_OF_MEMORY if one.out_of_memory else f"{one.ms:.2f}" for one in (row, old))
+            lines.append((*_which(row), *ms, _times(row.ms, old.ms), _times(row.allocated, old.allocated)))
+    alone += [f"{' '.join(which)} was measured then, and is not now" for which in before]
+    facts, old_facts = ({"device": one.environment.get("device")} | one.settings for one in (now, then))
+    differ = [
+        f"{name}: {facts.get(name)}, then {old_facts.get(name)}"
+        for name in dict.fromkeys([*facts, *old_facts])
+        if facts.get(name) != old_facts.get(name)
+    ]
+    return "\n".join([*_aligned(lines, to_the_left=range(4)), *differ, *alone])
+
+
+def _which(row: SpeedRow) -> tuple[str, str, str, str]:
+    return row.size, row.model, f"x{row.factor}", row.precision + (", compiled" if row.compiled else "")
+
+
+def _times(now: float | None, then: float | None) -> str:
+    return f"{now / then:.2f}x" if now is not None and then else ""
+
+
 def is_speed(path: Path) -> bool:
     """Is this a speed file of any version? False for whatever is not a JSON file with that schema."""
     try:
@@ -117,19 +147,24 @@ def _what_is(content: Any) -> str:
 
 def table(speed: Speed) -> str:
     """The rows as aligned text, and below them how they were measured."""
-    lines = [_HEAD, *map(_cells, speed.rows)]
-    shown = [column for column in range(len(_HEAD)) if any(line[column] for line in lines[1:])]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(_HEAD))]
+    facts = {"device": speed.environment.get("device")} | speed.settings
+    lines = _aligned([_HEAD, *map(_cells, speed.rows)], _TO_THE_LEFT)
+    return "\n".join([*lines, *(f"{name}: {value}" for name, value in facts.items())])
+
+
+def _aligned(lines: Sequence[Sequence[str]], to_the_left: Collection[int]) -> list[str]:
+    """The first line is the head; a column that is empty below it is left out."""
+    shown = [column for column in range(len(lines[0])) if any(line[column] for line in lines[1:])]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
     texts = []
     for line in lines:
-        cells = [line[i].ljust(widths[i]) if i in _TO_THE_LEFT else line[i].rjust(widths[i]) for i in shown]
+        cells = [line[i].ljust(widths[i]) if i in to_the_left else line[i].rjust(widths[i]) for i in shown]
         texts.append("  ".join(cells).rstrip())
-    facts = {"device": speed.environment.get("device")} | speed.settings
-    return "\n".join([*texts, *(f"{name}: {value}" for name, value in facts.items())])
+    return texts
 
 
 def _cells(row: SpeedRow) -> tuple[str, ...]:
-    """A row of the table; a column that is empty in all rows is left out."""
+    """A row of the table."""
 
     def number(value: float | None, digits: int, unit: float = 1) -> str:
         return "" if value is None else f"{value / unit:.{digits}f}"

@@ -24,7 +24,7 @@ from vfi.profiling import WARMUP
 from vfi.records import to_json
 from vfi.results import ResultError
 from vfi.speed import SpeedOptions, make_ask, real_pairs
-from vfi.speed_results import Speed, SpeedRow, is_speed, read_speed, table, write_speed
+from vfi.speed_results import Speed, SpeedRow, against, is_speed, read_speed, table, write_speed
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -324,6 +324,56 @@ def test_the_job_prints_the_table(adapters, tmp_path, capsys):
     assert "CUDA graphs: none" in shown
     assert shown[-1] == f"speed: {out}"
     assert read_speed(out).environment["command"].startswith("vfi benchmark --speed --model speed_adapters:quick")
+
+
+def test_the_job_compares_with_an_earlier_run(adapters, tmp_path, capsys):
+    flags = ["--speed", "--model", "speed_adapters:quick", "--sizes", "32x48", "--repeats", "1", "--device", "cpu"]
+    main([*flags, "--factors", "2", "8", "--out", str(tmp_path / "then.json")])
+    capsys.readouterr()
+    main([*flags, "--factors", "2", "--out", str(tmp_path / "now.json"), "--against", str(tmp_path / "then.json")])
+    shown = capsys.readouterr().out
+    lines = shown[shown.index("against") :].splitlines()
+    assert lines[0] == f"against {tmp_path / 'then.json'}:"
+    assert lines[1].split() == ["size", "model", "rate", "precision", "ms", "ms", "then", "time"]
+    assert lines[2].split() == ["32x48", "speed_adapters:quick", "x2", "its", "own", "10.00", "10.00", "1.00x"]
+    assert lines[3] == "32x48 speed_adapters:quick x8 its own was measured then, and is not now"
+    with pytest.raises(SystemExit) as error:  # before anything is measured
+        main([*flags, "--out", str(tmp_path / "later.json"), "--against", str(tmp_path / "none.json")])
+    assert error.value.code == 2
+    assert "none.json does not exist" in capsys.readouterr().err
+    assert not (tmp_path / "later.json").exists()
+
+
+def test_against_another_run():
+    now = dataclasses.replace(
+        SPEED,
+        environment={"device": "another GPU"},
+        settings={"timed calls": 20, "flow scale": 0.5},
+        rows=(
+            dataclasses.replace(ROW, ms=3.0, allocated=ROW.allocated // 2),
+            dataclasses.replace(ROW, factor=8, ms=None, ratio=None, allocated=None, out_of_memory=True),
+            dataclasses.replace(ROW, model="b"),
+        ),
+    )
+    then = dataclasses.replace(SPEED, rows=(ROW, dataclasses.replace(ROW, factor=8), dataclasses.replace(ROW, compiled=True)))
+    head, first, second, *rest = against(now, then).splitlines()
+    assert head.split() == ["size", "model", "rate", "precision", "ms", "ms", "then", "time", "memory"]
+    assert first.split() == ["32x48", "a", "x2", "fp32", "3.00", "1.50", "2.00x", "0.50x"]
+    assert second.split() == ["32x48", "a", "x8", "fp32", "out", "of", "memory", "1.50"]
+    assert rest == [
+        "device: another GPU, then a GPU",
+        "flow scale: 0.5, then None",
+        "32x48 b x2 fp32 was not measured then",
+        "32x48 a x2 fp32, compiled was measured then, and is not now",
+    ]
+
+
+@pytest.mark.parametrize("name", ["h100", "h100_4k"])
+def test_stored_runs_can_be_compared_with(name):
+    stored = read_speed(Path(__file__).parents[2] / "docs" / "speed" / f"{name}.json")
+    lines = against(stored, stored).splitlines()
+    assert len(lines) == 1 + len(stored.rows)
+    assert all(line.split()[-2:] == ["1.00x", "1.00x"] for line in lines[1:])
 
 
 @pytest.mark.parametrize(
