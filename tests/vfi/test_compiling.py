@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -77,14 +78,28 @@ def test_each_kind_is_compiled_once_and_nothing_is_run(hopper, monkeypatch):
 
 def test_what_can_not_be_compiled_is_said(hopper):
     add = kernel()
-
-    def launch() -> None:
-        with compiling_ahead(torch.device("cuda", 0)):
-            for block in (4, 3):
-                add[(1,)](torch.zeros(4), 5, BLOCK=block)
-
     with pytest.raises(Exception, match="power of 2"):
-        launch()
+        launch_all(add, (4, 3))
+
+
+def test_without_copies_they_are_compiled_when_they_are_loaded(hopper, monkeypatch):
+    """A copy that the system ends, for lack of memory, costs time and nothing else."""
+    monkeypatch.setattr(compiling, "_compile", end_this_process)
+    monkeypatch.setattr(compiling, "_load", lambda compile_or_find: compile_or_find())
+    add = kernel()
+    with pytest.warns(UserWarning, match="compiled one by one, which takes longer: A process"):
+        launch_all(add, (4, 8, 16))
+    assert len(list(hopper.glob("*/add.ptx"))) == 3
+
+
+def end_this_process(number: int) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def launch_all(add, blocks) -> None:
+    with compiling_ahead(torch.device("cuda", 0)):
+        for block in blocks:
+            add[(1,)](torch.zeros(64), 5, BLOCK=block)
 
 
 def test_processes_of_a_machine_share_its_cores(monkeypatch):

@@ -67,7 +67,7 @@ def _compile_in_copies(launches: Sequence[Compile], index: int) -> None:
         with ProcessPoolExecutor(min(_cores(), len(launches)), copies, _begin, (launches, answers)) as pool:
             try:
                 list(pool.map(_compile, range(len(launches))))
-            except BrokenProcessPool as error:
+            except (BrokenProcessPool, OSError) as error:  # no memory for a copy; a full disk is met again when they are loaded
                 warnings.warn(f"the rest of the kernels is compiled one by one, which takes longer: {error}", stacklevel=2)
 
 
