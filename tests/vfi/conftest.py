@@ -1,4 +1,4 @@
-"""A browser for the tests of pages, and an interpreter for those of Triton kernels."""
+"""A browser for the tests of pages; for those of Triton kernels an interpreter, and GPUs to compile for that are not there."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import multiprocessing
 import os
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -50,3 +50,32 @@ def interpreter() -> Iterator[ProcessPoolExecutor]:
     """A process in which nobody has imported Triton yet, which decides at its import whether kernels are interpreted."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), in_an_interpreter) as pool:
         yield pool
+
+
+@pytest.fixture
+def compile_for(monkeypatch, tmp_path) -> Callable[[int], Path]:
+    """Let Triton compile for a GPU of an architecture, 90 or 120, that is not there: gives Triton's cache."""
+    import torch
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import driver
+
+    class Driver:
+        def __init__(self, architecture: int) -> None:
+            self.target = GPUTarget("cuda", architecture, 32)
+
+        def get_current_device(self) -> int:
+            return 0
+
+        def get_current_stream(self, device: int) -> int:
+            return 0
+
+        def get_current_target(self) -> GPUTarget:
+            return self.target
+
+    def choose(architecture: int) -> Path:
+        monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+        monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+        monkeypatch.setattr(driver, "_active", Driver(architecture))
+        return tmp_path
+
+    return choose

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from vfi.config import ModelConfig
 from vfi.model.ss2d import Mamba2SS2D, ss2d
+from vfi.ops import compiling
 from vfi.ops import fused_ss2d as fused
 from vfi.ops.causal_conv1d import causal_conv1d
 from vfi.ops.fused_ss2d import Parameters, Shape, ss2d_obstacle
@@ -168,6 +169,58 @@ def two_runs(case: Case) -> list[list[Tensor]]:
 def test_runs_are_the_same_to_the_bit(interpreter):
     first, second = interpreter.submit(two_runs, Case(1, 3, 5, 2, 16, 16, "interleaved", SINGLE)).result()
     assert all(map(torch.equal, first, second))
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "state", "largest"),
+    [
+        (16, 128, {"scan", "scan_gradients", "scan_states", "scan_state_gradients"}),
+        (64, 32, {"scan_key_gradients"}),
+        (64, 128, {"scan"}),
+    ],
+)
+def test_small_shared_memory_is_enough(compile_for, monkeypatch, head_dim, state, largest):
+    """The widest operands, fp32, for a GPU with 99 KB a program: what they take is known when they are compiled."""
+    compile_for(120)
+    launch, kernels = fused._Run.launch, list[Any]()
+
+    def launch_largest(self: Any, name: str, *arguments: Any, **constants: Any) -> None:
+        if name in largest:
+            launch(self, name, *arguments, **constants)
+
+    monkeypatch.setattr(fused, "_is_small", lambda device: True)
+    monkeypatch.setattr(fused._Run, "launch", launch_largest)
+    monkeypatch.setattr(compiling, "_load", lambda compile_or_find: kernels.append(compile_or_find()))
+    case = Case(1, 9, 11, 2, head_dim, state, "interleaved", SINGLE)
+    with compiling.compiling_ahead(torch.device("cuda", 0)):
+        results(fused.fused_ss2d, *made(case), case.shape)
+    assert {kernel.metadata.name for kernel in kernels} == largest
+    assert max(kernel.metadata.shared for kernel in kernels) <= 99 * 1024
+
+
+def errors_where_memory_is_small(case: Case) -> dict[str, tuple[float, ...]]:
+    with mock.patch.object(fused, "_is_small", return_value=True):
+        return relative_errors(case)
+
+
+def test_chunks_of_16_tokens(interpreter):
+    case = Case(1, 5, 7, 1, 64, 128, "interleaved", SINGLE)
+    for name, (ours, theirs) in interpreter.submit(errors_where_memory_is_small, case).result().items():
+        assert ours <= 2 * theirs + 1e-5, name
+
+
+def test_small_cards_are_told_by_their_compute_capability(monkeypatch):
+    for capability, small in (
+        ((8, 0), False),
+        ((8, 6), True),
+        ((8, 9), True),
+        ((9, 0), False),
+        ((10, 0), False),
+        ((12, 0), True),
+    ):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
+        assert fused._is_small(torch.device("cuda", 0)) == small
+    assert not fused._is_small(torch.device("cpu"))
 
 
 def test_what_it_can_not_take_is_refused():

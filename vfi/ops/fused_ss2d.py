@@ -44,6 +44,9 @@ _SCAN_LAUNCH: dict[str, tuple[tuple[int, int], tuple[int, int]]] = {
     "scan_gradients": ((4, 3), (4, 1)),
 }
 _TILE_BYTES = 8192  # of a state in operands; wider ones get shorter chunks and fewer stages, to fit into shared memory
+_ROW_BYTES = 256  # of a key in operands; wider ones likewise, where shared memory is small
+# compute capabilities with 99 KB of it a program; others have 163 and more (CUDA C++ Programming Guide, compute capabilities)
+_SMALL = ((8, 6), (8, 9), (12, 0), (12, 1))
 
 
 class Shape(NamedTuple):
@@ -162,8 +165,10 @@ class _Run:
         self.sequences, self.L = frames // shape.together, shape.together * self.pixels  # of one order
         half = projected.dtype == torch.bfloat16 or (projected.dtype == torch.float16 and shape.precision == "input")
         self.dot = projected.dtype if half and shape.precision in ("auto", "input") else torch.float32
-        self.wide = shape.head_dim * shape.state * self.dot.itemsize > _TILE_BYTES
-        self.chunk = 32 if self.wide else 64  # tokens whose products are computed at once
+        tile, self.small = shape.head_dim * shape.state * self.dot.itemsize, _is_small(projected.device)
+        self.wide = tile > _TILE_BYTES or (self.small and shape.state * self.dot.itemsize > _ROW_BYTES)
+        shortest = 16 if self.small and tile > 2 * _TILE_BYTES else 32
+        self.chunk = shortest if self.wide else 64  # tokens whose products are computed at once
         self.chunks = math.ceil(self.L / self.chunk)
         as_torch = shape.precision != "tf32" and projected.dtype == torch.float32
         exact = shape.precision == "fp32" or (as_torch and not torch.backends.cuda.matmul.allow_tf32)
@@ -181,6 +186,7 @@ class _Run:
         options = _LAUNCH.get(name)
         if options is None:
             warps, stages = _SCAN_LAUNCH[name][self.dot == torch.float32]
+            stages = min(stages, 2) if self.small and self.dot == torch.float32 else stages
             # not 1 for the scan, which Triton 3.6 then compiles into reads of memory that is not there
             options = {"num_warps": warps, "num_stages": min(stages, 2 if name == "scan" else 1) if self.wide else stages}
         getattr(self.kernels, name)[grid](*arguments, **constants, **options)
@@ -353,6 +359,11 @@ def _triton_type(dtype: torch.dtype) -> Any:
 
 def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+def _is_small(device: torch.device) -> bool:
+    """Is its shared memory?"""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) in _SMALL
 
 
 def _power_of_two(n: int) -> int:
