@@ -31,7 +31,7 @@ def compiling_ahead(device: torch.device) -> Iterator[None]:
     """Meanwhile Triton's kernels are not run: what they would write holds anything. Ends when all of them are loaded."""
     from triton.runtime.jit import JITFunction
 
-    run, met = JITFunction.run, dict[Hashable, Compile]()
+    run, met = JITFunction.run, dict[tuple[Any, ...], Compile]()
     index = torch.cuda.current_device() if device.index is None else device.index
     first: Future[Any] | None = None
 
@@ -47,8 +47,11 @@ def compiling_ahead(device: torch.device) -> Iterator[None]:
             yield
         if first is not None:
             first.result()
-            _compile_in_copies(list(met.values())[1:], index)
-            list(pool.map(_load, met.values()))
+            # makes Triton parse their source: not to be done by several threads, for which Python 3.11's parser is not safe
+            for kernel in {kernel for kernel, *_ in met}:
+                kernel.cache_key  # noqa: B018 (a property that does it)
+            compiled = _compile_in_copies(list(met.values())[1:], index)
+            list((pool.map if compiled else map)(_load, met.values()))
 
 
 def _load(compile_or_find: Compile) -> None:
@@ -56,10 +59,10 @@ def _load(compile_or_find: Compile) -> None:
     compile_or_find().run  # noqa: B018 (a property that does it)
 
 
-def _compile_in_copies(launches: Sequence[Compile], index: int) -> None:
-    """Into Triton's cache."""
+def _compile_in_copies(launches: Sequence[Compile], index: int) -> bool:
+    """Into Triton's cache. Is all of it there?"""
     if not launches:
-        return
+        return True
     copies = multiprocessing.get_context("fork")  # which inherit what is to be compiled
     answers = _Answers(index)
     with warnings.catch_warnings():
@@ -69,6 +72,8 @@ def _compile_in_copies(launches: Sequence[Compile], index: int) -> None:
                 list(pool.map(_compile, range(len(launches))))
             except (BrokenProcessPool, OSError) as error:  # no memory for a copy; a full disk is met again when they are loaded
                 warnings.warn(f"the rest of the kernels is compiled one by one, which takes longer: {error}", stacklevel=2)
+                return False
+    return True
 
 
 class _Answers:
