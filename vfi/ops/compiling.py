@@ -3,7 +3,7 @@
     with compiling_ahead(device):
         step(frames)          # notes the kernels that it meets, and runs none of them
 
-Triton compiles a kernel when it is launched, one after the other, and a training step has a hundred of them. Most of it is
+Triton compiles a kernel when it is launched, one after the other, and a training step has a hundred of them. Much of it is
 Python, so threads don't help: copies of this process compile into Triton's cache, from which they are loaded here.
 """
 
