@@ -4,7 +4,7 @@
         step(frames)          # notes the kernels that it meets, and runs none of them
 
 Triton compiles a kernel when it is launched, one after the other, and a training step has a hundred of them. Much of it is
-Python, so threads don't help: copies of this process compile into Triton's cache, from which they are loaded here.
+Python, which threads do one at a time: copies of this process compile into Triton's cache, from which they are loaded here.
 """
 
 from __future__ import annotations
