@@ -44,8 +44,8 @@ _EXACT = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL
 # with its own preset, medium, libx264 on 16 cores is slower than the model on a GPU; what this one loses crf 14 brings back
 _USUAL = {
     "libx264": {"preset": "veryfast", "crf": "14"},
-    "libx265": {"crf": "18"},
-    "libvpx-vp9": {"crf": "24"},
+    "libx265": {"crf": "18", "x265-params": "log-level=error"},
+    "libvpx-vp9": {"crf": "24", "b": "0"},
     "libsvtav1": {"crf": "24"},
 }
 _SHORTEST = 0.95  # of the frames that a file promises: with fewer it was cut off
@@ -224,6 +224,12 @@ class VideoOutput:
         self.left_out: list[str] = []
         if source:
             self._keep(source, slowdown)
+        try:
+            context.open()  # it would be at the first frame, and what the encoder does not take is better said now
+        except (av.FFmpegError, ValueError) as error:
+            given = " ".join(f"{name}={value}" for name, value in context.options.items())
+            why = getattr(error, "strerror", None) or error
+            raise JobError(f"--codec {codec} can't be used with {given} and {self.pix_fmt}: {why}") from error
 
     def write(self, frame: av.VideoFrame, pts: int) -> None:
         """Encode a frame, to be shown at `pts` in the output's time base."""
@@ -353,8 +359,4 @@ def _options(codec: str, encoding: Encoding) -> dict[str, str]:
         options["crf"] = str(encoding.crf)
     if encoding.preset:
         options["preset"] = encoding.preset
-    if codec == "libvpx-vp9":
-        options["b"] = "0"
-    if codec == "libx265":
-        options["x265-params"] = "log-level=error"
     return options

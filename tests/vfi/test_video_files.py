@@ -410,6 +410,18 @@ def test_several_videos_go_into_a_folder(run, tmp_path, capsys):
     assert "two inputs would become the same file" in refused(capsys, second, twin, "-o", tmp_path / "more", "--model", run)
 
 
+def test_the_encoders_preset_is_what_is_asked_for(run, tmp_path, capsys):
+    """libx264 writes its settings into the video; one that it does not know leaves nothing behind."""
+    source = make(tmp_path / "in.mkv", EVEN[:3])
+    medium = ["--encoder_preset", "medium", "--crf", 16]
+    for flags, found in (([], (b"subme=2 ", b" crf=14.0 ")), (medium, (b"subme=7 ", b" crf=16.0 "))):
+        call(source, "-o", tmp_path / "out.mp4", "--model", run, *flags)
+        assert all(setting in (tmp_path / "out.mp4").read_bytes() for setting in found)
+    line = refused(capsys, source, "-o", tmp_path / "none.mp4", "--model", run, "--encoder_preset", "quick")
+    assert line.startswith("error: --codec libx264 can't be used with preset=quick crf=14 and yuv420p: ")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.mkv", "out.mp4"]
+
+
 def test_a_folder_of_frames_comes_out_and_goes_in(run, tmp_path, capsys):
     source = make(tmp_path / "in.mkv", EVEN[:3], pix_fmt="yuv444p")
     call(source, "-o", tmp_path / "frames", "--model", run)
