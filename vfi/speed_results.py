@@ -109,10 +109,9 @@ def against(now: Speed, then: Speed) -> str:
     alone = [f"{' '.join(_which(row))} was not measured then" for row in now.rows if _which(row) not in before]
     for row in now.rows:
         if old := before.pop(_which(row), None):
-            ms = (OUT_OF_MEMORY if one.out_of_memory else f"{one.ms:.2f}" for one in (row, old))
-            lines.append((*_which(row), *ms, _times(row.ms, old.ms), _times(row.allocated, old.allocated)))
+            lines.append((*_which(row), _ms(row), _ms(old), _times(row.ms, old.ms), _times(row.allocated, old.allocated)))
     alone += [f"{' '.join(which)} was measured then, and is not now" for which in before]
-    facts, old_facts = ({"device": one.environment.get("device")} | one.settings for one in (now, then))
+    facts, old_facts = _facts(now), _facts(then)
     differ = [
         f"{name}: {facts.get(name)}, then {old_facts.get(name)}"
         for name in dict.fromkeys([*facts, *old_facts])
@@ -123,6 +122,10 @@ def against(now: Speed, then: Speed) -> str:
 
 def _which(row: SpeedRow) -> tuple[str, str, str, str]:
     return row.size, row.model, f"x{row.factor}", row.precision + (", compiled" if row.compiled else "")
+
+
+def _ms(row: SpeedRow) -> str:
+    return OUT_OF_MEMORY if row.out_of_memory else f"{row.ms:.2f}"
 
 
 def _times(now: float | None, then: float | None) -> str:
@@ -147,9 +150,13 @@ def _what_is(content: Any) -> str:
 
 def table(speed: Speed) -> str:
     """The rows as aligned text, and below them how they were measured."""
-    facts = {"device": speed.environment.get("device")} | speed.settings
     lines = _aligned([_HEAD, *map(_cells, speed.rows)], _TO_THE_LEFT)
-    return "\n".join([*lines, *(f"{name}: {value}" for name, value in facts.items())])
+    return "\n".join([*lines, *(f"{name}: {value}" for name, value in _facts(speed).items())])
+
+
+def _facts(speed: Speed) -> dict[str, Any]:
+    """How it was measured."""
+    return {"device": speed.environment.get("device")} | speed.settings
 
 
 def _aligned(lines: Sequence[Sequence[str]], to_the_left: Collection[int]) -> list[str]:
@@ -169,13 +176,14 @@ def _cells(row: SpeedRow) -> tuple[str, ...]:
     def number(value: float | None, digits: int, unit: float = 1) -> str:
         return "" if value is None else f"{value / unit:.{digits}f}"
 
+    size, model, rate, precision = _which(row)
     return (
-        row.size,
-        row.model,
+        size,
+        model,
         "" if row.parameters is None else f"{row.parameters / 1e6:.1f} M",
-        f"x{row.factor}",
-        row.precision + (", compiled" if row.compiled else ""),
-        OUT_OF_MEMORY if row.out_of_memory else number(row.ms, 2),
+        rate,
+        precision,
+        _ms(row),
         number(row.ms_p90, 2),
         number(row.frames_per_s, 1),
         number(row.allocated, 2, 2**30),

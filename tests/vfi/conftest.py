@@ -59,23 +59,12 @@ def compile_for(monkeypatch, tmp_path) -> Callable[[int], Path]:
     from triton.backends.compiler import GPUTarget
     from triton.runtime import driver
 
-    class Driver:
-        def __init__(self, architecture: int) -> None:
-            self.target = GPUTarget("cuda", architecture, 32)
-
-        def get_current_device(self) -> int:
-            return 0
-
-        def get_current_stream(self, device: int) -> int:
-            return 0
-
-        def get_current_target(self) -> GPUTarget:
-            return self.target
+    from vfi.ops.compiling import Answers
 
     def choose(architecture: int) -> Path:
         monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
         monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
-        monkeypatch.setattr(driver, "_active", Driver(architecture))
+        monkeypatch.setattr(driver, "_active", Answers(0, GPUTarget("cuda", architecture, 32)))
         return tmp_path
 
     return choose

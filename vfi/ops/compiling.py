@@ -10,6 +10,7 @@ Python, which threads do one at a time: copies of this process compile into Trit
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import multiprocessing
 import os
@@ -61,10 +62,12 @@ def _load(compile_or_find: Compile) -> None:
 
 def _compile_in_copies(launches: Sequence[Compile], index: int) -> bool:
     """Into Triton's cache. Is all of it there?"""
+    from triton.runtime import driver
+
     if not launches:
         return True
     copies = multiprocessing.get_context("fork")  # which inherit what is to be compiled
-    answers = _Answers(index)
+    answers = Answers(index, driver.active.get_current_target())
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)  # they only compile, and end
         with ProcessPoolExecutor(min(_cores(), len(launches)), copies, _begin, (launches, answers)) as pool:
@@ -76,16 +79,16 @@ def _compile_in_copies(launches: Sequence[Compile], index: int) -> bool:
     return True
 
 
-class _Answers:
-    """What Triton asks its driver when it compiles, as it is in the process that has the GPU: a copy can't ask CUDA."""
+@dataclasses.dataclass(frozen=True)
+class Answers:
+    """What Triton asks its driver when it compiles, where CUDA can't be asked: in a copy, or without a GPU."""
 
-    def __init__(self, index: int) -> None:
-        from triton.runtime import driver
-
-        self.index, self.target = index, driver.active.get_current_target()
+    device: int
+    target: Any
+    """triton.backends.compiler.GPUTarget."""
 
     def get_current_device(self) -> int:
-        return self.index
+        return self.device
 
     def get_current_stream(self, device: int) -> int:
         return 0
@@ -97,7 +100,7 @@ class _Answers:
 _inherited: Sequence[Compile] = ()
 
 
-def _begin(launches: Sequence[Compile], answers: _Answers) -> None:
+def _begin(launches: Sequence[Compile], answers: Answers) -> None:
     from triton.runtime import driver
 
     global _inherited

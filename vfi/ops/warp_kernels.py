@@ -161,10 +161,10 @@ def _read(at, channel, C: tl.constexpr, CHANNELS: tl.constexpr):
     return value.to(tl.float32)
 
 
-_SIZES = ["height", "top", "frame_stride", "part_stride", "row_stride", "column_stride", "H", "W", "down", "across"]
+_SIZES = ["frame_stride", "part_stride", "row_stride", "column_stride", "H", "W", "down", "across"]
 
 
-@triton.jit(do_not_specialize=_SIZES)
+@triton.jit(do_not_specialize=["height", "top", *_SIZES])
 def _forward_kernel(
     y,
     flow,
@@ -205,7 +205,7 @@ def _forward_kernel(
         tl.store(out + channel, value.to(y.dtype.element_ty), mask=inside[:, None] & (channel < C))
 
 
-@triton.jit(do_not_specialize=_SIZES[2:])
+@triton.jit(do_not_specialize=_SIZES)
 def _backward_kernel(
     grad,
     flow,
