@@ -105,8 +105,13 @@ class Between:
         times = torch.tensor([float(timestep) for timestep in timesteps], pin_memory=on_gpu)
         times = times.to(self.device, non_blocking=True)
         self._estimate(img0.shape[0], img0.shape[1])
+        again = True
         while (found := self._if_it_fits(first, last, times)) is None:
-            self._step_down(img0.shape[0], img0.shape[1])
+            # graphs of other sizes hold memory that may be enough
+            if not (self.loaded.graphs.drop() and again):
+                self._step_down(img0.shape[0], img0.shape[1])
+            again = False
+            free_memory()
         top = np.iinfo(img0.dtype).max
         levels = (found * float(top)).round().permute(0, 2, 3, 1).to(torch.uint8 if top == 255 else torch.int32)
         if self.device.type == "cuda":
@@ -123,7 +128,7 @@ class Between:
         return wait
 
     def _if_it_fits(self, first: Tensor, last: Tensor, times: Tensor) -> Tensor | None:
-        """The frames; None where memory is too small, which is free again."""
+        """The frames; None where memory is too small."""
         scale = auto_scale(first, last) if self.settings.scale == "auto" else self.settings.scale
         assert not isinstance(scale, str)
 
@@ -145,8 +150,7 @@ class Between:
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
-        free_memory()  # not before here: the error holds on to its frames, and they to their tensors
-        return None
+        return None  # not with the error, which holds on to its frames, and they to their tensors
 
     def _step_down(self, height: int, width: int) -> None:
         side = smaller(self.tile or max(height, width))
@@ -201,10 +205,11 @@ class Between:
         if self.before is not None and self.before[0] is image:
             return self.before[1]
         on_gpu = self.device.type == "cuda"
-        whole = torch.empty(image.shape, dtype=torch.uint8 if image.dtype == np.uint8 else torch.float32, pin_memory=on_gpu)
-        np.copyto(whole.numpy(), image)  # torch's copy waits for threads on all cores, which decode and encode
-        whole = whole.to(self.device, non_blocking=True)
-        return whole.permute(2, 0, 1)[None].float() / np.iinfo(image.dtype).max
+        planes = image.transpose(2, 0, 1)  # as frames of a video lie in memory
+        whole = torch.empty(planes.shape, dtype=torch.uint8 if image.dtype == np.uint8 else torch.float32, pin_memory=on_gpu)
+        np.copyto(whole.numpy(), planes)  # torch's copy waits for threads on all cores, which decode and encode
+        whole = whole.to(self.device, non_blocking=True)[None].to(memory_format=torch.channels_last)
+        return whole.float() / np.iinfo(image.dtype).max
 
 
 def keep_still(made: Tensor, img0: Tensor, img1: Tensor, times: Tensor) -> Tensor:

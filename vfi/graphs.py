@@ -3,9 +3,10 @@
     graphs = Graphs()
     imgt = graphs(function, img0, img1, timestep)       # function(img0, img1, timestep), to the bit
 
-A network is hundreds of kernels, and to start them one by one takes longer than they do on frames up to about 1080p. What is
-recorded are the kernels and the addresses they work on. So the function may depend on nothing else than its inputs and on
-tensors that stay where they are, such as weights; those that its operators read are kept alive with the graph.
+A network is hundreds of kernels, and to start them one by one takes longer than they do on frames up to about 1080p, or up to
+4K where other threads want Python, too. What is recorded are the kernels and the addresses they work on. So the function may
+depend on nothing else than its inputs and on tensors that stay where they are, such as weights; those that its operators read
+are kept alive with the graph.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 _BEFORE = 2  # calls of a shape before its graph is worth its making; in them kernels are tuned and caches filled
-_LARGEST = 1088 * 1920  # pixels of all frames of the batch: above, the GPU is what one waits for
+_LARGEST = 2176 * 4096  # pixels of all frames of the batch: above, the GPU is what one waits for
 _SPARE = 1.25  # times what is expected, for what does not fit side by side
 _KEPT = 4  # graphs, those used last; they share one pool of memory
 
@@ -53,6 +54,14 @@ class Graphs:
             self._make(key, function, inputs)
         self.made.move_to_end(key)
         return self.made[key](inputs)
+
+    def drop(self) -> bool:
+        """Forget all graphs, so that their memory can be given back. Was there one?"""
+        there = bool(self.made)
+        self.made.clear()
+        self.seen.clear()
+        self.pool = None
+        return there
 
     def _fits(self, device: torch.device) -> bool:
         """Is there memory for a graph of its own, as much again as the calls before it took? If it ends while one is recorded,

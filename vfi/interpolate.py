@@ -83,8 +83,8 @@ class Options:
     crf: int | None = None
     """Quality of the encoder: lower is better; by default 14 to 24, hard to tell from the original."""
     encoder_preset: str = ""
-    """What the encoder spends on a smaller file, in its own words: ultrafast to veryslow for H.264 (by default veryfast) and
-    H.265 (medium), 0 (smallest) to 13 (fastest) for libsvtav1."""
+    """What the encoder spends on a smaller file, in its own words: ultrafast to veryslow for H.264 (by default veryfast with
+    subme=1) and H.265 (medium), 0 (smallest) to 13 (fastest) for libsvtav1."""
     pix_fmt: str = ""
     """Pixel format of the video, such as yuv420p10le; by default that of the input."""
     scale: float | Literal["auto"] | None = None

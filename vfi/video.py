@@ -39,15 +39,19 @@ _BT709, _BT601 = 1, 5
 _MATRICES = {1: 1, 4: 4, 5: 5, 6: 5, 7: 7, 9: 9}  # of H.273 -> the library's conversions: 709, FCC, 601 (twice), 240M, 2020
 _HD = 720  # rows: from here on players take BT.709 where nothing is said
 _RGB = {8: "rgb24", 16: "rgb48le"}
+_PLANES = {8: "gbrp", 16: "gbrp16le"}
+_TYPES = {8: np.uint8, 16: np.uint16}
 # by default colours at half the size are converted a level too dark, and every other frame would be
 _EXACT = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
-# with its own preset, medium, libx264 on 16 cores is slower than the model on a GPU; what this one loses crf 14 brings back
 _USUAL = {
-    "libx264": {"preset": "veryfast", "crf": "14"},
+    "libx264": {"crf": "14"},
     "libx265": {"crf": "18", "x265-params": "log-level=error"},
     "libvpx-vp9": {"crf": "24", "b": "0"},
     "libsvtav1": {"crf": "24"},
 }
+# with its own preset, medium, libx264 on 16 cores is slower than the model on a GPU, and what veryfast does to find motion to a
+# quarter of a pixel is a third of its work; what they lose crf 14 brings back
+_USUAL_PRESET = {"libx264": {"preset": "veryfast", "x264-params": "subme=1"}}
 _SHORTEST = 0.95  # of the frames that a file promises: with fewer it was cut off
 
 
@@ -87,11 +91,20 @@ class Colours:
 
 
 def to_rgb(frame: av.VideoFrame, colours: Colours) -> np.ndarray:
-    """`[H, W, 3]` uint8, or uint16 for more than 8 bits. By one thread: several frames are converted side by side."""
-    return frame.reformat(
-        format=_RGB[colours.depth], src_colorspace=colours.conversion, dst_color_range="JPEG",
-        src_color_range="JPEG" if colours.full_range or frame.format.is_rgb else "MPEG", interpolation=_EXACT, threads=1,
-    ).to_ndarray()  # fmt: skip
+    """`[H, W, 3]` uint8, or uint16 for more than 8 bits. By one thread: several frames are converted side by side.
+
+    The colours of a YUV frame lie one after the other in memory, which the library makes three times as fast as pixels.
+    """
+    is_rgb = frame.format.is_rgb  # of 10 bits as planes, it loses a level of them on the way to 16
+    rgb = frame.reformat(
+        format=(_RGB if is_rgb else _PLANES)[colours.depth], src_colorspace=colours.conversion, dst_color_range="JPEG",
+        src_color_range="JPEG" if colours.full_range or is_rgb else "MPEG", interpolation=_EXACT, threads=1,
+    )  # fmt: skip
+    if is_rgb:
+        return rgb.to_ndarray()
+    rows = (np.frombuffer(memoryview(plane), _TYPES[colours.depth]).reshape(plane.height, -1) for plane in rgb.planes)
+    g, b, r = (row[:, : rgb.width] for row in rows)  # what follows is padding
+    return np.stack((r, g, b)).transpose(1, 2, 0)
 
 
 def from_rgb(image: np.ndarray, colours: Colours, pix_fmt: str) -> av.VideoFrame:
@@ -357,6 +370,4 @@ def _options(codec: str, encoding: Encoding) -> dict[str, str]:
     options = dict(_USUAL.get(codec, {}))
     if encoding.crf is not None:
         options["crf"] = str(encoding.crf)
-    if encoding.preset:
-        options["preset"] = encoding.preset
-    return options
+    return options | ({"preset": encoding.preset} if encoding.preset else _USUAL_PRESET.get(codec, {}))

@@ -152,6 +152,28 @@ def test_memory_of_a_container_is_no_more_than_its_limit(monkeypatch, tmp_path):
     assert math.isclose(available_memory(), whole, rel_tol=0.2)
 
 
+def test_memory_of_graphs_is_given_back_before_tiles_get_smaller(run, monkeypatch, capsys):
+    """Where that is not enough, tiles are halved; both are tried once for a size."""
+    most, sizes = [1000], []
+
+    def predict(self, a, b, times, precision, scale):
+        sizes.append(tuple(a.shape[2:]))
+        if self.graphs.made or a.shape[2] > most[0]:
+            raise torch.OutOfMemoryError
+        return (a + b) / 2
+
+    monkeypatch.setattr(LoadedModel, "predict_several", predict)
+    image, model = np.zeros((1000, 1000, 3), np.uint8), Between(Settings(run, "cpu"))
+    model.loaded.graphs.made["of another size"] = object()
+    model(image, image, [0.5])
+    assert (model.tile, sizes) == (None, [(1000, 1000)] * 2)
+    most[0] = 600
+    model.loaded.graphs.made["of another size"] = object()
+    model(image, image, [0.5])
+    assert (model.tile, sizes[2:5]) == (448, [(1000, 1000), (1000, 1000), (448, 448)])
+    assert capsys.readouterr().out.count("don't fit into memory") == 1
+
+
 @pytest.mark.gpu
 def test_no_more_is_taken_of_a_gpu_than_allowed(run):
     rng = np.random.default_rng(0)

@@ -14,6 +14,7 @@ import av
 import numpy as np
 import pytest
 import torch
+from av.video.reformatter import Interpolation
 from made_videos import EVEN, call, frames_of, make, new_run, packets_of, pixels, planes, refused, scene, times_of
 
 from vfi import interpolate
@@ -127,6 +128,18 @@ def test_conversion_follows_the_formula():
                 64 + 876 * luma, 512 + 896 * blue, 512 + 896 * red]  # fmt: skip
             assert [pixels(frame, plane).mean() for plane in range(3)] == pytest.approx(expected, abs=2.0)
             assert to_rgb(frame, colours).reshape(-1, 3).mean(0) / 65_535 == pytest.approx([r, g, b], abs=0.004)
+
+
+def test_planes_are_converted_as_pixels_are():
+    """To the bit, also where rows end in padding."""
+    image = np.random.default_rng(0).integers(0, 256, (46, 34, 3), np.uint8)
+    for pix_fmt, bits, packed in (("yuv420p", 8, "rgb24"), ("yuv444p", 8, "rgb24"), ("yuv422p10le", 10, "rgb48le")):
+        frame = from_rgb(image, Colours(), pix_fmt)
+        pixels = frame.reformat(
+            format=packed, src_colorspace=1, src_color_range="MPEG", dst_color_range="JPEG",
+            interpolation=Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT,
+        )  # fmt: skip
+        assert np.array_equal(to_rgb(frame, Colours(bits=bits)), pixels.to_ndarray())
 
 
 def test_odd_sizes(run, tmp_path):
@@ -414,11 +427,11 @@ def test_the_encoders_preset_is_what_is_asked_for(run, tmp_path, capsys):
     """libx264 writes its settings into the video; one that it does not know leaves nothing behind."""
     source = make(tmp_path / "in.mkv", EVEN[:3])
     medium = ["--encoder_preset", "medium", "--crf", 16]
-    for flags, found in (([], (b"subme=2 ", b" crf=14.0 ")), (medium, (b"subme=7 ", b" crf=16.0 "))):
+    for flags, found in (([], (b" me=hex subme=1 ", b" crf=14.0 ")), (medium, (b"subme=7 ", b" crf=16.0 "))):
         call(source, "-o", tmp_path / "out.mp4", "--model", run, *flags)
         assert all(setting in (tmp_path / "out.mp4").read_bytes() for setting in found)
     line = refused(capsys, source, "-o", tmp_path / "none.mp4", "--model", run, "--encoder_preset", "quick")
-    assert line.startswith("error: --codec libx264 can't be used with preset=quick crf=14 and yuv420p: ")
+    assert line.startswith("error: --codec libx264 can't be used with crf=14 preset=quick and yuv420p: ")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in.mkv", "out.mp4"]
 
 

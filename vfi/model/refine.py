@@ -16,7 +16,7 @@ from vfi.model.convolutions import ConvPReLU, ResidualBlock, scaled_conv, zero
 from vfi.ops.pointwise import PointwiseModule
 from vfi.ops.warp import resize_flow
 
-_REACH = 4  # rows that level 0 and the head look up and down: four 3x3 convolutions
+_REACH = 4  # rows that a level, and at level 0 the head, look up and down: up to four 3x3 convolutions
 _BAND_PIXELS = 2**20  # of a pair, at level 0: half as many as 1080p has, which is still refined as a whole
 
 
@@ -36,9 +36,11 @@ class MovedFeatures(Sequence[Tensor]):
         features = self.features[level]
         return self.warp(features, resize_flow(self.flow, (features.shape[2], features.shape[3])))
 
-    def finest(self, first: int, last: int) -> Tensor:
-        """Rows `first` to `last` of level 0."""
-        return self.warp(self.features[0], self.flow[:, :, first:last], first)
+    def rows(self, level: int, first: int, last: int) -> Tensor:
+        """Those of a level from `first` to before `last`."""
+        features = self.features[level]
+        flow = resize_flow(self.flow, (features.shape[2], features.shape[3]))
+        return self.warp(features, flow[:, :, first:last], first)
 
 
 class _Mix(nn.Sequential):
@@ -81,32 +83,38 @@ class RefineNet(PointwiseModule):
         time = timestep.view(-1, 1, 1, 1).expand(-1, 1, *coarsest[0].shape[2:])
         x = self.mix[-1](lambda: self._stacked(None, *coarsest, time))
         for level in range(LEVELS - 2, 0, -1):
-            x = self.mix[level](lambda level=level, x=x: self._beside(level, x, *of_each_frame(features[level])))
-        mask_logit, residual = self._finest(x, features, images).split((1, 3), dim=1)
+            x = self._mixed(level, x, features)
+        mask_logit, residual = self._mixed(0, x, features, (images,), lambda x: self.head(x).float()).split((1, 3), dim=1)
         return mask_logit, residual
 
-    def _finest(self, below: Tensor, features: Sequence[Tensor], images: Tensor) -> Tensor:
-        """Level 0 and the head, `[B, 4, H, W]` in fp32. Large frames without gradients in bands of rows: the same numbers."""
-        H, W = images.shape[2:]
-        if self.pointwise is None or torch.is_grad_enabled() or H * W <= 2 * _BAND_PIXELS:
-            mixed = self.mix[0](lambda: self._beside(0, below, *of_each_frame(features[0]), images))
-            return self.head(mixed).float()
-        out = torch.empty((len(below), 4, H, W), dtype=torch.float32, device=below.device)
-        rows = max(2, _BAND_PIXELS // W // 2 * 2)  # of the level below there are half as many
+    def _mixed(
+        self,
+        level: int,
+        below: Tensor,
+        features: Sequence[Tensor],
+        images: tuple[Tensor, ...] = (),
+        then: Callable[[Tensor], Tensor] = lambda x: x,
+    ) -> Tensor:
+        """What `then` makes of a level, mixed. Large maps without gradients in bands of rows: the same numbers."""
+        H, W = (2 * side for side in below.shape[2:])
+        pixels = _BAND_PIXELS >> level  # the same memory at each level: twice the channels, a quarter of the pixels
+        if self.pointwise is None or torch.is_grad_enabled() or 2 * pixels >= H * W:
+            return then(self.mix[level](lambda: self._beside(level, below, *of_each_frame(features[level]), *images)))
 
         def band(first: int, last: int) -> Tensor:
             if isinstance(features, MovedFeatures):
-                finest = features.finest(first, last)
+                maps = features.rows(level, first, last)
             else:
-                finest = features[0][:, :, first:last]
-            return self._beside(0, below[:, :, first // 2 : last // 2], *of_each_frame(finest), images[:, :, first:last])
+                maps = features[level][:, :, first:last]
+            rest = (image[:, :, first:last] for image in images)
+            return self._beside(level, below[:, :, first // 2 : last // 2], *of_each_frame(maps), *rest)
 
+        rows, bands = max(2, pixels // W // 2 * 2), []  # of the level below there are half as many
         for top in range(0, H, rows):
             first, last = max(0, top - _REACH), min(H, top + rows + _REACH)
-            mixed = self.mix[0](functools.partial(band, first, last))
-            inside = slice(top - first, min(H, top + rows) - first)
-            out[:, :, top : top + rows] = self.head(mixed)[:, :, inside]
-        return out
+            mixed = then(self.mix[level](functools.partial(band, first, last)))
+            bands.append(mixed[:, :, top - first : min(H, top + rows) - first])
+        return torch.cat(bands, dim=2)
 
     def _beside(self, level: int, below: Tensor, *parts: Tensor) -> Tensor:
         """What comes from the level below, upsampled, and maps of this level."""
