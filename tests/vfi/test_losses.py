@@ -41,6 +41,16 @@ def test_sum_of_l1_over_two_pyramids(size):
     torch.testing.assert_close(laplacian_loss(*tensors), torch.tensor(expected, dtype=torch.float64))
 
 
+def test_several_predictions_at_once():
+    """Each has the loss, and the gradient, that it has by itself."""
+    predictions, truth = torch.rand(3, 2, 3, 64, 80, dtype=torch.float64, requires_grad=True), torch.rand(2, 3, 64, 80).double()
+    together, alone = laplacian_loss(predictions, truth), [laplacian_loss(one, truth) for one in predictions]
+    torch.testing.assert_close(together, torch.stack(alone), rtol=1e-12, atol=0)
+    weights = torch.tensor([1.0, 0.5, 2.0], dtype=torch.float64)
+    gradients = [torch.autograd.grad((weights * losses).sum(), predictions)[0] for losses in (together, torch.stack(alone))]
+    torch.testing.assert_close(*gradients, rtol=1e-12, atol=0)
+
+
 def test_constant_error_counts():
     """A wrong mean colour lies in the coarse image alone; without it the loss would be blind to it."""
     truth = torch.rand(1, 3, 64, 64, dtype=torch.float64)
@@ -87,7 +97,7 @@ def test_teacher_counts_only_where_it_is_better():
         if own[b, y, x] > of_teacher[b, y, x] + 0.01:
             dx0, dy0, dx1, dy1 = distance[b, :, y, x].tolist()
             total += np.hypot(dx0, dy0) + np.hypot(dx1, dy1)
-    assert teacher_loss(mine, teacher, truth).item() == pytest.approx(total / (2 * 2 * 64 * 64), rel=1e-4)
+    assert teacher_loss([mine], teacher, truth).item() == pytest.approx(total / (2 * 2 * 64 * 64), rel=1e-4)
 
 
 def test_losses_add_up_by_their_weights():
@@ -101,7 +111,7 @@ def test_losses_add_up_by_their_weights():
     of_stages = sum(laplacian_loss(one.merge, truth) for one in stages)
     torch.testing.assert_close(losses["merge"], of_stages)
     torch.testing.assert_close(losses["teacher_image"], laplacian_loss(teacher.merge, truth))
-    torch.testing.assert_close(losses["teacher"], sum(teacher_loss(one, teacher, truth) for one in stages))
+    torch.testing.assert_close(losses["teacher"], sum(teacher_loss([one], teacher, truth) for one in stages))
     torch.testing.assert_close(losses["distill"], sum(end_point_error(one.flow, stage(4).flow).mean() for one in stages))
     total = losses["image"] + 0.5 * losses["merge"] + losses["teacher_image"] + 0.25 * losses["teacher"] + 2 * losses["distill"]
     torch.testing.assert_close(losses["loss"], total)
@@ -110,7 +120,7 @@ def test_losses_add_up_by_their_weights():
 def test_nothing_flows_back_into_the_teacher():
     teacher = Stage(stage(1).flow.requires_grad_(), stage(1).merge.requires_grad_())
     student = Stage(stage(0).flow.requires_grad_(), stage(0).merge.requires_grad_())
-    teacher_loss(student, teacher, torch.rand(2, 3, 64, 64)).backward()
+    teacher_loss([student], teacher, torch.rand(2, 3, 64, 64)).backward()
     assert teacher.flow.grad is None
     assert teacher.merge.grad is None
     assert student.merge.grad is None
