@@ -142,7 +142,7 @@ def without_gradients(case: Case) -> list[Tensor]:
     """The same output by all ways that need less memory, or keep a larger GPU busy."""
     projected, parameters, _ = made(case)
     outputs = [fused.fused_ss2d(projected, parameters, case.shape)]
-    for settings in ({"_LEAN_BYTES": 1}, {"_multiprocessors": lambda device: 4, "_SHORTEST": 1}):
+    for settings in ({"_LEAN_BYTES": 1}, {"multiprocessors": lambda device: 4, "_SHORTEST": 1}):
         with mock.patch.multiple(fused, **settings):
             outputs.append(fused.fused_ss2d(projected, parameters, case.shape))
     with torch.no_grad():

@@ -79,9 +79,7 @@ def test_operator_without_a_deterministic_form_is_named():
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 64, 80), (1, 1, 3, 4)])
-@pytest.mark.parametrize(
-    ("sides", "mode"), [((2, 2, 2, 2), "reflect"), ((1, 0, 1, 1), "reflect"), ((0, 1, 0, 0), "replicate")]
-)
+@pytest.mark.parametrize(("sides", "mode"), [((2, 2, 2, 2), "reflect"), ((1, 0, 1, 1), "reflect"), ((0, 1, 0, 0), "replicate")])
 def test_deterministic_padding_is_the_usual_one(shape, sides, mode):
     x = torch.rand(shape, dtype=torch.float64, requires_grad=True)
     usual = F.pad(x, sides, mode)

@@ -7,6 +7,7 @@ own pixels in one order: all is the same bit for bit each time.
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -15,6 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from vfi.ops.fused import multiprocessors
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 PROGRAMS = 8  # a multiprocessor, in the backward pass
@@ -71,12 +74,12 @@ class _Fused(torch.autograd.Function):
         x, bias, slope, residual = ctx.saved_tensors
         to_x, to_bias, to_slope, to_residual = ctx.needs_input_grad
         tile, rows = backward_tile(x.shape[1], x.dtype), _rows(x)
-        programs = min(max(1, -(-rows // (tile.rows * tile.together))), -(-_processors(x) * PROGRAMS // tile.blocks))
+        programs = min(max(1, -(-rows // (tile.rows * tile.together))), -(-multiprocessors(x.device) * PROGRAMS // tile.blocks))
         dx = torch.empty_like(x, memory_format=torch.channels_last)
         sums = x.new_empty(2, programs, x.shape[1], dtype=torch.float32)
         tensors = x, bias, slope, residual, _channels_last(grad), dx, sums
         _launch(_backward_kernel, programs * tile.blocks, tile, *tensors, rows, programs)
-        d_bias, d_slope = sums.sum(dim=1)
+        d_bias, d_slope = sums.sum(dim=1).unbind()  # a tensor taken apart by Python takes longer than the kernel
         return (
             dx if to_x else None,
             d_bias.to(bias.dtype) if to_bias else None,
@@ -105,6 +108,7 @@ def backward_tile(C: int, dtype: torch.dtype) -> Tile:
     return _tile(C, dtype, together=4, num_warps=4)
 
 
+@functools.cache
 def _tile(C: int, dtype: torch.dtype, together: int, num_warps: int) -> Tile:
     """Channels in blocks of a cache line or two: the fewer a program has, the fewer the sums that it leaves."""
     at_once = num_warps * 32 * math.gcd(C, 16 // dtype.itemsize)
@@ -118,10 +122,6 @@ def _channels_last(t: Tensor) -> Tensor:
 
 def _rows(x: Tensor) -> int:
     return x.shape[0] * x.shape[2] * x.shape[3]
-
-
-def _processors(x: Tensor) -> int:
-    return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 1
 
 
 def _launch(kernel: Any, programs: int, tile: Tile, x: Tensor, *others: Tensor | int | None) -> None:

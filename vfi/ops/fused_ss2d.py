@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from vfi.ops.fused import fused_obstacle
+from vfi.ops.fused import fused_obstacle, multiprocessors
 
 HEAD_DIMS, STATES = (16, 32, 64), (16, 32, 64, 128)
 """Widths of a head and of a state that the kernels have tiles for."""
@@ -232,7 +232,7 @@ class _Run:
 
     def segments(self, n: int) -> tuple[int, int]:
         """Into how many segments of how many chunks the sequences are cut."""
-        wanted = math.ceil(_FULL * _multiprocessors(self.projected.device) / (n * self.shape.heads))
+        wanted = math.ceil(_FULL * multiprocessors(self.projected.device) / (n * self.shape.heads))
         each = max(math.ceil(self.chunks / wanted), min(_SHORTEST, self.chunks))
         return math.ceil(self.chunks / each), each
 
@@ -355,10 +355,6 @@ def _triton_type(dtype: torch.dtype) -> Any:
     import triton.language as tl
 
     return {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}[dtype]
-
-
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 def _is_small(device: torch.device) -> bool:

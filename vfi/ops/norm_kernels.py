@@ -53,7 +53,7 @@ class _LayerNorm(torch.autograd.Function):
         if programs:
             arguments = x, weight.contiguous(), grad.contiguous(), dx, sums, ctx.eps, rows, each
             _backward_kernel[(programs,)](*arguments, C=C, **tile)
-        d_weight, d_bias = sums.sum(dim=1)
+        d_weight, d_bias = sums.sum(dim=1).unbind()
         return dx, d_weight.to(weight.dtype), d_bias.to(bias.dtype), None
 
 
