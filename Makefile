@@ -10,9 +10,19 @@ demo: $(VENV)/.ready            ## synthetic shards -> train `tiny` -> benchmark
 	$(BIN)/vfi demo --out $(DEMO)
 
 WORKERS ?= $(shell nproc)
+PYTEST  := $(BIN)/python -m pytest
+SPREAD  := --numprocesses $(WORKERS) --maxprocesses 5 --dist loadfile --no-loadscope-reorder
+SLURM   := tests/launch/test_slurm.py
 
-test: $(VENV)/.ready            ## all tests (those that need a GPU skip with their reason)
-	$(BIN)/python -m pytest --numprocesses $(WORKERS) --maxprocesses 5 --dist loadfile --no-loadscope-reorder $(ARGS)
+ifdef ARGS
+test: $(VENV)/.ready
+	$(PYTEST) $(SPREAD) $(ARGS)
+else
+test: $(VENV)/.ready            ## all tests (those that need a GPU skip with their reason); a cluster is waited for beside them
+	@log=$$(mktemp); $(PYTEST) $(SLURM) > $$log 2>&1 & slurm=$$!; \
+	$(PYTEST) $(SPREAD) --ignore $(SLURM); failed=$$?; \
+	wait $$slurm || failed=1; cat $$log; rm $$log; exit $$failed
+endif
 
 lint: $(VENV)/.ready            ## style and types
 	$(BIN)/ruff check .
@@ -22,7 +32,8 @@ lint: $(VENV)/.ready            ## style and types
 $(VENV)/.ready: setup.cfg pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --no-compile --editable '.[dev]'
-	-$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib  # on all cores; files that are no Python of this version stay as they are
+	# on all cores, but for what nothing here imports; files that are no Python of this version stay as they are
+	-$(BIN)/python -m compileall -qq -j 0 -x '/tests/|/transformers/models/' $(VENV)/lib
 	touch $@
 
 clean:
