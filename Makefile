@@ -10,19 +10,9 @@ demo: $(VENV)/.ready            ## synthetic shards -> train `tiny` -> benchmark
 	$(BIN)/vfi demo --out $(DEMO)
 
 WORKERS ?= $(shell nproc)
-PYTEST  := $(BIN)/python -m pytest
-SPREAD  := --numprocesses $(WORKERS) --maxprocesses 5 --dist loadfile --no-loadscope-reorder
-SLURM   := tests/launch/test_slurm.py
 
-ifdef ARGS
-test: $(VENV)/.ready
-	$(PYTEST) $(SPREAD) $(ARGS)
-else
-test: $(VENV)/.ready            ## all tests (those that need a GPU skip with their reason); a cluster is waited for beside them
-	@log=$$(mktemp); $(PYTEST) $(SLURM) > $$log 2>&1 & slurm=$$!; \
-	$(PYTEST) $(SPREAD) --ignore $(SLURM); failed=$$?; \
-	wait $$slurm || failed=1; cat $$log; rm $$log; exit $$failed
-endif
+test: $(VENV)/.ready            ## all tests (those that need a GPU skip with their reason)
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --maxprocesses 5 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: $(VENV)/.ready            ## style and types
 	$(BIN)/ruff check .
