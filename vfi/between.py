@@ -205,11 +205,13 @@ class Between:
         if self.before is not None and self.before[0] is image:
             return self.before[1]
         on_gpu = self.device.type == "cuda"
-        planes = image.transpose(2, 0, 1)  # as frames of a video lie in memory
-        whole = torch.empty(planes.shape, dtype=torch.uint8 if image.dtype == np.uint8 else torch.float32, pin_memory=on_gpu)
-        np.copyto(whole.numpy(), planes)  # torch's copy waits for threads on all cores, which decode and encode
-        whole = whole.to(self.device, non_blocking=True)[None].to(memory_format=torch.channels_last)
-        return whole.float() / np.iinfo(image.dtype).max
+        planes = image.strides[2] > image.strides[1]  # frames of a video are; what lies in another order is slow to copy
+        laid = image.transpose(2, 0, 1) if planes else image
+        whole = torch.empty(laid.shape, dtype=torch.uint8 if image.dtype == np.uint8 else torch.float32, pin_memory=on_gpu)
+        np.copyto(whole.numpy(), laid)  # torch's copy waits for threads on all cores, which decode and encode
+        whole = whole.to(self.device, non_blocking=True)
+        whole = whole if planes else whole.permute(2, 0, 1)
+        return whole[None].to(memory_format=torch.channels_last).float() / np.iinfo(image.dtype).max
 
 
 def keep_still(made: Tensor, img0: Tensor, img1: Tensor, times: Tensor) -> Tensor:

@@ -116,6 +116,14 @@ def test_auto_is_decided_pair_by_pair_and_refused_without_flow(run, monkeypatch)
         Between(Settings(run, "cpu", scale="some"))
 
 
+def test_colours_may_lie_side_by_side_or_one_after_the_other(run):
+    image0, image1 = np.random.default_rng(0).integers(0, 256, (2, 64, 80, 3), np.uint8)
+    model = Between(Settings(run, "cpu"))
+    (pixels,) = model(image0, image1, [0.5])
+    (planes,) = model(*(np.ascontiguousarray(image.transpose(2, 0, 1)).transpose(1, 2, 0) for image in (image0, image1)), [0.5])
+    assert np.array_equal(pixels, planes)
+
+
 # -------------------------------------------------------------------------------------------------------------------- memory
 
 
