@@ -40,7 +40,6 @@ _MATRICES = {1: 1, 4: 4, 5: 5, 6: 5, 7: 7, 9: 9}  # of H.273 -> the library's co
 _HD = 720  # rows: from here on players take BT.709 where nothing is said
 _RGB = {8: "rgb24", 16: "rgb48le"}
 _PLANES = {8: "gbrp", 16: "gbrp16le"}
-_TYPES = {8: np.uint8, 16: np.uint16}
 # by default colours at half the size are converted a level too dark, and every other frame would be
 _EXACT = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
 _USUAL = {
@@ -102,7 +101,7 @@ def to_rgb(frame: av.VideoFrame, colours: Colours) -> np.ndarray:
     )  # fmt: skip
     if is_rgb:
         return rgb.to_ndarray()
-    rows = (np.frombuffer(memoryview(plane), _TYPES[colours.depth]).reshape(plane.height, -1) for plane in rgb.planes)
+    rows = (np.frombuffer(memoryview(plane), f"u{colours.depth // 8}").reshape(plane.height, -1) for plane in rgb.planes)
     g, b, r = (row[:, : rgb.width] for row in rows)  # what follows is padding
     return np.stack((r, g, b)).transpose(1, 2, 0)
 

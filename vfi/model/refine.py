@@ -33,14 +33,16 @@ class MovedFeatures(Sequence[Tensor]):
         return len(self.features)
 
     def __getitem__(self, level: Any) -> Any:
-        features = self.features[level]
-        return self.warp(features, resize_flow(self.flow, (features.shape[2], features.shape[3])))
+        return self.warp(*self._with_flow(level))
 
-    def rows(self, level: int, first: int, last: int) -> Tensor:
-        """Those of a level from `first` to before `last`."""
+    def in_rows(self, level: int) -> Callable[[int, int], Tensor]:
+        """What gives those of a level from a first row to before a last one; the flow is resized here, once."""
+        features, flow = self._with_flow(level)
+        return lambda first, last: self.warp(features, flow[:, :, first:last], first)
+
+    def _with_flow(self, level: int) -> tuple[Tensor, Tensor]:
         features = self.features[level]
-        flow = resize_flow(self.flow, (features.shape[2], features.shape[3]))
-        return self.warp(features, flow[:, :, first:last], first)
+        return features, resize_flow(self.flow, (features.shape[2], features.shape[3]))
 
 
 class _Mix(nn.Sequential):
@@ -101,13 +103,11 @@ class RefineNet(PointwiseModule):
         if self.pointwise is None or torch.is_grad_enabled() or 2 * pixels >= H * W:
             return then(self.mix[level](lambda: self._beside(level, below, *of_each_frame(features[level]), *images)))
 
+        maps = features.in_rows(level) if isinstance(features, MovedFeatures) else functools.partial(_rows, features[level])
+
         def band(first: int, last: int) -> Tensor:
-            if isinstance(features, MovedFeatures):
-                maps = features.rows(level, first, last)
-            else:
-                maps = features[level][:, :, first:last]
-            rest = (image[:, :, first:last] for image in images)
-            return self._beside(level, below[:, :, first // 2 : last // 2], *of_each_frame(maps), *rest)
+            rest = (_rows(image, first, last) for image in images)
+            return self._beside(level, _rows(below, first // 2, last // 2), *of_each_frame(maps(first, last)), *rest)
 
         rows, bands = max(2, pixels // W // 2 * 2), []  # of the level below there are half as many
         for top in range(0, H, rows):
@@ -129,3 +129,7 @@ class RefineNet(PointwiseModule):
             return self.pointwise.stack_channels(parts, dtype, shuffled)
         below = () if shuffled is None else (F.pixel_shuffle(shuffled, 2),)
         return torch.cat((*below, *(part.to(dtype) for part in parts)), dim=1)
+
+
+def _rows(maps: Tensor, first: int, last: int) -> Tensor:
+    return maps[:, :, first:last]

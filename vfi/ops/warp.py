@@ -54,6 +54,6 @@ def _resize_flow(flow: Tensor, size: tuple[int, int]) -> Tensor:
     if tuple(size) == (H, W):
         return flow
     resized = F.interpolate(flow, size=size, mode="bilinear", align_corners=False, antialias=size[0] < H)
-    if size[0] * W == size[1] * H:
+    if size[0] * W == size[1] * H:  # as a rule: one operator in place of three, and of more in the backward pass
         return resized * (size[1] / W)
     return torch.cat((resized[:, :1] * (size[1] / W), resized[:, 1:] * (size[0] / H)), dim=1)
