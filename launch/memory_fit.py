@@ -91,21 +91,24 @@ class Entry:
     """Measured to check the fit, and not fitted."""
     environment: dict[str, Any]
     """Versions, settings of cuDNN and of the allocator, and whatever else bears on the numbers."""
+    cuda_graphs: bool = False
 
     @property
     def settings(self) -> tuple[Any, ...]:
         """All that the memory depends on, but for the card."""
-        return settings(self.model, self.precision, self.checkpointing, self.compile)
+        return settings(self.model, self.precision, self.checkpointing, self.compile, self.cuda_graphs)
 
     def is_of(self, kind: str, gib: float) -> bool:
         """Was it measured on this kind of card, of this size?"""
         return self.card == kind and abs(self.memory_gib - gib) < 2
 
 
-def settings(model: ModelConfig, precision: str, checkpointing: bool, compiled: bool) -> tuple[Any, ...]:
+def settings(
+    model: ModelConfig, precision: str, checkpointing: bool, compiled: bool, cuda_graphs: bool = False
+) -> tuple[Any, ...]:
     """Comparable settings of a training step. Phase 3 is the network of phase 2."""
     plain = dataclasses.replace(model, phase=2) if model.phase == 3 else model
-    return plain, precision, checkpointing, compiled
+    return plain, precision, checkpointing, compiled, cuda_graphs
 
 
 @dataclasses.dataclass(frozen=True)

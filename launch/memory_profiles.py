@@ -130,16 +130,20 @@ class _Asked:
     def known(self, **changed: Any) -> list[Entry]:
         """Entries that were measured with these settings, or with some of them changed.
 
-        If there are none, those of the same network without fused kernels, which takes more.
+        If there are none, those of the same network without fused kernels, which takes more, also than graphs do.
         """
         compute = self.config.compute
         asked: dict[str, Any] = {
             "precision": self.precision,
             "checkpointing": compute.checkpointing,
             "compiled": compute.compile,
+            "cuda_graphs": compute.cuda_graphs,
         } | changed
-        for model in (self.config.model, _unfused(self.config.model)):
-            if found := [entry for entry in self.profiles.measured if entry.settings == settings(model, **asked)]:
+        for sought in (
+            settings(self.config.model, **asked),
+            settings(_unfused(self.config.model), **asked | {"cuda_graphs": False}),
+        ):
+            if found := [entry for entry in self.profiles.measured if entry.settings == sought]:
                 return found
         return []
 
@@ -185,7 +189,9 @@ class _Asked:
         """What was asked, and what does fit."""
         model, compute = self.config.model, self.config.compute
         asked = f"{self.config.run.preset}, phase {model.phase}, {self.precision}, crop {self.crop}"
-        asked += ", checkpointing" * compute.checkpointing + ", compiled" * compute.compile
+        asked += (
+            ", checkpointing" * compute.checkpointing + ", compiled" * compute.compile + ", CUDA graphs" * compute.cuda_graphs
+        )
         advice = [self._smaller_crop(fit)]
         if not compute.checkpointing:
             advice.append("--checkpointing" + self._with(checkpointing=True))

@@ -58,6 +58,8 @@ class Options:
     """As in vfi.train."""
     compile: bool = False
     """As in vfi.train."""
+    cuda_graphs: bool = False
+    """As in vfi.train."""
     out: Path = PROFILES
     """File that the entry is added to."""
 
@@ -107,8 +109,8 @@ def check_options(options: Options) -> None:
 def step_config(options: Options, crop: int, batch: int) -> Config:
     """Settings of one measured step."""
     phase = {} if options.phase is None else {"phase": options.phase}
-    changed = {"checkpointing": options.checkpointing, "compile": options.compile, "curriculum": False}
-    return presets.override(presets.get(options.preset), crop=crop, batch_size=batch, **phase, **changed)
+    changed = {name: getattr(options, name) for name in ("checkpointing", "compile", "cuda_graphs")}
+    return presets.override(presets.get(options.preset), crop=crop, batch_size=batch, curriculum=False, **phase, **changed)
 
 
 def profile(options: Options, gpu: Gpu, measure: Measure) -> Entry:
@@ -133,7 +135,7 @@ def profile(options: Options, gpu: Gpu, measure: Measure) -> Entry:
     compute = config.compute
     return Entry(
         config.run.preset, card.kind, gpu.memory_gib, config.model, precision, compute.checkpointing, compute.compile,
-        fitted, fit, held_out, gpu.environment,
+        fitted, fit, held_out, gpu.environment, compute.cuda_graphs,
     )  # fmt: skip
 
 
@@ -240,7 +242,8 @@ def _measure(step: TrainingStep, config: Config, device: torch.device) -> Point:
     reserved = torch.cuda.max_memory_reserved(device)
     free, total = torch.cuda.mem_get_info(device)
     outside = total - free - torch.cuda.memory_reserved(device)
-    return Point(config.data.batch_size, config.data.crop, first.allocated, reserved, first.reserved, outside)
+    allocated = first.allocated + (step.recorder.hidden if step.recorder else 0)
+    return Point(config.data.batch_size, config.data.crop, allocated, reserved, first.reserved, outside)
 
 
 if __name__ == "__main__":

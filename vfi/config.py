@@ -235,6 +235,9 @@ class ComputeConfig:
     checkpointing: bool = False
     """Keep no activations of the LGS blocks and of RefineNet for the backward pass but compute them anew: less memory, more
     time."""
+    cuda_graphs: bool = False
+    """Record the network's passes once and replay them: seconds before the first step, and of the others what Python takes to
+    launch them. On a GPU, one a process or DDP."""
     tf32: bool = False
     """Let products and convolutions of fp32 numbers round their factors to 10 bits on a GPU: faster where training is fp32."""
     deterministic: bool = False
@@ -306,6 +309,7 @@ def validate(config: Config) -> None:
     if len(given) > 1:
         raise ConfigError(f"{' and '.join(given)} both give the first weights: drop one")
     _validate_folders(data)
+    _validate_compute(config)
     _validate_guard(config.guard)
     _validate_model(model)
     _refuse_without_effect(config)
@@ -322,6 +326,15 @@ def _validate_folders(data: DataConfig) -> None:
         raise ConfigError(f"--data_path has {folders} folder{'s' * (folders > 1)} and there is {given}: {advice}")
     if folders and len(data.sequence) not in (1, folders):
         raise ConfigError(f"--sequence has {len(data.sequence)} entries and --data_path {folders}: give one, or one for each")
+
+
+def _validate_compute(config: Config) -> None:
+    """What can't be recorded."""
+    compute, mixing = config.compute, config.model.mixing
+    others = {"--compile": compute.compile, "--checkpointing": compute.checkpointing, f"--mixing {mixing}": mixing != "none"}
+    given = [flag for flag, is_given in others.items() if is_given]
+    if compute.cuda_graphs and given:
+        raise ConfigError(f"--cuda_graphs can't record a network with {' and '.join(given)}: leave one of them out")
 
 
 def folder_ratio(data: DataConfig) -> tuple[int, ...]:

@@ -26,6 +26,7 @@ from vfi.numerics import refusals_explained
 from vfi.ops.compiling import compiling_ahead
 from vfi.optim import build_optimizer
 from vfi.signals import Agreement
+from vfi.training_graphs import Recorder, record_passes
 
 _HEADROOM = 256 * 2**20  # bytes that stay free beside a step: batches under way, metrics, fragmentation
 PRECISIONS = {"no": torch.float32, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -120,6 +121,7 @@ class TrainingStep:
             compile_parts(self.model)
         if config.compute.checkpointing:
             recompute(self.model)
+        self.recorder: Recorder | None = None
         self.optimizer = build_optimizer(self.model, config.optim)
         self.weights = sum(parameter.nbytes for parameter in self.model.parameters())
 
@@ -142,6 +144,8 @@ class TrainingStep:
         self.optimizer.zero_grad(set_to_none=True)
 
     def __call__(self, frames: tuple[Tensor, ...]) -> None:
+        if self.config.compute.cuda_graphs and self.recorder is None:
+            self.recorder = record_passes(self.model)  # not before kernels were compiled ahead, for which nothing must run
         self._loss(frames).backward()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=not self.accumulating)

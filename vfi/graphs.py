@@ -86,7 +86,7 @@ class _Graph:
     def __init__(self, function: Function, inputs: tuple[Tensor, ...], pool: Any) -> None:
         self.inputs = [tensor.clone() for tensor in inputs]
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, pool=pool), _Reads() as reads:
+        with torch.cuda.graph(self.graph, pool=pool), Reads() as reads:
             self.output = function(*self.inputs)
         self.kept = list(reads.kept.values())
 
@@ -97,7 +97,7 @@ class _Graph:
         return self.output.clone()
 
 
-class _Reads(TorchFunctionMode):
+class Reads(TorchFunctionMode):
     """The tensors from before that operators read, such as indices that a cache may drop.
 
     No dispatch mode: the first one of a process imports PyTorch's compiler, which takes seconds.

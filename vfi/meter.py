@@ -56,13 +56,13 @@ class Meter:
         self.excluded += time.perf_counter() - before
         _forget_peak()
 
-    def read(self, losses: dict[str, Tensor], norm: Tensor) -> dict[str, float]:
-        """One row of numbers; waits for the device."""
+    def read(self, losses: dict[str, Tensor], norm: Tensor, hidden: int = 0) -> dict[str, float]:
+        """One row of numbers; waits for the device. `hidden`: bytes of its memory that PyTorch does not count."""
         row = {name: loss.item() for name, loss in losses.items()} | {"grad_norm": norm.item()}
         seconds = time.perf_counter() - self.started - self.excluded
         row |= {"samples_per_s": self.steps * self.global_batch / seconds, "data_wait": self.waited / seconds}
         if norm.is_cuda:
-            row["memory_gib"] = torch.cuda.max_memory_allocated(norm.device) / 2**30
+            row["memory_gib"] = (torch.cuda.max_memory_allocated(norm.device) + hidden) / 2**30
         self.restart()
         return row
 

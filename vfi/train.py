@@ -53,6 +53,7 @@ from vfi.recovery import Part, go_back, suspects
 from vfi.run_status import recorded
 from vfi.sharding import sharding
 from vfi.tracking import METRICS, Tracker, environment, versions, write_environment
+from vfi.training_graphs import Recorder, record_passes
 from vfi.training_state import check_agreement, gather_random, on_main, restore, scaler_state
 from vfi.validation import Score, Validation
 from vfi.watch import Watch
@@ -151,6 +152,7 @@ class Trainer:
             compile_parts(self.network)
         if config.compute.checkpointing:
             recompute(self.network)
+        self.recorder = self._record() if config.compute.cuda_graphs else None
         self.shards.settle(config, self.frozen)
         self.model, self.optimizer = self.shards.prepare(self.network, lambda model: build_optimizer(model, config.optim))
         self.ema = Ema(self.network, config.optim.ema) if config.optim.ema else None
@@ -159,6 +161,15 @@ class Trainer:
         self.guard = Guard(self.groups, config.guard) if config.guard.guard else None
         if self.going_on and self.start_from:
             restore(self.accelerator, self.start_from, self.shards, self.ema, self.guard, self.say)
+
+    def _record(self) -> Recorder:
+        """Have the network's passes recorded; ConfigError where they can't be."""
+        device = self.accelerator.device.type
+        if device != "cuda":
+            raise ConfigError(f"--cuda_graphs is for a CUDA GPU, and this trains on {device}: leave it out")
+        if self.shards.name != "none":
+            raise ConfigError(f"--cuda_graphs needs weights that stay where they are, and {self.shards.name} moves them")
+        return record_passes(self.network)
 
     def _resume_point(self) -> Path | None:
         """The checkpoint to start from, verified; refuses to mix two runs in one folder."""
@@ -325,7 +336,10 @@ class Trainer:
         bar.update()
         if due:
             mean = self.accelerator.reduce(meter.mean_losses(), reduction="mean")
-            row = meter.read(mean, move.norm) | {"lr": self.rate(self.step - 1), "epoch": self.epoch}
+            row = meter.read(mean, move.norm, self.recorder.hidden if self.recorder else 0) | {
+                "lr": self.rate(self.step - 1),
+                "epoch": self.epoch,
+            }
             row |= self.by_group("grad", move.norms)
             row |= self.by_group("update", move.ratios) if self.shards.measures_updates else {}
             row |= {f"mixing_{name}": value for name, value in mixing_report(records).items()}

@@ -188,7 +188,15 @@ def test_a_point_that_takes_more_than_the_card_has_is_not_used():
 
 @pytest.mark.parametrize(
     "asked",
-    [{"precision": "fp32"}, {"checkpointing": True}, {"compile": True}, {"phase": 2}, {"width": 32}, {"mixing": "mhc"}],
+    [
+        {"precision": "fp32"},
+        {"checkpointing": True},
+        {"compile": True},
+        {"cuda_graphs": True},
+        {"phase": 2},
+        {"width": 32},
+        {"mixing": "mhc"},
+    ],
     ids=str,
 )
 def test_measurements_of_something_else_are_not_used(asked):
