@@ -140,17 +140,18 @@ class TrainingStep:
         if self.config.compute.compile or not self.model.all_fused:
             return
         with compiling_ahead(self.device):
-            self._loss(self.make_frames()).backward()
+            self.loss(self.make_frames()).backward()
         self.optimizer.zero_grad(set_to_none=True)
 
     def __call__(self, frames: tuple[Tensor, ...]) -> None:
         if self.config.compute.cuda_graphs and self.recorder is None:
             self.recorder = record_passes(self.model)  # not before kernels were compiled ahead, for which nothing must run
-        self._loss(frames).backward()
+        self.loss(frames).backward()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=not self.accumulating)
 
-    def _loss(self, frames: tuple[Tensor, ...]) -> Tensor:
+    def loss(self, frames: tuple[Tensor, ...]) -> Tensor:
+        """The training loss of a forward pass."""
         img0, imgt, img1, timestep = frames
         with torch.autocast(self.device.type, self.precision, enabled=self.precision != torch.float32):
             prediction = self.model(img0, img1, timestep, imgt)

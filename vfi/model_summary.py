@@ -6,6 +6,9 @@
 With a GPU (or --measure) time and memory are measured; without, they are estimated from shapes alone. Every flag of the model
 works as in training. MACs are multiply-accumulates of convolutions, matrix products and attention with the scan in plain
 torch: in chunks of Q = 64 tokens it takes Q(S + P) + 2SP a token and head of width P and state S.
+
+Beside the time of every part is its floor: what goes in and comes out once, with the weights, at the rate of a copy, or its
+products at the rate of large ones, whichever takes longer. Both rates are measured on the same device.
 """
 
 from __future__ import annotations
@@ -34,15 +37,16 @@ from vfi.model.backbone import STRIDE, level_widths
 from vfi.model.interpolator import MIN_SIZE, FrameInterpolator
 from vfi.numerics import set_numerics
 from vfi.ops.ssd import REFERENCE_CHUNK
-from vfi.profiling import FIRST_STAGE_LEVEL, Measured
+from vfi.profiling import FIRST_STAGE_LEVEL, Measured, Rates
 from vfi.records import write_text
 from vfi.tracking import environment
 
-SCHEMA, VERSION = "vfi-model-summary", 2
+SCHEMA, VERSION = "vfi-model-summary", 3
 OUT_OF_MEMORY = "out of memory"
 _SCAN_ORDERS = 4
 _SEED = 0
 _LEVELS_NOTE = " (every other block shifts its windows by half; a scan sees all of its tokens)"
+_TOTAL = "total"
 _SHOWN = ("torch", "triton", "mamba-ssm")  # versions that belong beside a time
 
 
@@ -120,6 +124,7 @@ class SizeSummary:
     graph_ms: float | None = None
     """As the jobs run it: by a CUDA graph where that pays (vfi/graphs.py)."""
     parts_ms: dict[str, float] | None = None
+    floors_ms: dict[str, float] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,6 +135,9 @@ class TrainingSummary:
     crop: int
     measured: Measured | None
     samples_per_s: float | None
+    parts_ms: dict[str, float] | None = None
+    """Forward and backward pass of parts by themselves; the rest is loss, optimizer, and what lies between."""
+    floors_ms: dict[str, float] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -225,7 +233,8 @@ def summarise(options: Options, config: Config, command: str = "") -> Summary:
     names = [field.name for field in dataclasses.fields(config.model) if field.name.endswith("_backend")]
     plain: dict[str, Any] = dict.fromkeys(names, "auto")
     reference = FrameInterpolator(dataclasses.replace(config.model, **plain), "cpu").eval()
-    sizes = [_count(reference, options, size, precision) for size in dict.fromkeys(options.sizes)]
+    rates = _rates(options, device, precision)
+    sizes = [_count(reference, options, size, precision, rates) for size in dict.fromkeys(options.sizes)]
     told = environment(device) | {
         "command": command,
         "precision": describe_precision(precision),
@@ -233,6 +242,7 @@ def summarise(options: Options, config: Config, command: str = "") -> Summary:
         "measured": options.measure,
         "assumed_tflops": options.assume_tflops,
         "assumed_gbs": options.assume_gbs,
+        "rates": rates and rates._asdict(),
     }
     training = None
     if options.measure:
@@ -242,12 +252,22 @@ def summarise(options: Options, config: Config, command: str = "") -> Summary:
         del model
         profiling.free_memory()
         training = _measure_training(config, options, device, precision) if options.training else None
+        if training and options.count and rates:
+            cost = profiling.count(reference, training.batch, (training.crop, training.crop), precision)
+            training = dataclasses.replace(training, floors_ms=profiling.floors_ms(cost, rates, training=True))
     name = f"{options.preset}, phase {config.model.phase}"
     parameters = profiling.parameters_by_part(reference)
     return Summary(name, told, config.model, options.batch, parameters, sizes, training)
 
 
-def _count(model: FrameInterpolator, options: Options, size: str, precision: torch.dtype) -> SizeSummary:
+def _rates(options: Options, device: torch.device, precision: torch.dtype) -> Rates | None:
+    """Those that floors go by: as assumed, or measured where the model is."""
+    if options.assume_tflops and options.assume_gbs:
+        return Rates(options.assume_tflops, options.assume_gbs)
+    return profiling.measure_rates(device, precision) if options.measure else None
+
+
+def _count(model: FrameInterpolator, options: Options, size: str, precision: torch.dtype, rates: Rates | None) -> SizeSummary:
     found = levels(model, options.batch, parse_size(size))
     if not options.count:
         return SizeSummary(size, found)
@@ -255,7 +275,8 @@ def _count(model: FrameInterpolator, options: Options, size: str, precision: tor
     milliseconds = None
     if options.assume_tflops and options.assume_gbs:
         milliseconds = profiling.roofline_ms(cost.operations, options.assume_tflops, options.assume_gbs)
-    return SizeSummary(size, found, cost.macs, cost.by_kind, cost.peak_bytes, milliseconds)
+    floors = profiling.floors_ms(cost, rates) if rates else None
+    return SizeSummary(size, found, cost.macs, cost.by_kind, cost.peak_bytes, milliseconds, floors_ms=floors)
 
 
 def levels(model: FrameInterpolator, batch: int, size: tuple[int, int]) -> list[Level]:
@@ -321,7 +342,9 @@ def _measure_training(config: Config, options: Options, device: torch.device, pr
     try:
         step = TrainingStep(config, device, precision)
         measured = profiling.measure(step, step.make_frames, device, options.repeats)
-        return TrainingSummary(batch, crop, measured, 1e3 * batch / measured.ms)
+        frames = step.make_frames()
+        parts = profiling.measure_training_parts(step.model, step.loss, frames, device, precision, options.repeats)
+        return TrainingSummary(batch, crop, measured, 1e3 * batch / measured.ms, parts)
     except torch.OutOfMemoryError:
         return TrainingSummary(batch, crop, None, None)
 
@@ -343,14 +366,23 @@ def text(summary: Summary) -> str:
         *(f"Levels at {size.size}{_LEVELS_NOTE}:\n" + aligned(_level_rows(size.levels)) for size in sizes),
         f"Time and memory of a forward pass at batch {summary.batch}:\n" + aligned([head, *_run_rows(summary)]),
     ]
-    timed = [size for size in sizes if size.parts_ms]
+    timed: list[tuple[str, dict[str, float], dict[str, float]]] = [
+        (size.size, size.parts_ms, size.floors_ms or {}) for size in sizes if size.parts_ms
+    ]
     if timed:
-        rows = [["", *(f"{size.size} ms" for size in timed)]]
-        for part in _in_order(summary.parameters, *(size.parts_ms or {} for size in timed)):
-            rows.append([part, *(_share((size.parts_ms or {}).get(part, 0.0), size) for size in timed)])
-        sections.append("Where the time goes, in a pass of its own:\n" + aligned(rows))
+        sections.append(f"Where the time of a forward pass goes, in ms{_rates_note(summary)}:\n" + _parts_table(summary, timed))
     if summary.training:
         sections.append(_training_line(summary.training))
+    if summary.training and summary.training.parts_ms:
+        step, floors = summary.training, summary.training.floors_ms or {}
+        column = (
+            f"{step.batch} x {step.crop}²",
+            step.parts_ms or {},
+            {k: v for k, v in floors.items() if k in (step.parts_ms or {})},
+        )
+        sections.append(
+            "Where that of a training step goes, forward and backward, part by part:\n" + _parts_table(summary, [column])
+        )
     return "\n\n".join(sections)
 
 
@@ -383,9 +415,22 @@ def _gib(nbytes: int | None) -> str:
     return "-" if nbytes is None else f"{nbytes / 2**30:.2f}"
 
 
-def _share(milliseconds: float, size: SizeSummary) -> str:
-    total = sum((size.parts_ms or {}).values())
-    return f"{milliseconds:.2f} {100 * milliseconds / total:3.0f} %"
+def _parts_table(summary: Summary, columns: Sequence[tuple[str, dict[str, float], dict[str, float]]]) -> str:
+    """For each (title, ms by part, floors): the time, its share, the floor, and how many times that it is."""
+    rows = [["", *(cell for title, *_ in columns for cell in (title, "", "floor", ""))]]
+    for part in [*_in_order(summary.parameters, *(parts for _, parts, _ in columns)), _TOTAL]:
+        row = [part]
+        for _, parts, floors in columns:
+            total, least = sum(parts.values()), sum(floors.values())
+            ms, floor = (total, least) if part == _TOTAL else (parts.get(part, 0.0), floors.get(part, 0.0))
+            row += [f"{ms:.2f}", f"{100 * ms / total:3.0f} %", *([f"{floor:.3f}", f"{ms / floor:.1f}x"] if floor else ["", ""])]
+        rows.append(row)
+    return aligned(rows)
+
+
+def _rates_note(summary: Summary) -> str:
+    rates = summary.environment["rates"]
+    return f"; floor: at {rates['tflops']:.3g} TFLOP/s or {rates['gbs']:,.0f} GB/s" if rates else ""
 
 
 def _level_rows(found: Iterable[Level]) -> list[list[str]]:

@@ -3,6 +3,7 @@
     cost = count(model, batch=1, size=(736, 1280), precision=torch.bfloat16)      # no GPU, nothing is computed
     measured = measure(step, make_frames, device, repeats=10)
     milliseconds = measure_parts(model, step, make_frames, device, repeats=10)
+    floors = floors_ms(cost, measure_rates(device, torch.bfloat16))
 
 A part is a child of the network, of the backbone, or of the blocks of one stage: new modules become parts by themselves.
 MACs (multiply-accumulates, half the FLOPs) are those of convolutions, matrix products and attention, as PyTorch's
@@ -21,13 +22,13 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from vfi.model.backbone import LEVELS
 
@@ -37,6 +38,7 @@ REST = "rest"
 """What runs outside of every part: padding, blending, residual sums."""
 WARMUP = 3
 _ROTATION = 3  # different inputs, so that none of them stays in a cache
+_HEAD_START, _PARTS_HEAD_START = 60_000_000, 10_000_000  # clock cycles, 30 and 5 ms: longer than Python takes to launch it
 
 
 def part_of(path: str) -> str | None:
@@ -187,6 +189,24 @@ def _kind(operator: str) -> str:
     return "convolutions" if "convolution" in operator else kinds.get(operator, operator)
 
 
+class Traffic(NamedTuple):
+    """Bytes of the calls of a part: everything that goes in and comes out, and its weights."""
+
+    inputs: int = 0
+    outputs: int = 0
+    weights: int = 0
+
+    @property
+    def forward(self) -> int:
+        """Each is read or written at least once."""
+        return sum(self)
+
+    @property
+    def training(self) -> int:
+        """Backward, too: inputs, weights and the gradient of the outputs are read, the gradients of the others written."""
+        return 3 * self.inputs + 2 * self.outputs + 3 * self.weights
+
+
 @dataclasses.dataclass(frozen=True)
 class Cost:
     """What one forward pass costs, from its shapes alone. MACs by part and by kind add up to the same."""
@@ -197,6 +217,8 @@ class Cost:
     """Weights, inputs, and the most tensors alive at once."""
     operations: list[tuple[int, int]]
     """(MACs, bytes) of every operator."""
+    traffic: dict[str, Traffic]
+    """By part; what lies between the operators of one part does not count."""
 
 
 def count(model: nn.Module, batch: int, size: tuple[int, int], precision: torch.dtype) -> Cost:
@@ -210,13 +232,70 @@ def count(model: nn.Module, batch: int, size: tuple[int, int], precision: torch.
         with (
             torch.autocast("cpu", torch.bfloat16, enabled=precision == torch.bfloat16),
             watch_parts(model, lambda: counter.macs) as calls,
+            _watch_traffic(model, precision) as traffic,
             counter,
         ):
             model(*frames)
     weights = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
     peak = weights + sum(frame.nbytes for frame in frames) + counter.peak
     macs = by_part(calls, lambda start, end: end - start)
-    return Cost({part: int(number) for part, number in macs.items()}, dict(counter.by_kind), peak, counter.operations)
+    return Cost({part: int(number) for part, number in macs.items()}, dict(counter.by_kind), peak, counter.operations, traffic)
+
+
+@contextmanager
+def _watch_traffic(model: nn.Module, precision: torch.dtype) -> Iterator[dict[str, Traffic]]:
+    """Traffic by part, with weights of that precision; the model itself is the part REST, without weights."""
+    traffic: dict[str, Traffic] = {}
+
+    def add(part: str, module: nn.Module, given: object, output: object) -> None:
+        inputs, outputs = (
+            sum(_nbytes(one) for one in tree_leaves(values) if isinstance(one, Tensor)) for values in (given, output)
+        )
+        weights = 0 if part == REST else precision.itemsize * sum(parameter.numel() for parameter in module.parameters())
+        before = traffic.get(part, Traffic())
+        traffic[part] = Traffic(*map(sum, zip(before, (inputs, outputs, weights), strict=True)))
+
+    handles = [
+        module.register_forward_hook(
+            lambda module, args, kwargs, output, part=part: add(part, module, (args, kwargs), output), with_kwargs=True
+        )
+        for module, part in [(model, REST), *_outermost(model)]
+    ]
+    try:
+        yield traffic
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class Rates(NamedTuple):
+    """What a device does at best."""
+
+    tflops: float
+    """10^12 operations a second, of products of large matrices."""
+    gbs: float
+    """10^9 bytes read or written a second, by a copy."""
+
+
+def measure_rates(device: torch.device, precision: torch.dtype, repeats: int = 10) -> Rates:
+    """Rates of this device, with products of numbers of that precision."""
+    side, nbytes = (8192, 2**30) if device.type == "cuda" else (256, 2**26)  # what no cache holds
+    pair = torch.empty(2, nbytes, dtype=torch.uint8, device=device).unbind()
+    copied = measure(lambda pair: pair[0].copy_(pair[1]), lambda: pair, device, repeats)
+    product = measure(
+        lambda pair: torch.mm(*pair), lambda: tuple(torch.randn(2, side, side, device=device, dtype=precision)), device, repeats
+    )
+    return Rates(2 * side**3 / product.ms / 1e9, 2 * nbytes / copied.ms / 1e6)
+
+
+def floors_ms(cost: Cost, rates: Rates, training: bool = False) -> dict[str, float]:
+    """The least that every part can take, in ms: its products or its traffic, whichever takes longer. Training: both passes."""
+    floors = {}
+    for part, traffic in cost.traffic.items():
+        products = (3 if training else 1) * 2e-9 * cost.macs[part] / rates.tflops
+        memory = 1e-6 * (traffic.training if training else traffic.forward) / rates.gbs
+        floors[part] = max(products, memory)
+    return floors
 
 
 def roofline_ms(operations: Sequence[tuple[int, int]], tflops: float, gbs: float) -> float:
@@ -269,10 +348,63 @@ def measure_parts(
     passes = []
     for number in range(repeats):
         with watch_parts(model, clock) as calls:
+            _run_ahead(device)
             step(rotation[number % _ROTATION])
         passes.append(calls)
     sums = [by_part(calls, elapsed) for calls in passes]
     return {part: statistics.median(one[part] for one in sums) for part in sums[0]}
+
+
+def measure_training_parts(
+    model: nn.Module, step: Step, frames: tuple[Tensor, ...], device: torch.device, precision: torch.dtype, repeats: int
+) -> dict[str, float]:
+    """Median milliseconds of forward and backward pass of every part, each of its calls by itself: on what it is given in
+    `step(frames)`, which calls the model with gradients. Parts that call others, as the residual mixing does, are left out.
+    """
+    given: list[tuple[nn.Module, Any]] = []
+    with watch_parts(model, lambda: None) as calls, _watch_given(model, given):
+        step(frames)
+    clock, elapsed = _clock(device)
+    sums: dict[str, float] = {}
+    callers = {call.parent for call in calls}
+    for number, (call, (module, arguments)) in enumerate(zip(calls, given, strict=True)):
+        if number in callers:
+            continue
+        times = []
+        for _ in range(WARMUP + repeats):
+            args, kwargs = tree_map_only(Tensor, lambda tensor: tensor.detach().requires_grad_(tensor.requires_grad), arguments)
+            _run_ahead(device, _PARTS_HEAD_START)
+            start = clock()
+            with torch.autocast(device.type, precision, enabled=precision != torch.float32):
+                output = module(*args, **kwargs)
+            made = [one for one in tree_leaves(output) if isinstance(one, Tensor) and one.requires_grad]
+            torch.autograd.backward(made, [torch.ones_like(one) for one in made])
+            times.append((start, clock()))
+        sums[call.part] = sums.get(call.part, 0) + statistics.median(elapsed(*pair) for pair in times[WARMUP:])
+    model.zero_grad(set_to_none=True)
+    return sums
+
+
+@contextmanager
+def _watch_given(model: nn.Module, given: list[tuple[nn.Module, Any]]) -> Iterator[None]:
+    """Write down the arguments of every call of a part's module, in the order of `watch_parts`."""
+
+    def add(module: nn.Module, args: Any, kwargs: Any) -> None:
+        given.append((module, (args, kwargs)))
+
+    modules = [model, *(module for module, _ in _outermost(model))]
+    handles = [module.register_forward_pre_hook(add, with_kwargs=True) for module in modules]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _run_ahead(device: torch.device, cycles: int = _HEAD_START) -> None:
+    """Let what is launched next wait for a while in the GPU's queue, so that none of it waits for the processor."""
+    if device.type == "cuda":
+        torch.cuda._sleep(cycles)
 
 
 def _clock(device: torch.device) -> tuple[Callable[[], Any], Callable[[Any, Any], float]]:

@@ -17,7 +17,7 @@ from vfi import model_summary, presets, profiling
 from vfi.inference import predict
 from vfi.model.interpolator import FrameInterpolator
 from vfi.model_summary import from_command_line, levels, main
-from vfi.profiling import REST, CostCounter, by_part, count, measure_parts, parameters_by_part, part_of, watch_parts
+from vfi.profiling import REST, CostCounter, Rates, by_part, count, measure_parts, parameters_by_part, part_of, watch_parts
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -332,12 +332,14 @@ def test_measured_on_the_cpu(tmp_path, capsys) -> None:
     assert size["measured"]["allocated"] is None
     assert {"backbone stem", "stride 8 ss2d", "flow", "refine", REST} <= set(size["parts_ms"])
     assert all(ms > 0 for ms in size["parts_ms"].values())
+    assert set(size["floors_ms"]) == set(size["parts_ms"])
     training = json.loads(out.read_text())["training"]
     assert (training["batch"], training["crop"]) == (2, 64)
     assert training["samples_per_s"] == pytest.approx(2e3 / training["measured"]["ms"])
     assert "tiny, phase 2: measured" in shown
     assert "bf16 autocast" in shown
-    assert "Where the time goes" in shown
+    assert "Where the time of a forward pass goes" in shown
+    assert "Where that of a training step goes" in shown
     assert f"{training['samples_per_s']:.1f} samples/s" in shown
 
 
@@ -371,6 +373,58 @@ def test_the_parts_take_the_time_of_the_whole(model, monkeypatch) -> None:
     assert sum(parts.values()) == pytest.approx(next(readings) / 3 - 1)
     assert parts["stride 8 ss2d"] == parts["stride 8 attention"] == pytest.approx(2)  # one call in each of two blocks
     assert set(parts) >= {"backbone stem", "stride 16 attention", "stride 8 fusion", "refine", REST}
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_floors_are_what_must_be_moved_or_multiplied(model) -> None:
+    """Of the two attentions at stride 8, by hand: at 64x64 there are 8x8 places of 64 channels."""
+    cost = count(model, 3, (64, 64), torch.float32)
+    weights = sum(p.numel() for block in model.backbone.stages[0] for p in block.branches["attention"].parameters())
+    places = 2 * (2 * 3 * 8 * 8 * 64 * 4)
+    assert cost.traffic["stride 8 attention"] == (places, places, 4 * weights)
+    half = count(model, 3, (64, 64), torch.bfloat16)
+    assert half.traffic["stride 8 attention"].weights == 2 * weights
+    traffic, macs = cost.traffic["stride 8 attention"], cost.macs["stride 8 attention"]
+    slow_memory, slow_products = Rates(1e9, 2), Rates(3, 1e9)
+
+    def floor(rates: Rates, training: bool) -> float:
+        return profiling.floors_ms(cost, rates, training)["stride 8 attention"]
+
+    assert floor(slow_memory, False) == pytest.approx(1e3 * (2 * places + 4 * weights) / 2e9)
+    assert floor(slow_memory, True) == pytest.approx(1e3 * (5 * places + 12 * weights) / 2e9)
+    assert floor(slow_products, False) == pytest.approx(1e3 * 2 * macs / 3e12)
+    assert floor(slow_products, True) == pytest.approx(1e3 * 6 * macs / 3e12)
+    assert set(cost.traffic) == set(cost.macs)
+    assert traffic.forward < sum(nbytes for _, nbytes in cost.operations)
+
+
+def test_rates_are_of_a_copy_and_of_a_product(monkeypatch) -> None:
+    def measure(step, make, device, repeats):
+        found = make()
+        step(found)
+        assert not (found[0].dtype == torch.uint8 and (found[0] != found[1]).any())
+        return profiling.Measured(4.0 if found[0].dtype == torch.uint8 else 2.0)
+
+    monkeypatch.setattr(profiling, "measure", measure)
+    rates = profiling.measure_rates(CPU, torch.float32)
+    assert rates.gbs == pytest.approx(2 * 2**26 / 4e-3 / 1e9)
+    assert rates.tflops == pytest.approx(2 * 256**3 / 2e-3 / 1e12)
+
+
+def test_parts_of_a_training_step_are_measured_one_by_one(model, monkeypatch) -> None:
+    """By a clock that goes on by 1 ms at each reading: each call of a part that calls no other takes 1 ms."""
+    frames = (*torch.rand(2, 1, 3, 64, 64), torch.tensor([0.5]))
+    readings = itertools.count()
+    with monkeypatch.context() as patched:
+        patched.setattr(profiling.time, "perf_counter", lambda: next(readings) / 1000)
+        parts = profiling.measure_training_parts(
+            model, lambda given: model(*given).imgt.sum().backward(), frames, CPU, torch.float32, repeats=2
+        )
+    assert [parts[part] for part in ("stride 8 ss2d", "stride 16 attention")] == pytest.approx([2, 2])
+    assert parts["refine"] == pytest.approx(1)
+    assert parts["stride 8 norm"] == pytest.approx(4)
+    assert not {"stride 8 mixing", REST} & set(parts)
+    assert all(parameter.grad is None for parameter in model.parameters())
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
