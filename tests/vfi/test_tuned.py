@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from vfi import presets, tune
+from vfi.errors import JobError
 from vfi.fitting import TrainingStep
 from vfi.ops import ssd, tuned
 
@@ -89,6 +90,16 @@ def test_the_file_goes_by_generation_and_compiler(monkeypatch, tmp_path):
     assert set(json.loads(path.read_text())) == {"sm_80, triton 3.6", "sm_90, triton 3.6"}
 
 
+def test_kernels_that_were_not_tuned_stay_in_the_file(tmp_path):
+    path, card = tmp_path / "kernels.json", "sm_90, triton 3.6"
+    kernels, ours = ({name: [{"key": [16], "config": {"num_warps": 2}}]} for name in ("theirs", "scan"))
+    tune.write(path, card, {"device": "H100", "kernels": kernels})
+    tune.write(path, card, {"device": "H100", "triton": "3.6.0", "fused": ours})
+    assert json.loads(path.read_text()) == {card: {"device": "H100", "triton": "3.6.0", "kernels": kernels, "fused": ours}}
+    tune.write(path, card, {"device": "H100", "fused": {}})
+    assert json.loads(path.read_text())[card]["fused"] == {}
+
+
 def test_what_was_found_first_stays():
     known, new = ({"a": [{"key": [1], "config": name}]} for name in ("old", "new"))
     new["a"].append({"key": [0], "config": "other"})
@@ -102,6 +113,8 @@ def test_the_file_in_the_tree_can_be_read():
         assert content["device"]
         for known in content["kernels"].values():
             assert all(one.keys() == {"key", "config"} and one["config"].keys() == FAST.keys() for one in known)
+        for known in content.get("fused", {}).values():
+            assert all(one.keys() == {"key", "config"} and "num_warps" in one["config"] for one in known)
 
 
 def test_without_a_gpu_there_is_nothing_to_tune(capsys):
@@ -111,6 +124,15 @@ def test_without_a_gpu_there_is_nothing_to_tune(capsys):
         tune.main([])
     assert stop.value.code == 2
     assert "there is no CUDA GPU here" in capsys.readouterr().err
+
+
+def test_without_any_kernels_there_is_nothing_to_tune(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(tune, "fused_obstacle", lambda device: "too old for ours")
+    monkeypatch.setattr(tune, "kernel_obstacle", lambda device: "mamba_ssm is not installed")
+    with pytest.raises(JobError, match="nothing to be tuned: too old for ours; mamba_ssm is not installed"):
+        list(tune.tune(tune.Options()))
 
 
 @pytest.mark.gpu

@@ -72,7 +72,7 @@ def timed(kernel: str) -> Iterator[list[tuple[torch.cuda.Event, torch.cuda.Event
 
 def can_not_run(error: Exception) -> bool:
     """Does it say that a kernel can't be compiled with these options, or takes more than the GPU has?"""
-    from triton.runtime.errors import TritonError
+    from triton.errors import TritonError
 
     # the last is what the compiler's passes raise
     return isinstance(error, TritonError) or (isinstance(error, RuntimeError) and "PassManager" in str(error))
