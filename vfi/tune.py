@@ -71,13 +71,12 @@ def tune(options: Options) -> Iterator[str]:
     found: list[Found] = []
     kernels: tuned.Kernels = {}
     if not theirs:
-        os.environ["TRITON_CACHE_AUTOTUNING"] = (
-            "0"  # read when the kernels are imported: what was found earlier is not looked up
-        )
+        # read when the kernels are imported: what was found earlier is not looked up
+        os.environ["TRITON_CACHE_AUTOTUNING"] = "0"
         import_kernel()
     for preset in options.presets:
         config = presets.override(presets.get(preset), batch_size=options.batch_size, crop=options.crop)
-        for precision in (torch.float32, torch.bfloat16):
+        for precision in (torch.bfloat16, torch.float32):
             if not ours:
                 for one in search_step(TrainingStep(config, device, precision), {one.key for one in found}):
                     found.append(one)
@@ -87,7 +86,7 @@ def tune(options: Options) -> Iterator[str]:
             if not theirs:
                 kernels = merge(kernels, _tune_mamba_ssm(config, device, precision))
                 content["kernels"] = kernels
-        write(options.out, tuned.card(device), content)
+            write(options.out, tuned.card(device), content)  # each time, for it takes minutes
         faster = sum(one.options != one.default for one in found)
         yield (
             f"{preset}: so far {faster} of {len(found)} configurations of our own kernels are changed, and "

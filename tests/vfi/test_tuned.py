@@ -12,6 +12,7 @@ import torch
 from vfi import presets, tune
 from vfi.errors import JobError
 from vfi.fitting import TrainingStep
+from vfi.launch_search import Found
 from vfi.ops import ssd, tuned
 
 triton = pytest.importorskip("triton", reason="triton is not installed: kernels that it tunes can't be made")
@@ -126,11 +127,51 @@ def test_without_a_gpu_there_is_nothing_to_tune(capsys):
     assert "there is no CUDA GPU here" in capsys.readouterr().err
 
 
-def test_without_any_kernels_there_is_nothing_to_tune(monkeypatch):
+@pytest.fixture
+def without_mamba_ssm(monkeypatch):
+    """A GPU, as far as the job asks for it."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(tune, "fused_obstacle", lambda device: "too old for ours")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "H100")
+    monkeypatch.setattr(tuned, "card", lambda device: "sm_90, triton 3.6")
+    monkeypatch.setattr(tune, "environment", lambda device: {"packages": {"torch": "2.11.0", "rich": "14.0.0"}})
+    monkeypatch.setattr(tune, "free_memory", lambda: None)
+    monkeypatch.setattr(tune, "fused_obstacle", lambda device: None)
     monkeypatch.setattr(tune, "kernel_obstacle", lambda device: "mamba_ssm is not installed")
+
+
+def test_without_mamba_ssm_ours_are_tuned(without_mamba_ssm, monkeypatch, tmp_path):
+    asked, plain, fast = [], {"num_warps": 4}, {"num_warps": 2}
+
+    def search_step(step, known):
+        asked.append((step, known))
+        kernels = {1: "scan", 2: "convolve", 3: "scan", 4: "gated_norm"}
+        return [Found(kernels[len(asked)], (len(asked),), plain, fast if len(asked) < 4 else plain, 2, 1, 3, 0)]
+
+    monkeypatch.setattr(tune, "TrainingStep", lambda config, device, precision: (config.run.preset, precision))
+    monkeypatch.setattr(tune, "search_step", search_step)
+    path = tmp_path / "kernels.json"
+    lines = list(tune.tune(tune.Options(presets=("tiny", "base"), out=path)))
+    both = torch.bfloat16, torch.float32
+    assert [step for step, _ in asked] == [(preset, precision) for preset in ("tiny", "base") for precision in both]
+    assert asked[-1][1] == {("scan", (1,)), ("convolve", (2,)), ("scan", (3,))}
+    assert len(lines) == 4 + 2 + 1
+    assert lines[-2].startswith("base: so far 3 of 4 configurations of our own kernels are changed")
+    assert json.loads(path.read_text()) == {
+        "sm_90, triton 3.6": {
+            "device": "H100",
+            "torch": "2.11.0",
+            "kernels": {},
+            "fused": {
+                "convolve": [{"key": [2], "config": fast}],
+                "scan": [{"key": [1], "config": fast}, {"key": [3], "config": fast}],
+            },
+        }
+    }
+
+
+def test_without_any_kernels_there_is_nothing_to_tune(without_mamba_ssm, monkeypatch):
+    monkeypatch.setattr(tune, "fused_obstacle", lambda device: "too old for ours")
     with pytest.raises(JobError, match="nothing to be tuned: too old for ours; mamba_ssm is not installed"):
         list(tune.tune(tune.Options()))
 
