@@ -34,7 +34,7 @@ _NEVER = (
 )
 _GAIN = 0.97  # of the time that a choice may take to be kept
 _REPEATS = 5
-_AHEAD = 10_000_000  # cycles, some ms, that the GPU waits before each run: launches pile up, and none is waited for
+_AHEAD = 20_000_000  # cycles, 10 ms, that the GPU waits before each run: launches pile up, and none is waited for
 _ROUNDING = {torch.float32: 1e-3, torch.bfloat16: 2**-6, torch.float16: 2**-9}  # sums in another order; a mistake is larger
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.metadata
 import importlib.util
 import json
 from collections.abc import Callable
@@ -52,6 +53,15 @@ def test_a_known_card_has_options_for_its_shape_classes(keep):
 def test_another_card_has_none(keep, monkeypatch):
     keep("scan", (32,), FAST)
     monkeypatch.setattr(tuned, "card", lambda device: "sm_90, triton 3.7")
+    assert launches.configuration("scan", (32,), PLAIN, GPU) is PLAIN
+
+
+def test_a_triton_by_another_name_has_none(keep, monkeypatch):
+    def card(device: torch.device) -> str:
+        raise importlib.metadata.PackageNotFoundError("triton")
+
+    keep("scan", (32,), FAST)
+    monkeypatch.setattr(tuned, "card", card)
     assert launches.configuration("scan", (32,), PLAIN, GPU) is PLAIN
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib.metadata
 from collections.abc import Iterator
 from typing import Any
 from unittest import mock
@@ -36,7 +37,10 @@ def known(device: torch.device) -> dict[tuple[str, ShapeClass], Options]:
     """All that is known for a GPU; nothing for others, nor for a CPU."""
     if device.type != "cuda":
         return {}
-    kernels = tuned.entry(device, tuned.FILE, "fused")
+    try:
+        kernels = tuned.entry(device, tuned.FILE, "fused")
+    except importlib.metadata.PackageNotFoundError:  # a nightly build of Triton, by another name
+        return {}
     return {(name, _read(one["key"])): one["config"] for name, entries in kernels.items() for one in entries}
 
 
