@@ -55,6 +55,7 @@ GUARDED = {
     "triton": {
         "vfi/ops/compiling.py",
         "vfi/ops/fused_ss2d.py",
+        "vfi/ops/launches.py",
         *(f"vfi/ops/{name}_kernels.py" for name in ("activation", "norm", "ss2d", "stack", "warp", "window_attention")),
     },
     "flash_attn": {"vfi/ops/window_attention.py"},

@@ -1,9 +1,10 @@
-"""Which configurations of mamba-ssm's kernels are the fastest on this GPU? JOB: tunes them and keeps what was found.
+"""Which configurations of kernels are the fastest on this GPU? JOB: tunes them and keeps what was found.
 
     vfi tune                                   tiny, small and base; adds this card to vfi/ops/tuned_kernels.json
-    vfi tune --presets base --batch_size 16 --out mine.json
+    vfi tune --presets base --batch_size 32 --out mine.json
 
-Without it a card tunes its kernels in the first step, each time that a job starts on a machine without Triton's cache. The file
+Our own kernels (vfi/launch_search.py) run without it with what was fastest on an H100; those of mamba-ssm, if it is installed,
+are tuned by Triton, without it in the first step, each time that a job starts on a machine without Triton's cache. The file
 belongs into the repository: whoever has such a card, and the same minor version of Triton, need not tune again.
 """
 
@@ -20,9 +21,12 @@ import torch
 import tyro
 
 from vfi import presets
+from vfi.config import Config
 from vfi.errors import JobError, clear_errors
 from vfi.fitting import TrainingStep
+from vfi.launch_search import Found, as_entries, search_step
 from vfi.ops import tuned
+from vfi.ops.fused import fused_obstacle
 from vfi.ops.ssd import import_kernel, kernel_obstacle
 from vfi.profiling import free_memory
 from vfi.records import write_text
@@ -38,7 +42,7 @@ class Options:
     presets: tuple[str, ...] = ("tiny", "small", "base")
     """Presets, or ablations, whose kernels are tuned: by a training step in fp32 and one in bf16."""
     batch_size: int = 8
-    """Pairs of frames at once; the size does not belong to what a configuration is kept for."""
+    """Pairs of frames at once; the size does not belong to what a configuration is kept for. Best that of training."""
     crop: int = 256
     """Side of the frames in pixels."""
     out: Path = tuned.FILE
@@ -54,33 +58,52 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def tune(options: Options) -> Iterator[str]:
-    """Tune and write; a line for each preset. JobError without a GPU that has kernels to be tuned."""
+    """Tune and write; a line for each kernel of ours and each preset. JobError without a GPU that has kernels to be tuned."""
     if not torch.cuda.is_available():
         raise JobError("there is no CUDA GPU here: kernels are tuned on the card that they run on")
     device = torch.device("cuda", torch.cuda.current_device())
-    if obstacle := kernel_obstacle(device):
-        raise JobError(f"there is nothing to be tuned: {obstacle}")
-    os.environ["TRITON_CACHE_AUTOTUNING"] = "0"  # read when the kernels are imported: what was found earlier is not looked up
-    import_kernel()
-    kernels: tuned.Kernels = {}
-    for preset in options.presets:
-        # the fused kernels have one configuration each, so there is nothing to be tuned
-        config = presets.override(
-            presets.get(preset), batch_size=options.batch_size, crop=options.crop, ssd_backend="mamba_ssm"
-        )
-        for precision in (torch.float32, torch.bfloat16):
-            step = TrainingStep(config, device, precision)
-            for tuner in tuned.tuners():
-                tuner.cache.clear()
-            step(step.make_frames())
-            kernels = merge(kernels, tuned.found(tuned.tuners()))
-            del step
-            free_memory()
-        yield f"{preset}: {sum(map(len, kernels.values()))} configurations of {len(kernels)} kernels so far"
+    ours, theirs = fused_obstacle(device), kernel_obstacle(device)
+    if ours and theirs:
+        raise JobError(f"there is nothing to be tuned: {ours}; {theirs}")
     packages = environment(device)["packages"]
-    about = {"device": torch.cuda.get_device_name(device)} | {name: packages[name] for name in _SHOWN if name in packages}
-    write(options.out, tuned.card(device), about | {"kernels": kernels})
+    content: dict[str, Any] = {"device": torch.cuda.get_device_name(device)}
+    content |= {name: packages[name] for name in _SHOWN if name in packages}
+    found: list[Found] = []
+    kernels: tuned.Kernels = {}
+    if not theirs:
+        # read when the kernels are imported: what was found earlier is not looked up
+        os.environ["TRITON_CACHE_AUTOTUNING"] = "0"
+        import_kernel()
+    for preset in options.presets:
+        config = presets.override(presets.get(preset), batch_size=options.batch_size, crop=options.crop)
+        for precision in (torch.bfloat16, torch.float32):
+            if not ours:
+                for one in search_step(TrainingStep(config, device, precision), {one.key for one in found}):
+                    found.append(one)
+                    yield str(one)
+                free_memory()
+                content["fused"] = as_entries(found)
+            if not theirs:
+                kernels = merge(kernels, _tune_mamba_ssm(config, device, precision))
+                content["kernels"] = kernels
+            write(options.out, tuned.card(device), content)  # each time, for it takes minutes
+        faster = sum(one.options != one.default for one in found)
+        yield (
+            f"{preset}: so far {faster} of {len(found)} configurations of our own kernels are changed, and "
+            f"{sum(map(len, kernels.values()))} of {len(kernels)} kernels of mamba-ssm are known"
+        )
     yield f"added to {options.out}: {tuned.card(device)}"
+
+
+def _tune_mamba_ssm(config: Config, device: torch.device, precision: torch.dtype) -> tuned.Kernels:
+    """By a training step, in which Triton tunes them."""
+    step = TrainingStep(presets.override(config, ssd_backend="mamba_ssm"), device, precision)
+    for tuner in tuned.tuners():
+        tuner.cache.clear()
+    step(step.make_frames())
+    del step
+    free_memory()
+    return tuned.found(tuned.tuners())
 
 
 def merge(known: tuned.Kernels, new: tuned.Kernels) -> tuned.Kernels:
@@ -95,9 +118,10 @@ def merge(known: tuned.Kernels, new: tuned.Kernels) -> tuned.Kernels:
 
 
 def write(path: Path, card: str, content: dict[str, Any]) -> None:
-    """Put a card into the file, in place of what it had for it."""
+    """Put a card into the file, in place of what it had for it; mamba-ssm's kernels, or ours, if not in `content`, stay."""
     cards = json.loads(path.read_text()) if path.exists() else {}
-    cards[card] = content
+    entry = cards.get(card, {}) | content
+    cards[card] = entry | {whose: entry.get(whose, {}) for whose in ("kernels", "fused")}
     write_text(path, json.dumps(dict(sorted(cards.items())), indent=1) + "\n")
 
 

@@ -66,6 +66,15 @@ def test_what_can_not_be_compiled_is_said(hopper):
         launch_all(add, (4, 3))
 
 
+@pytest.mark.parametrize("blocks", [(3, 8, 16), (8, 3, 16)])
+def test_some_may_fail_if_that_is_expected(hopper, blocks):
+    add = kernel()
+    with compiling_ahead(torch.device("cuda", 0), failing=True):
+        for block in blocks:
+            add[(1,)](torch.zeros(64), 5, BLOCK=block)
+    assert len(list(hopper.glob("*/add.ptx"))) == 2
+
+
 def test_without_copies_they_are_compiled_when_they_are_loaded(hopper, monkeypatch):
     """A copy that the system ends, for lack of memory, costs time and nothing else."""
     monkeypatch.setattr(compiling, "_compile", end_this_process)

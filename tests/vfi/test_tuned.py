@@ -10,7 +10,9 @@ import pytest
 import torch
 
 from vfi import presets, tune
+from vfi.errors import JobError
 from vfi.fitting import TrainingStep
+from vfi.launch_search import Found
 from vfi.ops import ssd, tuned
 
 triton = pytest.importorskip("triton", reason="triton is not installed: kernels that it tunes can't be made")
@@ -89,6 +91,16 @@ def test_the_file_goes_by_generation_and_compiler(monkeypatch, tmp_path):
     assert set(json.loads(path.read_text())) == {"sm_80, triton 3.6", "sm_90, triton 3.6"}
 
 
+def test_kernels_that_were_not_tuned_stay_in_the_file(tmp_path):
+    path, card = tmp_path / "kernels.json", "sm_90, triton 3.6"
+    kernels, ours = ({name: [{"key": [16], "config": {"num_warps": 2}}]} for name in ("theirs", "scan"))
+    tune.write(path, card, {"device": "H100", "kernels": kernels})
+    tune.write(path, card, {"device": "H100", "triton": "3.6.0", "fused": ours})
+    assert json.loads(path.read_text()) == {card: {"device": "H100", "triton": "3.6.0", "kernels": kernels, "fused": ours}}
+    tune.write(path, card, {"device": "H100", "fused": {}})
+    assert json.loads(path.read_text())[card]["fused"] == {}
+
+
 def test_what_was_found_first_stays():
     known, new = ({"a": [{"key": [1], "config": name}]} for name in ("old", "new"))
     new["a"].append({"key": [0], "config": "other"})
@@ -102,6 +114,8 @@ def test_the_file_in_the_tree_can_be_read():
         assert content["device"]
         for known in content["kernels"].values():
             assert all(one.keys() == {"key", "config"} and one["config"].keys() == FAST.keys() for one in known)
+        for known in content.get("fused", {}).values():
+            assert all(one.keys() == {"key", "config"} and "num_warps" in one["config"] for one in known)
 
 
 def test_without_a_gpu_there_is_nothing_to_tune(capsys):
@@ -111,6 +125,55 @@ def test_without_a_gpu_there_is_nothing_to_tune(capsys):
         tune.main([])
     assert stop.value.code == 2
     assert "there is no CUDA GPU here" in capsys.readouterr().err
+
+
+@pytest.fixture
+def without_mamba_ssm(monkeypatch):
+    """A GPU, as far as the job asks for it."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "H100")
+    monkeypatch.setattr(tuned, "card", lambda device: "sm_90, triton 3.6")
+    monkeypatch.setattr(tune, "environment", lambda device: {"packages": {"torch": "2.11.0", "rich": "14.0.0"}})
+    monkeypatch.setattr(tune, "free_memory", lambda: None)
+    monkeypatch.setattr(tune, "fused_obstacle", lambda device: None)
+    monkeypatch.setattr(tune, "kernel_obstacle", lambda device: "mamba_ssm is not installed")
+
+
+def test_without_mamba_ssm_ours_are_tuned(without_mamba_ssm, monkeypatch, tmp_path):
+    asked, plain, fast = [], {"num_warps": 4}, {"num_warps": 2}
+
+    def search_step(step, known):
+        asked.append((step, known))
+        kernels = {1: "scan", 2: "convolve", 3: "scan", 4: "gated_norm"}
+        return [Found(kernels[len(asked)], (len(asked),), plain, fast if len(asked) < 4 else plain, 2, 1, 3, 0)]
+
+    monkeypatch.setattr(tune, "TrainingStep", lambda config, device, precision: (config.run.preset, precision))
+    monkeypatch.setattr(tune, "search_step", search_step)
+    path = tmp_path / "kernels.json"
+    lines = list(tune.tune(tune.Options(presets=("tiny", "base"), out=path)))
+    both = torch.bfloat16, torch.float32
+    assert [step for step, _ in asked] == [(preset, precision) for preset in ("tiny", "base") for precision in both]
+    assert asked[-1][1] == {("scan", (1,)), ("convolve", (2,)), ("scan", (3,))}
+    assert len(lines) == 4 + 2 + 1
+    assert lines[-2].startswith("base: so far 3 of 4 configurations of our own kernels are changed")
+    assert json.loads(path.read_text()) == {
+        "sm_90, triton 3.6": {
+            "device": "H100",
+            "torch": "2.11.0",
+            "kernels": {},
+            "fused": {
+                "convolve": [{"key": [2], "config": fast}],
+                "scan": [{"key": [1], "config": fast}, {"key": [3], "config": fast}],
+            },
+        }
+    }
+
+
+def test_without_any_kernels_there_is_nothing_to_tune(without_mamba_ssm, monkeypatch):
+    monkeypatch.setattr(tune, "fused_obstacle", lambda device: "too old for ours")
+    with pytest.raises(JobError, match="nothing to be tuned: too old for ours; mamba_ssm is not installed"):
+        list(tune.tune(tune.Options()))
 
 
 @pytest.mark.gpu

@@ -28,8 +28,11 @@ Compile = Callable[[], Any]
 
 
 @contextlib.contextmanager
-def compiling_ahead(device: torch.device) -> Iterator[None]:
-    """Meanwhile Triton's kernels are not run: what they would write holds anything. Ends when all of them are loaded."""
+def compiling_ahead(device: torch.device, failing: bool = False) -> Iterator[None]:
+    """Meanwhile Triton's kernels are not run: what they would write holds anything. Ends when all of them are loaded.
+
+    `failing`: some may be impossible to compile or to load. All are left in Triton's cache, for whoever launches them to see.
+    """
     from triton.runtime.jit import JITFunction
 
     run, met = JITFunction.run, dict[tuple[Any, ...], Compile]()
@@ -47,12 +50,14 @@ def compiling_ahead(device: torch.device) -> Iterator[None]:
         with mock.patch.object(JITFunction, "run", note):
             yield
         if first is not None:
-            first.result()
+            with contextlib.suppress(*[Exception] if failing else []):
+                first.result()
             # makes Triton parse their source: not to be done by several threads, for which Python 3.11's parser is not safe
             for kernel in {kernel for kernel, *_ in met}:
                 kernel.cache_key  # noqa: B018 (a property that does it)
-            compiled = _compile_in_copies(list(met.values())[1:], index)
-            list((pool.map if compiled else map)(_load, met.values()))
+            compiled = _compile_in_copies(list(met.values())[1:], index, failing)
+            if not failing:
+                list((pool.map if compiled else map)(_load, met.values()))
 
 
 def _load(compile_or_find: Compile) -> None:
@@ -60,8 +65,8 @@ def _load(compile_or_find: Compile) -> None:
     compile_or_find().run  # noqa: B018 (a property that does it)
 
 
-def _compile_in_copies(launches: Sequence[Compile], index: int) -> bool:
-    """Into Triton's cache. Is all of it there?"""
+def _compile_in_copies(launches: Sequence[Compile], index: int, failing: bool) -> bool:
+    """Into Triton's cache. Is all of it there, but for those that are `failing`?"""
     from triton.runtime import driver
 
     if not launches:
@@ -72,7 +77,7 @@ def _compile_in_copies(launches: Sequence[Compile], index: int) -> bool:
         warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)  # they only compile, and end
         with ProcessPoolExecutor(min(_cores(), len(launches)), copies, _begin, (launches, answers)) as pool:
             try:
-                list(pool.map(_compile, range(len(launches))))
+                list(pool.map(_try_to_compile if failing else _compile, range(len(launches))))
             except (BrokenProcessPool, OSError) as error:  # no memory for a copy; a full disk is met again when they are loaded
                 warnings.warn(f"the rest of the kernels is compiled one by one, which takes longer: {error}", stacklevel=2)
                 return False
@@ -110,6 +115,11 @@ def _begin(launches: Sequence[Compile], answers: Answers) -> None:
 
 def _compile(number: int) -> None:
     _inherited[number]()
+
+
+def _try_to_compile(number: int) -> None:
+    with contextlib.suppress(Exception):
+        _compile(number)
 
 
 def _cores() -> int:

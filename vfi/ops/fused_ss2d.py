@@ -8,12 +8,14 @@ its own sake (vfi/ops/ss2d_kernels.py). For the backward pass nothing but the pr
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from vfi.ops import launches
 from vfi.ops.fused import fused_obstacle, multiprocessors
 
 HEAD_DIMS, STATES = (16, 32, 64), (16, 32, 64, 128)
@@ -24,7 +26,7 @@ _FULL = 8  # programs for each multiprocessor that keep a GPU busy; fewer sequen
 _SHORTEST = 4  # chunks in a segment
 
 
-# Blocks and warps: the fastest of those measured on an H100.
+# Blocks and warps where a card is not known better (vfi/ops/launches.py): the fastest of those measured on an H100.
 _LAUNCH: dict[str, dict[str, int]] = {
     "convolve": {"BLOCK": 32, "WIDTH": 128, "num_warps": 4},
     "time_steps": {"num_warps": 4},
@@ -173,6 +175,7 @@ class _Run:
         as_torch = shape.precision != "tf32" and projected.dtype == torch.float32
         exact = shape.precision == "fp32" or (as_torch and not torch.backends.cuda.matmul.allow_tf32)
         precision = "tf32x3" if exact else "tf32"
+        self.shape_classes = _shape_classes(projected.dtype, self.dot, precision, self.chunk, shape)
         self.scan_constants = {
             "P": shape.head_dim, "S": shape.state, "Q": self.chunk, "DOT": _triton_type(self.dot), "PRECISION": precision,
         }  # fmt: skip
@@ -181,15 +184,19 @@ class _Run:
         """Memory for what a kernel writes."""
         return torch.empty(size, dtype=dtype, device=self.projected.device)
 
-    def launch(self, name: str, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
-        """Run a kernel."""
-        options = _LAUNCH.get(name)
-        if options is None:
+    def options(self, name: str) -> launches.Options:
+        """Blocks, warps and stages of a kernel."""
+        default = _LAUNCH.get(name)
+        if default is None:
             warps, stages = _SCAN_LAUNCH[name][self.dot == torch.float32]
             stages = min(stages, 2) if self.small and self.dot == torch.float32 else stages
             # not 1 for the scan, which Triton 3.6 then compiles into reads of memory that is not there
-            options = {"num_warps": warps, "num_stages": min(stages, 2 if name == "scan" else 1) if self.wide else stages}
-        getattr(self.kernels, name)[grid](*arguments, **constants, **options)
+            default = {"num_warps": warps, "num_stages": min(stages, 2 if name == "scan" else 1) if self.wide else stages}
+        return launches.configuration(name, self.shape_classes[name], default, self.projected.device)
+
+    def launch(self, name: str, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
+        """Run a kernel."""
+        getattr(self.kernels, name)[grid](*arguments, **constants, **self.options(name))
 
     @property
     def grid_of_pixels(self) -> tuple[int, int, int, int]:
@@ -218,7 +225,7 @@ class _Run:
         keys = self.new(n, self.L, 2 * shape.state, dtype=self.dot)
         steps, decays = (self.new(n, shape.heads, self.chunks * self.chunk) for _ in range(2))
         where = (self.L, orders.start, self.sequences, self.H, self.W)
-        block, width = _LAUNCH["convolve"]["BLOCK"], _LAUNCH["convolve"]["WIDTH"]
+        block, width = (self.options("convolve")[size] for size in ("BLOCK", "WIDTH"))
         self.launch(
             "convolve", (math.ceil(self.L / block), n, math.ceil(shape.channels / width)),
             self.map, self.stride, p.conv_weight, p.conv_bias, x, keys, *where, shape.inner, shape.channels,
@@ -264,7 +271,7 @@ class _Run:
         if out is None:
             out = self.new(self.frames, self.H, self.W, inner, dtype=self.projected.dtype)
         self.launch(
-            "gated_norm", (math.ceil(self.pixels / _LAUNCH["gated_norm"]["BLOCK"]), self.frames),
+            "gated_norm", (math.ceil(self.pixels / self.options("gated_norm")["BLOCK"]), self.frames),
             y, self.z, self.stride, self.parameters.norm_weight, out, self.L, orders.start, self.sequences, self.H, self.W,
             inner, ADD=add, ORDERS=len(orders), WIDTH=_power_of_two(inner), TOGETHER=self.shape.together,
         )  # fmt: skip
@@ -287,7 +294,7 @@ class _Run:
         d_convolved = tokens.x
         del dy, tokens
 
-        block, width = (_LAUNCH["convolution_gradients"][size] for size in ("BLOCK", "WIDTH"))
+        block, width = (self.options("convolution_gradients")[size] for size in ("BLOCK", "WIDTH"))
         blocks = math.ceil(self.pixels / block)
         d_weights = self.new(blocks * self.frames, 5, shape.channels)
         self.launch(
@@ -295,7 +302,7 @@ class _Run:
             self.map, self.stride, p.conv_weight, d_convolved, d_map, d_stride, d_weights, *self.grid_of_pixels, shape.channels,
             TOGETHER=shape.together,
         )  # fmt: skip
-        blocks = math.ceil(self.pixels / _LAUNCH["time_step_gradients"]["BLOCK"])
+        blocks = math.ceil(self.pixels / self.options("time_step_gradients")["BLOCK"])
         d_bias = self.new(blocks * self.frames, shape.heads)
         self.launch(
             "time_step_gradients", (blocks, self.frames),
@@ -310,7 +317,7 @@ class _Run:
         """Those of the outputs and, by program, of the weight; dz is filled."""
         y, inner = self.outputs(range(4)), self.shape.inner
         dy = self.new(*y.shape, dtype=y.dtype)
-        blocks = math.ceil(self.pixels / _LAUNCH["gated_norm_gradients"]["BLOCKS"])
+        blocks = math.ceil(self.pixels / self.options("gated_norm_gradients")["BLOCKS"])
         d_norm = self.new(blocks * self.frames, inner)
         self.launch(
             "gated_norm_gradients", (blocks, self.frames), y, self.z, self.stride, self.parameters.norm_weight, d_out, dy, dz,
@@ -349,6 +356,25 @@ class _Run:
             "step_gradients", (self.chunks, n), steps, decays, p.A, sums, d_heads, d_steps, shape.heads, Q=self.chunk,
             HEADS=_power_of_two(shape.heads),
         )  # fmt: skip
+
+
+@functools.cache
+def _shape_classes(
+    pixels: torch.dtype, dot: torch.dtype, precision: str, chunk: int, shape: Shape
+) -> dict[str, launches.ShapeClass]:
+    """What the fastest options of each kernel depend on: what it is compiled for, but for forms of it that hardly differ."""
+    heads, width = _power_of_two(shape.heads), _power_of_two(shape.inner)
+    return {
+        "convolve": (pixels, dot, shape.together),
+        "time_steps": (pixels, chunk, heads, shape.together),
+        "carry_states": (shape.state * shape.head_dim,),
+        "step_gradients": (chunk, heads),
+        "convolution_gradients": (pixels, shape.together),
+        "time_step_gradients": (pixels, heads, shape.together),
+        "gated_norm": (pixels, width, shape.together),
+        "gated_norm_gradients": (pixels, width, shape.together),
+        **dict.fromkeys(_SCAN_LAUNCH, (pixels, dot, shape.head_dim, shape.state, chunk, precision)),
+    }
 
 
 def _triton_type(dtype: torch.dtype) -> Any:

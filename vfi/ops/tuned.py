@@ -5,7 +5,8 @@
 
 A configuration (sizes of blocks, warps, stages) was measured with one compiler for one generation of cards, for a shape class:
 the values that Triton's tuning goes by, such as the width of a head, and the types of all tensors. The file is made by
-`vfi tune`. It counts for the version of Triton that it was made with: another one may need more memory for the same blocks.
+`vfi tune`, and has those of our own kernels, too (vfi/ops/launches.py). It counts for the version of Triton that it was made
+with: another one may need more memory for the same blocks.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ FILE = Path(__file__).with_name("tuned_kernels.json")
 _PACKAGE = "mamba_ssm.ops.triton."
 
 Kernels = dict[str, list[dict[str, Any]]]
-"""Name of a kernel -> [{"key": shape class, "config": {"kwargs", "num_warps", "num_stages"}}]."""
+"""Name of a kernel -> [{"key": shape class, "config": {"kwargs", "num_warps", "num_stages"}}]; of ours {"num_warps", …}."""
 
 
 def tuners() -> Iterator[Any]:
@@ -42,9 +43,9 @@ def card(device: torch.device) -> str:
     return f"sm_{major}{minor}, triton {triton}"
 
 
-def entry(device: torch.device, path: Path = FILE) -> Kernels:
-    """What is known for a GPU; nothing for others."""
-    known: Kernels = json.loads(path.read_text()).get(card(device), {}).get("kernels", {})
+def entry(device: torch.device, path: Path = FILE, whose: str = "kernels") -> Kernels:
+    """What is known for a GPU, of mamba-ssm's kernels or of "fused", our own; nothing for others."""
+    known: Kernels = json.loads(path.read_text()).get(card(device), {}).get(whose, {})
     return known
 
 

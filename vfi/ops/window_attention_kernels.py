@@ -18,6 +18,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from vfi.ops import launches
+
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -49,7 +51,8 @@ class _Fused(torch.autograd.Function):
         out = projected.new_empty(*projected.shape[:3], heads * head_dim)
         in_parts = ctx.needs_input_grad[0] and backward_tiles(window, head_dim, projected.dtype).tokens < window**2
         log_sums = projected.new_empty(*projected.shape[:3], heads, dtype=torch.float32) if in_parts else None
-        _launch(_forward_kernel, forward_tiles(window, head_dim, projected.dtype), (projected, out), (log_sums,), *ctx.layout)
+        tiles = forward_tiles(window, head_dim, projected.dtype)
+        _launch(window_attention_forward, tiles, (projected, out), (log_sums,), *ctx.layout)
         ctx.save_for_backward(projected, *((out, log_sums) if in_parts else ()))
         return out
 
@@ -62,14 +65,14 @@ class _Fused(torch.autograd.Function):
         tiles = backward_tiles(window, head_dim, projected.dtype)
         if kept:
             out, log_sums = kept
-            _launch(_backward_in_parts_kernel, tiles, (projected, grad, d_projected, out), (log_sums,), *ctx.layout)
+            _launch(window_attention_backward_in_parts, tiles, (projected, grad, d_projected, out), (log_sums,), *ctx.layout)
         else:
-            _launch(_backward_kernel, tiles, (projected, grad, d_projected), (), *ctx.layout)
+            _launch(window_attention_backward, tiles, (projected, grad, d_projected), (), *ctx.layout)
         return d_projected, None, None, None, None
 
 
 class Tiles(NamedTuple):
-    """How a kernel runs: `tokens` of a window a program, against as many at a time."""
+    """How a kernel runs where a card is not known better: `tokens` of a window a program, against as many at a time."""
 
     tokens: int
     num_warps: int
@@ -112,12 +115,19 @@ def _launch(
 ) -> None:
     """Runs a kernel over the parts of every head of every window. `maps`: `[B, H, W, …]` each, the projection first."""
     B, H, W, channels = maps[0].shape
+    gate_width = channels // heads - 3 * head_dim
+    tf32 = maps[0].dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
+    shape_class = maps[0].dtype, window, head_dim, gate_width, tf32
+    default = {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages}
+    if kernel is not window_attention_backward:  # which has a whole window
+        default["TOKENS"] = tiles.tokens
+    options = launches.configuration(kernel.__name__, shape_class, default, maps[0].device)
+    tokens = options.get("TOKENS", tiles.tokens)
     pixels = [_pixels(t) for t in maps]
     strides = [t.stride(0) for t in pixels]
     unit = math.gcd(16, *strides)  # known to the compiler, which so sees where 16 bytes may be read at once
     down, across = -(-(H + shift) // window), -(-(W + shift) // window)
-    parts = -(-(window**2) // tiles.tokens)
-    tf32 = maps[0].dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
+    parts = -(-(window**2) // tokens)
     with torch.cuda.device_of(maps[0]):
         kernel[(B * down * across * heads * parts,)](
             *pixels,
@@ -127,12 +137,10 @@ def _launch(
             UNIT=unit,
             WINDOW=window,
             HEAD_DIM=head_dim,
-            GATE_WIDTH=channels // heads - 3 * head_dim,
-            TOKENS=tiles.tokens,
+            GATE_WIDTH=gate_width,
             SCALE=head_dim**-0.5,
             PRECISION="tf32" if tf32 else "ieee",
-            num_warps=tiles.num_warps,
-            num_stages=tiles.num_stages,
+            **options | {"TOKENS": tokens},
         )
 
 
@@ -190,7 +198,7 @@ def _scores(q, k, SCALE: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["heads", "H", "W", "down", "across", "shift"])
-def _forward_kernel(
+def window_attention_forward(
     projected,
     out,
     log_sums,
@@ -239,7 +247,7 @@ def _forward_kernel(
 
 
 @triton.jit(do_not_specialize=["heads", "H", "W", "down", "across", "shift"])
-def _backward_kernel(
+def window_attention_backward(
     projected,
     grad,
     d_projected,
@@ -297,7 +305,7 @@ def _backward_kernel(
 
 
 @triton.jit(do_not_specialize=["heads", "H", "W", "down", "across", "shift"])
-def _backward_in_parts_kernel(
+def window_attention_backward_in_parts(
     projected,
     grad,
     d_projected,
@@ -321,7 +329,7 @@ def _backward_in_parts_kernel(
     SCALE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """`_backward_kernel` for some tokens of a window: as queries of all others, and as keys of all others."""
+    """`window_attention_backward` for some tokens of a window: as queries of all others, and as keys of all others."""
     start, head, first, top, left = _place(heads, H, W, down, across, shift, WINDOW, TOKENS)
     C = heads * HEAD_DIM
     lane = head * HEAD_DIM + tl.arange(0, HEAD_DIM)[None, :]

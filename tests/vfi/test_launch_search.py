@@ -1,0 +1,206 @@
+"""The fastest options of a kernel are found, kept and used: by times that are made up, on a GPU by its own."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from vfi import launch_search, presets, tune
+from vfi.fitting import TrainingStep
+from vfi.launch_search import Found, Part, as_entries, candidates, fastest, parts_of, search
+from vfi.model.ss2d import SS2D
+from vfi.model.window_attention import GatedWindowAttention
+from vfi.ops import launches, tuned
+
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+CPU = torch.device("cpu")
+DEFAULT = {"num_warps": 4, "num_stages": 3}
+CLASS = (torch.bfloat16, 32)
+
+
+class MadeUp(Part):
+    """Launches one kernel, whose time and results follow from its options by functions."""
+
+    def __init__(self, time: Callable[[launches.Options], float], results: Callable[[launches.Options], list[Tensor]]) -> None:
+        super().__init__(nn.Identity(), torch.zeros(1), torch.float32)
+        self.time, self.results = time, results
+
+    def __call__(self) -> list[Tensor]:
+        self.options = launches.configuration("kernel", CLASS, DEFAULT, CPU)
+        return self.results(self.options)
+
+    def milliseconds(self, kernel: str) -> float:
+        assert kernel == "kernel"
+        self()
+        return self.time(self.options)
+
+
+def same(options: launches.Options) -> list[Tensor]:
+    return [torch.ones(3)]
+
+
+def test_the_fastest_is_found_option_by_option():
+    part = MadeUp(lambda o: 5 - (o["num_warps"] == 2) - 2 * (o["num_warps"] == 2 and o["num_stages"] == 4), same)
+    (found,) = search([part], known=())
+    assert found == Found("kernel", CLASS, DEFAULT, {"num_warps": 2, "num_stages": 4}, 5, 2, tried=6, skipped=0)
+    assert str(found) == (
+        "kernel (torch.bfloat16, 32): 5.0000 ms -> 2.0000 ms with num_warps 2, num_stages 4; 6 tried, 0 of them can't be taken"
+    )
+    assert launches.configuration("kernel", CLASS, DEFAULT, CPU) is DEFAULT  # as before the search
+
+
+def test_times_of_all_parts_count():
+    """What helps one and harms the other more is left."""
+    one = MadeUp(lambda o: 4 - 2 * (o["num_warps"] == 8) - (o["num_warps"] == 2), same)
+    other = MadeUp(lambda o: 4 + 3 * (o["num_warps"] == 8), same)
+    (found,) = search([one, other], known=())
+    assert found.options == {"num_warps": 2, "num_stages": 3}
+    assert (found.before, found.after) == (8, 7)
+
+
+@pytest.mark.parametrize(("time", "taken"), [(0.98, 4), (0.96, 8)])
+def test_a_small_gain_is_none(time, taken):
+    (found,) = search([MadeUp(lambda o: time if o["num_warps"] == 8 else 1.0, same)], known=())
+    assert found.options["num_warps"] == taken
+    assert found.after == (time if taken == 8 else 1.0)
+    assert bool(as_entries([found])) == (taken == 8)
+
+
+@needs_triton
+def test_what_fails_or_computes_something_else_is_skipped():
+    from triton.compiler.errors import CompilationError
+    from triton.runtime.errors import OutOfResources
+
+    errors = {1: CompilationError(None, None, "too many registers"), 2: OutOfResources(300, 227, "shared memory")}
+
+    def results(options: launches.Options) -> list[Tensor]:
+        if error := errors.get(options["num_stages"]):
+            raise error
+        if options["num_stages"] == 4:
+            raise RuntimeError("PassManager::run failed")
+        return [torch.full((3,), {1: torch.nan, 2: 1.1, 4: 1.0, 8: 1 + 1e-6}[options["num_warps"]])]
+
+    (found,) = search([MadeUp(lambda o: 1 / o["num_stages"] + abs(o["num_warps"] - 1), results)], known=())
+    assert found.options == DEFAULT
+    assert (found.tried, found.skipped) == (6, 5)  # but for 8 warps, which are slower
+
+
+def test_other_errors_are_not_hidden():
+    def results(options: launches.Options) -> list[Tensor]:
+        if options["num_warps"] == 8:
+            raise RuntimeError("an illegal memory access")
+        return [torch.ones(3)]
+
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        list(search([MadeUp(lambda o: 1.0, results)], known=()))
+
+
+def test_what_is_known_is_not_searched_for():
+    part = MadeUp(lambda o: 1.0, same)
+    (found,) = search([part], known=())
+    assert list(search([part], known={found.key})) == []
+
+
+def test_candidates():
+    assert candidates("convolve", "BLOCK", 32) == [8, 16, 64]
+    assert candidates("gated_norm", "BLOCK", 2) == [1, 4]
+    assert candidates("scan_gradients", "num_stages", 3) == [1, 2, 3, 4]
+    assert candidates("scan", "num_stages", 3) == [2, 3, 4]
+    assert candidates("scan_gradients", "num_warps", 4) == [2, 4, 8]
+    measured: list[dict[str, int]] = []
+    fastest(DEFAULT, lambda option: candidates("scan", option, DEFAULT[option]), lambda o: measured.append(o) or 1.0)
+    assert measured == [
+        DEFAULT,
+        *(DEFAULT | {"num_warps": n} for n in (1, 2, 8)),
+        *(DEFAULT | {"num_stages": n} for n in (2, 4)),
+    ]
+
+
+def test_what_was_found_is_read_back(monkeypatch, tmp_path):
+    monkeypatch.setattr(tuned, "FILE", tmp_path / "kernels.json")
+    monkeypatch.setattr(tuned, "card", lambda device: "sm_90, triton 3.6")
+    shape_class = (torch.bfloat16, torch.float32, 32, True, "tf32x3")
+    fast = {"num_warps": 2, "num_stages": 4}
+    found = [
+        Found("scan", shape_class, DEFAULT, fast, 2, 1, 5, 0),
+        Found("scan", (torch.float32,), DEFAULT, DEFAULT, 2, 2, 5, 0),
+    ]
+    tune.write(tuned.FILE, "sm_90, triton 3.6", {"device": "H100", "fused": as_entries(found)})
+    launches.known.cache_clear()
+    try:
+        assert launches.known(torch.device("cuda", 0)) == {("scan", shape_class): fast}
+    finally:
+        launches.known.cache_clear()
+
+
+def test_the_parts_of_a_step_run_alone():
+    """On a CPU by plain torch: one of each kind, with what it was given and gradients for all of it."""
+    config = presets.override(presets.tiny(), batch_size=1, crop=64)
+    step = TrainingStep(config, CPU, torch.float32)
+    parts = parts_of(step)
+    kinds = {(type(part.module), part.given.shape) for part in parts}
+    assert len(kinds) == len(parts) == 4  # two stages of the backbone
+    assert all(isinstance(part.module, SS2D | GatedWindowAttention) for part in parts)
+    for part in parts:
+        y, *gradients = part()
+        assert y.shape == part.given.shape
+        assert len(gradients) == 1 + len(list(part.module.parameters()))
+        assert all(gradient.isfinite().all() for gradient in gradients)
+        assert part.agrees(part(), [y, *gradients])
+        assert not part.agrees(part(), [y, *(1.01 * gradient for gradient in gradients)])
+        assert all(not module._forward_pre_hooks for module in part.module.modules())
+    assert list(search(parts, known=())) == []
+
+
+def anything_else(default, values, measure) -> tuple[launches.Options, int, int]:
+    """`fastest`, by times that are a thousandth of those measured where options aren't the default."""
+
+    def faster(options: launches.Options) -> float | None:
+        time = measure(options)
+        assert time is None or time > 0
+        return time if time is None or options == default else time / 1000
+
+    return fastest(default, values, faster)
+
+
+@pytest.mark.gpu
+def test_gpu_what_is_found_is_used_and_computes_the_same(monkeypatch, tmp_path):
+    """The job with few candidates, on tiny. What differs from the code is taken for faster, so that all of it is found."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    monkeypatch.setattr(tuned, "FILE", tmp_path / "kernels.json")
+    tuned.FILE.write_text("{}")
+    monkeypatch.setattr(launch_search, "_VALUES", {"num_warps": (2, 8), "num_stages": (2,), "TOKENS": (32,)})
+    monkeypatch.setattr(launch_search, "_FACTORS", (2,))
+    monkeypatch.setattr(launch_search, "_GAIN", 1000)
+    monkeypatch.setattr(launch_search, "fastest", anything_else)
+    monkeypatch.setattr(tune, "kernel_obstacle", lambda device: "mamba-ssm has a test of its own")
+    launches.known.cache_clear()
+    try:
+        config = presets.override(presets.tiny(), batch_size=2, crop=128)
+        parts = parts_of(TrainingStep(config, device, torch.bfloat16))
+        plain = [part() for part in parts]
+        lines = list(tune.tune(tune.Options(presets=("tiny",), batch_size=2, crop=128, out=tuned.FILE)))
+        print(*lines, sep="\n")
+        fused: dict[str, list[dict[str, Any]]] = json.loads(tuned.FILE.read_text())[tuned.card(device)]["fused"]
+
+        launches.known.cache_clear()
+        taken, configuration = dict[str, launches.Options](), launches.configuration
+
+        def note(kernel, shape_class, default, device):
+            taken[kernel] = configuration(kernel, shape_class, default, device)
+            (found,) = [one["config"] for one in fused[kernel] if one["key"] == launches.written(shape_class)]
+            assert taken[kernel] == found != default
+            return taken[kernel]
+
+        monkeypatch.setattr(launches, "configuration", note)
+        for part, wanted in zip(parts, plain, strict=True):
+            assert part.agrees(part(), wanted)
+        assert {"scan", "scan_gradients", "window_attention_forward"} < set(taken) == set(fused)
+    finally:
+        launches.known.cache_clear()

@@ -1,0 +1,230 @@
+"""Which blocks, warps and stages of our own kernels are the fastest on this GPU? Tried option by option, kernel by kernel.
+
+    found = list(search_step(TrainingStep(config, device, torch.bfloat16), known=()))
+    kernels = as_entries(found)                 # what was faster than what the code says, for tuned_kernels.json
+
+A training step tells which SS2Ds and window attentions run on what; each is then run alone, forward and backward, and of it the
+kernel in question is measured. A choice counts where it is more than 3 % faster than the code's and the results are the same.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
+from typing import NamedTuple
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+
+from vfi.fitting import TrainingStep
+from vfi.model.ss2d import SS2D
+from vfi.model.window_attention import GatedWindowAttention
+from vfi.ops import launches, tuned
+from vfi.ops.compiling import compiling_ahead
+
+Key = tuple[str, launches.ShapeClass]
+"""A kernel and its shape class."""
+_VALUES = {"num_warps": (1, 2, 4, 8), "num_stages": (1, 2, 3, 4), "TOKENS": (16, 32, 64)}
+_FACTORS = (0.25, 0.5, 2)  # of what the code says for other blocks
+_NEVER = (
+    ("scan", "num_stages", 1),  # Triton 3.6 compiles it into reads of memory that is not there
+    ("scan_gradients", "num_warps", 1),  # it takes minutes to compile what a warp has not the registers for
+    ("scan_key_gradients", "num_warps", 1),
+)
+_GAIN = 0.97  # of the time that a choice may take to be kept
+_REPEATS = 5
+_AHEAD = 20_000_000  # cycles, 10 ms, that the GPU waits before each run: launches pile up, and none is waited for
+_ROUNDING = {torch.float32: 1e-3, torch.bfloat16: 2**-6, torch.float16: 2**-9}  # sums in another order; a mistake is larger
+
+
+class Found(NamedTuple):
+    """What came out for a kernel and a shape class."""
+
+    kernel: str
+    shape_class: launches.ShapeClass
+    default: launches.Options
+    options: launches.Options
+    """The fastest; `default` where nothing was faster."""
+    before: float
+    """Milliseconds of its launches in one run, by the default."""
+    after: float
+    tried: int
+    skipped: int
+    """Of these: could not be compiled, did not fit into the GPU, or gave other results."""
+
+    @property
+    def key(self) -> Key:
+        return self.kernel, self.shape_class
+
+    def __str__(self) -> str:
+        of = ", ".join(map(str, launches.written(self.shape_class)))
+        changed = ", ".join(f"{name} {value}" for name, value in self.options.items() if value != self.default[name])
+        time = f"{self.before:.4f} ms -> {self.after:.4f} ms with {changed}" if changed else f"{self.before:.4f} ms as it is"
+        return f"{self.kernel} ({of}): {time}; {self.tried} tried, {self.skipped} of them can't be taken"
+
+
+def search_step(step: TrainingStep, known: Collection[Key]) -> Iterator[Found]:
+    """Search for all kernels of a step that can be chosen for, but for those that are `known`."""
+    step.compile_ahead()
+    yield from search(parts_of(step), known)
+
+
+def as_entries(found: Sequence[Found]) -> tuned.Kernels:
+    """What is worth keeping, in the form of the file."""
+    kernels: tuned.Kernels = {}
+    for one in found:
+        if one.options != one.default:
+            entry = {"key": launches.written(one.shape_class), "config": one.options}
+            kernels.setdefault(one.kernel, []).append(entry)
+    return dict(sorted(kernels.items()))
+
+
+class Part:
+    """An SS2D or a window attention: `part()` is one run, forward and backward, on what a training step gave it."""
+
+    def __init__(self, module: nn.Module, given: Tensor, precision: torch.dtype) -> None:
+        self.module, self.given, self.precision = module, given, precision
+        self.device, self.grad = given.device, torch.empty(0)
+
+    def __call__(self) -> list[Tensor]:
+        """Output and all gradients."""
+        given = self.given.detach().requires_grad_()
+        with torch.autocast(self.device.type, self.precision, enabled=self.precision != torch.float32):
+            y = self.module(given)
+        if self.grad.shape != y.shape:
+            self.grad = torch.randn_like(y)
+        return [y.detach(), *torch.autograd.grad(y, (given, *self.module.parameters()), self.grad)]
+
+    def milliseconds(self, kernel: str) -> float:
+        """Of all launches of a kernel in a run; the median of some runs."""
+        sums = []
+        with launches.timed(kernel) as events:
+            for _ in range(_REPEATS):
+                events.clear()
+                torch.cuda._sleep(_AHEAD)
+                self()
+                torch.cuda.synchronize(self.device)
+                sums.append(sum(before.elapsed_time(after) for before, after in events))
+        return statistics.median(sums)
+
+    def agrees(self, results: Sequence[Tensor], wanted: Sequence[Tensor]) -> bool:
+        """Are these results the same but for rounding?"""
+        most = _ROUNDING[self.precision]
+        pairs = zip(results, wanted, strict=True)
+        return all(bool((one - other).float().norm() <= most * other.float().norm()) for one, other in pairs)
+
+
+def parts_of(step: TrainingStep) -> list[Part]:
+    """The parts that a training step runs, one of each kind."""
+    met: dict[Hashable, Part] = {}
+
+    def note(module: nn.Module, given: tuple[Tensor, ...]) -> None:
+        sizes = tuple(parameter.shape for parameter in module.parameters())
+        key = type(module), given[0].shape, given[0].dtype, sizes
+        if key not in met:
+            met[key] = Part(module, given[0].detach().clone(), step.precision)
+
+    modules = [module for module in step.model.modules() if isinstance(module, SS2D | GatedWindowAttention)]
+    hooks = [module.register_forward_pre_hook(note) for module in modules]
+    step(step.make_frames())
+    for hook in hooks:
+        hook.remove()
+    return list(met.values())
+
+
+class _Chooser:
+    """In the place of `launches.configuration`: what was found or is tried, else what the code says."""
+
+    def __init__(self) -> None:
+        self.asked: dict[Key, launches.Options] = {}
+        """What for, and what the code says."""
+        self.taken: dict[Key, launches.Options] = {}
+
+    def __call__(
+        self, kernel: str, shape_class: launches.ShapeClass, default: launches.Options, device: torch.device
+    ) -> launches.Options:
+        self.asked[kernel, shape_class] = default
+        return self.taken.get((kernel, shape_class), default)
+
+
+def search(parts: Sequence[Part], known: Collection[Key]) -> Iterator[Found]:
+    """Search for the kernels of these parts. A kernel is measured in all parts that launch it for its shape class."""
+    chooser = _Chooser()
+    defaults, users = dict[Key, launches.Options](), dict[Key, list[tuple[Part, list[Tensor]]]]()
+    with mock.patch.object(launches, "configuration", chooser):
+        for part in parts:
+            chooser.asked = {}
+            results = part()
+            asked = {key: default for key, default in chooser.asked.items() if key not in known}
+            _compile_ahead(part, chooser, {key: default for key, default in asked.items() if key not in defaults})
+            defaults |= asked
+            for key in asked:
+                users.setdefault(key, []).append((part, results))
+        for key, default in defaults.items():
+            found = _search_one(key, default, users[key], chooser)
+            chooser.taken[key] = found.options
+            yield found
+
+
+def _search_one(key: Key, default: launches.Options, users: Sequence[tuple[Part, list[Tensor]]], chooser: _Chooser) -> Found:
+    kernel, _ = key
+
+    def measure(options: launches.Options) -> float | None:
+        chooser.taken[key] = options
+        try:
+            if not all(part.agrees(part(), wanted) for part, wanted in users):
+                return None
+            return sum(part.milliseconds(kernel) for part, _ in users)
+        except Exception as error:
+            if not launches.can_not_run(error):
+                raise
+            return None
+
+    best, tried, skipped = fastest(default, lambda option: candidates(kernel, option, default[option]), measure)
+    before, after = measure(default), measure(best)  # once more, one after the other: the least of many is partly luck
+    if before is None or after is None:
+        raise RuntimeError(f"{kernel} does not give the same twice, with {default} or with {best}")
+    if after >= _GAIN * before:
+        best, after = default, before
+    return Found(*key, default, best, before, after, tried, skipped)
+
+
+def fastest(
+    default: launches.Options,
+    values: Callable[[str], Sequence[int]],
+    measure: Callable[[launches.Options], float | None],
+) -> tuple[launches.Options, int, int]:
+    """The fastest that is found when one option after the other is changed; how many were tried, and could not be measured."""
+    best, least, tried, skipped = default, measure(default), 0, 0
+    for option in default:
+        before = best
+        for value in values(option):
+            if value == before[option]:
+                continue
+            time = measure(before | {option: value})
+            tried += 1
+            if time is None:
+                skipped += 1
+            elif least is None or time < least:
+                best, least = before | {option: value}, time
+    return best, tried, skipped
+
+
+def candidates(kernel: str, option: str, default: int) -> list[int]:
+    """The values of an option that are tried."""
+    values = _VALUES.get(option, sorted({max(1, int(default * factor)) for factor in _FACTORS}))
+    return [value for value in values if (kernel, option, value) not in _NEVER]
+
+
+def _compile_ahead(part: Part, chooser: _Chooser, defaults: dict[Key, launches.Options]) -> None:
+    """Have compiled side by side what is tried of each option alone."""
+    if part.device.type != "cuda":
+        return
+    with compiling_ahead(part.device, failing=True):
+        for key, default in defaults.items():
+            for option, value in default.items():
+                for other in candidates(key[0], option, value):
+                    chooser.taken[key] = default | {option: other}
+                    part()
+            del chooser.taken[key]
