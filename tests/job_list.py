@@ -45,6 +45,7 @@ class Job(NamedTuple):
 
 def main(path: Path) -> None:
     """All jobs of a file."""
+    gc.freeze()  # as in tests/conftest.py
     torch.set_num_threads(1)
     flow._BLOCKS = 1  # of three: what wraps layers takes most of the time
     results = []

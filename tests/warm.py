@@ -11,6 +11,7 @@ numbers to begin with. Only their command line is that of the server.
 from __future__ import annotations
 
 import atexit
+import gc
 import multiprocessing
 import os
 import random
@@ -113,6 +114,7 @@ def _live(code: str, arguments: list[str], environment: dict[str, str], limit: i
     if limit:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
     multiprocessing.set_start_method("fork", force=True)  # of loader processes; as it was for this one otherwise
+    gc.freeze()  # as in tests/conftest.py
     torch.set_num_threads(1)
     random.seed()  # all would begin with the numbers of the server
     np.random.seed()

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import functools
 import os
 import platform
 import shlex
@@ -34,6 +35,7 @@ from vfi import profiling, speed, speed_results
 from vfi.adapters import Adapter, Model, distinct_names, load_any
 from vfi.bench import Bench, protocol_bench, shard_bench
 from vfi.checkpoint import CheckpointError
+from vfi.config import ModelConfig
 from vfi.data.storage import ShardFolder, cache_at, shard_folder
 from vfi.errors import JobError, clear_errors
 from vfi.frame_sets import find_sets
@@ -320,8 +322,12 @@ def _macs(model: Model | None, bench: Bench, precision: torch.dtype) -> int | No
         config = dataclasses.replace(config, scale=bench.rules.scale)
     first = next(iter(bench.read([0])))
     height, width = first.img0.shape[-2:]
-    counted = FrameInterpolator(config, "cpu").eval()
-    return sum(profiling.count(counted, 1, (height, width), precision).macs.values())
+    return _macs_of(config, height, width, precision)
+
+
+@functools.cache  # it takes a second, and the models of a table are often of one size
+def _macs_of(config: ModelConfig, height: int, width: int, precision: torch.dtype) -> int:
+    return sum(profiling.count(FrameInterpolator(config, "cpu").eval(), 1, (height, width), precision).macs.values())
 
 
 def _environment(device: torch.device, precision: torch.dtype, world: int, command: str) -> dict[str, str]:

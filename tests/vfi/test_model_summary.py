@@ -184,7 +184,8 @@ def test_macs_grow_with_the_area(model) -> None:
 
 def test_counting_takes_no_memory_and_leaves_nothing_behind(model) -> None:
     """More than any test machine has; and what operators keep for the next call at the same size is real afterwards."""
-    assert count(model, 2**15, (256, 256), torch.float32).peak_bytes > 2**39
+    large = FrameInterpolator(dataclasses.replace(model.config, backbone_mode="gated_attn_only")).eval()  # it has no loops
+    assert count(large, 2**15, (256, 256), torch.float32).peak_bytes > 2**39
     count(model, 1, (72, 104), torch.float32)
     frames = torch.rand(2, 1, 3, 72, 104)
     assert type(predict(model, frames[0], frames[1], torch.tensor([0.5]), torch.float32)) is torch.Tensor
@@ -501,5 +502,7 @@ def test_measured_on_the_gpu(tmp_path) -> None:
     (size,) = written["sizes"]
     weights = 4 * sum(written["parameters"].values())
     assert weights < size["measured"]["allocated"] <= size["measured"]["reserved"]
-    assert size["measured"]["ms"] / 2 < sum(size["parts_ms"].values()) < 4 * size["measured"]["ms"]
+    assert size["graph_ms"] / 2 < sum(size["parts_ms"].values()) < 2 * size["graph_ms"]
+    assert all(floor < size["parts_ms"][part] for part, floor in size["floors_ms"].items())
+    assert sum(written["training"]["parts_ms"].values()) < 1.5 * written["training"]["measured"]["ms"]
     assert written["training"]["measured"]["allocated"] > 4 * weights  # weights, gradients and AdamW's two
