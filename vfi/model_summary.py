@@ -21,7 +21,7 @@ import shlex
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import tyro
@@ -36,7 +36,7 @@ from vfi.inference import DeviceName, PrecisionName, describe_precision, pick_de
 from vfi.model.backbone import STRIDE, level_widths
 from vfi.model.interpolator import MIN_SIZE, FrameInterpolator
 from vfi.numerics import set_numerics
-from vfi.ops.ssd import REFERENCE_CHUNK
+from vfi.ops.ssd import REFERENCE_CHUNK, kernel_obstacle
 from vfi.profiling import FIRST_STAGE_LEVEL, Measured, Rates
 from vfi.records import write_text
 from vfi.tracking import environment
@@ -78,6 +78,8 @@ class Options:
     """Samples of a training step; default: the preset's --batch_size."""
     crop: int = 256
     """Side of the square crops of a training step."""
+    plain: bool = False
+    """Also measure the parts of the same network by PyTorch's operators, with mamba-ssm's scan where that can run."""
     assume_tflops: float | None = None
     """Rate of arithmetic (TFLOP/s) for an estimate of the time without a measurement; with --assume_gbs."""
     assume_gbs: float | None = None
@@ -125,6 +127,8 @@ class SizeSummary:
     """As the jobs run it: by a CUDA graph where that pays (vfi/graphs.py)."""
     parts_ms: dict[str, float] | None = None
     floors_ms: dict[str, float] | None = None
+    plain_parts_ms: dict[str, float] | None = None
+    """Of the same network by PyTorch's operators."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,9 +139,11 @@ class TrainingSummary:
     crop: int
     measured: Measured | None
     samples_per_s: float | None
-    parts_ms: dict[str, float] | None = None
+    parts: dict[str, Measured] | None = None
     """Forward and backward pass of parts by themselves; the rest is loss, optimizer, and what lies between."""
     floors_ms: dict[str, float] | None = None
+    plain_parts: dict[str, Measured] | None = None
+    """Of the same network by PyTorch's operators."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -205,6 +211,8 @@ def _check(options: Options) -> None:
     rates = (options.assume_tflops, options.assume_gbs)
     if (None in rates and rates != (None, None)) or any(rate is not None and rate <= 0 for rate in rates):
         raise JobError("--assume_tflops and --assume_gbs belong together and must be positive, such as 400 and 2980")
+    if options.plain and not options.measure:
+        raise JobError("--plain measures, and without a GPU that needs --measure")
     if options.training and not options.measure:
         raise JobError("--training measures, and without a GPU that needs --measure")
     if options.json and (options.json.suffix != ".json" or options.json.is_dir()):
@@ -252,12 +260,33 @@ def summarise(options: Options, config: Config, command: str = "") -> Summary:
         del model
         profiling.free_memory()
         training = _measure_training(config, options, device, precision) if options.training else None
+        if options.plain:
+            sizes, training = _with_plain(config, options, sizes, training, device, precision)
         if training and options.count and rates:
             cost = profiling.count(reference, training.batch, (training.crop, training.crop), precision)
             training = dataclasses.replace(training, floors_ms=profiling.floors_ms(cost, rates, training=True))
     name = f"{options.preset}, phase {config.model.phase}"
     parameters = profiling.parameters_by_part(reference)
     return Summary(name, told, config.model, options.batch, parameters, sizes, training)
+
+
+def _with_plain(
+    config: Config, options: Options, sizes: list[SizeSummary], training: TrainingSummary | None, device: torch.device,
+    precision: torch.dtype,
+) -> tuple[list[SizeSummary], TrainingSummary | None]:  # fmt: skip
+    """The same, with the times of the parts by PyTorch's operators."""
+    plain = dataclasses.replace(config.model, attention_backend="sdpa", pointwise_backend="torch")
+    if plain.ssm == "mamba2":  # the other has no fused form
+        plain = dataclasses.replace(plain, ssd_backend="reference" if kernel_obstacle(device) else "mamba_ssm")
+    model = FrameInterpolator(plain, device).eval()
+    found = [_measure(model, options, size, device, precision).parts_ms for size in sizes]
+    del model
+    profiling.free_memory()
+    sizes = [dataclasses.replace(size, plain_parts_ms=parts) for size, parts in zip(sizes, found, strict=True)]
+    if training:
+        parts = _measure_training(dataclasses.replace(config, model=plain), options, device, precision).parts
+        training = dataclasses.replace(training, plain_parts=parts)
+    return sizes, training
 
 
 def _rates(options: Options, device: torch.device, precision: torch.dtype) -> Rates | None:
@@ -366,23 +395,16 @@ def text(summary: Summary) -> str:
         *(f"Levels at {size.size}{_LEVELS_NOTE}:\n" + aligned(_level_rows(size.levels)) for size in sizes),
         f"Time and memory of a forward pass at batch {summary.batch}:\n" + aligned([head, *_run_rows(summary)]),
     ]
-    timed: list[tuple[str, dict[str, float], dict[str, float]]] = [
-        (size.size, size.parts_ms, size.floors_ms or {}) for size in sizes if size.parts_ms
+    timed = [
+        _Column(size.size, size.parts_ms, size.floors_ms or {}, size.plain_parts_ms or {}) for size in sizes if size.parts_ms
     ]
     if timed:
         sections.append(f"Where the time of a forward pass goes, in ms{_rates_note(summary)}:\n" + _parts_table(summary, timed))
     if summary.training:
         sections.append(_training_line(summary.training))
-    if summary.training and summary.training.parts_ms:
-        step, floors = summary.training, summary.training.floors_ms or {}
-        column = (
-            f"{step.batch} x {step.crop}²",
-            step.parts_ms or {},
-            {k: v for k, v in floors.items() if k in (step.parts_ms or {})},
-        )
-        sections.append(
-            "Where that of a training step goes, forward and backward, part by part:\n" + _parts_table(summary, [column])
-        )
+    if summary.training and summary.training.parts:
+        table = _parts_table(summary, [_training_column(summary.training)])
+        sections.append("Where that of a training step goes, forward and backward, part by part:\n" + table)
     return "\n\n".join(sections)
 
 
@@ -415,16 +437,51 @@ def _gib(nbytes: int | None) -> str:
     return "-" if nbytes is None else f"{nbytes / 2**30:.2f}"
 
 
-def _parts_table(summary: Summary, columns: Sequence[tuple[str, dict[str, float], dict[str, float]]]) -> str:
-    """For each (title, ms by part, floors): the time, its share, the floor, and how many times that it is."""
-    rows = [["", *(cell for title, *_ in columns for cell in (title, "", "floor", ""))]]
-    for part in [*_in_order(summary.parameters, *(parts for _, parts, _ in columns)), _TOTAL]:
-        row = [part]
-        for _, parts, floors in columns:
-            total, least = sum(parts.values()), sum(floors.values())
-            ms, floor = (total, least) if part == _TOTAL else (parts.get(part, 0.0), floors.get(part, 0.0))
-            row += [f"{ms:.2f}", f"{100 * ms / total:3.0f} %", *([f"{floor:.3f}", f"{ms / floor:.1f}x"] if floor else ["", ""])]
-        rows.append(row)
+class _Column(NamedTuple):
+    """Of a table by part: milliseconds, and bytes if they are known."""
+
+    title: str
+    ms: dict[str, float]
+    floors: dict[str, float]
+    plain: dict[str, float]
+    nbytes: dict[str, int] = {}  # noqa: RUF012 (nothing changes it)
+    plain_nbytes: dict[str, int] = {}  # noqa: RUF012
+
+    def head(self) -> list[str]:
+        plain = ["plain", ""] if self.plain else []
+        memory = ["MiB", *(["plain MiB"] if self.plain else [])] if self.nbytes else []
+        return [self.title, "", *(["floor", ""] if self.floors else []), *plain, *memory]
+
+    def row(self, part: str) -> list[str]:
+        """Time, its share, the floor, how many times that it is, the plain form's time, how many times this one it is."""
+        total = sum(self.ms.values())
+        ms, floor, plain = (sum(one.values()) if part == _TOTAL else one.get(part, 0.0) for one in self[1:4])
+        cells = [f"{ms:.2f}", f"{100 * ms / total:3.0f} %"]
+        if self.floors:
+            cells += [f"{floor:.3f}", f"{ms / floor:.1f}x"] if floor else ["", ""]
+        if self.plain:
+            cells += [f"{plain:.2f}", f"{plain / ms:.1f}x"] if ms else [f"{plain:.2f}", ""]
+        memory = [self.nbytes, *([self.plain_nbytes] if self.plain else [])] if self.nbytes else []
+        return cells + [f"{one[part] / 2**20:,.0f}" if part in one else "" for one in memory]
+
+
+def _training_column(training: TrainingSummary) -> _Column:
+    parts, plain = training.parts or {}, training.plain_parts or {}
+    times, nbytes = [
+        [
+            {part: getattr(one, what) for part, one in found.items() if getattr(one, what) is not None}
+            for found in (parts, plain)
+        ]
+        for what in ("ms", "allocated")
+    ]
+    floors = {part: floor for part, floor in (training.floors_ms or {}).items() if part in parts}
+    return _Column(f"{training.batch} x {training.crop}²", times[0], floors, times[1], *nbytes)
+
+
+def _parts_table(summary: Summary, columns: Sequence[_Column]) -> str:
+    rows = [["", *(cell for column in columns for cell in column.head())]]
+    for part in [*_in_order(summary.parameters, *(column.ms for column in columns)), _TOTAL]:
+        rows.append([part, *(cell for column in columns for cell in column.row(part))])
     return aligned(rows)
 
 

@@ -357,21 +357,25 @@ def measure_parts(
 
 def measure_training_parts(
     model: nn.Module, step: Step, frames: tuple[Tensor, ...], device: torch.device, precision: torch.dtype, repeats: int
-) -> dict[str, float]:
-    """Median milliseconds of forward and backward pass of every part, each of its calls by itself: on what it is given in
-    `step(frames)`, which calls the model with gradients. Parts that call others, as the residual mixing does, are left out.
+) -> dict[str, Measured]:
+    """Forward and backward pass of every part, each of its calls by itself: on what it is given in `step(frames)`, which calls
+    the model with gradients. Time of all calls, memory that the largest takes beside what it is given. Parts that call others,
+    as the residual mixing does, are left out.
     """
     given: list[tuple[nn.Module, Any]] = []
     with watch_parts(model, lambda: None) as calls, _watch_given(model, given):
         step(frames)
     clock, elapsed = _clock(device)
-    sums: dict[str, float] = {}
+    sums: dict[str, Measured] = {}
     callers = {call.parent for call in calls}
-    for number, (call, (module, arguments)) in enumerate(zip(calls, given, strict=True)):
-        if number in callers:
+    for index, (call, (module, arguments)) in enumerate(zip(calls, given, strict=True)):
+        if index in callers:
             continue
         times = []
-        for _ in range(WARMUP + repeats):
+        before = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+        for number in range(WARMUP + repeats):
+            if number == WARMUP and device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats(device)
             args, kwargs = tree_map_only(Tensor, lambda tensor: tensor.detach().requires_grad_(tensor.requires_grad), arguments)
             _run_ahead(device, _PARTS_HEAD_START)
             start = clock()
@@ -380,7 +384,11 @@ def measure_training_parts(
             made = [one for one in tree_leaves(output) if isinstance(one, Tensor) and one.requires_grad]
             torch.autograd.backward(made, [torch.ones_like(one) for one in made])
             times.append((start, clock()))
-        sums[call.part] = sums.get(call.part, 0) + statistics.median(elapsed(*pair) for pair in times[WARMUP:])
+            del output, made  # and the gradients of the arguments with them
+        ms = statistics.median(elapsed(*pair) for pair in times[WARMUP:])
+        taken = torch.cuda.max_memory_allocated(device) - before if device.type == "cuda" else None
+        known = sums.get(call.part, Measured(0.0, taken))
+        sums[call.part] = Measured(known.ms + ms, taken and max(taken, known.allocated or 0))
     model.zero_grad(set_to_none=True)
     return sums
 

@@ -24,6 +24,8 @@ from unittest import mock
 import torch
 from torch import Tensor
 
+from vfi.ops.launches import can_not_run
+
 Compile = Callable[[], Any]
 
 
@@ -50,7 +52,7 @@ def compiling_ahead(device: torch.device, failing: bool = False) -> Iterator[Non
         with mock.patch.object(JITFunction, "run", note):
             yield
         if first is not None:
-            with contextlib.suppress(*[Exception] if failing else []):
+            with _may_be_impossible(failing):
                 first.result()
             # makes Triton parse their source: not to be done by several threads, for which Python 3.11's parser is not safe
             for kernel in {kernel for kernel, *_ in met}:
@@ -118,8 +120,18 @@ def _compile(number: int) -> None:
 
 
 def _try_to_compile(number: int) -> None:
-    with contextlib.suppress(Exception):
+    with _may_be_impossible():
         _compile(number)
+
+
+@contextlib.contextmanager
+def _may_be_impossible(it_may: bool = True) -> Iterator[None]:
+    """Leave out what a kernel's options make impossible."""
+    try:
+        yield
+    except Exception as error:
+        if not (it_may and can_not_run(error)):
+            raise
 
 
 def _cores() -> int:
