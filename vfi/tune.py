@@ -83,10 +83,11 @@ def tune(options: Options) -> Iterator[str]:
                     yield str(one)
                 free_memory()
                 content["fused"] = as_entries(found)
+                write(options.out, tuned.card(device), content)  # each time, for it takes minutes
             if not theirs:
                 kernels = merge(kernels, _tune_mamba_ssm(config, device, precision))
                 content["kernels"] = kernels
-            write(options.out, tuned.card(device), content)  # each time, for it takes minutes
+                write(options.out, tuned.card(device), content)
         faster = sum(one.options != one.default for one in found)
         yield (
             f"{preset}: so far {faster} of {len(found)} configurations of our own kernels are changed, and "
