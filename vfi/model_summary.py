@@ -262,7 +262,7 @@ def summarise(options: Options, config: Config, command: str = "") -> Summary:
         training = _measure_training(config, options, device, precision) if options.training else None
         if options.plain:
             sizes, training = _with_plain(config, options, sizes, training, device, precision)
-        if training and options.count and rates:
+        if training and rates:
             cost = profiling.count(reference, training.batch, (training.crop, training.crop), precision)
             training = dataclasses.replace(training, floors_ms=profiling.floors_ms(cost, rates, training=True))
     name = f"{options.preset}, phase {config.model.phase}"
@@ -290,7 +290,9 @@ def _with_plain(
 
 
 def _rates(options: Options, device: torch.device, precision: torch.dtype) -> Rates | None:
-    """Those that floors go by: as assumed, or measured where the model is."""
+    """Those that floors go by: as assumed, or measured where the model is. None where nothing is counted."""
+    if not options.count:
+        return None
     if options.assume_tflops and options.assume_gbs:
         return Rates(options.assume_tflops, options.assume_gbs)
     return profiling.measure_rates(device, precision) if options.measure else None
@@ -396,7 +398,9 @@ def text(summary: Summary) -> str:
         f"Time and memory of a forward pass at batch {summary.batch}:\n" + aligned([head, *_run_rows(summary)]),
     ]
     timed = [
-        _Column(size.size, size.parts_ms, size.floors_ms or {}, size.plain_parts_ms or {}) for size in sizes if size.parts_ms
+        _Column(size.size, size.parts_ms, size.floors_ms or {}, size.plain_parts_ms or {}, {}, {})
+        for size in sizes
+        if size.parts_ms
     ]
     if timed:
         sections.append(f"Where the time of a forward pass goes, in ms{_rates_note(summary)}:\n" + _parts_table(summary, timed))
@@ -444,8 +448,8 @@ class _Column(NamedTuple):
     ms: dict[str, float]
     floors: dict[str, float]
     plain: dict[str, float]
-    nbytes: dict[str, int] = {}  # noqa: RUF012 (nothing changes it)
-    plain_nbytes: dict[str, int] = {}  # noqa: RUF012
+    nbytes: dict[str, int]
+    plain_nbytes: dict[str, int]
 
     def head(self) -> list[str]:
         plain = ["plain", ""] if self.plain else []

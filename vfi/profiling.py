@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils.hooks import RemovableHandle
 
 from vfi.model.backbone import LEVELS
 
@@ -92,11 +93,18 @@ def watch_parts(model: nn.Module, clock: Callable[[], Any]) -> Iterator[list[_Ca
     for module, part in [(model, REST), *_outermost(model)]:
         handles.append(module.register_forward_pre_hook(lambda module, args, part=part: enter(part)))
         handles.append(module.register_forward_hook(lambda module, args, output: leave()))
-    try:
+    with _registered(handles):
         yield calls
+
+
+@contextmanager
+def _registered(hooks: Sequence[RemovableHandle]) -> Iterator[None]:
+    """Remove them afterwards."""
+    try:
+        yield
     finally:
-        for handle in handles:
-            handle.remove()
+        for hook in hooks:
+            hook.remove()
 
 
 def _outermost(module: nn.Module, path: str = "") -> Iterator[tuple[nn.Module, str]]:
@@ -261,11 +269,8 @@ def _watch_traffic(model: nn.Module, precision: torch.dtype) -> Iterator[dict[st
         )
         for module, part in [(model, REST), *_outermost(model)]
     ]
-    try:
+    with _registered(handles):
         yield traffic
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 class Rates(NamedTuple):
@@ -402,11 +407,8 @@ def _watch_given(model: nn.Module, given: list[tuple[nn.Module, Any]]) -> Iterat
 
     modules = [model, *(module for module, _ in _outermost(model))]
     handles = [module.register_forward_pre_hook(add, with_kwargs=True) for module in modules]
-    try:
+    with _registered(handles):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _run_ahead(device: torch.device, cycles: int = _HEAD_START) -> None:

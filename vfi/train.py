@@ -336,10 +336,8 @@ class Trainer:
         bar.update()
         if due:
             mean = self.accelerator.reduce(meter.mean_losses(), reduction="mean")
-            row = meter.read(mean, move.norm, self.recorder.hidden if self.recorder else 0) | {
-                "lr": self.rate(self.step - 1),
-                "epoch": self.epoch,
-            }
+            hidden = self.recorder.hidden if self.recorder else 0
+            row = meter.read(mean, move.norm, hidden) | {"lr": self.rate(self.step - 1), "epoch": self.epoch}
             row |= self.by_group("grad", move.norms)
             row |= self.by_group("update", move.ratios) if self.shards.measures_updates else {}
             row |= {f"mixing_{name}": value for name, value in mixing_report(records).items()}
