@@ -19,9 +19,10 @@ import json
 import re
 import shlex
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import tyro
@@ -48,6 +49,7 @@ _SEED = 0
 _LEVELS_NOTE = " (every other block shifts its windows by half; a scan sees all of its tokens)"
 _TOTAL = "total"
 _SHOWN = ("torch", "triton", "mamba-ssm")  # versions that belong beside a time
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,6 +131,7 @@ class SizeSummary:
     floors_ms: dict[str, float] | None = None
     plain_parts_ms: dict[str, float] | None = None
     """Of the same network by PyTorch's operators."""
+    plain_out_of_memory: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,6 +147,7 @@ class TrainingSummary:
     floors_ms: dict[str, float] | None = None
     plain_parts: dict[str, Measured] | None = None
     """Of the same network by PyTorch's operators."""
+    plain_out_of_memory: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -279,13 +283,17 @@ def _with_plain(
     if plain.ssm == "mamba2":  # the other has no fused form
         plain = dataclasses.replace(plain, ssd_backend="reference" if kernel_obstacle(device) else "mamba_ssm")
     model = FrameInterpolator(plain, device).eval()
-    found = [_measure(model, options, size, device, precision).parts_ms for size in sizes]
+    found = [_if_it_fits(partial(_parts, model, options, size, device, precision)) for size in sizes]
     del model
     profiling.free_memory()
-    sizes = [dataclasses.replace(size, plain_parts_ms=parts) for size, parts in zip(sizes, found, strict=True)]
+    sizes = [
+        dataclasses.replace(size, plain_parts_ms=parts, plain_out_of_memory=parts is None)
+        for size, parts in zip(sizes, found, strict=True)
+    ]
     if training:
-        parts = _measure_training(dataclasses.replace(config, model=plain), options, device, precision).parts
-        training = dataclasses.replace(training, plain_parts=parts)
+        config = dataclasses.replace(config, model=plain)
+        of_step = _if_it_fits(lambda: _training_parts(TrainingStep(config, device, precision), options))
+        training = dataclasses.replace(training, plain_parts=of_step, plain_out_of_memory=of_step is None)
     return sizes, training
 
 
@@ -346,38 +354,68 @@ def _measure(
     model: nn.Module, options: Options, summary: SizeSummary, device: torch.device, precision: torch.dtype
 ) -> SizeSummary:
     """Time, memory and time by part at one size. Not enough memory for it is a finding."""
-    H, W = parse_size(summary.size)
+    step, make = _calls(model, options, summary.size, device, precision)
+
+    def measure() -> SizeSummary:
+        measured = profiling.measure(step, make, device, options.repeats)
+        parts = _parts(model, options, summary, device, precision)
+        graphs = Graphs()
+        again = profiling.measure(lambda frames: step(frames, graphs), make, device, options.repeats).ms
+        return dataclasses.replace(summary, measured=measured, parts_ms=parts, graph_ms=again if graphs.made else None)
+
+    return _if_it_fits(measure) or dataclasses.replace(summary, out_of_memory=True)
+
+
+def _parts(
+    model: nn.Module, options: Options, summary: SizeSummary, device: torch.device, precision: torch.dtype
+) -> dict[str, float]:
+    """Time by part at one size."""
+    step, make = _calls(model, options, summary.size, device, precision)
+    return profiling.measure_parts(model, step, make, device, options.repeats)
+
+
+def _calls(
+    model: nn.Module, options: Options, size: str, device: torch.device, precision: torch.dtype
+) -> tuple[Callable[..., Tensor], Callable[[], tuple[Tensor, ...]]]:
+    """A forward pass, and what makes frames for it."""
+    H, W = parse_size(size)
+
+    def step(frames: tuple[Tensor, ...], graphs: Graphs | None = None) -> Tensor:
+        return predict(model, frames[0], frames[1], frames[2], precision, graphs=graphs)
 
     def make() -> tuple[Tensor, ...]:
         frames = torch.rand(2, options.batch, 3, H, W, device=device)
         return (*frames, torch.rand(options.batch, device=device) * 0.8 + 0.1)
 
-    def step(frames: tuple[Tensor, ...], graphs: Graphs | None = None) -> Tensor:
-        return predict(model, frames[0], frames[1], frames[2], precision, graphs=graphs)
-
-    try:
-        measured = profiling.measure(step, make, device, options.repeats)
-        parts = profiling.measure_parts(model, step, make, device, options.repeats)
-        graphs = Graphs()
-        again = profiling.measure(lambda frames: step(frames, graphs), make, device, options.repeats).ms
-        return dataclasses.replace(summary, measured=measured, parts_ms=parts, graph_ms=again if graphs.made else None)
-    except torch.OutOfMemoryError:
-        pass  # the error holds on to its frames, and they to their tensors, until here
-    profiling.free_memory()
-    return dataclasses.replace(summary, out_of_memory=True)
+    return step, make
 
 
 def _measure_training(config: Config, options: Options, device: torch.device, precision: torch.dtype) -> TrainingSummary:
     """Forward, loss, backward and AdamW on random frames."""
     batch, crop = config.data.batch_size, config.data.crop
-    try:
+
+    def measure() -> TrainingSummary:
         step = TrainingStep(config, device, precision)
         measured = profiling.measure(step, step.make_frames, device, options.repeats)
-        frames = step.make_frames()
-        parts = profiling.measure_training_parts(step.model, step.loss, frames, device, precision, options.repeats)
-        return TrainingSummary(batch, crop, measured, 1e3 * batch / measured.ms, parts)
+        return TrainingSummary(batch, crop, measured, 1e3 * batch / measured.ms, _training_parts(step, options))
+
+    return _if_it_fits(measure) or TrainingSummary(batch, crop, None, None)
+
+
+def _training_parts(step: TrainingStep, options: Options) -> dict[str, Measured]:
+    """Forward and backward pass of the parts by themselves."""
+    frames = step.make_frames()
+    return profiling.measure_training_parts(step.model, step.loss, frames, step.device, step.precision, options.repeats)
+
+
+def _if_it_fits(measure: Callable[[], T]) -> T | None:
+    """What was measured; None where memory did not suffice for it."""
+    try:
+        return measure()
     except torch.OutOfMemoryError:
-        return TrainingSummary(batch, crop, None, None)
+        pass  # the error holds on to its frames, and they to their tensors, until here
+    profiling.free_memory()
+    return None
 
 
 def text(summary: Summary) -> str:
@@ -404,11 +442,15 @@ def text(summary: Summary) -> str:
     ]
     if timed:
         sections.append(f"Where the time of a forward pass goes, in ms{_rates_note(summary)}:\n" + _parts_table(summary, timed))
+    if full := [size.size for size in sizes if size.plain_out_of_memory]:
+        sections.append(f"By PyTorch's operators at {', '.join(full)}: {OUT_OF_MEMORY}")
     if summary.training:
         sections.append(_training_line(summary.training))
     if summary.training and summary.training.parts:
         table = _parts_table(summary, [_training_column(summary.training)])
         sections.append("Where that of a training step goes, forward and backward, part by part:\n" + table)
+    if summary.training and summary.training.plain_out_of_memory:
+        sections.append(f"A training step by PyTorch's operators: {OUT_OF_MEMORY}")
     return "\n\n".join(sections)
 
 
