@@ -150,6 +150,8 @@ class OptimConfig:
     """Largest norm of the gradient, about what this loss gives once training runs smoothly; 0 switches clipping off."""
     vgg_weight: float = 0.0
     """Weight of a perceptual loss beside the Laplacian pyramid loss."""
+    loss_backend: Literal["auto", "torch", "fused"] = "auto"
+    """What makes the Laplacian pyramids: kernels of our own (fused) or PyTorch; auto takes the kernels where they can run."""
     merge_weight: float = 0.5
     """Weight of the loss of each flow stage's own merge of the warped frames (phases 2 and 3)."""
     teacher_weight: float = 0.01

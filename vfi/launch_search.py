@@ -28,7 +28,8 @@ Key = tuple[str, launches.ShapeClass]
 _VALUES = {"num_warps": (1, 2, 4, 8), "num_stages": (1, 2, 3, 4), "TOKENS": (16, 32, 64)}
 _FACTORS = (0.25, 0.5, 2)  # of what the code says for other blocks
 _NEVER = (
-    ("scan", "num_stages", 1),  # Triton 3.6 compiles it into reads of memory that is not there
+    ("scan", "num_stages", 1),  # Triton 3.6 compiles it into reads of memory that is not there, and that into others
+    ("scan", "num_warps", 8),
     ("scan_gradients", "num_warps", 1),  # it takes minutes to compile what a warp has not the registers for
     ("scan_key_gradients", "num_warps", 1),
 )

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vfi.config import OptimConfig
+from vfi.ops.fused import takes_fused
 from vfi.ops.precision import fp32_island
 
 LEVELS = 5
@@ -49,7 +50,7 @@ def training_losses(
     """
     teachers = [prediction.teacher] if prediction.teacher else []
     images = [prediction.imgt, *(stage.merge for stage in (*prediction.stages, *teachers))]
-    of_each = laplacian_loss(torch.stack(images), imgt)  # all at once: it is dozens of small kernels
+    of_each = laplacian_loss(torch.stack(images), imgt, config.loss_backend)  # all at once: it is dozens of small kernels
     losses = {"image": of_each[0]}
     total = losses["image"]
     if prediction.stages:
@@ -89,25 +90,36 @@ def _flows(stages: Sequence[FlowStage]) -> Tensor:
     return torch.stack([stage.flow for stage in stages])
 
 
-def laplacian_loss(prediction: Tensor, truth: Tensor) -> Tensor:
+def laplacian_loss(prediction: Tensor, truth: Tensor, backend: str = "auto") -> Tensor:
     """Sum over five levels, and the coarse image left below them, of the mean absolute difference of the Laplacian pyramids.
 
     `[B, C, H, W]` twice, sides from 64 up -> `[]`; of N predictions `[N, B, C, H, W]` -> `[N]`. Source: the loss of EMA-VFI and
     VFIMamba (5 levels, 5x5 binomial filter, plain sum), which leaves the coarse image out: then nothing holds the mean colour.
-    The pyramid is linear, so one pyramid of the difference does for two.
+    The pyramid is linear, so one pyramid of the difference does for two. `backend`: --loss_backend; float64 takes torch.
     """
-    return fp32_island(_laplacian_loss, prediction, truth)
+    fused, _ = choose_loss(backend, truth.device)
+    return fp32_island(_laplacian_loss, prediction, truth, fused)
 
 
-def _laplacian_loss(prediction: Tensor, truth: Tensor) -> Tensor:
+@functools.cache
+def choose_loss(backend: str, device: torch.device) -> tuple[bool, str]:
+    """Is the pyramid made by kernels (vfi/ops/pyramid_kernels.py), and a line that says why."""
+    return takes_fused("loss", backend, device)
+
+
+def _laplacian_loss(prediction: Tensor, truth: Tensor, fused: bool = False) -> Tensor:
     if min(truth.shape[2:]) < 2 ** (LEVELS + 1):
         raise ValueError(f"images are {list(truth.shape[2:])}; {LEVELS} levels need sides of at least {2 ** (LEVELS + 1)}")
-    several = prediction.shape[:-4]
+    several, difference = prediction.shape[:-4], prediction - truth
+    if fused and difference.dtype == torch.float32:
+        from vfi.ops.pyramid_kernels import pyramid_sizes
+
+        return pyramid_sizes(difference.reshape(-1, *truth.shape), LEVELS).reshape(several)
 
     def size(band: Tensor) -> Tensor:
         return band.abs().reshape(*several, -1).mean(-1)
 
-    current = (prediction - truth).reshape(-1, *truth.shape[1:])
+    current = difference.reshape(-1, *truth.shape[1:])
     sizes = []
     for _ in range(LEVELS):
         coarse = _shrunk(current)

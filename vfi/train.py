@@ -38,7 +38,7 @@ from vfi.ema import Ema
 from vfi.errors import JobError, Stopped, clear_errors
 from vfi.fitting import fit_batch
 from vfi.guard import GO, Guard, Verdict, copies, layer_groups, on_its_way, update_ratios
-from vfi.losses import training_losses
+from vfi.losses import choose_loss, training_losses
 from vfi.meter import Meter
 from vfi.model.execution import compile_parts, recompute
 from vfi.model.hyper_connections import MixingRecord, annealing_factor, mixing_report, recording, set_annealing
@@ -53,7 +53,7 @@ from vfi.recovery import Part, go_back, suspects
 from vfi.run_status import recorded
 from vfi.sharding import sharding
 from vfi.tracking import METRICS, Tracker, environment, versions, write_environment
-from vfi.training_graphs import Recorder, record_passes
+from vfi.training_graphs import Recorder, let_segments_grow, record_passes
 from vfi.training_state import check_agreement, gather_random, on_main, restore, scaler_state
 from vfi.validation import Score, Validation
 from vfi.watch import Watch
@@ -92,6 +92,8 @@ class Trainer:
             raise ConfigError("--data_path is missing: give a shard folder (see `python -m shards.synthetic --help`)")
         self.folder = Path(self.run.output_dir) / self.run.exp_name
         self.start_from = self._resume_point()
+        if config.compute.cuda_graphs:
+            let_segments_grow()
         self.accelerator = start_accelerator(config)
         self.shards = sharding(self.accelerator)
         self.accumulation = self.accelerator.gradient_accumulation_steps
@@ -127,6 +129,7 @@ class Trainer:
         config = self.config
         set_seed(self.run.seed)
         self.network = FrameInterpolator(config.model, self.accelerator.device)
+        self.choices = [*self.network.choices(), choose_loss(config.optim.loss_backend, self.accelerator.device)[1]]
         self.step = self._load()
         self.least_annealing = annealing_factor(self.network)  # read once: every reading waits for the device
         if config.run.matvlm_plan != "off" and self.step == 0:
@@ -279,14 +282,14 @@ class Trainer:
         epochs = self.epoch + (self.total - self.step) / plan.steps_per_epoch
         mixed = " of a mixture" if len(self.data.data_path) > 1 else ""
         self.say(f"{plan.samples} samples{mixed}, {plan.steps_per_epoch} steps an epoch, {epochs:.1f} epochs")
-        for choice in self.network.choices():
+        for choice in self.choices:
             self.say(choice)
         if idle_gpus():
             self.say(f"{idle_gpus()} more GPUs are visible and not used: accelerate_configs/ddp.yaml uses several")
         if self.accelerator.is_main_process:
             write_text(self.folder / checkpoint.CONFIG, to_json(self.config))
             content = environment(device) | {"processes": world, "precision": asked_precision(), "sharding": self.shards.name}
-            write_environment(self.folder, content | {"choices": self.network.choices(), "from_step": self.step})
+            write_environment(self.folder, content | {"choices": self.choices, "from_step": self.step})
 
     def fit(self) -> None:
         """Train to the last step; log, validate and save on the way."""

@@ -1,5 +1,6 @@
 """How does training not wait for Python? Its forward and backward passes are recorded once, as CUDA graphs, and replayed.
 
+    let_segments_grow()                                    # before there is a tensor on the GPU
     record_passes(network)                                 # before it is prepared for training
     prediction = network(img0, img1, timestep, imgt)       # the first time for a shape it is recorded, which takes seconds
     training_losses(prediction, imgt, config)["loss"].backward()
@@ -13,6 +14,7 @@ pass before the next one; gradients are copied out, so that they may wait and be
 from __future__ import annotations
 
 import gc
+import os
 from collections.abc import Callable, Hashable
 from typing import Any
 
@@ -26,7 +28,18 @@ from vfi.graphs import Reads
 from vfi.model.interpolator import FrameInterpolator, Prediction, Stage
 
 _WARM_UP = 3  # passes before the recorded one: kernels are compiled and chosen, and memory settles
+_ALLOCATORS = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")  # read by torch when the first tensor of a GPU is made
 _SPARE = 1.25  # times what these passes took: where memory ends while a graph is recorded, CUDA does not recover
+
+
+def let_segments_grow() -> None:
+    """Keep less memory free between the recorded tensors: to be called before there is a tensor on a GPU.
+
+    A recording keeps the segments of its memory for itself; those that grow are fewer, and fuller. What the environment says of
+    the allocator stays.
+    """
+    if not any(name in os.environ for name in _ALLOCATORS):
+        os.environ[_ALLOCATORS[0]] = "expandable_segments:True"
 
 
 def record_passes(network: FrameInterpolator) -> Recorder:

@@ -89,6 +89,7 @@ def test_run_folder_holds_everything(undisturbed):
         "pointwise: torch (the fused kernels need a CUDA GPU and the device is cpu)",
         "ssd: reference (the fused kernels need a CUDA GPU and the device is cpu; mamba_ssm's kernels need a CUDA GPU and the "
         "device is cpu)",
+        "loss: torch (the fused kernels need a CUDA GPU and the device is cpu)",
     ]
 
 

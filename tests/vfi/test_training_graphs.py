@@ -6,6 +6,9 @@ import copy
 import itertools
 import json
 import math
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,10 +16,10 @@ from typing import Any
 import pytest
 import torch
 
-from vfi import config, presets, train
+from vfi import config, presets, train, training_graphs
 from vfi.losses import training_losses
 from vfi.model.interpolator import FrameInterpolator
-from vfi.training_graphs import Recorder, record_passes
+from vfi.training_graphs import Recorder, let_segments_grow, record_passes
 
 CUDA = torch.device("cuda")
 
@@ -188,6 +191,28 @@ def test_what_can_not_be_recorded_is_refused(flags, named, tmp_path, train_shard
 def test_it_is_for_a_gpu(tmp_path, train_shards, capsys):
     line = refusal(tmp_path, train_shards, capsys, "--width", "2", "--head_dim", "8", "--crop", "64", "--num_workers", "0")
     assert line == "error: --cuda_graphs is for a CUDA GPU, and this trains on cpu: leave it out"
+
+
+@pytest.mark.parametrize("said", [{}, {"PYTORCH_ALLOC_CONF": "backend:native"}, {"PYTORCH_CUDA_ALLOC_CONF": ""}])
+def test_what_the_environment_says_of_memory_stays(monkeypatch, said):
+    monkeypatch.setattr(training_graphs.os, "environ", dict(said))
+    let_segments_grow()
+    assert training_graphs.os.environ == (said or {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"})
+
+
+@pytest.mark.gpu
+def test_segments_grow():
+    """In a new process: it counts before the first tensor."""
+    told = """
+import torch
+from vfi.training_graphs import let_segments_grow
+let_segments_grow()
+torch.zeros(1, device="cuda")
+print([segment["is_expandable"] for segment in torch.cuda.memory_snapshot()])
+"""
+    environment = {name: value for name, value in os.environ.items() if "ALLOC_CONF" not in name}
+    done = subprocess.run([sys.executable, "-c", told], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[True]"
 
 
 def refusal(folder: Path, shards: Path, capsys: pytest.CaptureFixture[str], *flags: str) -> str:

@@ -182,6 +182,8 @@ def test_on_a_card_that_is_known_nothing_is_measured(preset, monkeypatch):
     device = torch.device("cuda")
     if not tuned.entry(device):
         pytest.skip(f"{tuned.card(device)} is not in {tuned.FILE.name}")
+    if reason := ssd.kernel_obstacle(device):
+        pytest.skip(reason)
     ssd.import_kernel.cache_clear()
     ssd.import_kernel()
     measured = []

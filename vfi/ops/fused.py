@@ -7,6 +7,7 @@ import importlib.util
 
 import torch
 
+BACKENDS = ("auto", "torch", "fused")
 _CAPABILITY = (8, 0)  # bf16 products and asynchronous copies
 
 
@@ -20,6 +21,20 @@ def fused_obstacle(device: torch.device) -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed; README.md has the command"
     return None
+
+
+def takes_fused(name: str, backend: str, device: torch.device) -> tuple[bool, str]:
+    """Do kernels of our own what `--NAME_backend` is for, and a line that says why; `fused` raises where they can't run."""
+    if backend not in BACKENDS:
+        raise ValueError(f"{name}_backend {backend!r} does not exist; choose from {', '.join(BACKENDS)}")
+    if backend == "torch":
+        return False, f"{name}: torch (asked for)"
+    obstacle = fused_obstacle(device)
+    if obstacle is None:
+        return True, f"{name}: fused ({'asked for' if backend == 'fused' else f'available on {device}'})"
+    if backend == "fused":
+        raise RuntimeError(f"{name}_backend fused cannot run: {obstacle}; use --{name}_backend auto or torch")
+    return False, f"{name}: torch ({obstacle})"
 
 
 @functools.cache

@@ -21,7 +21,7 @@ from vfi.ops.fused import fused_obstacle, multiprocessors
 HEAD_DIMS, STATES = (16, 32, 64), (16, 32, 64, 128)
 """Widths of a head and of a state that the kernels have tiles for."""
 _LEAN_BYTES = 2**30  # of one output an order that are in memory at a time, where none is kept
-_STATE_BYTES = 2**28  # of states and their gradients that are in memory at a time
+_STATE_BYTES = 2**27  # of states and their gradients that are in memory at a time
 _FULL = 8  # programs for each multiprocessor that keep a GPU busy; fewer sequences are cut into segments
 _SHORTEST = 4  # chunks in a segment
 

@@ -12,10 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from vfi.ops.fused import fused_obstacle
+from vfi.ops.fused import takes_fused
 from vfi.ops.warp import backward_warp
-
-BACKENDS = ("auto", "torch", "fused")
 
 
 class Pointwise(NamedTuple):
@@ -55,16 +53,8 @@ def choose_pointwise(backend: str, device: torch.device) -> tuple[Pointwise | No
 
     fused raises where the kernels can't run.
     """
-    if backend not in BACKENDS:
-        raise ValueError(f"pointwise_backend {backend!r} does not exist; choose from {', '.join(BACKENDS)}")
-    if backend == "torch":
-        return None, "pointwise: torch (asked for)"
-    obstacle = fused_obstacle(device)
-    if obstacle is None:
-        return _import(), f"pointwise: fused ({'asked for' if backend == 'fused' else f'available on {device}'})"
-    if backend == "fused":
-        raise RuntimeError(f"pointwise_backend fused cannot run: {obstacle}; use --pointwise_backend auto or torch")
-    return None, f"pointwise: torch ({obstacle})"
+    taken, line = takes_fused("pointwise", backend, device)
+    return _import() if taken else None, line
 
 
 def _import() -> Pointwise:
