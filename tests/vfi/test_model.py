@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import weakref
 
 import pytest
 import torch
+from torch import Tensor
 
 from vfi import presets
 from vfi.config import ModelConfig
+from vfi.model import interpolator
 from vfi.model.fusion import eca_kernel_size
 from vfi.model.interpolator import FrameInterpolator
 from vfi.model.ss2d import ss2d
@@ -97,6 +100,28 @@ def test_core_stays_fp32_under_autocast(dtype, monkeypatch):
         with torch.autocast("cpu", dtype=dtype):
             module(torch.randn(2, 4, 4, 16))
     assert seen == {"auto": (torch.float32, False), "input": (dtype, True)}
+
+
+def test_moved_features_are_given_up_in_training(monkeypatch):
+    """What RefineNet mixes is made when it is mixed, and kept no longer: those of one level are in memory at a time."""
+    moved, warp = list[weakref.ref[Tensor]](), interpolator.backward_warp
+    most = 0
+
+    def note(x: Tensor, flow: Tensor, top: int | None = None) -> Tensor:
+        nonlocal most
+        y = warp(x, flow, top)
+        if x.shape[1] > 3:  # no frame
+            moved.append(weakref.ref(y))
+            most = max(most, sum(one() is not None for one in moved))
+        return y
+
+    monkeypatch.setattr(interpolator, "backward_warp", note)
+    model = FrameInterpolator(presets.override(presets.tiny(), phase=2).model).train()
+    prediction = model(*torch.rand(2, 1, 3, 64, 64), torch.tensor([0.5]), torch.rand(1, 3, 64, 64))
+    assert len(moved) == 5
+    assert most <= 2  # the next one is asked for before the last one is let go
+    assert not any(one() is not None for one in moved)
+    prediction.imgt.sum().backward()
 
 
 def test_kernel_size_of_channel_attention():

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from vfi.model.backbone import LGSBlock
 from vfi.model.flow import FlowStage
 from vfi.model.interpolator import FrameInterpolator
-from vfi.model.refine import RefineNet
+from vfi.model.refine import MovedFeatures, RefineNet
 from vfi.model.ss2d import SS2D, Mamba2SS2D
 from vfi.model.window_attention import GatedWindowAttention
 from vfi.ops.pointwise import give_pointwise
@@ -65,7 +65,10 @@ def _compiled(network: FrameInterpolator) -> Iterator[nn.Module]:
 
 def _in_training(compiled: Callable[..., Any], plain: Callable[..., Any]) -> Callable[..., Any]:
     def forward(*args: Any) -> Any:
-        return compiled(*args) if torch.is_grad_enabled() else plain(*args)
+        if not torch.is_grad_enabled():
+            return plain(*args)
+        # features are moved before: that has a kernel of its own
+        return compiled(*(list(one) if isinstance(one, MovedFeatures) else one for one in args))
 
     return forward
 

@@ -124,7 +124,6 @@ class FrameInterpolator(PointwiseModule):
             warped, mask_logit = self._warp(frames, motion.flow), prior + motion.mask_logit
         if motion and self.warps_features:
             features = MovedFeatures(self._warp, features, motion.flow)
-            features = list(features) if torch.is_grad_enabled() else features
         if self.refine:
             refined_logit, residual = self.refine(features, torch.cat(of_each_frame(warped), dim=1), timestep)
             mask_logit = mask_logit + refined_logit

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._pytree import register_pytree_node
 
 from vfi.config import ModelConfig
 from vfi.model.backbone import LEVELS, level_widths, of_each_frame
@@ -43,6 +44,14 @@ class MovedFeatures(Sequence[Tensor]):
     def _with_flow(self, level: int) -> tuple[Tensor, Tensor]:
         features = self.features[level]
         return features, resize_flow(self.flow, (features.shape[2], features.shape[3]))
+
+
+# who looks for the tensors that a module is given, or puts others in their place, finds these, too
+register_pytree_node(
+    MovedFeatures,
+    lambda moved: ([list(moved.features), moved.flow], moved.warp),
+    lambda given, warp: MovedFeatures(warp, *given),
+)
 
 
 class _Mix(nn.Sequential):
