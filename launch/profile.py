@@ -31,6 +31,7 @@ from vfi.errors import JobError, clear_errors
 from vfi.fitting import PRECISIONS, TrainingStep, is_out_of_memory
 from vfi.numerics import numerics, set_numerics
 from vfi.tracking import environment
+from vfi.training_graphs import let_segments_grow
 
 TOLERANCE = 0.05
 """Relative error of the formula above which it is said that it does not describe the measurements."""
@@ -88,6 +89,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             "no GPU here: launch.profile measures the one that it runs on. Start it on a machine that has one, such as by "
             "srun --gres=gpu:1 python -m launch.profile …"
         )
+    if options.cuda_graphs:
+        let_segments_grow()  # as training does
     with contextlib.closing(OwnProcess()) as process:
         entry = profile(options, process.do(look), lambda config, precision: process.do(measure, config, precision))
     add(entry, options.out)

@@ -15,7 +15,7 @@ from launch import profile
 from launch.memory_fit import GIB, PROFILES, Point, add, read_profiles
 from launch.memory_profiles import choose_batch
 from launch.profile import Gpu, Options, OwnProcess, main
-from vfi import presets
+from vfi import presets, training_graphs
 from vfi.config import Config, ConfigError
 from vfi.errors import JobError
 
@@ -148,6 +148,20 @@ def test_without_a_gpu_nothing_is_measured(out, capsys):
     assert ended.value.code == 2
     assert "error: no GPU here" in capsys.readouterr().err
     assert out.read_text() == before
+
+
+@pytest.mark.parametrize("flags", [[], ["--cuda_graphs"]])
+def test_memory_of_graphs_is_that_of_training(monkeypatch, out, flags):
+    """Its segments grow, which is decided before the process that measures starts."""
+    found = []
+    monkeypatch.setattr(profile.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(training_graphs.os, "environ", {})
+    monkeypatch.setattr(profile, "OwnProcess", lambda: found.append(dict(os.environ)) or OwnProcess())
+    monkeypatch.setattr(OwnProcess, "do", lambda *_: None)
+    monkeypatch.setattr(profile, "profile", lambda *_: None)
+    monkeypatch.setattr(profile, "add", lambda *_: None)
+    main(["--out", str(out), *flags])
+    assert found == [{"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"} if flags else {}]
 
 
 def die() -> None:
