@@ -53,10 +53,14 @@ GUARDED = {
     "mamba_ssm": {"vfi/ops/ssd.py", "vfi/ops/selective_scan.py"},
     "selective_scan_cuda": {"vfi/ops/ssd.py"},
     "triton": {
+        "vfi/operators.py",
         "vfi/ops/compiling.py",
         "vfi/ops/fused_ss2d.py",
         "vfi/ops/launches.py",
-        *(f"vfi/ops/{name}_kernels.py" for name in ("activation", "norm", "ss2d", "stack", "warp", "window_attention")),
+        *(
+            f"vfi/ops/{name}_kernels.py"
+            for name in ("activation", "norm", "pyramid", "ss2d", "stack", "warp", "window_attention")
+        ),
     },
     "flash_attn": {"vfi/ops/window_attention.py"},
     "deepspeed": set(),

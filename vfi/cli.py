@@ -17,6 +17,7 @@ JOBS = {
     "benchmark": "measure models on shards: PSNR and SSIM, beside the frame average",
     "report": "turn benchmark results into a table and a page",
     "model": "what a model costs: parameters, MACs, memory and time, by part",
+    "operators": "how fast each operator with kernels of our own is, by itself",
     "tune": "find the fastest configurations of the kernels on this GPU, and keep them",
     "export": "hand a model to others: weights and a card, or a graph",
     "interpolate": "make a video smoother or slower, or the frame between two images",

@@ -1,0 +1,311 @@
+"""How fast is each operator that has kernels of our own, by itself, beside PyTorch's form of it?
+
+    vfi operators                                   on a GPU: all of them, at the sizes that training and 4K have
+    vfi operators --only warp --json warp.json
+
+Times are medians of calls one after the other (triton.testing.do_bench, which empties the cache before each); memory is what a
+call takes beside its inputs. The floor: inputs read and outputs written once, back with gradients once more and the inputs
+again, at the rate of a copy that is measured in the same run; what products need is not in it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+import tyro
+from torch import Tensor, nn
+
+from vfi import presets, profiling
+from vfi.config import ModelConfig
+from vfi.errors import JobError, clear_errors
+from vfi.losses import laplacian_loss
+from vfi.model.ss2d import ss2d
+from vfi.model.window_attention import GatedWindowAttention
+from vfi.model_summary import aligned
+from vfi.numerics import set_numerics
+from vfi.ops.fused import fused_obstacle
+from vfi.ops.ssd import kernel_obstacle
+from vfi.ops.warp import backward_warp
+from vfi.records import write_text
+from vfi.tracking import environment
+
+SCHEMA, VERSION = "vfi-operators", 1
+_HALF = torch.bfloat16
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Each field is a flag of the job."""
+
+    only: str = ""
+    """Part of the names of the operators to be measured; by default all."""
+    json: Path | None = None
+    """Also write everything to this .json."""
+
+
+class Forms(NamedTuple):
+    """An operator twice, of the same inputs; modules have the same weights."""
+
+    ours: Callable[..., Tensor]
+    plain: Callable[..., Tensor]
+    weights: tuple[nn.Parameter, ...] = ()
+    """Of `ours`, and those of `plain` after them."""
+
+
+class Operator(NamedTuple):
+    """What is measured."""
+
+    name: str
+    inputs: tuple[Tensor, ...]
+    """Of no memory ("meta"), channels-last where they are maps [B, C, H, W]."""
+    build: Callable[[torch.device], Forms]
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """Of a call: milliseconds, and bytes beside its inputs."""
+
+    forward_ms: float
+    both_ms: float
+    """Forward and backward pass."""
+    nbytes: int
+    """Of both."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One operator."""
+
+    name: str
+    size: str
+    """Of its first input."""
+    floor_ms: float
+    both_floor_ms: float
+    ours: Cost
+    plain: Cost
+
+
+@clear_errors()
+def main(argv: Sequence[str] | None = None) -> None:
+    """The job: measure, print the table, write the numbers."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    options = tyro.cli(Options, prog="vfi operators", description=__doc__, args=arguments)
+    chosen = [operator for operator in all_operators() if options.only in operator.name]
+    if not chosen:
+        names = ", ".join(dict.fromkeys(operator.name for operator in all_operators()))
+        raise JobError(f"--only {options.only!r} is in none of the names: {names}")
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    if obstacle := fused_obstacle(device):
+        raise JobError(f"there is nothing to be measured: {obstacle}")
+    set_numerics()
+    gbs = profiling.measure_rates(device, _HALF).gbs
+    rows = []
+    for operator in chosen:
+        rows.append(measure(operator, device, gbs))
+        print(f"{operator.name}: {rows[-1].ours.both_ms:.3f} ms", file=sys.stderr, flush=True)
+    told = environment(device) | {"command": shlex.join(["vfi", "operators", *arguments]), "gbs": gbs}
+    print(table(rows, told))
+    if options.json:
+        content = {"schema": SCHEMA, "version": VERSION, "environment": told, "rows": [dataclasses.asdict(row) for row in rows]}
+        write_text(options.json, json.dumps(content, indent=1) + "\n")
+
+
+def all_operators() -> list[Operator]:
+    """At the sizes of base: 32 pairs of 256x256 in training, a pair of 2176x4096."""
+    return [
+        scan(64, 32, 32, 256),
+        scan(64, 16, 16, 512),
+        attention(64, 32, 32, 256),
+        attention(2, 272, 512, 256),
+        activation(64, 32, 256, 256),
+        activation(2, 32, 2176, 4096, residual=True),
+        warp(64, 32, 256, 256),
+        warp(2, 32, 2176, 4096),
+        layer_norm(64, 32, 32, 256),
+        side_by_side(32, 32, 256, 256),
+        side_by_side(1, 32, 2176, 4096),
+        loss(4, 32, 256, 256),
+    ]
+
+
+def scan(frames: int, H: int, W: int, C: int) -> Operator:
+    """An SS2D with its projections."""
+
+    def build(device: torch.device) -> Forms:
+        backend = "reference" if kernel_obstacle(device) else "mamba_ssm"
+        ours, plain = (ss2d(C, _config(ssd_backend=name), device) for name in ("fused", backend))
+        return _modules(ours, plain, device)
+
+    return Operator("SS2D", (_made(frames, H, W, C),), build)
+
+
+def attention(frames: int, H: int, W: int, C: int) -> Operator:
+    """Shifted windows of 8, with the projections."""
+
+    def build(device: torch.device) -> Forms:
+        ours, plain = (GatedWindowAttention(C, _config(attention_backend=name), True, device) for name in ("fused", "sdpa"))
+        return _modules(ours, plain, device)
+
+    return Operator("window attention", (_made(frames, H, W, C),), build)
+
+
+def activation(frames: int, C: int, H: int, W: int, residual: bool = False) -> Operator:
+    """Bias, skip connection and PReLU."""
+
+    def build(device: torch.device) -> Forms:
+        from vfi.ops.activation_kernels import bias_prelu
+
+        def plain(x: Tensor, bias: Tensor, slope: Tensor, *rest: Tensor) -> Tensor:
+            x = x + bias.view(-1, 1, 1).to(x.dtype)
+            return F.prelu(sum(rest, x), slope.to(x.dtype))
+
+        return Forms(bias_prelu, plain)
+
+    maps = [_map(frames, C, H, W) for _ in range(1 + residual)]
+    vectors = [_made(C, dtype=torch.float32) for _ in range(2)]
+    return Operator("bias, skip, PReLU" if residual else "bias, PReLU", (maps[0], *vectors, *maps[1:]), build)
+
+
+def warp(frames: int, C: int, H: int, W: int) -> Operator:
+    """Features moved by a flow, of a pixel or so and another one for each pixel."""
+
+    def build(device: torch.device) -> Forms:
+        from vfi.ops.warp_kernels import backward_warp_fused
+
+        return Forms(backward_warp_fused, backward_warp)
+
+    return Operator("warp", (_map(frames, C, H, W), _map(frames, 2, H, W, dtype=torch.float32)), build)
+
+
+def layer_norm(frames: int, H: int, W: int, C: int) -> Operator:
+    """Over channels, as autocast has it: in fp32, and back."""
+
+    def build(device: torch.device) -> Forms:
+        from vfi.ops import norm_kernels
+
+        def plain(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+            return F.layer_norm(x, (C,), weight, bias).to(x.dtype)
+
+        return Forms(lambda x, weight, bias: norm_kernels.layer_norm(x, weight, bias, 1e-5), plain)
+
+    return Operator("layer norm", (_made(frames, H, W, C), *(_made(C, dtype=torch.float32) for _ in range(2))), build)
+
+
+def side_by_side(pairs: int, C: int, H: int, W: int) -> Operator:
+    """What RefineNet mixes at the finest level: maps from below, shuffled to pixels, features of both frames, the frames."""
+
+    def build(device: torch.device) -> Forms:
+        from vfi.ops.stack_kernels import stack_channels
+
+        def plain(below: Tensor, *parts: Tensor) -> Tensor:
+            stacked = torch.cat((F.pixel_shuffle(below, 2), *(part.to(below.dtype) for part in parts)), 1)
+            return stacked.contiguous(memory_format=torch.channels_last)
+
+        return Forms(lambda below, *parts: stack_channels(parts, below.dtype, below), plain)
+
+    below, features = _map(pairs, 4 * C, H // 2, W // 2), (_map(pairs, C, H, W) for _ in range(2))
+    return Operator("side by side", (below, *features, _map(pairs, 6, H, W, dtype=torch.float32)), build)
+
+
+def loss(predictions: int, B: int, H: int, W: int) -> Operator:
+    """The training loss of all predictions at once."""
+
+    def build(device: torch.device) -> Forms:
+        fused, plain = (functools.partial(laplacian_loss, backend=name) for name in ("fused", "torch"))
+        return Forms(fused, plain)
+
+    return Operator("loss", (_made(predictions, B, 3, H, W, dtype=torch.float32), _map(B, 3, H, W, dtype=torch.float32)), build)
+
+
+def measure(operator: Operator, device: torch.device, gbs: float) -> Row:
+    """Both forms, one after the other."""
+    inputs = [_filled(given, device) for given in operator.inputs]
+    ours, plain, weights = operator.build(device)
+    costs = []
+    for function in (ours, plain):
+        with torch.no_grad():
+            forward = milliseconds(functools.partial(_run, function, inputs, ()))
+        leaves = [*(given.requires_grad_() for given in inputs), *weights]
+        both = functools.partial(_run, function, inputs, leaves)
+        costs.append(Cost(forward, milliseconds(both), peak_bytes(both, device)))
+    read, written = sum(given.nbytes for given in inputs), _run(ours, inputs, ()).nbytes
+    floor, both_floor = (1e-6 * nbytes / gbs for nbytes in (read + written, 3 * read + 2 * written))
+    size = "×".join(map(str, operator.inputs[0].shape))
+    return Row(operator.name, size, floor, both_floor, *costs)
+
+
+def milliseconds(call: Callable[[], object]) -> float:
+    """Median of many calls."""
+    from triton.testing import do_bench
+
+    found: float = do_bench(call, return_mode="median")
+    return found
+
+
+def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
+    """What a call takes beside what there is."""
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    call()
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+def table(rows: Sequence[Row], told: dict[str, Any]) -> str:
+    """For people."""
+    versions = ", ".join(f"{name} {told['packages'][name]}" for name in ("torch", "triton") if name in told["packages"])
+    head = f"{told['device']}, bf16 autocast, {versions}; floor: {told['gbs']:,.0f} GB/s; ms, and MiB of both passes"
+    lines = [["", "", "floor", "forward", "plain", "", "floor", "both", "plain", "", "MiB", "plain"]]
+    for row in rows:
+        cells = [row.name, row.size]
+        for floor, ours, plain in (
+            (row.floor_ms, row.ours.forward_ms, row.plain.forward_ms),
+            (row.both_floor_ms, row.ours.both_ms, row.plain.both_ms),
+        ):
+            cells += [f"{floor:.3f}", f"{ours:.3f}", f"{plain:.3f}", f"{plain / ours:.1f}x"]
+        lines.append([*cells, *(f"{cost.nbytes / 2**20:,.0f}" for cost in (row.ours, row.plain))])
+    return f"{head}\n\n{aligned(lines)}"
+
+
+def _run(function: Callable[..., Tensor], inputs: Sequence[Tensor], leaves: Sequence[Tensor]) -> Tensor:
+    """A call under autocast; with `leaves` also back to those that it depends on."""
+    with torch.autocast(inputs[0].device.type, _HALF):
+        output = function(*inputs)
+    if leaves:
+        torch.autograd.grad(output, leaves, torch.ones_like(output), allow_unused=True)
+    return output
+
+
+def _config(**backends: Any) -> ModelConfig:
+    return presets.override(presets.base(), **backends).model
+
+
+def _modules(ours: nn.Module, plain: nn.Module, device: torch.device) -> Forms:
+    ours, plain = ours.to(device), plain.to(device)
+    plain.load_state_dict(ours.state_dict())
+    return Forms(ours, plain, (*ours.parameters(), *plain.parameters()))
+
+
+def _made(*size: int, dtype: torch.dtype = _HALF) -> Tensor:
+    return torch.empty(size, dtype=dtype, device="meta")
+
+
+def _map(*size: int, dtype: torch.dtype = _HALF) -> Tensor:
+    return _made(*size, dtype=dtype).contiguous(memory_format=torch.channels_last)
+
+
+def _filled(given: Tensor, device: torch.device) -> Tensor:
+    """Random numbers of this size, in this order in memory."""
+    return torch.empty_like(given, device=device).normal_()
+
+
+if __name__ == "__main__":
+    main()
