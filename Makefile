@@ -23,8 +23,8 @@ $(VENV)/.ready: setup.cfg pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	-$(BIN)/python -m pip install --quiet --upgrade pip  # one of 2023 takes half a minute longer to choose versions
 	$(BIN)/python -m pip install --quiet --no-compile --editable '.[dev]'
-	# on all cores, but for what nothing here imports; files that are no Python of this version stay as they are
-	-$(BIN)/python -m compileall -qq -j 0 -x '/tests/|/transformers/models/' $(VENV)/lib
+	# on all cores, but for what hardly anything here imports; files that are no Python of this version stay as they are
+	-$(BIN)/python -m compileall -qq -j 0 -x '/(tests|testing/_internal|transformers/models|onnxruntime|lexers|mypyc?|pip)/' $(VENV)/lib
 	touch $@
 
 clean:

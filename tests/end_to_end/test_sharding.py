@@ -24,7 +24,7 @@ from vfi import train
 from vfi.checkpoint import EMA, MODEL, OPTIMIZER, latest, list_checkpoints, read_state
 from vfi.model import flow
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]  # DeepSpeed compiles for minutes, the first time on a machine
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
 STEPS, STOPPED, SKIPPED = 5, 2, (3, 4)
 FLAGS = ["--preset", "tiny", "--width", "2", "--head_dim", "8", "--phase", "2", "--teacher", "--mixing", "mhc",
@@ -94,9 +94,8 @@ class Jobs:
                    "--mixed_precision", "no", "--num_processes", "2", "--main_process_port", "0", "tests/job_list.py",
                    str(listed)]  # fmt: skip
         settings = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""} | environment
-        settings["PATH"] = os.pathsep.join((settings["PATH"], str(Path(sys.executable).parent)))  # there is a ninja, too
         done = subprocess.run(command, cwd=ROOT, env=settings, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                              timeout=1200, check=False)  # fmt: skip
+                              timeout=500, check=False)  # fmt: skip
         assert done.returncode == 0, done.stdout
         ranks = [json.loads(listed.with_suffix(f".json.rank{rank}").read_text()) for rank in range(2)]
         assert ranks[0] == ranks[1]
