@@ -16,15 +16,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from warm import ON_CPU, ROOT, TRAIN, Process, finish, start_ranks
+from warm import ON_CPU, ROOT, TORCHRUN, TRAIN, Process, finish, start_ranks
 
 from vfi import presets, train
 from vfi.checkpoint import latest, list_checkpoints, read_position
 from vfi.data.plan import Position
 
 FLAGS = ["--preset", "tiny", "--crop", "64", "--num_workers", "0", "--log_every", "1", "--warmup_steps", "2", "--lr", "2e-4"]
-BY_TORCHRUN = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0", "--rdzv-backend", "c10d",
-               "--rdzv-endpoint", "localhost:0", "-m")  # fmt: skip
+BY_TORCHRUN = ("--nproc_per_node", "2", "--master_port", "0", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "-m",
+               "vfi.train")  # fmt: skip
 
 
 def run_here(*flags: object) -> None:
@@ -32,17 +32,16 @@ def run_here(*flags: object) -> None:
     train.main([*FLAGS, *map(str, flags)])
 
 
-def start(*flags: object, launcher: tuple[str, ...] = ("-m",), **environment: str) -> subprocess.Popen[str]:
-    """The job as a process of its own, started as its users do, on the CPU."""
-    command = [sys.executable, *launcher, "vfi.train", *FLAGS, *map(str, flags)]
-    settings = os.environ | ON_CPU | environment
-    return subprocess.Popen(command, cwd=ROOT, env=settings, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+def train_as_a_process(*flags: object) -> None:
+    """The job in a process of its own."""
+    finish([Process(TRAIN, *FLAGS, *flags)])
 
 
-def output_of(process: subprocess.Popen[str]) -> str:
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, output
-    return output
+def launch(settings: tuple[object, ...], *flags: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    """The job by `accelerate launch`, whose command line it reads."""
+    command = [sys.executable, "-m", "accelerate.commands.launch", *settings, "-m", "vfi.train", *FLAGS, *flags]
+    return subprocess.run(list(map(str, command)), cwd=ROOT, env=os.environ | ON_CPU | environment, stdout=subprocess.PIPE,
+                          stderr=subprocess.STDOUT, text=True, timeout=300, check=False)  # fmt: skip
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
@@ -69,8 +68,8 @@ def assert_alike(found: Path, expected: Path) -> None:
 def undisturbed(tmp_path_factory, train_shards, val_shards) -> Path:
     """A run of 8 steps, started as a process with one thread like the runs that are compared with it."""
     out = tmp_path_factory.mktemp("runs")
-    output_of(start("--data_path", train_shards, "--val_path", val_shards, "--steps", 8, "--batch_size", 4, "--exp_name",
-                    "whole", "--save_every", 4, "--val_every", 4, "--output_dir", out))  # fmt: skip
+    train_as_a_process("--data_path", train_shards, "--val_path", val_shards, "--steps", 8, "--batch_size", 4, "--exp_name",
+                       "whole", "--save_every", 4, "--val_every", 4, "--output_dir", out)  # fmt: skip
     return out / "whole"
 
 
@@ -94,8 +93,8 @@ def test_run_folder_holds_everything(undisturbed):
 
 
 def test_logged_loss_is_the_mean_since_the_last_row(undisturbed, tmp_path, train_shards):
-    finish([Process(TRAIN, *FLAGS, "--data_path", train_shards, "--steps", 8, "--batch_size", 4, "--output_dir", tmp_path,
-                    "--exp_name", "rare", "--log_every", 3)])  # fmt: skip
+    train_as_a_process("--data_path", train_shards, "--steps", 8, "--batch_size", 4, "--output_dir", tmp_path, "--exp_name",
+                       "rare", "--log_every", 3)  # fmt: skip
     every = [row["loss"] for row in rows(undisturbed, "train")]
     rare = rows(tmp_path / "rare", "train")
     assert [row["step"] for row in rare] == [3, 6, 8]
@@ -195,7 +194,7 @@ def test_two_processes_train_like_one(undisturbed, tmp_path, train_shards, val_s
     if accumulated:
         output, _ = finish(start_ranks(2, TRAIN, *FLAGS, *flags))
     else:
-        output = output_of(start(*flags, launcher=BY_TORCHRUN))
+        (output,) = finish([Process(TORCHRUN, *BY_TORCHRUN, *FLAGS, *flags)])
     assert f"2 processes on cpu, precision no, global batch 4 = {size} * 2 * {4 // size // 2} accumulated" in output
     assert_alike(tmp_path / "two", undisturbed)
     for one, other in zip(rows(undisturbed, "val"), rows(tmp_path / "two", "val"), strict=True):
@@ -206,8 +205,8 @@ def test_two_processes_train_like_one(undisturbed, tmp_path, train_shards, val_s
 
 
 def test_accumulation_is_one_large_batch(undisturbed, tmp_path, train_shards):
-    finish([Process(TRAIN, *FLAGS, "--data_path", train_shards, "--steps", 8, "--batch_size", 1, "--global_batch", 4,
-                    "--output_dir", tmp_path, "--exp_name", "a")])  # fmt: skip
+    train_as_a_process("--data_path", train_shards, "--steps", 8, "--batch_size", 1, "--global_batch", 4, "--output_dir",
+                       tmp_path, "--exp_name", "a")  # fmt: skip
     assert_alike(tmp_path / "a", undisturbed)
 
 
@@ -216,26 +215,25 @@ def test_accelerate_config_starts(config, tmp_path, train_shards):
     """Configs for a CPU train; those for GPUs are read by the launcher and fail on the missing GPU, not on themselves."""
     if config.stem != "cpu" and not torch.cuda.is_available():
         pytest.skip("needs a CUDA GPU; torch.cuda.is_available() is False")
-    launcher = ("-m", "accelerate.commands.launch", "--config_file", str(config), "-m")
-    output = output_of(start("--data_path", train_shards, "--batch_size", 4, "--dry_run", "--output_dir", tmp_path,
-                             launcher=launcher, CUDA_VISIBLE_DEVICES=os.environ.get("CUDA_VISIBLE_DEVICES", ""),
-                             ACCELERATE_USE_CPU="true" if config.stem == "cpu" else "false"))  # fmt: skip
-    assert "dry run: training, validation and saving work" in output
+    done = launch(("--config_file", config), "--data_path", train_shards, "--batch_size", 4, "--dry_run", "--output_dir",
+                  tmp_path, CUDA_VISIBLE_DEVICES=os.environ.get("CUDA_VISIBLE_DEVICES", ""),
+                  ACCELERATE_USE_CPU="true" if config.stem == "cpu" else "false")  # fmt: skip
+    assert done.returncode == 0, done.stdout
+    assert "dry run: training, validation and saving work" in done.stdout
 
 
 def test_launcher_that_starts_one_process_of_two_is_noticed(tmp_path, train_shards):
-    process = start("--data_path", train_shards, "--batch_size", 4, "--dry_run", "--output_dir", tmp_path,
-                    launcher=("-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "-m"))  # fmt: skip
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode != 0
-    assert "error: accelerate launch was asked for several processes but started one" in output
+    done = launch(("--cpu", "--num_processes", 2), "--data_path", train_shards, "--batch_size", 4, "--dry_run", "--output_dir",
+                  tmp_path)  # fmt: skip
+    assert done.returncode != 0
+    assert "error: accelerate launch was asked for several processes but started one" in done.stdout
 
 
 def test_accelerate_launch_starts_two_processes_on_a_cpu(tmp_path, train_shards):
-    output = output_of(start("--data_path", train_shards, "--batch_size", 2, "--dry_run", "--output_dir", tmp_path,
-                             launcher=("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
-                                       "--main_process_port", "0", "-m")))  # fmt: skip
-    assert "2 processes on cpu" in output
+    done = launch(("--multi_gpu", "--num_processes", 2, "--main_process_port", 0), "--data_path", train_shards,
+                  "--batch_size", 2, "--dry_run", "--output_dir", tmp_path)  # fmt: skip
+    assert done.returncode == 0, done.stdout
+    assert "2 processes on cpu" in done.stdout
 
 
 def test_weights_of_another_run_are_a_start(undisturbed, tmp_path, train_shards, capsys):
