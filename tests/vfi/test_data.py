@@ -9,6 +9,7 @@ import json
 import pickle
 import shutil
 import tarfile
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -20,6 +21,7 @@ import torch.nn.functional as F
 from shards.images import encode
 from shards.schema import Index, ShardEntry, ShardError, read_index, sha256_of, write_index
 from vfi.config import ConfigError, DataConfig
+from vfi.data import loader
 from vfi.data.augment import FrameTooSmallError
 from vfi.data.loader import TrainingLoader, evaluation_batches, evenly_spaced
 from vfi.data.plan import START, Position
@@ -35,10 +37,10 @@ def config_for(folder, **changes) -> DataConfig:
 
 
 def take(folder, count, start=0, rank=0, world=1, accumulation=1, with_flow=False, **changes):
-    loader = TrainingLoader(
+    source = TrainingLoader(
         config_for(folder, **changes), 3, CPU, accumulation=accumulation, rank=rank, world=world, with_flow=with_flow
     )  # fmt: skip
-    return list(itertools.islice(loader.batches(loader.plan.at_step(start)), count))
+    return list(itertools.islice(source.batches(source.plan.at_step(start)), count))
 
 
 def assert_same(one, other):
@@ -57,6 +59,33 @@ def joined(batches):
 def test_batches_do_not_depend_on_the_workers(train_shards, workers):
     for one, other in zip(take(train_shards, 7), take(train_shards, 7, num_workers=workers), strict=True):
         assert_same(one, other)
+
+
+def test_what_is_made_ahead_is_not_written_over_what_is_copied(train_shards, monkeypatch):
+    """Loader processes that are as far ahead as they may be, while the trainer still works on what it took."""
+    plain = loader.to_device
+
+    def slow(*arguments):
+        time.sleep(0.03)
+        return plain(*arguments)
+
+    monkeypatch.setattr(loader, "to_device", slow)
+    for one, other in zip(take(train_shards, 20), take(train_shards, 20, num_workers=2), strict=True):
+        assert_same(one, other)
+
+
+def test_shared_memory_comes_again(monkeypatch):
+    """In a loader process, for parts of a stream, and not for frames of an evaluation, which end."""
+    monkeypatch.setattr(loader, "get_worker_info", lambda: "a process")
+    loader._pieces.cache_clear()
+    pieces = [loader._to_be_sent((2, 3), True) for _ in range(13)]
+    assert all(piece.is_shared() and piece.shape == (2, 3) for piece in pieces)
+    addresses = [piece.data_ptr() for piece in pieces]
+    assert len(set(addresses)) == 6
+    assert addresses[6:] == addresses[:7]
+    others = [loader._to_be_sent((2, 3), False) for _ in range(3)]
+    assert len({piece.data_ptr() for piece in others} - set(addresses)) == 3
+    loader._pieces.cache_clear()
 
 
 def test_ranks_and_accumulation_share_the_same_global_batch(train_shards):

@@ -7,8 +7,11 @@ Which samples a step sees is planned in plan.py and depends on neither ranks nor
 from __future__ import annotations
 
 import dataclasses
+import functools
+import itertools
 import math
 import os
+from collections import deque
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,6 +38,8 @@ from vfi.data.plan import START, Plan, Position
 from vfi.data.samples import ShardReader, check_has_middle, decode_triplet, usable_sample
 from vfi.data.storage import ShardFolder, cache_at, shard_folder
 from vfi.data.triplets import draw_triplet, shrink
+
+_PREFETCH = 4  # parts of batches that a loader process makes ahead
 
 
 class FrameBatch(NamedTuple):
@@ -77,10 +82,10 @@ class _Part(NamedTuple):
     faults: tuple[Fault, ...]
 
 
-def collate(samples: Sequence[dict[str, Any]]) -> _Part:
-    """Samples -> a part of a batch, on the CPU."""
+def collate(samples: Sequence[dict[str, Any]], in_turn: bool = False) -> _Part:
+    """Samples -> a part of a batch, on the CPU; `in_turn`: see `_pieces`."""
     flows = np.array([sample["flows"] for sample in samples], dtype=np.float32)
-    frames = _to_be_sent((len(samples), 3, *samples[0]["frames"][0].shape))
+    frames = _to_be_sent((len(samples), 3, *samples[0]["frames"][0].shape), in_turn)
     for place, sample in zip(frames.numpy(), samples, strict=True):
         for pixels, frame in zip(place, sample["frames"], strict=True):
             copy_pixels(frame, into=pixels)
@@ -93,10 +98,24 @@ def collate(samples: Sequence[dict[str, Any]]) -> _Part:
     )
 
 
-def _to_be_sent(shape: tuple[int, ...]) -> Tensor:
-    """A new uint8 tensor; in a loader process in the memory that it shares with the trainer, or torch would copy it there."""
+def _to_be_sent(shape: tuple[int, ...], in_turn: bool) -> Tensor:
+    """A uint8 tensor to be filled; in a loader process in the memory that it shares with the trainer, or torch would copy it
+    there. New memory, or one of a few pieces `in_turn`, whose pages are there already.
+    """
     if get_worker_info() is None:
         return torch.empty(shape, dtype=torch.uint8)
+    return next(_pieces(shape)) if in_turn else _shared(shape)
+
+
+@functools.lru_cache(maxsize=1)  # the crop may grow
+def _pieces(shape: tuple[int, ...]) -> Iterator[Tensor]:
+    """Pieces of shared memory in turn, for parts that are asked for without end: when a process is asked for one, the trainer
+    takes the one _PREFETCH before that and has copied those before it, so that no more than _PREFETCH + 1 hold something.
+    """
+    return itertools.cycle(_shared(shape) for _ in range(_PREFETCH + 2))
+
+
+def _shared(shape: tuple[int, ...]) -> Tensor:
     storage = torch.UntypedStorage._new_shared(math.prod(shape))
     return torch.empty(0, dtype=torch.uint8).set_(storage).view(shape)
 
@@ -170,7 +189,7 @@ class _Stream(IterableDataset):
             lambda: self._planned(lanes),
             lambda planned: (self._sample(readers, *place) for place in planned),
             wds.map(lambda sample: augment_sample(sample, self.config), handler=wds.reraise_exception),
-            wds.batched(lanes.shape[1], collation_fn=collate, partial=False),
+            wds.batched(lanes.shape[1], collation_fn=functools.partial(collate, in_turn=True), partial=False),
         )
         return iter(pipeline)
 
@@ -242,14 +261,18 @@ class TrainingLoader:
             batch_size=None,
             num_workers=workers,
             pin_memory=self.device.type == "cuda",
-            prefetch_factor=4 if workers else None,
+            prefetch_factor=_PREFETCH if workers else None,
             generator=_own_generator(),
             worker_init_fn=_leave_process_group,
         )
         parts = iter(loader)
+        # what comes again would be mapped anew if it were let go; for a GPU a thread copies it, and maps it
+        mapped = deque[Tensor](maxlen=0 if self.device.type == "cuda" else workers * (_PREFETCH + 2))
         while True:
             # the loader takes its workers in turn, and each gives its share of the same batch
-            yield to_device([next(parts) for _ in range(max(1, workers))], self.device)
+            given = [next(parts) for _ in range(max(1, workers))]
+            mapped.extend(part.frames for part in given)
+            yield to_device(given, self.device)
 
 
 def _own_generator() -> torch.Generator:
