@@ -1,7 +1,7 @@
 """How fast is each operator that has kernels of our own, by itself, beside PyTorch's form of it?
 
     vfi operators                                   on a GPU: all of them, at the sizes that training and 4K have
-    vfi operators --only warp --json warp.json
+    vfi operators --only warp --out warp.json
 
 Times are medians of calls one after the other (triton.testing.do_bench, which empties the cache before each); memory is what a
 call takes beside its inputs. The floor: inputs read and outputs written once, back with gradients once more and the inputs
@@ -36,6 +36,7 @@ from vfi.ops.fused import fused_obstacle
 from vfi.ops.ssd import kernel_obstacle
 from vfi.ops.warp import backward_warp
 from vfi.records import write_text
+from vfi.results import check_output
 from vfi.tracking import environment
 
 SCHEMA, VERSION = "vfi-operators", 1
@@ -48,7 +49,7 @@ class Options:
 
     only: str = ""
     """Part of the names of the operators to be measured; by default all."""
-    json: Path | None = None
+    out: Path | None = None
     """Also write everything to this .json."""
 
 
@@ -99,6 +100,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """The job: measure, print the table, write the numbers."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     options = tyro.cli(Options, prog="vfi operators", description=__doc__, args=arguments)
+    if options.out:
+        check_output(options.out, "operators.json")
     chosen = [operator for operator in all_operators() if options.only in operator.name]
     if not chosen:
         names = ", ".join(dict.fromkeys(operator.name for operator in all_operators()))
@@ -106,6 +109,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     if obstacle := fused_obstacle(device):
         raise JobError(f"there is nothing to be measured: {obstacle}")
+    if options.out:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
     set_numerics()
     gbs = profiling.measure_rates(device, _HALF).gbs
     rows = []
@@ -114,9 +119,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"{operator.name}: {rows[-1].ours.both_ms:.3f} ms", file=sys.stderr, flush=True)
     told = environment(device) | {"command": shlex.join(["vfi", "operators", *arguments]), "gbs": gbs}
     print(table(rows, told))
-    if options.json:
+    if options.out:
         content = {"schema": SCHEMA, "version": VERSION, "environment": told, "rows": [dataclasses.asdict(row) for row in rows]}
-        write_text(options.json, json.dumps(content, indent=1) + "\n")
+        write_text(options.out, json.dumps(content, indent=1) + "\n")
 
 
 def all_operators() -> list[Operator]:

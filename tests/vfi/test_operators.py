@@ -82,12 +82,12 @@ def a_gpu(monkeypatch):
 
 
 def test_what_is_measured_is_told(a_gpu, capsys, tmp_path):
-    main(["--json", str(tmp_path / "out.json")])
+    main(["--out", str(tmp_path / "new" / "out.json")])
     shown = capsys.readouterr().out.splitlines()
     assert shown[-1].split() == [
         "double", "3×5", "0.060", "0.500", "1.500", "3.0x", "0.150", "1.000", "4.000", "4.0x", "1", "10",
     ]  # fmt: skip
-    (row,) = json.loads((tmp_path / "out.json").read_text())["rows"]
+    (row,) = json.loads((tmp_path / "new" / "out.json").read_text())["rows"]
     assert Cost(**row["plain"]) == Cost(1.5, 4.0, 10 * 2**20)
 
 
@@ -96,6 +96,14 @@ def test_a_name_that_is_none_lists_them(capsys):
         main(["--only", "convolution"])
     assert stopped.value.code == 2
     assert "is in none of the names: SS2D, window attention, " in capsys.readouterr().err
+
+
+def test_a_file_that_can_not_be_written_is_refused_before_anything_is_measured(a_gpu, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(operators, "measure", lambda *_: pytest.fail("it was measured"))
+    with pytest.raises(SystemExit) as stopped:
+        main(["--out", str(tmp_path)])
+    assert stopped.value.code == 2
+    assert f"--out {tmp_path} is a folder" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA GPU here")
