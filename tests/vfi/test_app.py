@@ -350,11 +350,16 @@ def phone(browser, address) -> Iterator[Page]:
     yield from _open(browser, address, 390)
 
 
-def _upload(page: Page, *paths: Path) -> None:
-    for number, path in enumerate(paths):
-        with page.expect_response(lambda response: "/upload" in response.url and response.request.method == "POST"):
-            page.locator("input[type=file]:visible, input[type=file]").nth(number).set_input_files(path)
-    page.wait_for_timeout(300)  # until the page has taken them
+def _upload(page: Page, **given: Path) -> None:
+    for label, path in given.items():
+        part = _part(page, label.replace("_", " "))
+        part.locator("input[type=file]").set_input_files(path)
+        part.locator("img:visible, video:visible").wait_for()
+
+
+def _part(page: Page, label: str) -> Locator:
+    """By its label, since parts come a while after their tab is clicked or something was made."""
+    return page.locator(".block").filter(has=page.get_by_text(label, exact=True))
 
 
 def _make(page: Page, button: str) -> Locator:
@@ -388,7 +393,7 @@ def _fits(page: Page) -> bool:
 @pytest.mark.browser
 def test_two_images_in_the_page(page, inputs):
     assert page.get_by_text("some, step 4 · cpu, fp32").is_visible()
-    _upload(page, inputs / "a.png", inputs / "b.png")
+    _upload(page, First_image=inputs / "a.png", Second_image=inputs / "b.png")
     page.get_by_role("button", name="Make the image between").focus()
     page.keyboard.press("Enter")
     line = page.locator(".said p:visible")
@@ -423,17 +428,16 @@ def test_two_images_in_the_page(page, inputs):
 @pytest.mark.browser
 def test_a_video_in_the_page(page, inputs):
     page.get_by_role("tab", name="Video").click()
-    page.locator("input[type=file]").last.set_input_files(inputs / "clip.mp4")
-    page.locator("video:visible").wait_for()
+    _upload(page, Video=inputs / "clip.mp4")
     page.get_by_label("slow motion").check()
     assert (
         _make(page, "Make the video").inner_text().startswith(f"{2 * FRAMES - 1} frames at 10 per second from {FRAMES} at 10")
     )
-    video = page.locator("video:visible").last
+    video = _part(page, "The video").locator("video:visible")
     page.wait_for_function("v => v.readyState >= 2", arg=video.element_handle())
     assert video.evaluate("v => v.duration") == pytest.approx(0.7, abs=0.11)
     assert video.evaluate("v => v.videoWidth") == WIDTH
-    assert page.get_by_role("slider", name="border").is_visible()
+    page.get_by_role("slider", name="border").wait_for()
     with page.expect_download() as download:
         page.get_by_role("button", name="Download the video").click()
     assert len(_frames(Path(download.value.path()))) == 2 * FRAMES - 1
@@ -441,13 +445,12 @@ def test_a_video_in_the_page(page, inputs):
 
 @pytest.mark.browser
 def test_mistakes_are_one_line_in_the_page_and_it_goes_on(page, inputs):
-    _upload(page, inputs / "a.png", inputs / "text.png")
+    _upload(page, First_image=inputs / "a.png", Second_image=inputs / "text.png")
     line = _make(page, "Make the image between")
     assert line.inner_text() == "text.png cannot be decoded as png: cannot identify image file"
     assert line.get_attribute("role") == "alert"
     page.get_by_role("tab", name="Video").click()
-    page.locator("input[type=file]").last.set_input_files(inputs / "still.mp4")
-    page.wait_for_timeout(300)
+    _upload(page, Video=inputs / "still.mp4")
     assert "fewer than two frames" in _make(page, "Make the video").inner_text()
     assert not page.get_by_role("slider", name="border").is_visible()
 
@@ -455,7 +458,7 @@ def test_mistakes_are_one_line_in_the_page_and_it_goes_on(page, inputs):
 @pytest.mark.browser
 def test_nothing_is_wider_than_a_phone(phone, inputs):
     assert _fits(phone)
-    _upload(phone, inputs / "a.png", inputs / "b.png")
+    _upload(phone, First_image=inputs / "a.png", Second_image=inputs / "b.png")
     _make(phone, "Make the image between")
     phone.get_by_role("slider", name="border").wait_for()
     assert _fits(phone)
