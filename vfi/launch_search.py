@@ -3,25 +3,30 @@
     found = list(search_step(TrainingStep(config, device, torch.bfloat16), known=()))
     kernels = as_entries(found)                 # what was faster than what the code says, for tuned_kernels.json
 
-A training step tells which SS2Ds and window attentions run on what; each is then run alone, forward and backward, and of it the
-kernel in question is measured. A choice counts where it is more than 3 % faster than the code's and the results are the same.
+A training step tells which SS2Ds, window attentions and operators between convolutions run on what, and the loss; each is then
+run alone, forward and backward, and of it the kernel in question is measured. A choice counts where it is more than 3 % and one
+microsecond faster than the code's and the results are the same.
 """
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 from unittest import mock
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from vfi.fitting import TrainingStep
+from vfi.losses import choose_loss
 from vfi.model.ss2d import SS2D
 from vfi.model.window_attention import GatedWindowAttention
 from vfi.ops import launches, tuned
 from vfi.ops.compiling import compiling_ahead
+from vfi.ops.pointwise import Pointwise, PointwiseModule
 
 Key = tuple[str, launches.ShapeClass]
 """A kernel and its shape class."""
@@ -34,6 +39,7 @@ _NEVER = (
     ("scan_key_gradients", "num_warps", 1),
 )
 _GAIN = 0.97  # of the time that a choice may take to be kept
+_SHORTEST_GAIN = 0.001  # ms, about what CUDA's clock tells apart
 _REPEATS = 5
 _AHEAD = 20_000_000  # cycles, 10 ms, that the GPU waits before each run: launches pile up, and none is waited for
 _ROUNDING = {torch.float32: 1e-3, torch.bfloat16: 2**-6, torch.float16: 2**-9}  # sums in another order; a mistake is larger
@@ -82,20 +88,33 @@ def as_entries(found: Sequence[Found]) -> tuned.Kernels:
 
 
 class Part:
-    """An SS2D or a window attention: `part()` is one run, forward and backward, on what a training step gave it."""
+    """What a training step ran: `part()` is one run alone, forward and backward, on what the step gave it.
 
-    def __init__(self, module: nn.Module, given: Tensor, precision: torch.dtype) -> None:
-        self.module, self.given, self.precision = module, given, precision
-        self.device, self.grad = given.device, torch.empty(0)
+    Args:
+        run: gives one tensor.
+        given: its arguments, in which tensors that require a gradient get one.
+        parameters: what else gets one.
+    """
+
+    def __init__(
+        self, run: Callable[..., Tensor], given: tuple[Any, ...], precision: torch.dtype, parameters: Sequence[Tensor] = ()
+    ) -> None:
+        self.run, self.precision, self.parameters = run, precision, parameters
+        leaves, self.structure = tree_flatten(given)
+        self.given = [leaf.detach().requires_grad_(leaf.requires_grad) if _is_tensor(leaf) else leaf for leaf in leaves]
+        self.device = next(leaf.device for leaf in self.given if _is_tensor(leaf))
+        self.grad = torch.empty(0)
 
     def __call__(self) -> list[Tensor]:
         """Output and all gradients."""
-        given = self.given.detach().requires_grad_()
         with torch.autocast(self.device.type, self.precision, enabled=self.precision != torch.float32):
-            y = self.module(given)
+            y = self.run(*tree_unflatten(self.given, self.structure))
+        if not y.requires_grad:
+            return [y]
         if self.grad.shape != y.shape:
             self.grad = torch.randn_like(y)
-        return [y.detach(), *torch.autograd.grad(y, (given, *self.module.parameters()), self.grad)]
+        asked = [leaf for leaf in self.given if _is_tensor(leaf) and leaf.requires_grad]
+        return [y.detach(), *torch.autograd.grad(y, (*asked, *self.parameters), self.grad)]
 
     def milliseconds(self, kernel: str) -> float:
         """Of all launches of a kernel in a run; the median of some runs."""
@@ -120,18 +139,42 @@ def parts_of(step: TrainingStep) -> list[Part]:
     """The parts that a training step runs, one of each kind."""
     met: dict[Hashable, Part] = {}
 
-    def note(module: nn.Module, given: tuple[Tensor, ...]) -> None:
-        sizes = tuple(parameter.shape for parameter in module.parameters())
-        key = type(module), given[0].shape, given[0].dtype, sizes
+    def note(run: Callable[..., Tensor], given: tuple[Any, ...], kind: Hashable, parameters: Sequence[Tensor] = ()) -> None:
+        shapes = [_layout(leaf) if _is_tensor(leaf) else leaf for leaf in tree_leaves(given)]
+        key = kind, *shapes, *(parameter.shape for parameter in parameters)
         if key not in met:
-            met[key] = Part(module, given[0].detach().clone(), step.precision)
+            met[key] = Part(run, given, step.precision, parameters)
 
-    modules = [module for module in step.model.modules() if isinstance(module, SS2D | GatedWindowAttention)]
-    hooks = [module.register_forward_pre_hook(note) for module in modules]
-    step(step.make_frames())
-    for hook in hooks:
-        hook.remove()
+    def noted(operator: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def run(*given: Any) -> Tensor:
+            note(operator, given, operator)
+            return operator(*given)
+
+        return run
+
+    with contextlib.ExitStack() as after:
+        for module in step.model.modules():
+            if isinstance(module, SS2D | GatedWindowAttention):
+                hook = module.register_forward_pre_hook(
+                    lambda module, given: note(module, given, type(module).__name__, [*module.parameters()])
+                )
+                after.callback(hook.remove)
+            elif isinstance(module, PointwiseModule) and module.pointwise is not None:
+                after.enter_context(mock.patch.object(module, "pointwise", Pointwise(*map(noted, module.pointwise))))
+        if choose_loss(step.config.optim.loss_backend, step.device)[0]:
+            from vfi.ops import pyramid_kernels
+
+            after.enter_context(mock.patch.object(pyramid_kernels, "pyramid_sizes", noted(pyramid_kernels.pyramid_sizes)))
+        step(step.make_frames())
     return list(met.values())
+
+
+def _is_tensor(leaf: Any) -> TypeGuard[Tensor]:
+    return isinstance(leaf, Tensor)
+
+
+def _layout(t: Tensor) -> Hashable:
+    return t.shape, t.stride(), t.dtype, t.requires_grad
 
 
 class _Chooser:
@@ -152,31 +195,32 @@ class _Chooser:
 def search(parts: Sequence[Part], known: Collection[Key]) -> Iterator[Found]:
     """Search for the kernels of these parts. A kernel is measured in all parts that launch it for its shape class."""
     chooser = _Chooser()
-    defaults, users = dict[Key, launches.Options](), dict[Key, list[tuple[Part, list[Tensor]]]]()
+    defaults, users = dict[Key, launches.Options](), dict[Key, list[Part]]()
     with mock.patch.object(launches, "configuration", chooser):
         for part in parts:
             chooser.asked = {}
-            results = part()
+            part()
             asked = {key: default for key, default in chooser.asked.items() if key not in known}
             _compile_ahead(part, chooser, {key: default for key, default in asked.items() if key not in defaults})
             defaults |= asked
             for key in asked:
-                users.setdefault(key, []).append((part, results))
+                users.setdefault(key, []).append(part)
         for key, default in defaults.items():
             found = _search_one(key, default, users[key], chooser)
             chooser.taken[key] = found.options
             yield found
 
 
-def _search_one(key: Key, default: launches.Options, users: Sequence[tuple[Part, list[Tensor]]], chooser: _Chooser) -> Found:
+def _search_one(key: Key, default: launches.Options, users: Sequence[Part], chooser: _Chooser) -> Found:
     kernel, _ = key
+    wanted = [part() for part in users]
 
     def measure(options: launches.Options) -> float | None:
         chooser.taken[key] = options
         try:
-            if not all(part.agrees(part(), wanted) for part, wanted in users):
+            if not all(part.agrees(part(), results) for part, results in zip(users, wanted, strict=True)):
                 return None
-            return sum(part.milliseconds(kernel) for part, _ in users)
+            return sum(part.milliseconds(kernel) for part in users)
         except Exception as error:
             if not launches.can_not_run(error):
                 raise
@@ -186,7 +230,7 @@ def _search_one(key: Key, default: launches.Options, users: Sequence[tuple[Part,
     before, after = measure(default), measure(best)  # once more, one after the other: the least of many is partly luck
     if before is None or after is None:
         raise RuntimeError(f"{kernel} does not give the same twice, with {default} or with {best}")
-    if after >= _GAIN * before:
+    if after >= min(_GAIN * before, before - _SHORTEST_GAIN):
         best, after = default, before
     return Found(*key, default, best, before, after, tried, skipped)
 

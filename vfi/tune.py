@@ -40,7 +40,7 @@ class Options:
     """Each field is a flag of the job."""
 
     presets: tuple[str, ...] = ("tiny", "small", "base")
-    """Presets, or ablations, whose kernels are tuned: by a training step in fp32 and one in bf16."""
+    """Presets, or ablations, whose kernels are tuned: by a training step of phase 2 or 3 in fp32 and one in bf16."""
     batch_size: int = 8
     """Pairs of frames at once; the size does not belong to what a configuration is kept for. Best that of training."""
     crop: int = 256
@@ -75,7 +75,9 @@ def tune(options: Options) -> Iterator[str]:
         os.environ["TRITON_CACHE_AUTOTUNING"] = "0"
         import_kernel()
     for preset in options.presets:
-        config = presets.override(presets.get(preset), batch_size=options.batch_size, crop=options.crop)
+        config = presets.get(preset)
+        phase = max(2, config.model.phase)  # there is optical flow, too
+        config = presets.override(config, phase=phase, batch_size=options.batch_size, crop=options.crop)
         for precision in (torch.bfloat16, torch.float32):
             if not ours:
                 for one in search_step(TrainingStep(config, device, precision), {one.key for one in found}):

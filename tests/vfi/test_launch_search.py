@@ -6,6 +6,7 @@ import importlib.util
 import json
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -14,9 +15,11 @@ from torch import Tensor, nn
 from vfi import launch_search, presets, tune
 from vfi.fitting import TrainingStep
 from vfi.launch_search import Found, Part, as_entries, candidates, fastest, parts_of, search
+from vfi.losses import laplacian_loss
 from vfi.model.ss2d import SS2D
 from vfi.model.window_attention import GatedWindowAttention
 from vfi.ops import launches, tuned
+from vfi.ops.pointwise import give_pointwise
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 CPU = torch.device("cpu")
@@ -28,7 +31,7 @@ class MadeUp(Part):
     """Launches one kernel, whose time and results follow from its options by functions."""
 
     def __init__(self, time: Callable[[launches.Options], float], results: Callable[[launches.Options], list[Tensor]]) -> None:
-        super().__init__(nn.Identity(), torch.zeros(1), torch.float32)
+        super().__init__(nn.Identity(), (torch.zeros(1),), torch.float32)
         self.time, self.results = time, results
 
     def __call__(self) -> list[Tensor]:
@@ -144,18 +147,67 @@ def test_the_parts_of_a_step_run_alone():
     config = presets.override(presets.tiny(), batch_size=1, crop=64)
     step = TrainingStep(config, CPU, torch.float32)
     parts = parts_of(step)
-    kinds = {(type(part.module), part.given.shape) for part in parts}
+    kinds = {(type(part.run), part.given[0].shape) for part in parts}
     assert len(kinds) == len(parts) == 4  # two stages of the backbone
-    assert all(isinstance(part.module, SS2D | GatedWindowAttention) for part in parts)
+    assert all(isinstance(part.run, SS2D | GatedWindowAttention) for part in parts)
     for part in parts:
         y, *gradients = part()
-        assert y.shape == part.given.shape
-        assert len(gradients) == 1 + len(list(part.module.parameters()))
+        assert y.shape == part.given[0].shape
+        assert len(gradients) == 1 + len(list(part.run.parameters()))
         assert all(gradient.isfinite().all() for gradient in gradients)
         assert part.agrees(part(), [y, *gradients])
         assert not part.agrees(part(), [y, *(1.01 * gradient for gradient in gradients)])
-        assert all(not module._forward_pre_hooks for module in part.module.modules())
+    assert all(not module._forward_pre_hooks for module in step.model.modules())
     assert list(search(parts, known=())) == []
+
+
+def searched_between_convolutions() -> list[Found]:
+    """Kernels that are interpreted, on small maps of a step, by times that are made up: the smaller an option the faster."""
+    step = TrainingStep(presets.override(presets.tiny(), batch_size=1, crop=64, phase=2), CPU, torch.float32)
+    give_pointwise(step.model, importlib.import_module("vfi.ops.pointwise")._import())
+    small = [part for part in parts_of(step) if part.given[0].numel() <= 2**13 and not isinstance(part.run, nn.Module)]
+    parts = list({(part.run, len(part.given)): part for part in small}.values())  # one with and one without a residual …
+    chooser = launch_search._Chooser()
+
+    def milliseconds(part: Part, kernel: str) -> float:
+        return float(sum(sum(options.values()) for (name, _), options in chooser.taken.items() if name == kernel))
+
+    with (
+        mock.patch.object(launch_search, "_Chooser", return_value=chooser),
+        mock.patch.object(Part, "milliseconds", milliseconds),
+        mock.patch.multiple(launch_search, _FACTORS=(0.5, 2), _VALUES={"num_warps": (2, 8)}),
+    ):
+        return list(search(parts, known=()))
+
+
+@needs_triton
+def test_kernels_between_convolutions_compute_the_same_with_all_options(interpreter):
+    found = interpreter.submit(searched_between_convolutions).result()
+    assert {one.kernel for one in found} == {
+        "bias_prelu_forward", "bias_prelu_backward", "stack_maps", "unstack_maps", "warp_forward", "warp_backward",
+        "layer_norm_forward", "layer_norm_backward",
+    }  # fmt: skip
+    assert len({one.key for one in found}) == len(found)
+    for one in found:
+        assert one.skipped == 0, one
+        assert one.options == {name: 2 if name == "num_warps" else max(1, value // 2) for name, value in one.default.items()}
+
+
+@needs_triton
+def test_the_loss_is_a_part(monkeypatch):
+    """Here its pyramids are made by PyTorch."""
+
+    def in_torch(images: Tensor, levels: int) -> Tensor:
+        return laplacian_loss(images, torch.zeros_like(images[0]), "torch")
+
+    monkeypatch.setattr("vfi.ops.pyramid_kernels.pyramid_sizes", in_torch)
+    for module in ("vfi.losses", "vfi.launch_search"):
+        monkeypatch.setattr(f"{module}.choose_loss", lambda backend, device: (backend != "torch", ""))
+    step = TrainingStep(presets.override(presets.tiny(), batch_size=2, crop=64), CPU, torch.float32)
+    (part,) = [part for part in parts_of(step) if part.run is in_torch]
+    sizes, gradient = part()
+    assert sizes.shape == (1,)
+    assert gradient.shape == (1, 2, 3, 64, 64)
 
 
 def anything_else(default, values, measure) -> tuple[launches.Options, int, int]:
@@ -176,13 +228,14 @@ def test_gpu_what_is_found_is_used_and_computes_the_same(monkeypatch, tmp_path):
     monkeypatch.setattr(tuned, "FILE", tmp_path / "kernels.json")
     tuned.FILE.write_text("{}")
     monkeypatch.setattr(launch_search, "_VALUES", {"num_warps": (2, 8), "num_stages": (), "TOKENS": ()})
-    monkeypatch.setattr(launch_search, "_FACTORS", ())
+    monkeypatch.setattr(launch_search, "_FACTORS", (0.5,))
     monkeypatch.setattr(launch_search, "_GAIN", 1000)
+    monkeypatch.setattr(launch_search, "_SHORTEST_GAIN", -1000)
     monkeypatch.setattr(launch_search, "fastest", anything_else)
     monkeypatch.setattr(tune, "kernel_obstacle", lambda device: "mamba-ssm has a test of its own")
     launches.known.cache_clear()
     try:
-        config = presets.override(presets.tiny(), batch_size=2, crop=128)
+        config = presets.override(presets.tiny(), batch_size=2, crop=128, phase=2)
         parts = parts_of(TrainingStep(config, device, torch.bfloat16))
         plain = [part() for part in parts]
         lines = list(tune.tune(tune.Options(presets=("tiny",), batch_size=2, crop=128, out=tuned.FILE)))
@@ -201,6 +254,7 @@ def test_gpu_what_is_found_is_used_and_computes_the_same(monkeypatch, tmp_path):
         monkeypatch.setattr(launches, "configuration", note)
         for part, wanted in zip(parts, plain, strict=True):
             assert part.agrees(part(), wanted)
-        assert {"scan", "scan_gradients", "window_attention_forward"} < set(taken) == set(fused)
+        some = {"scan", "scan_gradients", "window_attention_forward", "bias_prelu_backward", "unstack_maps", "pyramid_band"}
+        assert some < set(taken) == set(fused)
     finally:
         launches.known.cache_clear()

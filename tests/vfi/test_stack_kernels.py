@@ -258,5 +258,5 @@ def test_other_sizes_of_frames_are_not_compiled_anew():
     compiled = []
     for size in ((2, 16, 32), (1, 12, 20), (3, 64, 48)):
         check(Case(size, *refine(16, BRAIN), BRAIN), "cuda")
-        compiled.append([len(kernel.device_caches[0][0]) for kernel in (kernels._stack_kernel, kernels._unstack_kernel)])
+        compiled.append([len(kernel.device_caches[0][0]) for kernel in (kernels.stack_maps, kernels.unstack_maps)])
     assert compiled[0] == compiled[1] == compiled[2]

@@ -7,7 +7,6 @@ own pixels in one order: all is the same bit for bit each time.
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import Any, NamedTuple
 
@@ -17,10 +16,14 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from vfi.ops import launches
 from vfi.ops.fused import multiprocessors
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-PROGRAMS = 8  # a multiprocessor, in the backward pass
+# 54 registers on an H100: nine programs a multiprocessor, each with 64 bytes of each map a thread under way
+_FORWARD = {"num_warps": 4, "TOGETHER": 4}
+# 128 registers: four programs a multiprocessor, so that PROGRAMS run in two waves
+_BACKWARD = {"num_warps": 4, "TOGETHER": 4, "PROGRAMS": 8}
 
 
 def bias_prelu(x: Tensor, bias: Tensor, slope: Tensor, residual: Tensor | None = None, overwrite: bool = False) -> Tensor:
@@ -42,7 +45,7 @@ def bias_prelu(x: Tensor, bias: Tensor, slope: Tensor, residual: Tensor | None =
     if x.ndim != 4 or not bias.shape == slope.shape == x.shape[1:2] or (residual is not None and residual.shape != x.shape):
         shapes = [tuple(t.shape) for t in (x, bias, slope, residual) if t is not None]
         raise ValueError(f"map, bias, slope and residual must be [B, C, H, W], [C], [C] and like the map, not {shapes}")
-    if isinstance(_forward_kernel, triton.JITFunction) and not x.is_cuda:
+    if isinstance(bias_prelu_forward, triton.JITFunction) and not x.is_cuda:
         raise ValueError(f"fused PReLU runs on a GPU and was given a map on {x.device}")
     if not overwrite:
         return _Fused.apply(x, bias, slope, residual)
@@ -54,9 +57,9 @@ def bias_prelu(x: Tensor, bias: Tensor, slope: Tensor, residual: Tensor | None =
 
 def _forward(x: Tensor, bias: Tensor, slope: Tensor, residual: Tensor | None, y: Tensor) -> Tensor:
     """Fills y, which may be x."""
-    tile, rows = forward_tile(x.shape[1], x.dtype), _rows(x)
+    tile, rows = _tile(x, residual, "bias_prelu_forward", _FORWARD), _rows(x)
     programs = -(-rows // (tile.rows * tile.together)) * tile.blocks
-    _launch(_forward_kernel, programs, tile, x, bias, slope, residual, y, rows)
+    _launch(bias_prelu_forward, programs, tile, x, bias, slope, residual, y, rows)
     return y
 
 
@@ -73,12 +76,13 @@ class _Fused(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, bias, slope, residual = ctx.saved_tensors
         to_x, to_bias, to_slope, to_residual = ctx.needs_input_grad
-        tile, rows = backward_tile(x.shape[1], x.dtype), _rows(x)
-        programs = min(max(1, -(-rows // (tile.rows * tile.together))), -(-multiprocessors(x.device) * PROGRAMS // tile.blocks))
+        tile, rows = _tile(x, residual, "bias_prelu_backward", _BACKWARD), _rows(x)
+        most = multiprocessors(x.device) * tile.programs
+        programs = min(max(1, -(-rows // (tile.rows * tile.together))), -(-most // tile.blocks))
         dx = torch.empty_like(x, memory_format=torch.channels_last)
         sums = x.new_empty(2, programs, x.shape[1], dtype=torch.float32)
         tensors = x, bias, slope, residual, _channels_last(grad), dx, sums
-        _launch(_backward_kernel, programs * tile.blocks, tile, *tensors, rows, programs)
+        _launch(bias_prelu_backward, programs * tile.blocks, tile, *tensors, rows, programs)
         d_bias, d_slope = sums.sum(dim=1).unbind()  # a tensor taken apart by Python takes longer than the kernel
         return (
             dx if to_x else None,
@@ -96,24 +100,18 @@ class Tile(NamedTuple):
     rows: int
     together: int
     num_warps: int
+    programs: int
+    """A multiprocessor, in the backward pass."""
 
 
-def forward_tile(C: int, dtype: torch.dtype) -> Tile:
-    """54 registers on an H100: nine programs a multiprocessor, each with 64 bytes of each map a thread under way."""
-    return _tile(C, dtype, together=4, num_warps=4)
-
-
-def backward_tile(C: int, dtype: torch.dtype) -> Tile:
-    """128 registers on an H100: four programs a multiprocessor, so that `PROGRAMS` run in two waves."""
-    return _tile(C, dtype, together=4, num_warps=4)
-
-
-@functools.cache
-def _tile(C: int, dtype: torch.dtype, together: int, num_warps: int) -> Tile:
+def _tile(x: Tensor, residual: Tensor | None, kernel: str, default: launches.Options) -> Tile:
     """Channels in blocks of a cache line or two: the fewer a program has, the fewer the sums that it leaves."""
-    at_once = num_warps * 32 * math.gcd(C, 16 // dtype.itemsize)
-    channels = min(64, triton.next_power_of_2(C))
-    return Tile(channels, -(-C // channels), at_once // channels, together, num_warps)
+    C = x.shape[1]
+    channels, vector = min(64, triton.next_power_of_2(C)), math.gcd(C, 16 // x.dtype.itemsize)
+    options = launches.configuration(kernel, (x.dtype, channels, vector, residual is not None), default, x.device)
+    at_once = options["num_warps"] * 32 * vector
+    rows = max(1, at_once // channels)
+    return Tile(channels, -(-C // channels), rows, options["TOGETHER"], options["num_warps"], options.get("PROGRAMS", 0))
 
 
 def _channels_last(t: Tensor) -> Tensor:
@@ -169,7 +167,7 @@ def _per_channel(values, lane, known):
 
 
 @triton.jit(do_not_specialize=["rows"])
-def _forward_kernel(
+def bias_prelu_forward(
     x,
     bias,
     slope,
@@ -190,7 +188,7 @@ def _forward_kernel(
 
 
 @triton.jit(do_not_specialize=["rows", "programs"])
-def _backward_kernel(
+def bias_prelu_backward(
     x,
     bias,
     slope,

@@ -14,6 +14,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from vfi.ops import launches
+
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _PROGRAMS = 1024  # of the backward pass: each leaves a sum for every parameter
 
@@ -34,8 +36,10 @@ class _LayerNorm(torch.autograd.Function):
         x = x.contiguous()
         y = torch.empty_like(x)
         C = x.shape[-1]
-        rows, tile = x.numel() // C, _tile(C)
-        _forward_kernel[(math.ceil(rows / tile["ROWS"]),)](x, weight.contiguous(), bias.contiguous(), y, eps, rows, C=C, **tile)
+        rows, tile = x.numel() // C, _tile(x, "layer_norm_forward")
+        layer_norm_forward[(math.ceil(rows / tile["ROWS"]),)](
+            x, weight.contiguous(), bias.contiguous(), y, eps, rows, C=C, **tile
+        )
         ctx.save_for_backward(x, weight, bias)
         ctx.eps = eps
         return y
@@ -45,22 +49,23 @@ class _LayerNorm(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias = ctx.saved_tensors
         C = x.shape[-1]
-        rows, tile = x.numel() // C, _tile(C)
+        rows, tile = x.numel() // C, _tile(x, "layer_norm_backward")
         each = math.ceil(rows / (tile["ROWS"] * _PROGRAMS))  # blocks of rows of a program
         programs = math.ceil(rows / (tile["ROWS"] * each)) if rows else 0
         dx = torch.empty_like(x)
         sums = x.new_empty(2, programs, C, dtype=torch.float32)
         if programs:
             arguments = x, weight.contiguous(), grad.contiguous(), dx, sums, ctx.eps, rows, each
-            _backward_kernel[(programs,)](*arguments, C=C, **tile)
+            layer_norm_backward[(programs,)](*arguments, C=C, **tile)
         d_weight, d_bias = sums.sum(dim=1).unbind()
         return dx, d_weight.to(weight.dtype), d_bias.to(bias.dtype), None
 
 
-def _tile(C: int) -> dict[str, int]:
+def _tile(x: Tensor, kernel: str) -> dict[str, int]:
     """Rows of a program, about 2048 numbers, and the channels of a row up to a power of two."""
-    channels = triton.next_power_of_2(C)
-    return {"ROWS": max(1, 2048 // channels), "CHANNELS": channels, "num_warps": 4}
+    channels = triton.next_power_of_2(x.shape[-1])
+    default = {"ROWS": max(1, 2048 // channels), "num_warps": 4}
+    return launches.configuration(kernel, (x.dtype, channels), default, x.device) | {"CHANNELS": channels}
 
 
 @triton.jit
@@ -73,7 +78,7 @@ def _normed(x, at, known, C: tl.constexpr, eps):
 
 
 @triton.jit(do_not_specialize=["rows"])
-def _forward_kernel(x, weight, bias, y, eps, rows, C: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr):
+def layer_norm_forward(x, weight, bias, y, eps, rows, C: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr):
     """Program: a block of rows."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     channel = tl.arange(0, CHANNELS)
@@ -86,7 +91,9 @@ def _forward_kernel(x, weight, bias, y, eps, rows, C: tl.constexpr, ROWS: tl.con
 
 
 @triton.jit(do_not_specialize=["rows", "each"])
-def _backward_kernel(x, weight, grad, dx, sums, eps, rows, each, C: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr):
+def layer_norm_backward(
+    x, weight, grad, dx, sums, eps, rows, each, C: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr
+):
     """dx, and of weight and bias what the rows of this program add: sums [2, programs, C]. Program: `each` blocks of rows."""
     program = tl.program_id(0)
     channel = tl.arange(0, CHANNELS)

@@ -21,7 +21,9 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-_BLOCK = 512  # pixels of a program
+from vfi.ops import launches
+
+_DEFAULT = {"BLOCK": 512, "num_warps": 4}  # pixels of a program
 _SIZES = ("H", "W", "h", "w", "images", "blocks", "first")  # a kernel is compiled once for all of them
 
 
@@ -51,7 +53,8 @@ class _PyramidSizes(torch.autograd.Function):
         shapes = [images.shape[-2:]]
         for _ in range(levels):
             shapes.append(torch.Size((side + 1) // 2 for side in shapes[-1]))
-        blocks = [_blocks(shape) for shape in shapes]
+        shrink, band = (_options(kernel, images) for kernel in ("pyramid_shrink", "pyramid_band"))
+        blocks = [_blocks(shape, band) for shape in shapes]
         sums = images.new_empty(planes, sum(blocks))
         for level, (H, W) in enumerate(shapes):
             first, last = sum(blocks[:level]), level == levels
@@ -59,11 +62,11 @@ class _PyramidSizes(torch.autograd.Function):
             coarse = fine
             if not last:
                 coarse = images.new_empty(planes, h, w)
-                _shrink[_blocks((h, w)), planes](fine, coarse, H, W, h, w, BLOCK=_BLOCK)
+                pyramid_shrink[_blocks((h, w), shrink), planes](fine, coarse, H, W, h, w, **shrink)
             signs.append(images.new_empty(planes, H, W, dtype=torch.int8))
             share = len(images) / (planes * H * W)  # of a pixel in the mean of its level
-            _band[blocks[level], planes](
-                fine, coarse, signs[-1], sums, share, H, W, h, w, sum(blocks), first, LAST=last, BLOCK=_BLOCK
+            pyramid_band[blocks[level], planes](
+                fine, coarse, signs[-1], sums, share, H, W, h, w, sum(blocks), first, LAST=last, **band
             )
             fine = coarse
         ctx.save_for_backward(*signs)
@@ -75,6 +78,8 @@ class _PyramidSizes(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         signs, grad = ctx.saved_tensors, grad.contiguous()
         planes, images = math.prod(ctx.shape[:3]), math.prod(ctx.shape[1:3])
+        kernels = "pyramid_coarse_gradient", "pyramid_fine_gradient"
+        to_coarse, to_fine = (_options(kernel, grad) for kernel in kernels)
         coarse = grad  # not read at the last level
         for level in reversed(range(len(signs))):
             sign, last = signs[level], level == len(signs) - 1
@@ -82,17 +87,23 @@ class _PyramidSizes(torch.autograd.Function):
             h, w = (H, W) if last else signs[level + 1].shape[1:]
             share = len(grad) / (planes * H * W)
             if not last:
-                _coarse_gradient[_blocks((h, w)), planes](sign, grad, coarse, share, H, W, h, w, images, BLOCK=_BLOCK)
+                pyramid_coarse_gradient[_blocks((h, w), to_coarse), planes](
+                    sign, grad, coarse, share, H, W, h, w, images, **to_coarse
+                )
             fine = grad.new_empty(planes, H, W)
-            _fine_gradient[_blocks((H, W)), planes](
-                sign, grad, coarse, fine, share, H, W, h, w, images, LAST=last, BLOCK=_BLOCK
-            )  # fmt: skip
+            pyramid_fine_gradient[_blocks((H, W), to_fine), planes](
+                sign, grad, coarse, fine, share, H, W, h, w, images, LAST=last, **to_fine
+            )
             coarse = fine
         return coarse.view(ctx.shape), None
 
 
-def _blocks(shape: tuple[int, int] | torch.Size) -> int:
-    return math.ceil(shape[0] * shape[1] / _BLOCK)
+def _options(kernel: str, given: Tensor) -> launches.Options:
+    return launches.configuration(kernel, (), _DEFAULT, given.device)
+
+
+def _blocks(shape: tuple[int, int] | torch.Size, options: launches.Options) -> int:
+    return math.ceil(shape[0] * shape[1] / options["BLOCK"])
 
 
 @triton.jit
@@ -127,7 +138,7 @@ def _mirrored(place, side):
 
 
 @_kernel
-def _shrink(fine, coarse, H, W, h, w, BLOCK: tl.constexpr):
+def pyramid_shrink(fine, coarse, H, W, h, w, BLOCK: tl.constexpr):
     """Filtered, every second pixel of every second row. Program: (block of coarse pixels, plane)."""
     plane = tl.program_id(1).to(tl.int64)
     pixel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -144,7 +155,7 @@ def _shrink(fine, coarse, H, W, h, w, BLOCK: tl.constexpr):
 
 
 @_kernel
-def _band(fine, coarse, signs, sums, share, H, W, h, w, blocks, first, LAST: tl.constexpr, BLOCK: tl.constexpr):
+def pyramid_band(fine, coarse, signs, sums, share, H, W, h, w, blocks, first, LAST: tl.constexpr, BLOCK: tl.constexpr):
     """Fine pixels less what the coarse ones give them: their signs, and the sum of their sizes times `share`, sums [planes,
     blocks] from block `first` on. LAST: the image itself. Program: (block of fine pixels, plane)."""
     plane = tl.program_id(1).to(tl.int64)
@@ -176,7 +187,7 @@ def _from_coarse(coarse, i, j, H, W, h, w, inside, BACK: tl.constexpr):
 
 
 @_kernel
-def _coarse_gradient(signs, grad, coarse, share, H, W, h, w, images, BLOCK: tl.constexpr):
+def pyramid_coarse_gradient(signs, grad, coarse, share, H, W, h, w, images, BLOCK: tl.constexpr):
     """From the gradient of a coarse pixel by way of the coarser levels take off that by way of this level's band, in place.
 
     Program: (block of coarse pixels, plane).
@@ -200,7 +211,7 @@ def _coarse_gradient(signs, grad, coarse, share, H, W, h, w, images, BLOCK: tl.c
 
 
 @_kernel
-def _fine_gradient(signs, grad, coarse, fine, share, H, W, h, w, images, LAST: tl.constexpr, BLOCK: tl.constexpr):
+def pyramid_fine_gradient(signs, grad, coarse, fine, share, H, W, h, w, images, LAST: tl.constexpr, BLOCK: tl.constexpr):
     """Gradient of a level's image: by way of its band, and of the coarse image. Program: (block of fine pixels, plane)."""
     plane = tl.program_id(1).to(tl.int64)
     pixel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)

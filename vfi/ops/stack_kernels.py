@@ -19,9 +19,11 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from vfi.ops import launches
+
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-_PIXELS = 128  # of a program: one for each thread, so that a thread has all 8 channels that it puts together
-_CHANNELS = 128  # of a program, about
+# of a program: pixels, one for each thread, so that a thread has all 8 channels that it puts together; channels, about
+_DEFAULT = {"PIXELS": 128, "CHANNELS": 128}
 _WIDEST = 32  # channels of a row that are moved at once
 
 
@@ -101,7 +103,7 @@ class _Stack(torch.autograd.Function):
             H, W, widths[0], layouts[0] = 2 * H, 2 * W, widths[0] // 4, torch.channels_last
         channels = -(-sum(widths) // multiple) * multiple
         out = torch.empty((B, channels, H, W), dtype=dtype, device=maps[0].device, memory_format=torch.channels_last)
-        _launch(_stack_kernel, out, maps, widths, first_is_shuffled)
+        _launch(stack_maps, out, maps, widths, first_is_shuffled)
         ctx.first_is_shuffled, ctx.widths = first_is_shuffled, widths
         ctx.kinds = [(t.shape, t.dtype, layout) for t, layout in zip(maps, layouts, strict=True)]
         return out
@@ -121,7 +123,7 @@ class _Stack(torch.autograd.Function):
                 written[i] = torch.empty(shape, dtype=dtype, device=grad.device, memory_format=layout)
                 gradients[i] = written[i]
         if any(t is not None for t in written):
-            _launch(_unstack_kernel, grad, written, ctx.widths, ctx.first_is_shuffled)
+            _launch(unstack_maps, grad, written, ctx.widths, ctx.first_is_shuffled)
         return None, None, None, *gradients
 
 
@@ -130,8 +132,12 @@ def _launch(kernel: Any, stacked: Tensor, maps: Sequence[Tensor | None], widths:
     B, channels, H, W = stacked.shape
     places = [None if t is None else _place_in_memory(t) for t in maps]
     strides = tuple(None if place is None else place[1] for place in places)
-    rows, eights, owners = moves(tuple(widths), strides, channels, keep_zeros=kernel is _stack_kernel)
-    blocks, shares = -(-H * W // _PIXELS), -(-channels // _CHANNELS)
+    rows, eights, owners = moves(tuple(widths), strides, channels, keep_zeros=kernel is stack_maps)
+    shuffled = first_is_shuffled and maps[0] is not None
+    shape_class = stacked.dtype, channels, shuffled
+    options = launches.configuration(kernel.__name__, shape_class, _DEFAULT, stacked.device)
+    pixels, shares = options["PIXELS"], -(-channels // options["CHANNELS"])
+    blocks = -(-H * W // pixels)
     with torch.cuda.device_of(stacked):
         kernel[(B * blocks * shares,)](
             stacked,
@@ -142,10 +148,10 @@ def _launch(kernel: Any, stacked: Tensor, maps: Sequence[Tensor | None], widths:
             EIGHTS=eights,
             OWNERS=owners,
             CHANNELS=channels,
-            SHUFFLED=first_is_shuffled and maps[0] is not None,
-            PIXELS=_PIXELS,
+            SHUFFLED=shuffled,
+            PIXELS=pixels,
             SHARES=shares,
-            num_warps=_PIXELS // 32,
+            num_warps=pixels // 32,
         )
 
 
@@ -330,7 +336,7 @@ def _eight(row, inside, START: tl.constexpr, CHANNELS: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["area", "W", "blocks"])
-def _stack_kernel(
+def stack_maps(
     stacked, maps, area, W, blocks,
     STRIDES: tl.constexpr, ROWS: tl.constexpr, EIGHTS: tl.constexpr, OWNERS: tl.constexpr, CHANNELS: tl.constexpr,
     SHUFFLED: tl.constexpr, PIXELS: tl.constexpr, SHARES: tl.constexpr,
@@ -389,7 +395,7 @@ def _unstack_eight(
 
 
 @triton.jit(do_not_specialize=["area", "W", "blocks"])
-def _unstack_kernel(
+def unstack_maps(
     stacked, maps, area, W, blocks,
     STRIDES: tl.constexpr, ROWS: tl.constexpr, EIGHTS: tl.constexpr, OWNERS: tl.constexpr, CHANNELS: tl.constexpr,
     SHUFFLED: tl.constexpr, PIXELS: tl.constexpr, SHARES: tl.constexpr,

@@ -7,7 +7,7 @@ of the frames by atomic additions in fp32, whose last bits depend on their order
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from vfi.ops import launches
 from vfi.ops.warp import check_flow
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -46,7 +47,7 @@ def _warp(x: Tensor, flow: Tensor, top: int = 0) -> Tensor:
     """Frames `[B, H, W, C]` -> `[B, rows, W, C]`, as many rows as the flow has."""
     x = x.contiguous()
     y = x.new_empty(x.shape[0], flow.shape[2], *x.shape[2:])
-    _launch(_forward_kernel, forward_tiles(x.shape[-1], x.dtype), y, flow, x, x.shape[1], top)
+    _launch(warp_forward, _options(y, "warp_forward", 2048), y, flow, x, x.shape[1], top)
     return y
 
 
@@ -68,43 +69,30 @@ class _Fused(torch.autograd.Function):
         x = kept[0] if kept else None
         d_x = grad.new_zeros(grad.shape, dtype=torch.float32) if ctx.needs_input_grad[0] else None
         d_flow = flow.new_empty(flow.shape) if kept else None
-        _launch(_backward_kernel, backward_tiles(grad.shape[-1], grad.dtype), grad, flow, x, d_x, d_flow)
+        options = _options(grad, "warp_backward", 1024, d_x is not None, d_flow is not None)
+        _launch(warp_backward, options, grad, flow, x, d_x, d_flow)
         return None if d_x is None else d_x.to(grad.dtype), d_flow
 
 
-class Tiles(NamedTuple):
-    """How a kernel runs: the pixels of a program, and the channels that it takes at a time, all powers of two."""
+def _options(given: Tensor, kernel: str, elements: int, *gradients: bool) -> launches.Options:
+    """A program's rectangle of pixels and channels, that are about so many `elements`, and its warps.
 
-    rows: int
-    columns: int
-    channels: int
-    num_warps: int
-
-
-def forward_tiles(C: int, dtype: torch.dtype) -> Tiles:
-    return _tiles(C, dtype, elements=2048)
-
-
-def backward_tiles(C: int, dtype: torch.dtype) -> Tiles:
-    return _tiles(C, dtype, elements=1024)
-
-
-def _tiles(C: int, dtype: torch.dtype, elements: int) -> Tiles:
-    """As many channels at a time as leave few lanes without one, and a rectangle of pixels that together are `elements`.
-
-    Where pixels do not start at multiples of 16 bytes, every element needs registers for its own four addresses: two a thread.
+    As many channels at a time as leave few lanes without one. Where pixels do not start at multiples of 16 bytes, every element
+    needs registers for its own four addresses: two a thread.
     """
+    C = given.shape[-1]
     channels = max(n for n in (1, 2, 4, 8, 16, 32, 64, 128) if triton.cdiv(C, n) * n <= 1.15 * C)
-    in_vectors = C * dtype.itemsize % 16 == 0
+    in_vectors = C * given.dtype.itemsize % 16 == 0
     pixels = min(256, (elements if in_vectors else 512) // channels)
     rows = 2 ** ((pixels.bit_length() - 1) // 2)
-    return Tiles(rows, pixels // rows, channels, num_warps=4 if in_vectors else 8)
+    default = {"ROWS": rows, "COLUMNS": pixels // rows, "CHANNELS": channels, "num_warps": 4 if in_vectors else 8}
+    return launches.configuration(kernel, (given.dtype, channels, in_vectors, *gradients), default, given.device)
 
 
-def _launch(kernel: Any, tiles: Tiles, given: Tensor, flow: Tensor, *others: Tensor | int | None) -> None:
+def _launch(kernel: Any, options: launches.Options, given: Tensor, flow: Tensor, *others: Tensor | int | None) -> None:
     """Runs a kernel over all pixels. `given`: `[B, H, W, C]` of the flow's size, contiguous as all others but the flow."""
     B, H, W, C = given.shape
-    down, across = triton.cdiv(H, tiles.rows), triton.cdiv(W, tiles.columns)
+    down, across = triton.cdiv(H, options["ROWS"]), triton.cdiv(W, options["COLUMNS"])
     with torch.cuda.device_of(given):
         kernel[(B * down * across,)](
             given,
@@ -113,10 +101,7 @@ def _launch(kernel: Any, tiles: Tiles, given: Tensor, flow: Tensor, *others: Ten
             *flow.stride(),
             *(H, W, down, across),
             C=C,
-            ROWS=tiles.rows,
-            COLUMNS=tiles.columns,
-            CHANNELS=tiles.channels,
-            num_warps=tiles.num_warps,
+            **options,
             num_stages=1,
         )
 
@@ -165,7 +150,7 @@ _SIZES = ["frame_stride", "part_stride", "row_stride", "column_stride", "H", "W"
 
 
 @triton.jit(do_not_specialize=["height", "top", *_SIZES])
-def _forward_kernel(
+def warp_forward(
     y,
     flow,
     x,
@@ -206,7 +191,7 @@ def _forward_kernel(
 
 
 @triton.jit(do_not_specialize=_SIZES)
-def _backward_kernel(
+def warp_backward(
     grad,
     flow,
     x,
