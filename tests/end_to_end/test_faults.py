@@ -16,6 +16,8 @@ from warm import TORCHRUN, TRAIN, Process, finish, start_ranks
 
 from vfi import train
 from vfi.checkpoint import latest
+from vfi.errors import STOPPED
+from vfi.signals import STOPPING
 
 FLAGS = ["--preset", "tiny", "--crop", "64", "--log_every", "2", "--warmup_steps", "2", "--lr", "2e-4"]
 
@@ -107,6 +109,24 @@ def test_a_loader_process_that_is_killed_ends_the_run(train_shards, tmp_path, wo
     assert error.startswith("error: a loader process died: DataLoader worker (pid")
     assert "Killed" in error
     assert "Traceback" not in output
+
+
+@pytest.mark.parametrize("number", STOPPING)
+def test_signals_may_come_to_loader_processes_too(train_shards, tmp_path, number):
+    """Some clusters send them to all that a job has started. Here these get two, by the second of which training would end."""
+    process = Process(TRAIN, *FLAGS, "--data_path", train_shards, "--steps", 100_000, "--batch_size", 2, "--num_workers", 2,
+                      "--output_dir", tmp_path, "--exp_name", "run")  # fmt: skip
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    wait_for(lambda: metrics.exists() and metrics.read_text(), process)
+    loaders = children(process.pid)
+    for pid in (*loaders, *loaders, process.pid):
+        os.kill(pid, number)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == STOPPED, output
+    assert output.count(f"{number.name}: the step is finished and saved") == 1
+    step = latest(tmp_path / "run").step
+    assert f"stopped after step {step} of 100000 ({number.name})" in output
+    assert not any(Path(f"/proc/{pid}").exists() for pid in loaders)
 
 
 @pytest.mark.slow

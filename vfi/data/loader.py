@@ -11,6 +11,8 @@ import functools
 import itertools
 import math
 import os
+import signal
+import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -38,6 +40,7 @@ from vfi.data.plan import START, Plan, Position
 from vfi.data.samples import ShardReader, check_has_middle, decode_triplet, usable_sample
 from vfi.data.storage import ShardFolder, cache_at, shard_folder
 from vfi.data.triplets import draw_triplet, shrink
+from vfi.signals import STOPPING
 
 _PREFETCH = 4  # parts of batches that a loader process makes ahead
 
@@ -263,7 +266,7 @@ class TrainingLoader:
             pin_memory=self.device.type == "cuda",
             prefetch_factor=_PREFETCH if workers else None,
             generator=_own_generator(),
-            worker_init_fn=_leave_process_group,
+            worker_init_fn=_outlast_signals,
         )
         parts = iter(loader)
         # what comes again would be mapped anew if it were let go; for a GPU a thread copies it, and maps it
@@ -280,11 +283,22 @@ def _own_generator() -> torch.Generator:
     return torch.Generator().manual_seed(0)
 
 
-def _leave_process_group(_: int) -> None:
-    """Ctrl-C and the signals of clusters and launchers go to the whole group of a process: training, told to stop, needs its
-    loader processes for the step that it is in. They end when it does.
+def _outlast_signals(_: int) -> None:
+    """Ctrl-C and the signals of launchers go to the whole group of a process, and those of some clusters to all that it has
+    started: training, told to stop, needs its loader processes for the step that it is in. They end when it does or says so.
     """
     os.setpgrp()
+    for number in set(STOPPING) - {signal.SIGTERM}:
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM,))
+    threading.Thread(target=_end_when_told_by, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_when_told_by(parent: int) -> None:
+    """Which ends its loader processes by SIGTERM; by whom a signal comes is not known to handlers."""
+    while signal.sigwaitinfo((signal.SIGTERM,)).si_pid != parent:
+        pass
+    os._exit(0)
 
 
 def training_sets(config: DataConfig, with_flow: bool) -> list[TrainingSet]:
@@ -367,7 +381,7 @@ def evaluation_batches(
     whole = _Whole(folder, index, numbers, with_flow)
     loader = DataLoader(
         whole, batch_size=None, num_workers=min(workers, len(numbers)), generator=_own_generator(),
-        worker_init_fn=_leave_process_group,
+        worker_init_fn=_outlast_signals,
     )  # fmt: skip
     for batch in loader:
         yield to_device([batch], device)
