@@ -13,12 +13,12 @@ from __future__ import annotations
 import contextlib
 import statistics
 from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
-from typing import Any, NamedTuple, TypeGuard
+from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from vfi.fitting import TrainingStep
 from vfi.losses import choose_loss
@@ -100,20 +100,20 @@ class Part:
         self, run: Callable[..., Tensor], given: tuple[Any, ...], precision: torch.dtype, parameters: Sequence[Tensor] = ()
     ) -> None:
         self.run, self.precision, self.parameters = run, precision, parameters
-        leaves, self.structure = tree_flatten(given)
-        self.given = [leaf.detach().requires_grad_(leaf.requires_grad) if _is_tensor(leaf) else leaf for leaf in leaves]
-        self.device = next(leaf.device for leaf in self.given if _is_tensor(leaf))
+        self.given = tree_map_only(Tensor, lambda t: t.detach().requires_grad_(t.requires_grad), given)
+        self.tensors = [leaf for leaf in tree_leaves(self.given) if isinstance(leaf, Tensor)]
+        self.device = self.tensors[0].device
         self.grad = torch.empty(0)
 
     def __call__(self) -> list[Tensor]:
         """Output and all gradients."""
         with torch.autocast(self.device.type, self.precision, enabled=self.precision != torch.float32):
-            y = self.run(*tree_unflatten(self.given, self.structure))
+            y = self.run(*self.given)
         if not y.requires_grad:
             return [y]
         if self.grad.shape != y.shape:
             self.grad = torch.randn_like(y)
-        asked = [leaf for leaf in self.given if _is_tensor(leaf) and leaf.requires_grad]
+        asked = [tensor for tensor in self.tensors if tensor.requires_grad]
         return [y.detach(), *torch.autograd.grad(y, (*asked, *self.parameters), self.grad)]
 
     def milliseconds(self, kernel: str) -> float:
@@ -140,7 +140,7 @@ def parts_of(step: TrainingStep) -> list[Part]:
     met: dict[Hashable, Part] = {}
 
     def note(run: Callable[..., Tensor], given: tuple[Any, ...], kind: Hashable, parameters: Sequence[Tensor] = ()) -> None:
-        shapes = [_layout(leaf) if _is_tensor(leaf) else leaf for leaf in tree_leaves(given)]
+        shapes = [_layout(leaf) if isinstance(leaf, Tensor) else leaf for leaf in tree_leaves(given)]
         key = kind, *shapes, *(parameter.shape for parameter in parameters)
         if key not in met:
             met[key] = Part(run, given, step.precision, parameters)
@@ -167,10 +167,6 @@ def parts_of(step: TrainingStep) -> list[Part]:
             after.enter_context(mock.patch.object(pyramid_kernels, "pyramid_sizes", noted(pyramid_kernels.pyramid_sizes)))
         step(step.make_frames())
     return list(met.values())
-
-
-def _is_tensor(leaf: Any) -> TypeGuard[Tensor]:
-    return isinstance(leaf, Tensor)
 
 
 def _layout(t: Tensor) -> Hashable:

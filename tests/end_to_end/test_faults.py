@@ -36,6 +36,12 @@ def wait_for(condition, process: Process, seconds: float = 180) -> None:
         time.sleep(0.02)
 
 
+def wait_for_metrics(run: Path, process: Process) -> None:
+    """Until it trains."""
+    metrics = run / "metrics.jsonl"
+    wait_for(lambda: metrics.exists() and metrics.read_text(), process)
+
+
 def rows(run: Path, event: str) -> list[dict]:
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [line for line in lines if line["event"] == event]
@@ -98,8 +104,7 @@ def test_validation_skips_nothing(damaged, train_shards, tmp_path, capsys):
 def test_a_loader_process_that_is_killed_ends_the_run(train_shards, tmp_path, workers):
     process = Process(TRAIN, *FLAGS, "--data_path", train_shards, "--steps", 100_000, "--batch_size", 2, "--num_workers",
                       workers, "--output_dir", tmp_path, "--exp_name", "run")  # fmt: skip
-    metrics = tmp_path / "run" / "metrics.jsonl"
-    wait_for(lambda: metrics.exists() and metrics.read_text(), process)
+    wait_for_metrics(tmp_path / "run", process)
     os.kill(children(process.pid)[0], signal.SIGKILL)
     began = time.monotonic()
     output, _ = process.communicate(timeout=60)
@@ -116,8 +121,7 @@ def test_signals_may_come_to_loader_processes_too(train_shards, tmp_path, number
     """Some clusters send them to all that a job has started. Here these get two, by the second of which training would end."""
     process = Process(TRAIN, *FLAGS, "--data_path", train_shards, "--steps", 100_000, "--batch_size", 2, "--num_workers", 2,
                       "--output_dir", tmp_path, "--exp_name", "run")  # fmt: skip
-    metrics = tmp_path / "run" / "metrics.jsonl"
-    wait_for(lambda: metrics.exists() and metrics.read_text(), process)
+    wait_for_metrics(tmp_path / "run", process)
     loaders = children(process.pid)
     for pid in (*loaders, *loaders, process.pid):
         os.kill(pid, number)
@@ -134,8 +138,7 @@ def test_a_rank_that_is_killed_ends_the_others(train_shards, tmp_path):
     launcher = ("--nproc_per_node", 2, "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "-m", "vfi.train")
     process = Process(TORCHRUN, *launcher, *FLAGS, "--data_path", train_shards, "--steps", 100_000, "--batch_size", 2,
                       "--num_workers", 0, "--output_dir", tmp_path, "--exp_name", "run")  # fmt: skip
-    metrics = tmp_path / "run" / "metrics.jsonl"
-    wait_for(lambda: metrics.exists() and metrics.read_text(), process)
+    wait_for_metrics(tmp_path / "run", process)
     ranks = children(process.pid)
     assert len(ranks) == 2
     os.kill(ranks[1], signal.SIGKILL)

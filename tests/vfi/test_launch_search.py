@@ -147,12 +147,12 @@ def test_the_parts_of_a_step_run_alone():
     config = presets.override(presets.tiny(), batch_size=1, crop=64)
     step = TrainingStep(config, CPU, torch.float32)
     parts = parts_of(step)
-    kinds = {(type(part.run), part.given[0].shape) for part in parts}
+    kinds = {(type(part.run), part.tensors[0].shape) for part in parts}
     assert len(kinds) == len(parts) == 4  # two stages of the backbone
     assert all(isinstance(part.run, SS2D | GatedWindowAttention) for part in parts)
     for part in parts:
         y, *gradients = part()
-        assert y.shape == part.given[0].shape
+        assert y.shape == part.tensors[0].shape
         assert len(gradients) == 1 + len(list(part.run.parameters()))
         assert all(gradient.isfinite().all() for gradient in gradients)
         assert part.agrees(part(), [y, *gradients])
@@ -165,8 +165,8 @@ def searched_between_convolutions() -> list[Found]:
     """Kernels that are interpreted, on small maps of a step, by times that are made up: the smaller an option the faster."""
     step = TrainingStep(presets.override(presets.tiny(), batch_size=1, crop=64, phase=2), CPU, torch.float32)
     give_pointwise(step.model, importlib.import_module("vfi.ops.pointwise")._import())
-    small = [part for part in parts_of(step) if part.given[0].numel() <= 2**13 and not isinstance(part.run, nn.Module)]
-    parts = list({(part.run, len(part.given)): part for part in small}.values())  # one with and one without a residual …
+    small = [part for part in parts_of(step) if part.tensors[0].numel() <= 2**13 and not isinstance(part.run, nn.Module)]
+    parts = list({(part.run, len(part.tensors)): part for part in small}.values())  # with and without a residual …
     chooser = launch_search._Chooser()
 
     def milliseconds(part: Part, kernel: str) -> float:

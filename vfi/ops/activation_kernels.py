@@ -7,6 +7,7 @@ own pixels in one order: all is the same bit for bit each time.
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -57,7 +58,7 @@ def bias_prelu(x: Tensor, bias: Tensor, slope: Tensor, residual: Tensor | None =
 
 def _forward(x: Tensor, bias: Tensor, slope: Tensor, residual: Tensor | None, y: Tensor) -> Tensor:
     """Fills y, which may be x."""
-    tile, rows = _tile(x, residual, "bias_prelu_forward", _FORWARD), _rows(x)
+    tile, rows = _tile(bias_prelu_forward, x, residual, _FORWARD), _rows(x)
     programs = -(-rows // (tile.rows * tile.together)) * tile.blocks
     _launch(bias_prelu_forward, programs, tile, x, bias, slope, residual, y, rows)
     return y
@@ -76,7 +77,7 @@ class _Fused(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, bias, slope, residual = ctx.saved_tensors
         to_x, to_bias, to_slope, to_residual = ctx.needs_input_grad
-        tile, rows = _tile(x, residual, "bias_prelu_backward", _BACKWARD), _rows(x)
+        tile, rows = _tile(bias_prelu_backward, x, residual, _BACKWARD), _rows(x)
         most = multiprocessors(x.device) * tile.programs
         programs = min(max(1, -(-rows // (tile.rows * tile.together))), -(-most // tile.blocks))
         dx = torch.empty_like(x, memory_format=torch.channels_last)
@@ -104,14 +105,21 @@ class Tile(NamedTuple):
     """A multiprocessor, in the backward pass."""
 
 
-def _tile(x: Tensor, residual: Tensor | None, kernel: str, default: launches.Options) -> Tile:
-    """Channels in blocks of a cache line or two: the fewer a program has, the fewer the sums that it leaves."""
+def _tile(kernel: Any, x: Tensor, residual: Tensor | None, default: launches.Options) -> Tile:
+    """Of a launch."""
     C = x.shape[1]
-    channels, vector = min(64, triton.next_power_of_2(C)), math.gcd(C, 16 // x.dtype.itemsize)
-    options = launches.configuration(kernel, (x.dtype, channels, vector, residual is not None), default, x.device)
-    at_once = options["num_warps"] * 32 * vector
-    rows = max(1, at_once // channels)
+    channels, vector = _in_a_row(C, x.dtype)
+    options = launches.configuration(kernel.__name__, (x.dtype, channels, vector, residual is not None), default, x.device)
+    rows = max(1, options["num_warps"] * 32 * vector // channels)
     return Tile(channels, -(-C // channels), rows, options["TOGETHER"], options["num_warps"], options.get("PROGRAMS", 0))
+
+
+@functools.cache
+def _in_a_row(C: int, dtype: torch.dtype) -> tuple[int, int]:
+    """Channels of a program, in blocks of a cache line or two: the fewer it has, the fewer the sums that it leaves; and those
+    that a thread reads with one instruction.
+    """
+    return min(64, triton.next_power_of_2(C)), math.gcd(C, 16 // dtype.itemsize)
 
 
 def _channels_last(t: Tensor) -> Tensor:

@@ -36,7 +36,7 @@ class _LayerNorm(torch.autograd.Function):
         x = x.contiguous()
         y = torch.empty_like(x)
         C = x.shape[-1]
-        rows, tile = x.numel() // C, _tile(x, "layer_norm_forward")
+        rows, tile = x.numel() // C, _tile(layer_norm_forward, x)
         layer_norm_forward[(math.ceil(rows / tile["ROWS"]),)](
             x, weight.contiguous(), bias.contiguous(), y, eps, rows, C=C, **tile
         )
@@ -49,7 +49,7 @@ class _LayerNorm(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias = ctx.saved_tensors
         C = x.shape[-1]
-        rows, tile = x.numel() // C, _tile(x, "layer_norm_backward")
+        rows, tile = x.numel() // C, _tile(layer_norm_backward, x)
         each = math.ceil(rows / (tile["ROWS"] * _PROGRAMS))  # blocks of rows of a program
         programs = math.ceil(rows / (tile["ROWS"] * each)) if rows else 0
         dx = torch.empty_like(x)
@@ -61,11 +61,11 @@ class _LayerNorm(torch.autograd.Function):
         return dx, d_weight.to(weight.dtype), d_bias.to(bias.dtype), None
 
 
-def _tile(x: Tensor, kernel: str) -> dict[str, int]:
+def _tile(kernel: Any, x: Tensor) -> launches.Options:
     """Rows of a program, about 2048 numbers, and the channels of a row up to a power of two."""
     channels = triton.next_power_of_2(x.shape[-1])
     default = {"ROWS": max(1, 2048 // channels), "num_warps": 4}
-    return launches.configuration(kernel, (x.dtype, channels), default, x.device) | {"CHANNELS": channels}
+    return launches.configuration(kernel.__name__, (x.dtype, channels), default, x.device) | {"CHANNELS": channels}
 
 
 @triton.jit

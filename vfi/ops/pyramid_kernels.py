@@ -53,7 +53,7 @@ class _PyramidSizes(torch.autograd.Function):
         shapes = [images.shape[-2:]]
         for _ in range(levels):
             shapes.append(torch.Size((side + 1) // 2 for side in shapes[-1]))
-        shrink, band = (_options(kernel, images) for kernel in ("pyramid_shrink", "pyramid_band"))
+        shrink, band = (_options(kernel, images) for kernel in (pyramid_shrink, pyramid_band))
         blocks = [_blocks(shape, band) for shape in shapes]
         sums = images.new_empty(planes, sum(blocks))
         for level, (H, W) in enumerate(shapes):
@@ -78,8 +78,7 @@ class _PyramidSizes(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         signs, grad = ctx.saved_tensors, grad.contiguous()
         planes, images = math.prod(ctx.shape[:3]), math.prod(ctx.shape[1:3])
-        kernels = "pyramid_coarse_gradient", "pyramid_fine_gradient"
-        to_coarse, to_fine = (_options(kernel, grad) for kernel in kernels)
+        to_coarse, to_fine = (_options(kernel, grad) for kernel in (pyramid_coarse_gradient, pyramid_fine_gradient))
         coarse = grad  # not read at the last level
         for level in reversed(range(len(signs))):
             sign, last = signs[level], level == len(signs) - 1
@@ -98,8 +97,8 @@ class _PyramidSizes(torch.autograd.Function):
         return coarse.view(ctx.shape), None
 
 
-def _options(kernel: str, given: Tensor) -> launches.Options:
-    return launches.configuration(kernel, (), _DEFAULT, given.device)
+def _options(kernel: Any, given: Tensor) -> launches.Options:
+    return launches.configuration(kernel.__name__, (), _DEFAULT, given.device)
 
 
 def _blocks(shape: tuple[int, int] | torch.Size, options: launches.Options) -> int:

@@ -7,6 +7,7 @@ of the frames by atomic additions in fp32, whose last bits depend on their order
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -47,7 +48,7 @@ def _warp(x: Tensor, flow: Tensor, top: int = 0) -> Tensor:
     """Frames `[B, H, W, C]` -> `[B, rows, W, C]`, as many rows as the flow has."""
     x = x.contiguous()
     y = x.new_empty(x.shape[0], flow.shape[2], *x.shape[2:])
-    _launch(warp_forward, _options(y, "warp_forward", 2048), y, flow, x, x.shape[1], top)
+    _launch(warp_forward, _options(warp_forward, y, 2048), y, flow, x, x.shape[1], top)
     return y
 
 
@@ -69,24 +70,29 @@ class _Fused(torch.autograd.Function):
         x = kept[0] if kept else None
         d_x = grad.new_zeros(grad.shape, dtype=torch.float32) if ctx.needs_input_grad[0] else None
         d_flow = flow.new_empty(flow.shape) if kept else None
-        options = _options(grad, "warp_backward", 1024, d_x is not None, d_flow is not None)
+        options = _options(warp_backward, grad, 1024, d_x is not None, d_flow is not None)
         _launch(warp_backward, options, grad, flow, x, d_x, d_flow)
         return None if d_x is None else d_x.to(grad.dtype), d_flow
 
 
-def _options(given: Tensor, kernel: str, elements: int, *gradients: bool) -> launches.Options:
-    """A program's rectangle of pixels and channels, that are about so many `elements`, and its warps.
+def _options(kernel: Any, given: Tensor, elements: int, *gradients: bool) -> launches.Options:
+    """How a kernel runs; the code's choice are programs of about so many `elements`."""
+    shape_class, default = _tiles(given.shape[-1], given.dtype, elements)
+    return launches.configuration(kernel.__name__, (*shape_class, *gradients), default, given.device)
 
-    As many channels at a time as leave few lanes without one. Where pixels do not start at multiples of 16 bytes, every element
-    needs registers for its own four addresses: two a thread.
+
+@functools.cache
+def _tiles(C: int, dtype: torch.dtype, elements: int) -> tuple[launches.ShapeClass, launches.Options]:
+    """As many channels at a time as leave few lanes without one, and a rectangle of pixels that together are `elements`.
+
+    Where pixels do not start at multiples of 16 bytes, every element needs registers for its own four addresses: two a thread.
     """
-    C = given.shape[-1]
     channels = max(n for n in (1, 2, 4, 8, 16, 32, 64, 128) if triton.cdiv(C, n) * n <= 1.15 * C)
-    in_vectors = C * given.dtype.itemsize % 16 == 0
+    in_vectors = C * dtype.itemsize % 16 == 0
     pixels = min(256, (elements if in_vectors else 512) // channels)
     rows = 2 ** ((pixels.bit_length() - 1) // 2)
     default = {"ROWS": rows, "COLUMNS": pixels // rows, "CHANNELS": channels, "num_warps": 4 if in_vectors else 8}
-    return launches.configuration(kernel, (given.dtype, channels, in_vectors, *gradients), default, given.device)
+    return (dtype, channels, in_vectors), default
 
 
 def _launch(kernel: Any, options: launches.Options, given: Tensor, flow: Tensor, *others: Tensor | int | None) -> None:
