@@ -1,7 +1,7 @@
 """Which configurations of kernels are the fastest on this GPU? JOB: tunes them and keeps what was found.
 
     vfi tune                                   tiny, small and base; adds this card to vfi/ops/tuned_kernels.json
-    vfi tune --presets base --batch_size 32 --out mine.json
+    vfi tune --presets base --batch_size 32 --precisions bf16 --out mine.json
 
 Our own kernels (vfi/launch_search.py) run without it with what was fastest on an H100; those of mamba-ssm, if it is installed,
 are tuned by Triton, without it in the first step, each time that a job starts on a machine without Triton's cache. The file
@@ -15,7 +15,7 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import tyro
@@ -23,9 +23,9 @@ import tyro
 from vfi import presets
 from vfi.config import Config
 from vfi.errors import JobError, clear_errors
-from vfi.fitting import TrainingStep
+from vfi.fitting import PRECISIONS, TrainingStep
 from vfi.launch_search import Found, as_entries, search_step
-from vfi.ops import tuned
+from vfi.ops import launches, tuned
 from vfi.ops.fused import fused_obstacle
 from vfi.ops.ssd import import_kernel, kernel_obstacle
 from vfi.profiling import free_memory
@@ -40,13 +40,15 @@ class Options:
     """Each field is a flag of the job."""
 
     presets: tuple[str, ...] = ("tiny", "small", "base")
-    """Presets, or ablations, whose kernels are tuned: by a training step of phase 2 or 3 in fp32 and one in bf16."""
+    """Presets, or ablations, whose kernels are tuned: by a training step of phase 2 or 3 in each precision."""
+    precisions: tuple[Literal["bf16", "fp32"], ...] = ("bf16", "fp32")
+    """Of the forward pass: minutes each."""
     batch_size: int = 8
     """Pairs of frames at once; the size does not belong to what a configuration is kept for. Best that of training."""
     crop: int = 256
     """Side of the frames in pixels."""
     out: Path = tuned.FILE
-    """File that the card is added to, or replaced in."""
+    """File that the card is added to. What it says there of kernels that are not tuned now stays."""
 
 
 @clear_errors()
@@ -70,6 +72,7 @@ def tune(options: Options) -> Iterator[str]:
     content |= {name: packages[name] for name in _SHOWN if name in packages}
     found: list[Found] = []
     kernels: tuned.Kernels = {}
+    earlier = tuned.entry(device, options.out, "fused") if options.out.exists() else {}
     if not theirs:
         # read when the kernels are imported: what was found earlier is not looked up
         os.environ["TRITON_CACHE_AUTOTUNING"] = "0"
@@ -78,13 +81,13 @@ def tune(options: Options) -> Iterator[str]:
         config = presets.get(preset)
         phase = max(2, config.model.phase)  # there is optical flow, too
         config = presets.override(config, phase=phase, batch_size=options.batch_size, crop=options.crop)
-        for precision in (torch.bfloat16, torch.float32):
+        for precision in (PRECISIONS[name] for name in options.precisions):
             if not ours:
                 for one in search_step(TrainingStep(config, device, precision), {one.key for one in found}):
                     found.append(one)
                     yield str(one)
                 free_memory()
-                content["fused"] = as_entries(found)
+                content["fused"] = with_earlier(found, earlier)
                 write(options.out, tuned.card(device), content)  # each time, for it takes minutes
             if not theirs:
                 kernels = merge(kernels, _tune_mamba_ssm(config, device, precision))
@@ -118,6 +121,16 @@ def merge(known: tuned.Kernels, new: tuned.Kernels) -> tuned.Kernels:
         first = {json.dumps(one["key"]): one for one in reversed(entries)}
         merged[name] = [first[key] for key in sorted(first)]
     return merged
+
+
+def with_earlier(found: Sequence[Found], earlier: tuned.Kernels) -> tuned.Kernels:
+    """What was found, and for shape classes that were not searched for what was found earlier."""
+    kernels = as_entries(found)
+    searched = [(one.kernel, launches.written(one.shape_class)) for one in found]
+    for name, entries in earlier.items():
+        if rest := [one for one in entries if (name, one["key"]) not in searched]:
+            kernels.setdefault(name, []).extend(rest)
+    return dict(sorted(kernels.items()))
 
 
 def write(path: Path, card: str, content: dict[str, Any]) -> None:

@@ -190,7 +190,8 @@ def test_kernels_between_convolutions_compute_the_same_with_all_options(interpre
     assert len({one.key for one in found}) == len(found)
     for one in found:
         assert one.skipped == 0, one
-        assert one.options == {name: 2 if name == "num_warps" else max(1, value // 2) for name, value in one.default.items()}
+        smallest = {name: min(2, value) if name == "num_warps" else max(1, value // 2) for name, value in one.default.items()}
+        assert one.options == smallest
 
 
 @needs_triton
@@ -238,7 +239,8 @@ def test_gpu_what_is_found_is_used_and_computes_the_same(monkeypatch, tmp_path):
         config = presets.override(presets.tiny(), batch_size=2, crop=128, phase=2)
         parts = parts_of(TrainingStep(config, device, torch.bfloat16))
         plain = [part() for part in parts]
-        lines = list(tune.tune(tune.Options(presets=("tiny",), batch_size=2, crop=128, out=tuned.FILE)))
+        job = tune.Options(presets=("tiny",), precisions=("bf16",), batch_size=2, crop=128, out=tuned.FILE)
+        lines = list(tune.tune(job))
         print(*lines, sep="\n")
         fused: dict[str, list[dict[str, Any]]] = json.loads(tuned.FILE.read_text())[tuned.card(device)]["fused"]
 

@@ -13,7 +13,7 @@ from vfi import presets, tune
 from vfi.errors import JobError
 from vfi.fitting import TrainingStep
 from vfi.launch_search import Found
-from vfi.ops import ssd, tuned
+from vfi.ops import launches, ssd, tuned
 
 triton = pytest.importorskip("triton", reason="triton is not installed: kernels that it tunes can't be made")
 FAST = {"kwargs": {"BLOCK": 64}, "num_warps": 2, "num_stages": 4}
@@ -114,8 +114,10 @@ def test_the_file_in_the_tree_can_be_read():
         assert content["device"]
         for known in content["kernels"].values():
             assert all(one.keys() == {"key", "config"} and one["config"].keys() == FAST.keys() for one in known)
-        for known in content.get("fused", {}).values():
-            assert all(one.keys() == {"key", "config"} and "num_warps" in one["config"] for one in known)
+        for kernel, known in content.get("fused", {}).items():
+            warps = "PIXELS" if kernel in ("stack_maps", "unstack_maps") else "num_warps"  # the former follow from the pixels
+            assert all(one.keys() == {"key", "config"} and warps in one["config"] for one in known)
+            assert all(isinstance(value, int) and value > 0 for one in known for value in one["config"].values())
 
 
 def test_without_a_gpu_there_is_nothing_to_tune(capsys):
@@ -168,6 +170,32 @@ def test_without_mamba_ssm_ours_are_tuned(without_mamba_ssm, monkeypatch, tmp_pa
             },
         }
     }
+
+
+def test_what_is_not_tuned_now_stays(without_mamba_ssm, monkeypatch, tmp_path):
+    """One precision: a class that it has found anew, one that turns out as fast as the code has it, and two of other calls."""
+
+    def entry(key: list[object], warps: int) -> dict[str, object]:
+        return {"key": key, "config": {"num_warps": warps}}
+
+    path, asked, half, full = tmp_path / "kernels.json", [], (torch.bfloat16, 32), (torch.float32, 32)
+
+    def search_step(precision, known):
+        asked.append(precision)
+        yield Found("scan", half, {"num_warps": 4}, {"num_warps": 2}, 2, 1, 3, 0)
+        yield Found("convolve", half, {"num_warps": 4}, {"num_warps": 4}, 2, 2, 3, 0)
+
+    both, other = [entry(["torch.bfloat16", 32], 8), entry(["torch.float32", 32], 8)], [entry([], 1)]
+    tune.write(
+        path, "sm_90, triton 3.6", {"device": "H100", "fused": {"scan": both, "convolve": both[:1], "carry_states": other}}
+    )
+    monkeypatch.setattr(tune, "TrainingStep", lambda config, device, precision: precision)
+    monkeypatch.setattr(tune, "search_step", search_step)
+    list(tune.tune(tune.Options(presets=("base",), precisions=("bf16",), out=path)))
+    assert asked == [torch.bfloat16]
+    fused = json.loads(path.read_text())["sm_90, triton 3.6"]["fused"]
+    assert fused == {"carry_states": other, "scan": [entry(["torch.bfloat16", 32], 2), both[1]]}
+    assert launches.written(full) == both[1]["key"]
 
 
 def test_without_any_kernels_there_is_nothing_to_tune(without_mamba_ssm, monkeypatch):

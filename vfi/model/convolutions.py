@@ -16,14 +16,18 @@ _SLOPE = 0.25  # of PReLU below zero, when training starts
 
 
 class Conv(nn.Conv2d):
-    """A convolution that can leave its bias to what follows; then the map may have more channels, zeros, than it takes."""
+    """A convolution that can leave its bias to what follows. The map may have more channels, zeros, than it takes, and the
+    result can have so: cuDNN copies, at each call, a map in half precision that has no multiple of 8.
+    """
 
-    def forward(self, x: Tensor, with_bias: bool = True) -> Tensor:
-        if with_bias:
-            return super().forward(x)
-        extra = x.shape[1] - self.in_channels
-        weight = F.pad(self.weight, (0, 0, 0, 0, 0, extra)) if extra else self.weight
-        return F.conv2d(x, weight, None, self.stride, self.padding)
+    def forward(self, x: Tensor, with_bias: bool = True, multiple: int = 1) -> Tensor:
+        """`multiple`: the result's channels are a multiple of this."""
+        weight, bias = self.weight, self.bias if with_bias else None
+        more_in, more_out = x.shape[1] - self.in_channels, -self.out_channels % multiple
+        if more_in or more_out:
+            weight = F.pad(weight, (0, 0, 0, 0, 0, more_in, 0, more_out))
+            bias = bias if bias is None else F.pad(bias, (0, more_out))
+        return F.conv2d(x, weight, bias, self.stride, self.padding)
 
 
 def scaled_conv(c_in: int, c_out: int, kernel: int, stride: int = 1, *, activated: bool = False) -> Conv:

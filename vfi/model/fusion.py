@@ -7,6 +7,9 @@ import math
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vfi.model.convolutions import Conv
+from vfi.ops.pointwise import PointwiseModule
+
 _BODY_SQUEEZE = 3  # C -> C/3 -> C, as in VFIMamba's CAB
 _GATE_SQUEEZE = 30
 
@@ -18,7 +21,11 @@ def eca_kernel_size(channels: int) -> int:
 
 
 class ECA(nn.Module):
-    """Efficient channel attention: global average -> 1-D convolution over channels, without bias -> sigmoid."""
+    """[B, H, W, C] -> the same, weighed by channel: global average -> 1-D convolution over channels, no bias -> sigmoid.
+
+    Channels are the last dimension here as they are in memory: in PyTorch's order what belongs to the average in the backward
+    pass would lie in memory otherwise than what it is added to.
+    """
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -26,12 +33,12 @@ class ECA(nn.Module):
         self.conv = nn.Conv1d(1, 1, k, padding=k // 2, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        pooled = x.mean(dim=(2, 3))
-        return x * self.conv(pooled.unsqueeze(1)).sigmoid().transpose(1, 2).unsqueeze(-1)
+        pooled = x.mean(dim=(1, 2))
+        return x * self.conv(pooled.unsqueeze(1)).sigmoid().unsqueeze(1)
 
 
 class SqueezeExcite(nn.Module):
-    """Channel attention through a bottleneck of C/30 channels."""
+    """[B, H, W, C] -> the same: channel attention through a bottleneck of C/30 channels."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -39,23 +46,27 @@ class SqueezeExcite(nn.Module):
         self.down, self.up = nn.Linear(channels, hidden), nn.Linear(hidden, channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate = self.up(F.relu(self.down(x.mean(dim=(2, 3))))).sigmoid()
-        return x * gate[:, :, None, None]
+        gate = self.up(F.relu(self.down(x.mean(dim=(1, 2))))).sigmoid()
+        return x * gate[:, None, None, :]
 
 
-class ChannelAttentionBlock(nn.Module):
-    """[B, H, W, C] -> the same shape: conv C -> C/3, GELU, conv C/3 -> C, then a gate a channel."""
+class ChannelAttentionBlock(PointwiseModule):
+    """[B, H, W, C] -> the same shape: conv C -> C/3, GELU, conv C/3 -> C, then a gate a channel.
+
+    Where there are kernels, so on a GPU, the map between the convolutions has a multiple of 8 channels, the last ones zeros.
+    """
 
     def __init__(self, channels: int, gate: nn.Module) -> None:
         super().__init__()
         hidden = max(8, channels // _BODY_SQUEEZE)
-        self.reduce = nn.Conv2d(channels, hidden, 3, padding=1)
-        self.expand = nn.Conv2d(hidden, channels, 3, padding=1)
+        self.reduce = Conv(channels, hidden, 3, padding=1)
+        self.expand = Conv(hidden, channels, 3, padding=1)
         self.gate = gate
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.permute(0, 3, 1, 2)  # a view: channels-last memory
-        return self.gate(self.expand(F.gelu(self.reduce(x)))).permute(0, 2, 3, 1)
+        hidden = F.gelu(self.reduce(x, multiple=1 if self.pointwise is None else 8))
+        return self.gate(self.expand(hidden).permute(0, 2, 3, 1))
 
 
 def fusion_block(channels: int, use_ecab: bool) -> ChannelAttentionBlock:

@@ -198,8 +198,9 @@ def check_frames(img0: Tensor, img1: Tensor, scale: float = 1.0) -> None:
 
 
 def _blend(mask_logit: Tensor, warped0: Tensor, warped1: Tensor) -> Tensor:
+    """mask * warped0 + (1 - mask) * warped1, fp32, in one pass."""
     mask = mask_logit.sigmoid()
-    return mask * warped0 + (1 - mask) * warped1
+    return torch.lerp(warped1.to(mask.dtype), warped0.to(mask.dtype), mask)
 
 
 def _padding(image: Tensor, multiple: int) -> tuple[int, int, int, int]:

@@ -23,8 +23,8 @@ from vfi.ops.fused import multiprocessors
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # 54 registers on an H100: nine programs a multiprocessor, each with 64 bytes of each map a thread under way
 _FORWARD = {"num_warps": 4, "TOGETHER": 4}
-# 128 registers: four programs a multiprocessor, so that PROGRAMS run in two waves
-_BACKWARD = {"num_warps": 4, "TOGETHER": 4, "PROGRAMS": 8}
+# of a single warp, so that none waits for another: measured 4 to 20 % faster than four
+_BACKWARD = {"num_warps": 1, "TOGETHER": 4, "PROGRAMS": 8}
 
 
 def bias_prelu(x: Tensor, bias: Tensor, slope: Tensor, residual: Tensor | None = None, overwrite: bool = False) -> Tensor:

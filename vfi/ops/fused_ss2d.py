@@ -126,7 +126,7 @@ class _FusedSS2D(torch.autograd.Function):
         ctx.save_for_backward(projected, *parameters)
         ctx.shape = shape
         run = _Run(projected, Parameters(*parameters), shape)
-        return run.norm(run.outputs(range(4)), range(4), None)
+        return run.norm(run.scan(run.tokens(range(4), activated=True)), range(4), None)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -203,10 +203,6 @@ class _Run:
         """What turns a pixel into its place in a sequence, and back."""
         return self.L, self.sequences, self.H, self.W
 
-    def outputs(self, orders: range) -> Tensor:
-        """One an order, [n, L, inner]."""
-        return self.scan(self.tokens(orders, activated=True))
-
     def without_gradients(self) -> Tensor:
         """The result alone; fewer orders at a time where memory asks for it."""
         one = self.frames * self.pixels * (self.shape.inner + self.shape.channels) * self.projected.element_size()
@@ -214,7 +210,7 @@ class _Run:
         out = None
         for first in range(0, 4, at_once):
             orders = range(first, first + at_once)
-            out = self.norm(self.outputs(orders), orders, out)
+            out = self.norm(self.scan(self.tokens(orders, activated=True)), orders, out)
         assert out is not None
         return out
 
@@ -247,6 +243,7 @@ class _Run:
         """One output an order, [n, L, inner]."""
         shape, n = self.shape, len(tokens.keys)
         x, keys, steps, decays = tokens
+        activated = x.shape[2] == shape.inner
         segments, each = self.segments(n)
         before = keys  # not read where there is one segment
         if segments > 1:
@@ -254,14 +251,14 @@ class _Run:
             totals = self.new(n, segments, shape.heads)
             self.launch(
                 "scan_states", (shape.heads, n, segments), x, keys, steps, decays, before, totals, self.L, each, shape.heads,
-                **self.scan_constants, EVERY=False,
+                **self.scan_constants, ACTIVATED=activated, EVERY=False,
             )  # fmt: skip
             size = shape.state * shape.head_dim
             self.launch("carry_states", (shape.heads, n), before, totals, segments, shape.heads, SIZE=size)
         y = self.new(n, self.L, shape.inner, dtype=self.projected.dtype)
         self.launch(
             "scan", (shape.heads, n, segments), x, keys, steps, decays, self.parameters.D, before, y, self.L, each,
-            shape.heads, **self.scan_constants, CARRIED=segments > 1,
+            shape.heads, **self.scan_constants, ACTIVATED=activated, CARRIED=segments > 1,
         )  # fmt: skip
         return y
 
@@ -283,10 +280,11 @@ class _Run:
         d_projected = self.new(*self.projected.shape, dtype=self.projected.dtype)
         dz, d_map, d_raw = d_projected.split((shape.inner, shape.channels, shape.heads), dim=-1)
         d_stride = d_projected.stride(2)
-        dy, d_norm = self.norm_gradients(d_out.contiguous(), dz, d_stride)
 
         n = 4 * self.sequences
         tokens = self.tokens(range(4), activated=False)
+        dy = self.scan(tokens)  # at first the outputs
+        d_norm = self.norm_gradients(dy, d_out.contiguous(), dz, d_stride)
         d_steps = self.new(*tokens.steps.shape)
         d_heads = self.new(n, self.chunks, shape.heads, 2)
         for part in self.sequences_with_states(n):
@@ -313,17 +311,16 @@ class _Run:
         d_A, d_D = d_heads.sum((0, 1)).unbind(-1)
         return d_projected, d_conv[:4].t(), d_conv[4], d_A, d_D, d_bias.sum(0), d_norm.sum(0)
 
-    def norm_gradients(self, d_out: Tensor, dz: Tensor, d_stride: int) -> tuple[Tensor, Tensor]:
-        """Those of the outputs and, by program, of the weight; dz is filled."""
-        y, inner = self.outputs(range(4)), self.shape.inner
-        dy = self.new(*y.shape, dtype=y.dtype)
+    def norm_gradients(self, y: Tensor, d_out: Tensor, dz: Tensor, d_stride: int) -> Tensor:
+        """That of the weight, by program; those of the outputs y take their place, and dz is filled."""
+        inner = self.shape.inner
         blocks = math.ceil(self.pixels / self.options("gated_norm_gradients")["BLOCKS"])
         d_norm = self.new(blocks * self.frames, inner)
         self.launch(
-            "gated_norm_gradients", (blocks, self.frames), y, self.z, self.stride, self.parameters.norm_weight, d_out, dy, dz,
+            "gated_norm_gradients", (blocks, self.frames), y, self.z, self.stride, self.parameters.norm_weight, d_out, dz,
             d_stride, d_norm, *self.grid_of_pixels, inner, WIDTH=_power_of_two(inner), TOGETHER=self.shape.together,
         )  # fmt: skip
-        return dy, d_norm
+        return d_norm
 
     def sequences_with_states(self, n: int) -> list[slice]:
         """Parts of the sequences: of one at a time, the states and the gradients of them are in memory."""
@@ -341,7 +338,7 @@ class _Run:
         size = (self.L, shape.heads)
         self.launch(
             "scan_states", (shape.heads, n, 1), x, keys, steps, decays, states, states, self.L, self.chunks, shape.heads,
-            **self.scan_constants, EVERY=True,
+            **self.scan_constants, ACTIVATED=False, EVERY=True,
         )  # fmt: skip
         self.launch("scan_state_gradients", (shape.heads, n), keys, decays, dy, state_gradients, *size, **self.scan_constants)
         self.launch(

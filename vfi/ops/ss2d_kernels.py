@@ -134,11 +134,13 @@ def _tokens(values, token, width, channel, inside):
 @_kernel
 def scan(
     x_, keys, steps, decays, D, before, y, L, chunks_each, heads,
-    P: tl.constexpr, S: tl.constexpr, Q: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, CARRIED: tl.constexpr,
+    P: tl.constexpr, S: tl.constexpr, Q: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    ACTIVATED: tl.constexpr, CARRIED: tl.constexpr,
 ):  # fmt: skip
     """y [n, L, inner] of a segment of `chunks_each` chunks. Program: (head, sequence, segment).
 
-    CARRIED: the state `before [n, segments, heads, S, P]` each segment is given; otherwise there is one, and it starts at zero.
+    If not ACTIVATED, x [n, L, inner | B, C] is given before its SiLU. CARRIED: each segment is given the state
+    `before [n, segments, heads, S, P]`; otherwise there is one, and it starts at zero.
     """
     head, n, segment = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
     skip = tl.load(D + head).to(tl.float32)
@@ -155,7 +157,9 @@ def scan(
         place = chunk * Q + q
         inside = place < L
         token = n * L + place
-        x = _tokens(x_, token, inner, head * P + p, inside).to(tl.float32)
+        x = _tokens(x_, token, inner if ACTIVATED else inner + 2 * S, head * P + p, inside).to(tl.float32)
+        if not ACTIVATED:
+            x *= tl.sigmoid(x)
         key = _tokens(keys, token, 2 * S, s, inside)
         query = _tokens(keys, token, 2 * S, S + s, inside)
         step, decay, whole = tl.load(steps + place), tl.load(decays + place), tl.load(decays + chunk * Q + Q - 1)
@@ -173,16 +177,18 @@ def scan(
 @_kernel
 def scan_states(
     x_, keys, steps, decays, states, totals, L, chunks_each, heads,
-    P: tl.constexpr, S: tl.constexpr, Q: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, EVERY: tl.constexpr,
+    P: tl.constexpr, S: tl.constexpr, Q: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    ACTIVATED: tl.constexpr, EVERY: tl.constexpr,
 ):  # fmt: skip
     """States alone, from zero at the start of each segment. Program: (head, sequence, segment).
 
-    EVERY, for the backward pass: x [n, L, inner | B, C] is given before its SiLU, and the result is the state before each
-    chunk, states [n, chunks, heads, S, P], of one segment that is the whole sequence. Otherwise the state after each segment
+    If not ACTIVATED, x [n, L, inner | B, C] is given before its SiLU. EVERY: the state before each chunk, states
+    [n, chunks, heads, S, P], of one segment that is the whole sequence. Otherwise the state after each segment
     [n, segments, heads, S, P], and the decay over it, totals [n, segments, heads].
     """
     head, n, segment = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
     q, s, p = tl.arange(0, Q), tl.arange(0, S), tl.arange(0, P)
+    inner = heads * P
     chunks = tl.cdiv(L, Q)
     tile = s[:, None] * P + p[None, :]
     state = tl.zeros([S, P], tl.float32)
@@ -196,10 +202,10 @@ def scan_states(
         place = chunk * Q + q
         inside = place < L
         token = n * L + place
-        x = _tokens(x_, token, heads * P + (2 * S if EVERY else 0), head * P + p, inside).to(tl.float32)
-        key = _tokens(keys, token, 2 * S, s, inside)
-        if EVERY:
+        x = _tokens(x_, token, inner if ACTIVATED else inner + 2 * S, head * P + p, inside).to(tl.float32)
+        if not ACTIVATED:
             x *= tl.sigmoid(x)
+        key = _tokens(keys, token, 2 * S, s, inside)
         whole = tl.load(decays + chunk * Q + Q - 1)
         fading = (x * (tl.load(steps + place) * tl.exp2(whole - tl.load(decays + place)))[:, None]).to(DOT)
         state = state * tl.exp2(whole) + tl.dot(tl.trans(key), fading, input_precision=PRECISION)
@@ -472,11 +478,11 @@ def gated_norm(
 
 @_kernel
 def gated_norm_gradients(
-    y, z, stride, weight, d_out, dy, dz, d_stride, d_weights, L, sequences, H, W, inner,
+    y, z, stride, weight, d_out, dz, d_stride, d_weights, L, sequences, H, W, inner,
     BLOCKS: tl.constexpr, WIDTH: tl.constexpr, TOGETHER: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of `gated_norm` of all four orders: dy [n, L, inner], dz, and by program that of the weight, d_weights
-    [programs, inner]. Program: (BLOCKS pixels of a frame, one after the other, frame)."""
+    """Gradients of `gated_norm` of all four orders: that of y [n, L, inner] in its place, dz, and by program that of the
+    weight, d_weights [programs, inner]. Program: (BLOCKS pixels of a frame, one after the other, frame)."""
     block, frame = tl.program_id(0), tl.program_id(1)
     channel = tl.arange(0, WIDTH)
     known = channel < inner
@@ -499,7 +505,7 @@ def gated_norm_gradients(
             d_u = scale * (d * w - u * (scale * scale * tl.sum(d * w * u, 0) / inner))
             d_weight += d * u * scale
             d_gate += d_u * one
-            tl.store(dy + at, (d_u * value * gate).to(dy.dtype.element_ty), mask=here)
+            tl.store(y + at, (d_u * value * gate).to(y.dtype.element_ty), mask=here)
         d_value = d_gate * gate * (1 + value * (1 - gate))
         tl.store(dz + row * d_stride + channel, d_value.to(dz.dtype.element_ty), mask=here)
     out = d_weights + (frame * tl.num_programs(0) + block).to(tl.int64) * inner + channel

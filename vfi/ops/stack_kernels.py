@@ -23,7 +23,7 @@ from vfi.ops import launches
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # of a program: pixels, one for each thread, so that a thread has all 8 channels that it puts together; channels, about
-_DEFAULT = {"PIXELS": 128, "CHANNELS": 128}
+_DEFAULT = {"stack_maps": {"PIXELS": 32, "CHANNELS": 32}, "unstack_maps": {"PIXELS": 128, "CHANNELS": 128}}
 _WIDEST = 32  # channels of a row that are moved at once
 
 
@@ -134,8 +134,8 @@ def _launch(kernel: Any, stacked: Tensor, maps: Sequence[Tensor | None], widths:
     strides = tuple(None if place is None else place[1] for place in places)
     rows, eights, owners = moves(tuple(widths), strides, channels, keep_zeros=kernel is stack_maps)
     shuffled = first_is_shuffled and maps[0] is not None
-    shape_class = stacked.dtype, channels, shuffled
-    options = launches.configuration(kernel.__name__, shape_class, _DEFAULT, stacked.device)
+    shape_class, name = (stacked.dtype, channels, shuffled), kernel.__name__
+    options = launches.configuration(name, shape_class, _DEFAULT[name], stacked.device)
     pixels, shares = options["PIXELS"], -(-channels // options["CHANNELS"])
     blocks = -(-H * W // pixels)
     with torch.cuda.device_of(stacked):
@@ -151,7 +151,7 @@ def _launch(kernel: Any, stacked: Tensor, maps: Sequence[Tensor | None], widths:
             SHUFFLED=shuffled,
             PIXELS=pixels,
             SHARES=shares,
-            num_warps=pixels // 32,
+            num_warps=max(1, pixels // 32),
         )
 
 
