@@ -27,6 +27,7 @@ from vfi.model.window_attention import GatedWindowAttention
 from vfi.ops import launches, tuned
 from vfi.ops.compiling import compiling_ahead
 from vfi.ops.pointwise import Pointwise, PointwiseModule
+from vfi.profiling import run_ahead
 
 Key = tuple[str, launches.ShapeClass]
 """A kernel and its shape class."""
@@ -41,7 +42,7 @@ _NEVER = (
 _GAIN = 0.97  # of the time that a choice may take to be kept
 _SHORTEST_GAIN = 0.001  # ms, about what CUDA's clock tells apart
 _REPEATS = 5
-_AHEAD = 20_000_000  # cycles, 10 ms, that the GPU waits before each run: launches pile up, and none is waited for
+_AHEAD = 20_000_000  # cycles, 10 ms, in which a run is launched
 _ROUNDING = {torch.float32: 1e-3, torch.bfloat16: 2**-6, torch.float16: 2**-9}  # sums in another order; a mistake is larger
 
 
@@ -122,7 +123,7 @@ class Part:
         with launches.timed(kernel) as events:
             for _ in range(_REPEATS):
                 events.clear()
-                torch.cuda._sleep(_AHEAD)
+                run_ahead(self.device, _AHEAD)
                 self()
                 torch.cuda.synchronize(self.device)
                 sums.append(sum(before.elapsed_time(after) for before, after in events))

@@ -3,8 +3,8 @@
     vfi operators                                   on a GPU: all of them, at the sizes that training and 4K have
     vfi operators --only warp --out warp.json
 
-Times are medians of calls one after the other (triton.testing.do_bench, which empties the cache before each); memory is what a
-call takes beside its inputs. The floor: inputs read and outputs written once, back with gradients once more and the inputs
+Times are medians of calls one after the other, with an empty cache and without waiting for the processor; memory is what a call
+takes beside its inputs. The floor: inputs read and outputs written once, back with gradients once more and the inputs
 again, at the rate of a copy that is measured in the same run; what products need is not in it.
 """
 
@@ -238,22 +238,14 @@ def measure(operator: Operator, device: torch.device, gbs: float) -> Row:
     costs = []
     for function in (ours, plain):
         with torch.no_grad():
-            forward = milliseconds(functools.partial(_run, function, inputs, ()))
+            forward = profiling.milliseconds(functools.partial(_run, function, inputs, ()), device)
         leaves = [*(given.requires_grad_() for given in inputs), *weights]
         both = functools.partial(_run, function, inputs, leaves)
-        costs.append(Cost(forward, milliseconds(both), peak_bytes(both, device)))
+        costs.append(Cost(forward, profiling.milliseconds(both, device), peak_bytes(both, device)))
     read, written = sum(given.nbytes for given in inputs), _run(ours, inputs, ()).nbytes
     floor, both_floor = (1e-6 * nbytes / gbs for nbytes in (read + written, 3 * read + 2 * written))
     size = "×".join(map(str, operator.inputs[0].shape))
     return Row(operator.name, size, floor, both_floor, *costs)
-
-
-def milliseconds(call: Callable[[], object]) -> float:
-    """Median of many calls."""
-    from triton.testing import do_bench
-
-    found: float = do_bench(call, return_mode="median")
-    return found
 
 
 def peak_bytes(call: Callable[[], object], device: torch.device) -> int:

@@ -39,6 +39,7 @@ REST = "rest"
 """What runs outside of every part: padding, blending, residual sums."""
 WARMUP = 3
 _ROTATION = 3  # different inputs, so that none of them stays in a cache
+_CACHE_BYTES = 2**28  # more than a GPU has of it
 _HEAD_START, _PARTS_HEAD_START = 60_000_000, 10_000_000  # clock cycles, 30 and 5 ms: longer than Python takes to launch it
 
 
@@ -353,7 +354,7 @@ def measure_parts(
     passes = []
     for number in range(repeats):
         with watch_parts(model, clock) as calls:
-            _run_ahead(device)
+            run_ahead(device)
             step(rotation[number % _ROTATION])
         passes.append(calls)
     sums = [by_part(calls, elapsed) for calls in passes]
@@ -382,7 +383,7 @@ def measure_training_parts(
             if number == WARMUP and device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(device)
             args, kwargs = tree_map_only(Tensor, lambda tensor: tensor.detach().requires_grad_(tensor.requires_grad), arguments)
-            _run_ahead(device, _PARTS_HEAD_START)
+            run_ahead(device, _PARTS_HEAD_START)
             start = clock()
             with torch.autocast(device.type, precision, enabled=precision != torch.float32):
                 output = module(*args, **kwargs)
@@ -411,7 +412,21 @@ def _watch_given(model: nn.Module, given: list[tuple[nn.Module, Any]]) -> Iterat
         yield
 
 
-def _run_ahead(device: torch.device, cycles: int = _HEAD_START) -> None:
+def milliseconds(call: Callable[[], object], device: torch.device, repeats: int = 20) -> float:
+    """Median of calls that find nothing of their inputs in the GPU's cache, and none of which waits for the processor."""
+    clock, elapsed = _clock(device)
+    other = torch.empty(_CACHE_BYTES, dtype=torch.uint8, device=device)
+    times = []
+    for _ in range(WARMUP + repeats):
+        other.zero_()
+        run_ahead(device)
+        start = clock()
+        call()
+        times.append((start, clock()))
+    return statistics.median(elapsed(*pair) for pair in times[WARMUP:])
+
+
+def run_ahead(device: torch.device, cycles: int = _HEAD_START) -> None:
     """Let what is launched next wait for a while in the GPU's queue, so that none of it waits for the processor."""
     if device.type == "cuda":
         torch.cuda._sleep(cycles)

@@ -85,10 +85,10 @@ def tune(options: Options) -> Iterator[str]:
             if not ours:
                 for one in search_step(TrainingStep(config, device, precision), {one.key for one in found}):
                     found.append(one)
+                    content["fused"] = with_earlier(found, earlier)
+                    write(options.out, tuned.card(device), content)  # each time: whoever stops the job keeps it
                     yield str(one)
                 free_memory()
-                content["fused"] = with_earlier(found, earlier)
-                write(options.out, tuned.card(device), content)  # each time, for it takes minutes
             if not theirs:
                 kernels = merge(kernels, _tune_mamba_ssm(config, device, precision))
                 content["kernels"] = kernels

@@ -364,6 +364,18 @@ def test_time_is_the_median_and_the_inputs_rotate(monkeypatch) -> None:
     assert {frames[0].item() for frames in seen} == {frames[0].item() for frames in made}
 
 
+def test_a_call_alone_takes_the_median_without_the_first_ones(monkeypatch) -> None:
+    now, takes = [0.0], iter([*[100.0] * profiling.WARMUP, 1.0, 9.0, 3.0])
+    monkeypatch.setattr(profiling, "_clock", lambda device: (lambda: now[0], lambda start, end: end - start))
+    monkeypatch.setattr(profiling, "_CACHE_BYTES", 1)
+
+    def call() -> None:
+        now[0] += next(takes)
+
+    assert profiling.milliseconds(call, CPU, repeats=3) == 3
+    assert next(takes, None) is None
+
+
 def test_the_parts_take_the_time_of_the_whole(model, monkeypatch) -> None:
     """A clock that goes on by 1 ms at each reading: together the parts take the time from the first to the last reading."""
     readings = itertools.count()

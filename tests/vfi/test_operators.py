@@ -68,12 +68,12 @@ def a_gpu(monkeypatch):
     double = Operator("double", (torch.empty(3, 5, device="meta"),), lambda device: operators.Forms(torch.mul, torch.mul))
     times = iter([0.5, 1.0, 1.5, 4.0])
 
-    def milliseconds(call: Callable[[], object]) -> float:
+    def milliseconds(call: Callable[[], object], device: torch.device) -> float:
         call()
         return next(times)
 
     monkeypatch.setattr(operators, "fused_obstacle", lambda device: None)
-    monkeypatch.setattr(operators, "milliseconds", milliseconds)
+    monkeypatch.setattr(profiling, "milliseconds", milliseconds)
     nbytes = iter([2**20, 10 * 2**20])
     monkeypatch.setattr(operators, "peak_bytes", lambda call, device: next(nbytes))
     monkeypatch.setattr(operators, "_run", lambda function, inputs, leaves: inputs[0])
