@@ -53,9 +53,9 @@ GUARDED = {
     "mamba_ssm": {"vfi/ops/ssd.py", "vfi/ops/selective_scan.py"},
     "selective_scan_cuda": {"vfi/ops/ssd.py"},
     "triton": {
-        "vfi/operators.py",
         "vfi/ops/compiling.py",
         "vfi/ops/fused_ss2d.py",
+        "vfi/ops/kernel_math.py",
         "vfi/ops/launches.py",
         *(
             f"vfi/ops/{name}_kernels.py"

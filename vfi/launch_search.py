@@ -31,7 +31,9 @@ from vfi.profiling import run_ahead
 
 Key = tuple[str, launches.ShapeClass]
 """A kernel and its shape class."""
-_VALUES = {"num_warps": (1, 2, 4, 8), "num_stages": (1, 2, 3, 4), "TOKENS": (16, 32, 64)}
+_VALUES = {
+    "num_warps": (1, 2, 4, 8), "num_stages": (1, 2, 3, 4), "TOKENS": (16, 32, 64), "EACH": (1, 2), "maxnreg": (0, 128, 168),
+}  # fmt: skip
 _FACTORS = (0.25, 0.5, 2)  # of what the code says for other blocks
 _NEVER = (
     ("scan", "num_stages", 1),  # Triton 3.6 compiles it into reads of memory that is not there, and that into others

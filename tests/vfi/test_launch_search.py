@@ -113,6 +113,7 @@ def test_what_is_known_is_not_searched_for():
 def test_candidates():
     assert candidates("convolve", "BLOCK", 32) == [8, 16, 64]
     assert candidates("gated_norm", "BLOCK", 2) == [1, 4]
+    assert candidates("scan_states", "EACH", 1) == [1, 2]
     assert candidates("scan_gradients", "num_stages", 3) == [1, 2, 3, 4]
     assert candidates("scan", "num_stages", 3) == [2, 3, 4]
     assert candidates("scan_gradients", "num_warps", 4) == [2, 4, 8]

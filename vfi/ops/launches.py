@@ -28,8 +28,9 @@ ShapeClass = tuple[Any, ...]
 
 
 def configuration(kernel: str, shape_class: ShapeClass, default: Options, device: torch.device) -> Options:
-    """What is known for a kernel on this device; else `default`."""
-    return known(device).get((kernel, shape_class), default)
+    """What is known for a kernel on this device; what is not, as in `default`."""
+    found = known(device).get((kernel, shape_class))
+    return default if found is None else default | found
 
 
 @functools.cache

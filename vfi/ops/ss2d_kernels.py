@@ -25,9 +25,10 @@ from typing import Any
 import triton
 import triton.language as tl
 
+from vfi.ops.kernel_math import LOG2_E, sigmoid
+
 TAPS = tl.constexpr(4)  # of the causal convolution
 EPSILON = tl.constexpr(1e-5)  # of the norm
-LOG2_E = tl.constexpr(1.4426950408889634)  # decays are powers of 2: one multiplication less than powers of e
 # A kernel is compiled once for all sizes of frames, and not anew where one of these is 1 or a multiple of 16.
 _SIZES = ("L", "H", "W", "sequences", "chunks_each", "first_order", "segments", "size")
 
@@ -88,13 +89,13 @@ def convolve(
     token = (n.to(tl.int64) * L + place)[:, None]
     here = (place < L)[:, None] & known[None, :]
     if ACTIVATED:
-        total *= tl.sigmoid(total)
+        total *= sigmoid(total)
         tl.store(x + token * inner + channel[None, :], total.to(x.dtype.element_ty), mask=here & (channel < inner)[None, :])
     else:
         tl.store(x + token * channels + channel[None, :], total.to(x.dtype.element_ty), mask=here)
     if (tl.program_id(2) + 1) * WIDTH > inner:
         if not ACTIVATED:
-            total *= tl.sigmoid(total)
+            total *= sigmoid(total)
         out = keys + token * (channels - inner) + (channel - inner)[None, :]
         tl.store(out, total.to(keys.dtype.element_ty), mask=here & (channel >= inner)[None, :])
 
@@ -131,89 +132,135 @@ def _tokens(values, token, width, channel, inside):
     return tl.load(values + token[:, None] * width + channel[None, :], mask=inside[:, None], other=0.0)
 
 
+@triton.jit
+def _x(x_, token, head, heads, inside, P: tl.constexpr, S: tl.constexpr, ACTIVATED: tl.constexpr):
+    """x of a head, fp32. If not ACTIVATED, B and C lie beside it, and all are given before their SiLU."""
+    width = heads * P if ACTIVATED else heads * P + 2 * S
+    x = _tokens(x_, token, width, head * P + tl.arange(0, P), inside).to(tl.float32)
+    return x if ACTIVATED else x * sigmoid(x)
+
+
+@triton.jit
+def _scan_chunk(
+    x_, y, token, inside, key, query, scores, steps, decays, at, skip, head, heads, state,
+    P: tl.constexpr, S: tl.constexpr, Q: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, ACTIVATED: tl.constexpr,
+):  # fmt: skip
+    """Writes y of a chunk of a head, whose steps begin `at`, and gives the state after it."""
+    q, p = tl.arange(0, Q), tl.arange(0, P)
+    x = _x(x_, token, head, heads, inside, P, S, ACTIVATED)
+    step, decay, whole = tl.load(steps + at + q), tl.load(decays + at + q), tl.load(decays + at + Q - 1)
+    entering = x * step[:, None]
+    between = tl.where(q[:, None] >= q[None, :], tl.exp2(decay[:, None] - decay[None, :]), 0.0)
+    out = tl.dot(query, state.to(DOT), input_precision=PRECISION) * tl.exp2(decay)[:, None]
+    out += tl.dot((scores * between).to(DOT), entering.to(DOT), input_precision=PRECISION)
+    out += skip * x
+    at_y = y + token[:, None] * (heads * P) + (head * P + p)[None, :]
+    tl.store(at_y, out.to(y.dtype.element_ty), mask=inside[:, None])
+    fading = (entering * tl.exp2(whole - decay)[:, None]).to(DOT)
+    return state * tl.exp2(whole) + tl.dot(tl.trans(key), fading, input_precision=PRECISION)
+
+
 @_kernel
 def scan(
     x_, keys, steps, decays, D, before, y, L, chunks_each, heads,
     P: tl.constexpr, S: tl.constexpr, Q: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
-    ACTIVATED: tl.constexpr, CARRIED: tl.constexpr,
+    ACTIVATED: tl.constexpr, CARRIED: tl.constexpr, EACH: tl.constexpr,
 ):  # fmt: skip
-    """y [n, L, inner] of a segment of `chunks_each` chunks. Program: (head, sequence, segment).
+    """y [n, L, inner] of a segment of `chunks_each` chunks. Program: (EACH heads, 1 or 2, sequence, segment).
 
     If not ACTIVATED, x [n, L, inner | B, C] is given before its SiLU. CARRIED: each segment is given the state
     `before [n, segments, heads, S, P]`; otherwise there is one, and it starts at zero.
     """
-    head, n, segment = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
-    skip = tl.load(D + head).to(tl.float32)
+    head, n, segment = tl.program_id(0) * EACH, tl.program_id(1).to(tl.int64), tl.program_id(2)
     q, s, p = tl.arange(0, Q), tl.arange(0, S), tl.arange(0, P)
-    inner = heads * P
     chunks = tl.cdiv(L, Q)
     state = tl.zeros([S, P], tl.float32)
+    other = tl.zeros([S, P], tl.float32)  # of the second head
+    skip = tl.load(D + head).to(tl.float32)
+    other_skip = tl.load(D + head + EACH - 1).to(tl.float32)
     if CARRIED:
-        start = ((n * tl.num_programs(2) + segment) * heads + head) * (S * P)
-        state = tl.load(before + start + s[:, None] * P + p[None, :])
-    steps += (n * heads + head) * chunks * Q
-    decays += (n * heads + head) * chunks * Q
+        start = before + ((n * tl.num_programs(2) + segment) * heads + head) * (S * P) + s[:, None] * P + p[None, :]
+        state = tl.load(start)
+        if EACH == 2:
+            other = tl.load(start + S * P)
     for chunk in range(segment * chunks_each, tl.minimum((segment + 1) * chunks_each, chunks)):
         place = chunk * Q + q
         inside = place < L
         token = n * L + place
-        x = _tokens(x_, token, inner if ACTIVATED else inner + 2 * S, head * P + p, inside).to(tl.float32)
-        if not ACTIVATED:
-            x *= tl.sigmoid(x)
         key = _tokens(keys, token, 2 * S, s, inside)
         query = _tokens(keys, token, 2 * S, S + s, inside)
-        step, decay, whole = tl.load(steps + place), tl.load(decays + place), tl.load(decays + chunk * Q + Q - 1)
-        entering = x * step[:, None]
         scores = tl.dot(query, tl.trans(key), input_precision=PRECISION)
-        between = tl.where(q[:, None] >= q[None, :], tl.exp2(decay[:, None] - decay[None, :]), 0.0)
-        out = tl.dot(query, state.to(DOT), input_precision=PRECISION) * tl.exp2(decay)[:, None]
-        out += tl.dot((scores * between).to(DOT), entering.to(DOT), input_precision=PRECISION)
-        out += skip * x
-        tl.store(y + token[:, None] * inner + (head * P + p)[None, :], out.to(y.dtype.element_ty), mask=inside[:, None])
-        fading = (entering * tl.exp2(whole - decay)[:, None]).to(DOT)
-        state = state * tl.exp2(whole) + tl.dot(tl.trans(key), fading, input_precision=PRECISION)
+        at = ((n * heads + head) * chunks + chunk) * Q
+        state = _scan_chunk(
+            x_, y, token, inside, key, query, scores, steps, decays, at, skip, head, heads, state,
+            P, S, Q, DOT, PRECISION, ACTIVATED,
+        )  # fmt: skip
+        if EACH == 2:
+            other = _scan_chunk(
+                x_, y, token, inside, key, query, scores, steps, decays, at + chunks * Q, other_skip, head + 1, heads, other,
+                P, S, Q, DOT, PRECISION, ACTIVATED,
+            )  # fmt: skip
+
+
+@triton.jit
+def _states_chunk(
+    x_, token, inside, key, steps, decays, at, head, heads, state,
+    P: tl.constexpr, S: tl.constexpr, Q: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, ACTIVATED: tl.constexpr,
+):  # fmt: skip
+    """The state after a chunk of a head, whose steps begin `at`."""
+    q = tl.arange(0, Q)
+    x = _x(x_, token, head, heads, inside, P, S, ACTIVATED)
+    whole = tl.load(decays + at + Q - 1)
+    fading = (x * (tl.load(steps + at + q) * tl.exp2(whole - tl.load(decays + at + q)))[:, None]).to(DOT)
+    return state * tl.exp2(whole) + tl.dot(tl.trans(key), fading, input_precision=PRECISION)
 
 
 @_kernel
 def scan_states(
     x_, keys, steps, decays, states, totals, L, chunks_each, heads,
     P: tl.constexpr, S: tl.constexpr, Q: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
-    ACTIVATED: tl.constexpr, EVERY: tl.constexpr,
+    ACTIVATED: tl.constexpr, EVERY: tl.constexpr, EACH: tl.constexpr,
 ):  # fmt: skip
-    """States alone, from zero at the start of each segment. Program: (head, sequence, segment).
+    """States alone, from zero at the start of each segment. Program: (EACH heads, 1 or 2, sequence, segment).
 
     If not ACTIVATED, x [n, L, inner | B, C] is given before its SiLU. EVERY: the state before each chunk, states
     [n, chunks, heads, S, P], of one segment that is the whole sequence. Otherwise the state after each segment
     [n, segments, heads, S, P], and the decay over it, totals [n, segments, heads].
     """
-    head, n, segment = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
+    head, n, segment = tl.program_id(0) * EACH, tl.program_id(1).to(tl.int64), tl.program_id(2)
     q, s, p = tl.arange(0, Q), tl.arange(0, S), tl.arange(0, P)
-    inner = heads * P
     chunks = tl.cdiv(L, Q)
     tile = s[:, None] * P + p[None, :]
     state = tl.zeros([S, P], tl.float32)
+    other = tl.zeros([S, P], tl.float32)  # of the second head
     total = tl.load(decays) * 0.0
-    steps += (n * heads + head) * chunks * Q
-    decays += (n * heads + head) * chunks * Q
+    other_total = total
     for chunk in range(segment * chunks_each, tl.minimum((segment + 1) * chunks_each, chunks)):
         if EVERY:
-            start = ((n * chunks + chunk) * heads + head) * (S * P)
-            tl.store(states + start + tile, state.to(states.dtype.element_ty))
+            start = states + ((n * chunks + chunk) * heads + head) * (S * P)
+            tl.store(start + tile, state.to(states.dtype.element_ty))
+            if EACH == 2:
+                tl.store(start + S * P + tile, other.to(states.dtype.element_ty))
         place = chunk * Q + q
         inside = place < L
         token = n * L + place
-        x = _tokens(x_, token, inner if ACTIVATED else inner + 2 * S, head * P + p, inside).to(tl.float32)
-        if not ACTIVATED:
-            x *= tl.sigmoid(x)
         key = _tokens(keys, token, 2 * S, s, inside)
-        whole = tl.load(decays + chunk * Q + Q - 1)
-        fading = (x * (tl.load(steps + place) * tl.exp2(whole - tl.load(decays + place)))[:, None]).to(DOT)
-        state = state * tl.exp2(whole) + tl.dot(tl.trans(key), fading, input_precision=PRECISION)
-        total += whole
+        at = ((n * heads + head) * chunks + chunk) * Q
+        state = _states_chunk(x_, token, inside, key, steps, decays, at, head, heads, state, P, S, Q, DOT, PRECISION, ACTIVATED)
+        total += tl.load(decays + at + Q - 1)
+        if EACH == 2:
+            at += chunks * Q
+            other = _states_chunk(
+                x_, token, inside, key, steps, decays, at, head + 1, heads, other, P, S, Q, DOT, PRECISION, ACTIVATED
+            )
+            other_total += tl.load(decays + at + Q - 1)
     if not EVERY:
         start = (n * tl.num_programs(2) + segment) * heads + head
         tl.store(states + start * (S * P) + tile, state)
         tl.store(totals + start, total)
+        if EACH == 2:
+            tl.store(states + (start + 1) * (S * P) + tile, other)
+            tl.store(totals + start + 1, other_total)
 
 
 @_kernel
@@ -232,29 +279,48 @@ def carry_states(states, totals, segments, heads, SIZE: tl.constexpr):
         state = state * tl.exp2(tl.load(totals + start)) + added
 
 
+@triton.jit
+def _gradients_chunk(
+    dy, token, inside, query, decays, at, head, heads, gradient,
+    P: tl.constexpr, Q: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The gradient of the state before a chunk of a head, whose decays begin `at`, from that of the state after it."""
+    q, p = tl.arange(0, Q), tl.arange(0, P)
+    g = _tokens(dy, token, heads * P, head * P + p, inside).to(tl.float32)
+    fading = (g * tl.exp2(tl.load(decays + at + q))[:, None]).to(DOT)
+    whole = tl.load(decays + at + Q - 1)
+    return gradient * tl.exp2(whole) + tl.dot(tl.trans(query), fading, input_precision=PRECISION)
+
+
 @_kernel
 def scan_state_gradients(
     keys, decays, dy, state_gradients, L, heads,
-    P: tl.constexpr, S: tl.constexpr, Q: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    P: tl.constexpr, S: tl.constexpr, Q: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, EACH: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of the state after each chunk, [n, chunks, heads, S, P], from the last to the first. Program: (head, n)."""
-    head, n = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    """Gradient of the state after each chunk, [n, chunks, heads, S, P], from the last to the first.
+
+    Program: (EACH heads, 1 or 2, n).
+    """
+    head, n = tl.program_id(0) * EACH, tl.program_id(1).to(tl.int64)
     q, s, p = tl.arange(0, Q), tl.arange(0, S), tl.arange(0, P)
     chunks = tl.cdiv(L, Q)
-    decays += (n * heads + head) * chunks * Q
     gradient = tl.zeros([S, P], tl.float32)
+    other = tl.zeros([S, P], tl.float32)  # of the second head
     for back in range(chunks):
         chunk = chunks - 1 - back
-        tile = ((n * chunks + chunk) * heads + head) * (S * P) + s[:, None] * P + p[None, :]
-        tl.store(state_gradients + tile, gradient.to(state_gradients.dtype.element_ty))
+        start = state_gradients + ((n * chunks + chunk) * heads + head) * (S * P) + s[:, None] * P + p[None, :]
+        tl.store(start, gradient.to(state_gradients.dtype.element_ty))
+        if EACH == 2:
+            tl.store(start + S * P, other.to(state_gradients.dtype.element_ty))
         place = chunk * Q + q
         inside = place < L
         token = n * L + place
-        g = _tokens(dy, token, heads * P, head * P + p, inside).to(tl.float32)
         query = _tokens(keys, token, 2 * S, S + s, inside)
-        fading = (g * tl.exp2(tl.load(decays + place))[:, None]).to(DOT)
-        whole = tl.load(decays + chunk * Q + Q - 1)
-        gradient = gradient * tl.exp2(whole) + tl.dot(tl.trans(query), fading, input_precision=PRECISION)
+        at = ((n * heads + head) * chunks + chunk) * Q
+        gradient = _gradients_chunk(dy, token, inside, query, decays, at, head, heads, gradient, P, Q, DOT, PRECISION)
+        if EACH == 2:
+            at += chunks * Q
+            other = _gradients_chunk(dy, token, inside, query, decays, at, head + 1, heads, other, P, Q, DOT, PRECISION)
 
 
 @_kernel
@@ -279,8 +345,7 @@ def scan_key_gradients(
     d_key = tl.zeros([Q, S], tl.float32)
     d_query = tl.zeros([Q, S], tl.float32)
     for head in range(heads):
-        x = _tokens(x_, token, inner + 2 * S, head * P + p, inside).to(tl.float32)
-        x *= tl.sigmoid(x)
+        x = _x(x_, token, head, heads, inside, P, S, ACTIVATED=False)
         g = _tokens(dy, token, inner, head * P + p, inside).to(tl.float32)
         tile = (here * heads + head) * (S * P) + s[:, None] * P + p[None, :]
         state, d_state = tl.load(states + tile), tl.load(state_gradients + tile)
@@ -327,7 +392,7 @@ def scan_gradients(
     d_scores = tl.zeros([Q, Q], tl.float32)
     for head in range(heads):
         before_silu = _tokens(convolved, token, inner + 2 * S, head * P + p, inside).to(tl.float32)
-        gate = tl.sigmoid(before_silu)
+        gate = sigmoid(before_silu)
         x = before_silu * gate
         g = _tokens(dy, token, inner, head * P + p, inside)
         tile = (here * heads + head) * (S * P) + s[:, None] * P + p[None, :]
@@ -361,7 +426,7 @@ def scan_gradients(
             gradient = tl.dot(d_scores.to(DOT), key, input_precision=PRECISION)
         gradient += _tokens(d_keys, token, 2 * S, part * S + s, inside).to(tl.float32)
         before_silu = _tokens(convolved, token, inner + 2 * S, inner + part * S + s, inside).to(tl.float32)
-        gate = tl.sigmoid(before_silu)
+        gate = sigmoid(before_silu)
         gradient *= gate * (1 + before_silu * (1 - gate))
         at = convolved + token[:, None] * (inner + 2 * S) + (inner + part * S + s)[None, :]
         tl.store(at, gradient.to(convolved.dtype.element_ty), mask=inside[:, None])
@@ -410,7 +475,7 @@ def time_step_gradients(
         sequence, place = _places(frame, pixel, L, order, sequences, H, W, TOGETHER)
         n = (order * sequences + sequence).to(tl.int64)
         total += tl.load(d_steps + (n * heads + head[None, :]) * size + place[:, None], mask=here, other=0.0)
-    total *= tl.sigmoid(value)
+    total *= sigmoid(value)
     tl.store(d_raw + row[:, None] * d_stride + head[None, :], total.to(d_raw.dtype.element_ty), mask=here)
     out = d_bias + (frame * tl.num_programs(0) + block) * heads + head
     tl.store(out, tl.sum(total, 0), mask=head < heads)
@@ -462,7 +527,7 @@ def gated_norm(
     row = frame.to(tl.int64) * (H * W) + pixel
     here = (pixel < H * W)[:, None] & (channel < inner)[None, :]
     gate = tl.load(z + row[:, None] * stride + channel[None, :], mask=here, other=0.0).to(tl.float32)
-    gate *= tl.sigmoid(gate)
+    gate *= sigmoid(gate)
     total = tl.zeros([BLOCK, WIDTH], tl.float32)
     for order in tl.static_range(ORDERS):
         sequence, place = _places(frame, pixel, L, first_order + order, sequences, H, W, TOGETHER)
@@ -493,7 +558,7 @@ def gated_norm_gradients(
         row = frame.to(tl.int64) * (H * W) + pixel
         here = known & (pixel < H * W)
         value = tl.load(z + row * stride + channel, mask=here, other=0.0).to(tl.float32)
-        gate = tl.sigmoid(value)
+        gate = sigmoid(value)
         d = tl.load(d_out + row * inner + channel, mask=here, other=0.0).to(tl.float32)
         d_gate = tl.zeros([WIDTH], tl.float32)
         for order in tl.static_range(4):

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from vfi.ops import launches
+from vfi.ops.kernel_math import sigmoid
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -240,7 +241,7 @@ def window_attention_forward(
         y = tl.dot(p.to(v.dtype), v, y * keep[:, None], input_precision=PRECISION)
     y /= total[:, None]
     if GATE_WIDTH > 0:
-        y *= tl.sigmoid(gate.to(tl.float32))
+        y *= sigmoid(gate.to(tl.float32))
     _write(out + pixel[:, None] * (out_stride * UNIT) + lane, y, asked)
     if log_sums is not None:
         tl.store(log_sums + pixel * heads + head, highest + tl.log2(total), mask=asked)
@@ -285,14 +286,14 @@ def window_attention_backward(
     p = tl.exp2(scores - tl.max(scores, axis=1)[:, None])
     p /= tl.sum(p, axis=1)[:, None]
     if GATE_WIDTH > 1:
-        s = tl.sigmoid(gate.to(tl.float32))
+        s = sigmoid(gate.to(tl.float32))
         o = tl.dot(p.to(v.dtype), v, input_precision=PRECISION)
         _write(d_at + 3 * C, dy * o * s * (1 - s), inside)
         dy = (dy * s).to(v.dtype)
     dp = tl.dot(dy, tl.trans(v), input_precision=PRECISION)
     mean = tl.sum(p * dp, axis=1)[:, None]  # the product of dy and o
     if GATE_WIDTH == 1:
-        s = tl.sigmoid(gate.to(tl.float32))
+        s = sigmoid(gate.to(tl.float32))
         _write(d_row[:, None] + 3 * C + head, mean * s * (1 - s), inside)
         p *= s
     d_scores = (p * (dp - mean)).to(v.dtype)
@@ -343,7 +344,7 @@ def window_attention_backward_in_parts(
     product = do * _read(out + pixel[:, None] * (out_stride * UNIT) + lane, asked).to(tl.float32)
     mean = tl.sum(product, axis=1)[:, None]
     if GATE_WIDTH > 0:
-        s = tl.sigmoid(_read_gate(row, C, head, lane, asked, GATE_WIDTH).to(tl.float32))
+        s = sigmoid(_read_gate(row, C, head, lane, asked, GATE_WIDTH).to(tl.float32))
         if GATE_WIDTH == 1:
             _write(d_row[:, None] + 3 * C + head, mean * (1 - s), asked)
         else:
@@ -369,7 +370,7 @@ def window_attention_backward_in_parts(
         far_mean = tl.sum(far_do * far_y.to(tl.float32), axis=1)[None, :]
         if GATE_WIDTH > 0:
             far_gate = _read_gate(far_row, C, head, lane, inside, GATE_WIDTH)
-            far_do = (far_do * tl.sigmoid(far_gate.to(tl.float32))).to(v.dtype)
+            far_do = (far_do * sigmoid(far_gate.to(tl.float32))).to(v.dtype)
         # transposed; queries outside the frame have do = 0 and add nothing
         p = tl.exp2(_scores(k, far_q, SCALE, PRECISION) - far_log_sum)
         dp = tl.dot(v, tl.trans(far_do), input_precision=PRECISION)
