@@ -65,6 +65,30 @@ def _softplus(x):
     return tl.maximum(x, 0.0) + log1p
 
 
+@triton.jit
+def _at_spot(spot, spots, order, H, W, stride):
+    """Where in a frame of the map the pixel lies that an order reads at `spot`; int64."""
+    spot = tl.where(order >= 2, spots - 1 - spot, spot)
+    if order % 2 == 1:  # a division only where it is needed
+        spot = spot % H * W + spot // H
+    return spot.to(tl.int64) * stride
+
+
+@triton.jit
+def _write_convolved(total, token, here, channel, x, keys, inner, channels, with_keys, ACTIVATED: tl.constexpr):
+    """Writes x, and B and C if a program may have some, of tokens."""
+    if ACTIVATED:
+        total *= sigmoid(total)
+        at = x + token * inner + channel[None, :]
+        tl.store(at, total.to(x.dtype.element_ty), mask=here & (channel < inner)[None, :])
+    else:
+        tl.store(x + token * channels + channel[None, :], total.to(x.dtype.element_ty), mask=here)
+    if with_keys:
+        value = total if ACTIVATED else total * sigmoid(total)
+        at_keys = keys + token * (channels - inner) + (channel - inner)[None, :]
+        tl.store(at_keys, value.to(keys.dtype.element_ty), mask=here & (channel >= inner)[None, :])
+
+
 @_kernel
 def convolve(
     map_, stride, weight, bias, x, keys, L, first_order, sequences, H, W, inner, channels,
@@ -76,28 +100,45 @@ def convolve(
     """
     n = tl.program_id(1)
     order, sequence = first_order + n // sequences, n % sequences
-    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    spots = H * W
+    spot = tl.program_id(0) * (BLOCK // TOGETHER) + tl.arange(0, BLOCK // TOGETHER)
     channel = tl.program_id(2) * WIDTH + tl.arange(0, WIDTH)
     known = channel < channels
-    total = tl.zeros([BLOCK, WIDTH], tl.float32) + tl.load(bias + channel, mask=known, other=0.0).to(tl.float32)[None, :]
-    for tap in tl.static_range(TAPS):
-        at = place + (tap - TAPS + 1)
-        row = _rows(at, L, order, sequence, sequences, H, W, TOGETHER)
-        inside = ((at >= 0) & (at < L))[:, None] & known[None, :]
-        value = tl.load(map_ + row[:, None] * stride + channel[None, :], mask=inside, other=0.0).to(tl.float32)
-        total += value * tl.load(weight + channel * TAPS + tap, mask=known, other=0.0).to(tl.float32)[None, :]
-    token = (n.to(tl.int64) * L + place)[:, None]
-    here = (place < L)[:, None] & known[None, :]
-    if ACTIVATED:
-        total *= sigmoid(total)
-        tl.store(x + token * inner + channel[None, :], total.to(x.dtype.element_ty), mask=here & (channel < inner)[None, :])
+    with_keys = (tl.program_id(2) + 1) * WIDTH > inner
+    start = tl.load(bias + channel, mask=known, other=0.0).to(tl.float32)[None, :]
+    weight += channel * TAPS
+    w0 = tl.load(weight, mask=known, other=0.0).to(tl.float32)[None, :]
+    w1 = tl.load(weight + 1, mask=known, other=0.0).to(tl.float32)[None, :]
+    w2 = tl.load(weight + 2, mask=known, other=0.0).to(tl.float32)[None, :]
+    w3 = tl.load(weight + 3, mask=known, other=0.0).to(tl.float32)[None, :]
+    here = (spot < spots)[:, None] & known[None, :]
+    before = here & (spot >= 1)[:, None]
+    earlier = here & (spot >= 2)[:, None]
+    at = _at_spot(spot, spots, order, H, W, stride)[:, None] + channel[None, :]
+    at_before = _at_spot(spot - 1, spots, order, H, W, stride)[:, None] + channel[None, :]
+    at_earlier = _at_spot(spot - 2, spots, order, H, W, stride)[:, None] + channel[None, :]
+    token = n.to(tl.int64) * L + spot[:, None] * TOGETHER
+    frame = spots.to(tl.int64) * stride
+    if TOGETHER == 2:  # at each spot a token of either frame, the second one's first in the orders that go backwards
+        first = map_ + tl.where(order >= 2, sequences + sequence, sequence) * frame
+        second = map_ + tl.where(order >= 2, sequence, sequences + sequence) * frame
+        first_here = tl.load(first + at, mask=here, other=0.0).to(tl.float32)
+        first_before = tl.load(first + at_before, mask=before, other=0.0).to(tl.float32)
+        second_before = tl.load(second + at_before, mask=before, other=0.0).to(tl.float32)
+        second_earlier = tl.load(second + at_earlier, mask=earlier, other=0.0).to(tl.float32)
+        total = start + second_earlier * w0 + first_before * w1 + second_before * w2 + first_here * w3
+        _write_convolved(total, token, here, channel, x, keys, inner, channels, with_keys, ACTIVATED)
+        second_here = tl.load(second + at, mask=here, other=0.0).to(tl.float32)
+        total = start + first_before * w0 + second_before * w1 + first_here * w2 + second_here * w3
+        _write_convolved(total, token + 1, here, channel, x, keys, inner, channels, with_keys, ACTIVATED)
     else:
-        tl.store(x + token * channels + channel[None, :], total.to(x.dtype.element_ty), mask=here)
-    if (tl.program_id(2) + 1) * WIDTH > inner:
-        if not ACTIVATED:
-            total *= sigmoid(total)
-        out = keys + token * (channels - inner) + (channel - inner)[None, :]
-        tl.store(out, total.to(keys.dtype.element_ty), mask=here & (channel >= inner)[None, :])
+        map_ += sequence * frame
+        at_first = _at_spot(spot - 3, spots, order, H, W, stride)[:, None] + channel[None, :]
+        total = start + tl.load(map_ + at_first, mask=here & (spot >= 3)[:, None], other=0.0).to(tl.float32) * w0
+        total += tl.load(map_ + at_earlier, mask=earlier, other=0.0).to(tl.float32) * w1
+        total += tl.load(map_ + at_before, mask=before, other=0.0).to(tl.float32) * w2
+        total += tl.load(map_ + at, mask=here, other=0.0).to(tl.float32) * w3
+        _write_convolved(total, token, here, channel, x, keys, inner, channels, with_keys, ACTIVATED)
 
 
 @_kernel
@@ -481,6 +522,20 @@ def time_step_gradients(
     tl.store(out, tl.sum(total, 0), mask=head < heads)
 
 
+@triton.jit
+def _where_read(d_convolved, frame, pixel, L, order, sequences, H, W, channel, channels, TOGETHER: tl.constexpr):
+    """Where the gradients lie of the tokens that an order makes of the pixels, and their places in the sequence."""
+    sequence, place = _places(frame, pixel, L, order, sequences, H, W, TOGETHER)
+    d_convolved += (order * sequences + sequence).to(tl.int64) * L * channels
+    return d_convolved + (place.to(tl.int64) * channels)[:, None] + channel[None, :], place
+
+
+@triton.jit
+def _read_later(at, place, later, L, channels, here):
+    """The gradients of tokens `later` by so many places than `at`; zero behind the last one."""
+    return tl.load(at + later * channels, mask=here & (place + later < L)[:, None], other=0.0).to(tl.float32)
+
+
 @_kernel
 def convolution_gradients(
     map_, stride, weight, d_convolved, d_map, d_stride, d_weights, L, sequences, H, W, channels,
@@ -497,14 +552,16 @@ def convolution_gradients(
     value = tl.load(map_ + row[:, None] * stride + channel[None, :], mask=here, other=0.0).to(tl.float32)
     total = tl.zeros([BLOCK, WIDTH], tl.float32)
     out = d_weights + (frame * tl.num_programs(0) + block).to(tl.int64) * (TAPS + 1) * channels + channel
+    at0, place0 = _where_read(d_convolved, frame, pixel, L, 0, sequences, H, W, channel, channels, TOGETHER)
+    at1, place1 = _where_read(d_convolved, frame, pixel, L, 1, sequences, H, W, channel, channels, TOGETHER)
+    at2, place2 = _where_read(d_convolved, frame, pixel, L, 2, sequences, H, W, channel, channels, TOGETHER)
+    at3, place3 = _where_read(d_convolved, frame, pixel, L, 3, sequences, H, W, channel, channels, TOGETHER)
     for tap in tl.static_range(TAPS):
-        read = tl.zeros([BLOCK, WIDTH], tl.float32)  # gradients of the tokens that read these pixels by this tap
-        for order in tl.static_range(4):
-            sequence, place = _places(frame, pixel, L, order, sequences, H, W, TOGETHER)
-            place += TAPS - 1 - tap
-            token = (order * sequences + sequence).to(tl.int64) * L + place
-            at = d_convolved + token[:, None] * channels + channel[None, :]
-            read += tl.load(at, mask=here & (place < L)[:, None], other=0.0).to(tl.float32)
+        later = TAPS - 1 - tap
+        read = _read_later(at0, place0, later, L, channels, here)  # of the tokens that read these pixels by this tap
+        read += _read_later(at1, place1, later, L, channels, here)
+        read += _read_later(at2, place2, later, L, channels, here)
+        read += _read_later(at3, place3, later, L, channels, here)
         total += read * tl.load(weight + channel * TAPS + tap, mask=known, other=0.0).to(tl.float32)[None, :]
         tl.store(out + tap * channels, tl.sum(read * value, 0), mask=known)
         if tap == TAPS - 1:
