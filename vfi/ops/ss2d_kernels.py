@@ -1,9 +1,9 @@
 """Triton kernels of the fused SS2D (vfi/ops/fused_ss2d.py).
 
-A sequence n = order * sequences + sequence has L = TOGETHER * H * W tokens; `_rows` says where in the map of pixels
-`[frames * H * W, width]` each lies, so that the convolution reads pixels and the norm reads tokens with nothing in between.
-Sums, decays and states are fp32; the operands of products are of type DOT, and products of fp32 run in PRECISION: "tf32",
-"tf32x3" (three products, almost fp32) or "ieee".
+A sequence n = order * sequences + sequence has L = TOGETHER * H * W tokens; `_rows` and `_at_spot` say where in the map
+of pixels `[frames * H * W, width]` each lies, so that the convolution reads pixels and the norm reads tokens with nothing in
+between. Sums, decays and states are fp32; the operands of products are of type DOT, and products of fp32 run in PRECISION:
+"tf32", "tf32x3" (three products, almost fp32) or "ieee".
 
     pixels  --convolve, time_steps-->  x [n, L, inner], keys [n, L, B | C], steps [n, heads, L]
             --scan-->  y [n, L, inner]  --gated_norm-->  pixels
@@ -39,13 +39,19 @@ def _kernel(function: Callable[..., None]) -> Any:
 
 
 @triton.jit
+def _pixel(spot, order, H, W):
+    """Which pixel of a frame is read at a spot, along rows or down columns."""
+    if order % 2 == 1:  # a division only where it is needed
+        spot = spot % H * W + spot // H
+    return spot
+
+
+@triton.jit
 def _rows(place, L, order, sequence, sequences, H, W, TOGETHER: tl.constexpr):
     """Where in the map the tokens at `place` of a sequence lie; int64, since a map may have 2^31 elements and more."""
     place = tl.where(order >= 2, L - 1 - place, place)
-    spot = place // TOGETHER
-    pixel = tl.where(order % 2 == 1, spot % H * W + spot // H, spot)
     frame = place % TOGETHER * sequences + sequence
-    return frame.to(tl.int64) * (H * W) + pixel
+    return frame.to(tl.int64) * (H * W) + _pixel(place // TOGETHER, order, H, W)
 
 
 @triton.jit
@@ -68,10 +74,7 @@ def _softplus(x):
 @triton.jit
 def _at_spot(spot, spots, order, H, W, stride):
     """Where in a frame of the map the pixel lies that an order reads at `spot`; int64."""
-    spot = tl.where(order >= 2, spots - 1 - spot, spot)
-    if order % 2 == 1:  # a division only where it is needed
-        spot = spot % H * W + spot // H
-    return spot.to(tl.int64) * stride
+    return _pixel(tl.where(order >= 2, spots - 1 - spot, spot), order, H, W).to(tl.int64) * stride
 
 
 @triton.jit

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from vfi.ops import launches
-from vfi.ops.kernel_math import sigmoid
+from vfi.ops.kernel_math import LOG2_E, sigmoid
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -195,7 +195,7 @@ def _read_gate(row, C, head, lane, inside, GATE_WIDTH: tl.constexpr):
 @triton.jit
 def _scores(q, k, SCALE: tl.constexpr, PRECISION: tl.constexpr):
     """`[queries, keys]` in fp32, for exp2, which the hardware has."""
-    return tl.dot(q, tl.trans(k), input_precision=PRECISION) * (SCALE * 1.4426950408889634)
+    return tl.dot(q, tl.trans(k), input_precision=PRECISION) * (SCALE * LOG2_E)
 
 
 @triton.jit(do_not_specialize=["heads", "H", "W", "down", "across", "shift"])
