@@ -114,14 +114,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     set_numerics()
     gbs = profiling.measure_rates(device, _HALF).gbs
     rows = []
+    told = environment(device) | {"command": shlex.join(["vfi", "operators", *arguments]), "gbs": gbs}
     for operator in chosen:
         rows.append(measure(operator, device, gbs))
-        print(f"{operator.name}: {rows[-1].ours.both_ms:.3f} ms", file=sys.stderr, flush=True)
-    told = environment(device) | {"command": shlex.join(["vfi", "operators", *arguments]), "gbs": gbs}
+        ours, plain = rows[-1].ours.both_ms, rows[-1].plain.both_ms
+        print(f"{operator.name}: {ours:.3f} ms, plain {plain:.3f} ms", file=sys.stderr, flush=True)
+        if options.out:  # each time: whoever stops the job keeps it
+            content = {"schema": SCHEMA, "version": VERSION, "environment": told, "rows": list(map(dataclasses.asdict, rows))}
+            write_text(options.out, json.dumps(content, indent=1) + "\n")
     print(table(rows, told))
-    if options.out:
-        content = {"schema": SCHEMA, "version": VERSION, "environment": told, "rows": [dataclasses.asdict(row) for row in rows]}
-        write_text(options.out, json.dumps(content, indent=1) + "\n")
 
 
 def all_operators() -> list[Operator]:

@@ -1,6 +1,6 @@
 """Which configurations of kernels are the fastest on this GPU? JOB: tunes them and keeps what was found.
 
-    vfi tune                                   tiny, small and base; adds this card to vfi/ops/tuned_kernels.json
+    vfi tune                                   base, small and tiny; adds this card to vfi/ops/tuned_kernels.json
     vfi tune --presets base --batch_size 32 --precisions bf16 --out mine.json
 
 Our own kernels (vfi/launch_search.py) run without it with what was fastest on an H100; those of mamba-ssm, if it is installed,
@@ -39,8 +39,9 @@ _SHOWN = ("torch", "triton", "mamba-ssm")
 class Options:
     """Each field is a flag of the job."""
 
-    presets: tuple[str, ...] = ("tiny", "small", "base")
-    """Presets, or ablations, whose kernels are tuned: by a training step of phase 2 or 3 in each precision."""
+    presets: tuple[str, ...] = ("base", "small", "tiny")
+    """Presets, or ablations, whose kernels are tuned: by a training step of phase 2 or 3 in each precision. What they share is
+    tuned with the first of them: name the largest first."""
     precisions: tuple[Literal["bf16", "fp32"], ...] = ("bf16", "fp32")
     """Of the forward pass: minutes each."""
     batch_size: int = 8

@@ -91,6 +91,16 @@ def test_what_is_measured_is_told(a_gpu, capsys, tmp_path):
     assert Cost(**row["plain"]) == Cost(1.5, 4.0, 10 * 2**20)
 
 
+def test_what_was_measured_before_the_job_ends_is_kept(a_gpu, monkeypatch, tmp_path):
+    """Its second operator finds no more times."""
+    (double,) = operators.all_operators()
+    monkeypatch.setattr(operators, "all_operators", lambda: [double, double])
+    with pytest.raises(StopIteration):
+        main(["--out", str(tmp_path / "out.json")])
+    (row,) = json.loads((tmp_path / "out.json").read_text())["rows"]
+    assert row["ours"]["both_ms"] == 1
+
+
 def test_a_name_that_is_none_lists_them(capsys):
     with pytest.raises(SystemExit) as stopped:
         main(["--only", "convolution"])
