@@ -31,9 +31,7 @@ from vfi.profiling import run_ahead
 
 Key = tuple[str, launches.ShapeClass]
 """A kernel and its shape class."""
-_VALUES = {
-    "num_warps": (1, 2, 4, 8), "num_stages": (1, 2, 3, 4), "TOKENS": (16, 32, 64), "EACH": (1, 2), "maxnreg": (0, 128, 168),
-}  # fmt: skip
+_VALUES = {"num_warps": (1, 2, 4, 8), "num_stages": (1, 2, 3, 4), "TOKENS": (16, 32, 64), "maxnreg": (0, 128, 168)}
 _FACTORS = (0.25, 0.5, 2)  # of what the code says for other blocks
 _NEVER = (
     ("scan", "num_stages", 1),  # Triton 3.6 compiles it into reads of memory that is not there, and that into others
@@ -85,7 +83,8 @@ def as_entries(found: Sequence[Found]) -> tuned.Kernels:
     kernels: tuned.Kernels = {}
     for one in found:
         if one.options != one.default:
-            entry = {"key": launches.written(one.shape_class), "config": one.options}
+            chosen = {option: value for option, value in one.options.items() if value}  # 0 is "maxnreg" left to the compiler
+            entry = {"key": launches.written(one.shape_class), "config": chosen}
             kernels.setdefault(one.kernel, []).append(entry)
     return dict(sorted(kernels.items()))
 

@@ -115,9 +115,8 @@ def _tune_mamba_ssm(config: Config, device: torch.device, precision: torch.dtype
 
 def merge(known: tuned.Kernels, new: tuned.Kernels) -> tuned.Kernels:
     """Both; what was found first stays."""
-    names = {**known, **new}
     merged = {}
-    for name in names:
+    for name in sorted({**known, **new}):
         entries = [*known.get(name, ()), *new.get(name, ())]
         first = {json.dumps(one["key"]): one for one in reversed(entries)}
         merged[name] = [first[key] for key in sorted(first)]
@@ -126,12 +125,9 @@ def merge(known: tuned.Kernels, new: tuned.Kernels) -> tuned.Kernels:
 
 def with_earlier(found: Sequence[Found], earlier: tuned.Kernels) -> tuned.Kernels:
     """What was found, and for shape classes that were not searched for what was found earlier."""
-    kernels = as_entries(found)
     searched = [(one.kernel, launches.written(one.shape_class)) for one in found]
-    for name, entries in earlier.items():
-        if rest := [one for one in entries if (name, one["key"]) not in searched]:
-            kernels.setdefault(name, []).extend(rest)
-    return dict(sorted(kernels.items()))
+    rest = {name: [one for one in entries if (name, one["key"]) not in searched] for name, entries in earlier.items()}
+    return merge(as_entries(found), {name: entries for name, entries in rest.items() if entries})
 
 
 def write(path: Path, card: str, content: dict[str, Any]) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from vfi.config import ModelConfig
 from vfi.model.ss2d import Mamba2SS2D, ss2d
-from vfi.ops import compiling, launches
+from vfi.ops import compiling
 from vfi.ops import fused_ss2d as fused
 from vfi.ops.causal_conv1d import causal_conv1d
 from vfi.ops.fused_ss2d import Parameters, Shape, ss2d_obstacle
@@ -180,38 +180,6 @@ def test_runs_are_the_same_to_the_bit(interpreter):
     assert all(map(torch.equal, first, second))
 
 
-def in_programs_of_two(kernel: str, shape_class: Any, default: dict[str, int], device: Any) -> dict[str, int]:
-    """In the place of `launches.configuration`."""
-    return default | {"EACH": 2} if "EACH" in default else default
-
-
-def one_head_and_two(case: Case) -> list[list[Tensor]]:
-    """Output, gradients and the output without them, where programs have one head and two: of whole sequences, of segments."""
-    projected, parameters, grad = made(case)
-    runs = []
-    for shortest in (1000, 1):  # chunks in a segment
-        for configuration in (launches.configuration, in_programs_of_two):
-            with (
-                mock.patch.multiple(fused, multiprocessors=lambda device: 1000, _SHORTEST=shortest),
-                mock.patch.object(launches, "configuration", configuration),
-                mock.patch.dict(fused._LAUNCH, FEW_PROGRAMS),
-                mock.patch.object(fused._Run, "new", _unwritten),
-            ):
-                lean = fused.fused_ss2d(projected, parameters, case.shape)
-                runs.append([*results(fused.fused_ss2d, projected, parameters, grad, case.shape), lean])
-    return runs
-
-
-@pytest.mark.parametrize("heads", [2, 3])
-def test_programs_of_two_heads_compute_the_same_to_the_bit(interpreter, heads):
-    """Where their number is odd, there are none."""
-    case = Case(1, 7, 13, heads, 16, 16, "interleaved", SINGLE)
-    one, two, one_of_segments, two_of_segments = interpreter.submit(one_head_and_two, case).result()
-    assert all(map(torch.equal, one, two))
-    assert all(map(torch.equal, one_of_segments, two_of_segments))
-    assert not torch.equal(one[0], one_of_segments[0])  # another order of sums
-
-
 @pytest.mark.parametrize(
     ("head_dim", "state", "largest"),
     [
@@ -308,16 +276,6 @@ def test_gpu_against_float64(case):
     for name, (ours, theirs) in relative_errors(case, "cuda").items():
         print(f"{name}: {ours:.1e}, plain {theirs:.1e}")
         assert ours <= 2 * theirs + rounding, name
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("case", LARGE, ids=str)
-def test_gpu_programs_of_two_heads(case, monkeypatch):
-    one = results(fused.fused_ss2d, *made(case, "cuda"), case.shape)
-    monkeypatch.setattr(launches, "configuration", in_programs_of_two)
-    two = results(fused.fused_ss2d, *made(case, "cuda"), case.shape)
-    for wanted, found in zip(one, two, strict=True):
-        assert (found.double() - wanted.double()).norm() <= (1e-5 if case.dtype == SINGLE else 1e-3) * wanted.double().norm()
 
 
 @pytest.mark.gpu

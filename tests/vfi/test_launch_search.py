@@ -113,7 +113,7 @@ def test_what_is_known_is_not_searched_for():
 def test_candidates():
     assert candidates("convolve", "BLOCK", 32) == [8, 16, 64]
     assert candidates("gated_norm", "BLOCK", 2) == [1, 4]
-    assert candidates("scan_states", "EACH", 1) == [1, 2]
+    assert candidates("scan", "maxnreg", 0) == [0, 128, 168]
     assert candidates("scan_gradients", "num_stages", 3) == [1, 2, 3, 4]
     assert candidates("scan", "num_stages", 3) == [2, 3, 4]
     assert candidates("scan_gradients", "num_warps", 4) == [2, 4, 8]
@@ -141,6 +141,12 @@ def test_what_was_found_is_read_back(monkeypatch, tmp_path):
         assert launches.known(torch.device("cuda", 0)) == {("scan", shape_class): fast}
     finally:
         launches.known.cache_clear()
+
+
+def test_registers_that_are_left_to_the_compiler_are_not_kept():
+    default = {"num_warps": 4, "maxnreg": 0}
+    found = Found("scan", (torch.bfloat16, 32), default, default | {"num_warps": 8}, 2, 1, 5, 0)
+    assert as_entries([found]) == {"scan": [{"key": ["torch.bfloat16", 32], "config": {"num_warps": 8}}]}
 
 
 def test_the_parts_of_a_step_run_alone():

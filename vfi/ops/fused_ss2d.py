@@ -45,14 +45,9 @@ _SCAN_LAUNCH: dict[str, tuple[tuple[int, int], tuple[int, int]]] = {
     "scan_key_gradients": ((4, 3), (4, 3)),
     "scan_gradients": ((4, 3), (4, 1)),
 }
-# More options of some, tried by `vfi tune`. EACH: heads of a program, 1 or, where their number is even, 2, for which it reads B
-# and C once. maxnreg: most registers of a thread, so that more programs run at once; 0 leaves that to the compiler.
-_MORE = {
-    "scan": {"EACH": 1, "maxnreg": 0},
-    "scan_states": {"EACH": 1},
-    "scan_state_gradients": {"EACH": 1},
-    "scan_key_gradients": {"maxnreg": 0},
-}
+# of these, `vfi tune` also tries "maxnreg", the most registers of a thread, so that more programs run at once; 0 leaves that to
+# the compiler
+_FEWER_REGISTERS = ("scan", "scan_key_gradients")
 _TILE_BYTES = 8192  # of a state in operands; wider ones get shorter chunks and fewer stages, to fit into shared memory
 _ROW_BYTES = 256  # of a key in operands; wider ones likewise, where shared memory is small
 # compute capabilities with 99 KB of it a program; others have 163 and more (CUDA C++ Programming Guide, compute capabilities)
@@ -200,15 +195,12 @@ class _Run:
             stages = min(stages, 2) if self.small and self.dot == torch.float32 else stages
             # not 1 for the scan, which Triton 3.6 then compiles into reads of memory that is not there
             default = {"num_warps": warps, "num_stages": min(stages, 2 if name == "scan" else 1) if self.wide else stages}
-            default |= _MORE.get(name, {})
-        options = launches.configuration(name, self.shape_classes[name], default, self.projected.device)
-        return options | {"EACH": 1} if self.shape.heads % 2 and "EACH" in options else options
+            default |= {"maxnreg": 0} if name in _FEWER_REGISTERS else {}
+        return launches.configuration(name, self.shape_classes[name], default, self.projected.device)
 
     def launch(self, name: str, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
-        """Run a kernel. A grid that begins with heads is given for programs of one head."""
-        options = self.options(name)
-        grid = (grid[0] // options.get("EACH", 1), *grid[1:])
-        asked = {option: value for option, value in options.items() if (option, value) != ("maxnreg", 0)}
+        """Run a kernel."""
+        asked = {option: value for option, value in self.options(name).items() if (option, value) != ("maxnreg", 0)}
         getattr(self.kernels, name)[grid](*arguments, **constants, **asked)
 
     @property
@@ -248,8 +240,7 @@ class _Run:
 
     def segments(self, n: int) -> tuple[int, int]:
         """Into how many segments of how many chunks the sequences are cut."""
-        programs = n * self.shape.heads // self.options("scan")["EACH"]
-        wanted = math.ceil(_FULL * multiprocessors(self.projected.device) / programs)
+        wanted = math.ceil(_FULL * multiprocessors(self.projected.device) / (n * self.shape.heads))
         each = max(math.ceil(self.chunks / wanted), min(_SHORTEST, self.chunks))
         return math.ceil(self.chunks / each), each
 

@@ -184,49 +184,25 @@ def _x(x_, token, head, heads, inside, P: tl.constexpr, S: tl.constexpr, ACTIVAT
     return x if ACTIVATED else x * sigmoid(x)
 
 
-@triton.jit
-def _scan_chunk(
-    x_, y, token, inside, key, query, scores, steps, decays, at, skip, head, heads, state,
-    P: tl.constexpr, S: tl.constexpr, Q: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, ACTIVATED: tl.constexpr,
-):  # fmt: skip
-    """Writes y of a chunk of a head, whose steps begin `at`, and gives the state after it."""
-    q, p = tl.arange(0, Q), tl.arange(0, P)
-    x = _x(x_, token, head, heads, inside, P, S, ACTIVATED)
-    step, decay, whole = tl.load(steps + at + q), tl.load(decays + at + q), tl.load(decays + at + Q - 1)
-    entering = x * step[:, None]
-    between = tl.where(q[:, None] >= q[None, :], tl.exp2(decay[:, None] - decay[None, :]), 0.0)
-    out = tl.dot(query, state.to(DOT), input_precision=PRECISION) * tl.exp2(decay)[:, None]
-    out += tl.dot((scores * between).to(DOT), entering.to(DOT), input_precision=PRECISION)
-    out += skip * x
-    at_y = y + token[:, None] * (heads * P) + (head * P + p)[None, :]
-    tl.store(at_y, out.to(y.dtype.element_ty), mask=inside[:, None])
-    fading = (entering * tl.exp2(whole - decay)[:, None]).to(DOT)
-    return state * tl.exp2(whole) + tl.dot(tl.trans(key), fading, input_precision=PRECISION)
-
-
 @_kernel
 def scan(
     x_, keys, steps, decays, D, before, y, L, chunks_each, heads,
     P: tl.constexpr, S: tl.constexpr, Q: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
-    ACTIVATED: tl.constexpr, CARRIED: tl.constexpr, EACH: tl.constexpr,
+    ACTIVATED: tl.constexpr, CARRIED: tl.constexpr,
 ):  # fmt: skip
-    """y [n, L, inner] of a segment of `chunks_each` chunks. Program: (EACH heads, 1 or 2, sequence, segment).
+    """y [n, L, inner] of a segment of `chunks_each` chunks. Program: (head, sequence, segment).
 
     If not ACTIVATED, x [n, L, inner | B, C] is given before its SiLU. CARRIED: each segment is given the state
     `before [n, segments, heads, S, P]`; otherwise there is one, and it starts at zero.
     """
-    head, n, segment = tl.program_id(0) * EACH, tl.program_id(1).to(tl.int64), tl.program_id(2)
+    head, n, segment = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
     q, s, p = tl.arange(0, Q), tl.arange(0, S), tl.arange(0, P)
     chunks = tl.cdiv(L, Q)
     state = tl.zeros([S, P], tl.float32)
-    other = tl.zeros([S, P], tl.float32)  # of the second head
     skip = tl.load(D + head).to(tl.float32)
-    other_skip = tl.load(D + head + EACH - 1).to(tl.float32)
     if CARRIED:
-        start = before + ((n * tl.num_programs(2) + segment) * heads + head) * (S * P) + s[:, None] * P + p[None, :]
-        state = tl.load(start)
-        if EACH == 2:
-            other = tl.load(start + S * P)
+        start = before + ((n * tl.num_programs(2) + segment) * heads + head) * (S * P)
+        state = tl.load(start + s[:, None] * P + p[None, :])
     for chunk in range(segment * chunks_each, tl.minimum((segment + 1) * chunks_each, chunks)):
         place = chunk * Q + q
         inside = place < L
@@ -235,76 +211,55 @@ def scan(
         query = _tokens(keys, token, 2 * S, S + s, inside)
         scores = tl.dot(query, tl.trans(key), input_precision=PRECISION)
         at = ((n * heads + head) * chunks + chunk) * Q
-        state = _scan_chunk(
-            x_, y, token, inside, key, query, scores, steps, decays, at, skip, head, heads, state,
-            P, S, Q, DOT, PRECISION, ACTIVATED,
-        )  # fmt: skip
-        if EACH == 2:
-            other = _scan_chunk(
-                x_, y, token, inside, key, query, scores, steps, decays, at + chunks * Q, other_skip, head + 1, heads, other,
-                P, S, Q, DOT, PRECISION, ACTIVATED,
-            )  # fmt: skip
-
-
-@triton.jit
-def _states_chunk(
-    x_, token, inside, key, steps, decays, at, head, heads, state,
-    P: tl.constexpr, S: tl.constexpr, Q: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, ACTIVATED: tl.constexpr,
-):  # fmt: skip
-    """The state after a chunk of a head, whose steps begin `at`."""
-    q = tl.arange(0, Q)
-    x = _x(x_, token, head, heads, inside, P, S, ACTIVATED)
-    whole = tl.load(decays + at + Q - 1)
-    fading = (x * (tl.load(steps + at + q) * tl.exp2(whole - tl.load(decays + at + q)))[:, None]).to(DOT)
-    return state * tl.exp2(whole) + tl.dot(tl.trans(key), fading, input_precision=PRECISION)
+        x = _x(x_, token, head, heads, inside, P, S, ACTIVATED)
+        step, decay, whole = tl.load(steps + at + q), tl.load(decays + at + q), tl.load(decays + at + Q - 1)
+        entering = x * step[:, None]
+        between = tl.where(q[:, None] >= q[None, :], tl.exp2(decay[:, None] - decay[None, :]), 0.0)
+        out = tl.dot(query, state.to(DOT), input_precision=PRECISION) * tl.exp2(decay)[:, None]
+        out += tl.dot((scores * between).to(DOT), entering.to(DOT), input_precision=PRECISION)
+        out += skip * x
+        at_y = y + token[:, None] * (heads * P) + (head * P + p)[None, :]
+        tl.store(at_y, out.to(y.dtype.element_ty), mask=inside[:, None])
+        fading = (entering * tl.exp2(whole - decay)[:, None]).to(DOT)
+        state = state * tl.exp2(whole) + tl.dot(tl.trans(key), fading, input_precision=PRECISION)
 
 
 @_kernel
 def scan_states(
     x_, keys, steps, decays, states, totals, L, chunks_each, heads,
     P: tl.constexpr, S: tl.constexpr, Q: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
-    ACTIVATED: tl.constexpr, EVERY: tl.constexpr, EACH: tl.constexpr,
+    ACTIVATED: tl.constexpr, EVERY: tl.constexpr,
 ):  # fmt: skip
-    """States alone, from zero at the start of each segment. Program: (EACH heads, 1 or 2, sequence, segment).
+    """States alone, from zero at the start of each segment. Program: (head, sequence, segment).
 
     If not ACTIVATED, x [n, L, inner | B, C] is given before its SiLU. EVERY: the state before each chunk, states
     [n, chunks, heads, S, P], of one segment that is the whole sequence. Otherwise the state after each segment
     [n, segments, heads, S, P], and the decay over it, totals [n, segments, heads].
     """
-    head, n, segment = tl.program_id(0) * EACH, tl.program_id(1).to(tl.int64), tl.program_id(2)
+    head, n, segment = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
     q, s, p = tl.arange(0, Q), tl.arange(0, S), tl.arange(0, P)
     chunks = tl.cdiv(L, Q)
     tile = s[:, None] * P + p[None, :]
     state = tl.zeros([S, P], tl.float32)
-    other = tl.zeros([S, P], tl.float32)  # of the second head
     total = tl.load(decays) * 0.0
-    other_total = total
     for chunk in range(segment * chunks_each, tl.minimum((segment + 1) * chunks_each, chunks)):
         if EVERY:
             start = states + ((n * chunks + chunk) * heads + head) * (S * P)
             tl.store(start + tile, state.to(states.dtype.element_ty))
-            if EACH == 2:
-                tl.store(start + S * P + tile, other.to(states.dtype.element_ty))
         place = chunk * Q + q
         inside = place < L
         token = n * L + place
         key = _tokens(keys, token, 2 * S, s, inside)
         at = ((n * heads + head) * chunks + chunk) * Q
-        state = _states_chunk(x_, token, inside, key, steps, decays, at, head, heads, state, P, S, Q, DOT, PRECISION, ACTIVATED)
-        total += tl.load(decays + at + Q - 1)
-        if EACH == 2:
-            at += chunks * Q
-            other = _states_chunk(
-                x_, token, inside, key, steps, decays, at, head + 1, heads, other, P, S, Q, DOT, PRECISION, ACTIVATED
-            )
-            other_total += tl.load(decays + at + Q - 1)
+        x = _x(x_, token, head, heads, inside, P, S, ACTIVATED)
+        whole = tl.load(decays + at + Q - 1)
+        fading = (x * (tl.load(steps + at + q) * tl.exp2(whole - tl.load(decays + at + q)))[:, None]).to(DOT)
+        state = state * tl.exp2(whole) + tl.dot(tl.trans(key), fading, input_precision=PRECISION)
+        total += whole
     if not EVERY:
         start = (n * tl.num_programs(2) + segment) * heads + head
         tl.store(states + start * (S * P) + tile, state)
         tl.store(totals + start, total)
-        if EACH == 2:
-            tl.store(states + (start + 1) * (S * P) + tile, other)
-            tl.store(totals + start + 1, other_total)
 
 
 @_kernel
@@ -323,48 +278,29 @@ def carry_states(states, totals, segments, heads, SIZE: tl.constexpr):
         state = state * tl.exp2(tl.load(totals + start)) + added
 
 
-@triton.jit
-def _gradients_chunk(
-    dy, token, inside, query, decays, at, head, heads, gradient,
-    P: tl.constexpr, Q: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """The gradient of the state before a chunk of a head, whose decays begin `at`, from that of the state after it."""
-    q, p = tl.arange(0, Q), tl.arange(0, P)
-    g = _tokens(dy, token, heads * P, head * P + p, inside).to(tl.float32)
-    fading = (g * tl.exp2(tl.load(decays + at + q))[:, None]).to(DOT)
-    whole = tl.load(decays + at + Q - 1)
-    return gradient * tl.exp2(whole) + tl.dot(tl.trans(query), fading, input_precision=PRECISION)
-
-
 @_kernel
 def scan_state_gradients(
     keys, decays, dy, state_gradients, L, heads,
-    P: tl.constexpr, S: tl.constexpr, Q: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, EACH: tl.constexpr,
+    P: tl.constexpr, S: tl.constexpr, Q: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of the state after each chunk, [n, chunks, heads, S, P], from the last to the first.
-
-    Program: (EACH heads, 1 or 2, n).
-    """
-    head, n = tl.program_id(0) * EACH, tl.program_id(1).to(tl.int64)
+    """Gradient of the state after each chunk, [n, chunks, heads, S, P], from the last to the first. Program: (head, n)."""
+    head, n = tl.program_id(0), tl.program_id(1).to(tl.int64)
     q, s, p = tl.arange(0, Q), tl.arange(0, S), tl.arange(0, P)
     chunks = tl.cdiv(L, Q)
     gradient = tl.zeros([S, P], tl.float32)
-    other = tl.zeros([S, P], tl.float32)  # of the second head
     for back in range(chunks):
         chunk = chunks - 1 - back
-        start = state_gradients + ((n * chunks + chunk) * heads + head) * (S * P) + s[:, None] * P + p[None, :]
-        tl.store(start, gradient.to(state_gradients.dtype.element_ty))
-        if EACH == 2:
-            tl.store(start + S * P, other.to(state_gradients.dtype.element_ty))
+        start = state_gradients + ((n * chunks + chunk) * heads + head) * (S * P)
+        tl.store(start + s[:, None] * P + p[None, :], gradient.to(state_gradients.dtype.element_ty))
         place = chunk * Q + q
         inside = place < L
         token = n * L + place
         query = _tokens(keys, token, 2 * S, S + s, inside)
         at = ((n * heads + head) * chunks + chunk) * Q
-        gradient = _gradients_chunk(dy, token, inside, query, decays, at, head, heads, gradient, P, Q, DOT, PRECISION)
-        if EACH == 2:
-            at += chunks * Q
-            other = _gradients_chunk(dy, token, inside, query, decays, at, head + 1, heads, other, P, Q, DOT, PRECISION)
+        g = _tokens(dy, token, heads * P, head * P + p, inside).to(tl.float32)
+        fading = (g * tl.exp2(tl.load(decays + at + q))[:, None]).to(DOT)
+        whole = tl.load(decays + at + Q - 1)
+        gradient = gradient * tl.exp2(whole) + tl.dot(tl.trans(query), fading, input_precision=PRECISION)
 
 
 @_kernel
