@@ -136,8 +136,10 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OptimConfig:
-    """AdamW with linear warm-up and cosine decay, and the loss."""
+    """The optimizer with linear warm-up and cosine decay, and the loss."""
 
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """AdamW for everything, or Muon for matrices and convolutions with AdamW for the rest (one process or DDP)."""
     lr: float = 2e-4
     """Peak learning rate."""
     lr_min: float = 2e-5

@@ -144,6 +144,7 @@ class Fsdp2(Whole):
 
     def settle(self, config: Config, frozen: bool) -> None:
         _refuse_frozen(frozen, "FSDP2")
+        _refuse_muon(config, "FSDP2")
 
     def prepare(self, network: FrameInterpolator, make: MakeOptimizer) -> tuple[nn.Module, AcceleratedOptimizer]:
         from torch.distributed.device_mesh import init_device_mesh  # what other kinds don't need, for it takes a second
@@ -207,6 +208,7 @@ class Zero(Whole):
 
     def settle(self, config: Config, frozen: bool) -> None:
         _refuse_frozen(frozen, "ZeRO")
+        _refuse_muon(config, "ZeRO")
         for flag, given in (("--ema", config.optim.ema), ("--compile", config.compute.compile)):
             if self.stage == 3 and given:
                 raise ConfigError(
@@ -349,4 +351,12 @@ def _refuse_frozen(frozen: bool, name: str) -> None:
         raise ConfigError(
             f"--freeze_backbone is not supported with {name}: train the frozen epochs with ddp.yaml, then go on with {name} by "
             f"--resume auto"
+        )
+
+
+def _refuse_muon(config: Config, name: str) -> None:
+    if config.optim.optimizer == "muon":
+        raise ConfigError(
+            f"--optimizer muon is not supported with {name}, under which no process has a whole matrix: use ddp.yaml, or "
+            f"--optimizer adamw"
         )

@@ -11,7 +11,7 @@ import torch
 from vfi import presets
 from vfi.config import OptimConfig
 from vfi.model.interpolator import FrameInterpolator
-from vfi.optim import annealing, build_optimizer, carry_over, freeze, learning_rate
+from vfi.optim import Muon, annealing, build_optimizer, carry_over, freeze, learning_rate, orthogonalized
 
 
 def test_groups_hold_every_parameter_once():
@@ -89,3 +89,119 @@ def test_frozen_module_is_left_out_and_its_neighbour_keeps_its_state():
     step(reference, alone)
     assert torch.equal(model["refine"].weight, alone.weight)
     assert model["backbone"].weight not in thawed.state
+
+
+def muon(*parameters, lr=0.1, weight_decay=0.0):
+    """All parameters in the group that is orthogonalised, and an empty one for AdamW."""
+    groups = [{"params": list(parameters), "orthogonal": True}, {"params": [], "orthogonal": False}]
+    return Muon(groups, lr=lr, weight_decay=weight_decay)
+
+
+@pytest.mark.parametrize("shape", [(6, 3, 3, 3), (20, 7, 3, 3), (40, 9), (9, 40), (2, 2)])
+def test_an_orthogonalized_matrix_has_the_singular_vectors_of_its_source(shape):
+    """Reference: the same polynomial of each singular value, in float64."""
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    matrix = weight.double().flatten(1)
+    left, values, right = torch.linalg.svd(matrix / matrix.norm(), full_matrices=False)
+    for _ in range(5):
+        values = 3.4445 * values - 4.7750 * values**3 + 2.0315 * values**5
+    expected = 0.2 * math.sqrt(max(matrix.shape)) * left @ values.diag() @ right
+    for given in (weight, weight.contiguous(memory_format=torch.channels_last) if weight.dim() == 4 else weight.mT.clone().mT):
+        (found,) = orthogonalized([given])
+        assert found.shape == weight.shape
+        assert (found.double().flatten(1) - expected).norm() < 1e-5 * expected.norm()
+    assert values.min() > 0.6
+    assert values.max() < 1.3
+
+
+def test_matrices_of_one_shape_do_not_mix():
+    first, second, other = torch.randn(5, 8), torch.randn(5, 8), torch.randn(8, 5)
+    together = orthogonalized([first, other, second])
+    for found, alone in zip(together, (first, other, second), strict=True):
+        assert torch.allclose(found, orthogonalized([alone])[0], atol=1e-5)
+
+
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this PyTorch has no Muon to compare with")
+def test_muon_steps_as_torch_does():
+    """PyTorch's Muon multiplies in bf16, which is most of the difference."""
+    weight = torch.randn(24, 40)
+    own, theirs = torch.nn.Parameter(weight.clone()), torch.nn.Parameter(weight.clone())
+    optimizer = muon(own, weight_decay=0.01)
+    reference = torch.optim.Muon([theirs], lr=0.1, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
+    for _ in range(4):
+        gradient = torch.randn(24, 40)
+        own.grad, theirs.grad = gradient.clone(), gradient.clone()
+        optimizer.step()
+        reference.step()
+    assert (own - theirs).norm() < 0.03 * (own - weight).norm()
+    assert (own - weight).square().mean().sqrt() > 0.01
+
+
+def test_muon_and_adamw_each_take_their_own_parameters():
+    model = FrameInterpolator(presets.tiny().model)
+    optimizer = build_optimizer(model, OptimConfig(optimizer="muon", weight_decay=0.1))
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    groups = [{names[id(p)] for p in group["params"]} for group in optimizer.param_groups]
+    assert sum(map(len, groups)) == len(names)
+    assert set().union(*groups) == set(names.values())
+    assert [(group["orthogonal"], group["weight_decay"]) for group in optimizer.param_groups] == [
+        (True, 0.1), (False, 0.1), (False, 0.0)
+    ]  # fmt: skip
+    assert any(name.endswith("in_proj.weight") for name in groups[0])
+    assert {name.split(".")[-2] for name in groups[1]} == {"conv1d", "conv"}  # depthwise, and over channels
+
+
+def test_adamw_in_muon_is_adamw():
+    """The groups that are not orthogonalised take exactly the steps of torch's AdamW."""
+    start = torch.randn(7)
+    own, theirs = torch.nn.Parameter(start.clone()), torch.nn.Parameter(start.clone())
+    matrix = torch.nn.Parameter(torch.randn(3, 3))
+    groups = [{"params": [matrix], "orthogonal": True}, {"params": [own], "orthogonal": False}]
+    optimizer, reference = Muon(groups, lr=0.1, weight_decay=0.01), torch.optim.AdamW([theirs], lr=0.1, weight_decay=0.01)
+    for _ in range(3):
+        gradient = torch.randn(7)
+        own.grad, theirs.grad, matrix.grad = gradient.clone(), gradient.clone(), torch.randn(3, 3)
+        optimizer.step()
+        reference.step()
+    assert torch.equal(own, theirs)
+
+
+def test_a_step_that_is_skipped_on_the_device_changes_nothing():
+    weight = torch.nn.Parameter(torch.randn(4, 6))
+    optimizer = muon(weight, weight_decay=0.5)
+    weight.grad = torch.randn(4, 6)
+    optimizer.step()
+    before, average = weight.detach().clone(), optimizer.state[weight]["exp_avg"].clone()
+    weight.grad = torch.full((4, 6), math.nan)
+    optimizer.found_inf = torch.tensor(1.0)
+    optimizer.step()
+    assert torch.equal(weight, before)
+    assert torch.equal(optimizer.state[weight]["exp_avg"], average)
+    weight.grad, optimizer.found_inf = torch.ones(4, 6), torch.tensor(0.0)
+    optimizer.step()
+    moved = weight.detach().clone()
+    with torch.no_grad():
+        weight.copy_(before)
+    optimizer.state[weight]["exp_avg"].copy_(average)
+    del optimizer.found_inf
+    optimizer.step()
+    assert torch.equal(weight, moved)
+
+
+def test_muon_goes_on_from_its_saved_state():
+    def trained(steps, optimizer, weight):
+        for step in steps:
+            weight.grad = torch.randn(4, 6, generator=torch.Generator().manual_seed(step))
+            optimizer.step()
+
+    weight = torch.nn.Parameter(torch.ones(4, 6))
+    optimizer = muon(weight)
+    trained(range(3), optimizer, weight)
+    other = torch.nn.Parameter(weight.detach().clone())
+    resumed = muon(other)
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    trained(range(3, 6), optimizer, weight)
+    trained(range(3, 6), resumed, other)
+    assert torch.equal(weight, other)
+    with pytest.raises(ValueError, match="closure"):
+        optimizer.step(lambda: 0.0)
