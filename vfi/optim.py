@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ _NO_DECAY = ("A_log", "D", "dt_bias")
 _MOMENTUM = 0.95
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the quintic iteration, chosen for the steepest slope at zero
 _ITERATIONS = 5
+_GRID = (128, 512)  # rows and columns of a matrix are filled up to multiples of these
 _RMS = 0.2  # root mean square of a Muon update per unit of the learning rate, about that of AdamW
 
 
@@ -54,7 +55,7 @@ class Muon(torch.optim.AdamW):
                 self.state[parameter].update(step=torch.zeros(()), exp_avg=torch.zeros_like(parameter))
         averages = [self.state[parameter]["exp_avg"] for parameter in parameters]
         skipped = getattr(self, "found_inf", None)
-        weight, decay, rate = 1 - _MOMENTUM, 1 - group["lr"] * group["weight_decay"], -group["lr"]
+        weight, decay = 1 - _MOMENTUM, 1 - group["lr"] * group["weight_decay"]
         if skipped is None:
             torch._foreach_lerp_(averages, gradients, weight)
             torch._foreach_mul_(parameters, decay)
@@ -63,55 +64,61 @@ class Muon(torch.optim.AdamW):
             gradients = [torch.where(kept, gradient, average) for gradient, average in zip(gradients, averages, strict=True)]
             torch._foreach_lerp_(averages, gradients, weight)
             torch._foreach_mul_(parameters, torch.where(kept, decay, 1.0))
-        updates = orthogonalized(torch._foreach_lerp(gradients, averages, _MOMENTUM))
-        if skipped is not None:
-            torch._foreach_mul_(updates, kept.to(updates[0].dtype))
-        torch._foreach_add_(parameters, updates, alpha=rate)
+        updates = torch._foreach_lerp(gradients, averages, _MOMENTUM)
+        if skipped is not None:  # zeros stay zeros when they are orthogonalised
+            torch._foreach_mul_(updates, kept.float())
+        for parameter, update in zip(parameters, orthogonalized(updates), strict=True):
+            scale = _RMS * math.sqrt(max(parameter.shape[0], parameter[0].numel()))
+            parameter.add_(update, alpha=-group["lr"] * scale)
 
 
 def orthogonalized(weights: Sequence[Tensor]) -> list[Tensor]:
     """Return for each weight `[out, …]` a nearly orthogonal matrix `[out, rest]` with its singular vectors, shaped as it is.
 
-    Singular values come out between about 0.7 and 1.2, times the scale 0.2 · sqrt(max(out, rest)). Newton-Schulz iterations in
-    bf16 on a GPU and fp32 elsewhere; matrices of one shape are multiplied in one batch.
+    Singular values come out between about 0.7 and 1.2; of zeros zeros. Newton-Schulz iterations, in bf16 on a GPU and in fp32
+    elsewhere, which is also the dtype of the results. Zeros are added to the matrices until many have the same size: they
+    change nothing, fewer and larger products are faster, and sides that are no multiple of 8 take slow kernels.
     """
-    results: list[Tensor | None] = [None] * len(weights)
-    for indices in _of_equal_shape(weights):
-        matrices = torch.stack([_channels_last(weights[i]).flatten(1) for i in indices])
-        scale = _RMS * math.sqrt(max(matrices.shape[1:]))
-        for i, matrix in zip(indices, (_newton_schulz(matrices) * scale).unbind(), strict=True):
-            shaped = matrix.view(_channels_last(weights[i]).shape).to(weights[i].dtype)
-            results[i] = shaped.movedim(-1, 1) if shaped.dim() == 4 else shaped
-    return [result for result in results if result is not None]
+    matrices = [_wide(weight) for weight in weights]
+    batches: dict[tuple[int, int], list[int]] = {}
+    for i, matrix in enumerate(matrices):
+        rows, columns = (math.ceil(side / unit) * unit for side, unit in zip(matrix.shape, _GRID, strict=True))
+        batches.setdefault((rows, columns), []).append(i)
+    results = list(weights)
+    for size, indices in batches.items():
+        first = matrices[indices[0]]
+        x = first.new_zeros((len(indices), *size), dtype=torch.bfloat16 if first.is_cuda else torch.float32)
+        for padded, i in zip(x, indices, strict=True):
+            padded[: matrices[i].shape[0], : matrices[i].shape[1]].copy_(matrices[i])
+        for padded, i in zip(_newton_schulz(x), indices, strict=True):
+            results[i] = _shaped(padded[: matrices[i].shape[0], : matrices[i].shape[1]], weights[i].shape)
+    return results
 
 
-def _channels_last(weight: Tensor) -> Tensor:
-    """Return a convolution's weight `[out, in, h, w]` as `[out, h, w, in]`, in the order in which it lies in memory.
+def _wide(weight: Tensor) -> Tensor:
+    """Return `[out, …]` as a matrix that is not higher than wide.
 
-    The order of columns makes no difference to the result, and a copy is saved.
+    A convolution's columns are taken in the order in which channels-last weights lie in memory: it makes no difference to the
+    result, and a copy is saved.
     """
-    return weight.movedim(1, -1) if weight.dim() == 4 else weight
+    matrix = weight.movedim(1, -1).flatten(1) if weight.dim() == 4 else weight
+    return matrix if matrix.shape[0] <= matrix.shape[1] else matrix.mT
 
 
-def _of_equal_shape(weights: Sequence[Tensor]) -> Iterator[list[int]]:
-    """Yield the positions of the weights of each shape."""
-    positions: dict[tuple[int, int], list[int]] = {}
-    for i, weight in enumerate(weights):
-        positions.setdefault((weight.shape[0], weight[0].numel()), []).append(i)
-    yield from positions.values()
+def _shaped(matrix: Tensor, shape: torch.Size) -> Tensor:
+    """Return what `_wide` made of a weight in that weight's shape."""
+    matrix = matrix if shape[0] <= shape.numel() // shape[0] else matrix.mT
+    return matrix.reshape(shape[0], *shape[2:], shape[1]).movedim(-1, 1) if len(shape) == 4 else matrix
 
 
-def _newton_schulz(matrices: Tensor) -> Tensor:
-    """`[N, rows, columns]` -> the same shape with singular values near 1."""
+def _newton_schulz(x: Tensor) -> Tensor:
+    """Return `[N, rows, columns]`, rows ≤ columns, with singular values near 1."""
     a, b, c = _COEFFICIENTS
-    x = matrices.to(torch.bfloat16 if matrices.is_cuda else torch.float32)
-    x = x / torch.linalg.matrix_norm(matrices, keepdim=True).clamp(min=1e-7).to(x.dtype)
-    wide = x.shape[1] <= x.shape[2]
-    x = x if wide else x.mT
+    x = x / torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True, dtype=torch.float32).clamp(min=1e-7).to(x.dtype)
     for _ in range(_ITERATIONS):
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return (x if wide else x.mT).float()
+    return x
 
 
 def decays(name: str, parameter: nn.Parameter) -> bool:
