@@ -9,6 +9,7 @@ from published import PUBLISHED
 from sources import digests, members, panning, write_video
 
 from shards import images, x4k1000fps
+from shards.color_conversion import describe_colours, to_rgb
 from shards.schema import read_index
 from shards.verify import verify
 
@@ -27,9 +28,9 @@ def run(src, out, *flags):
 
 
 def decoded(path):
-    """The frames of a video, read with PyAV alone: uint8 [N, H, W, 3]."""
+    """The frames of a video, decoded with PyAV alone: uint8 [N, H, W, 3]."""
     with av.open(str(path)) as container:
-        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+        return np.stack([to_rgb(frame, describe_colours(frame)) for frame in container.decode(video=0)])
 
 
 def test_video_files_give_all_frames_in_order(src, tmp_path):
