@@ -26,6 +26,7 @@ from av.video.reformatter import Interpolation
 from PIL import Image
 
 from shards import images
+from shards.color_conversion import assume_left_chroma, describe_colours, to_rgb
 from shards.schema import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS, ShardError
 
 THUMBNAIL = (72, 128)  # height, width
@@ -55,10 +56,11 @@ class Entry:
 
 
 class VideoFrame:
-    """A decoded frame of a video file; converted only when asked."""
+    """A decoded frame of a video file; converted only when asked. Raises ShardError for colours that can't be converted."""
 
     def __init__(self, frame: av.VideoFrame) -> None:
         self._frame = frame
+        self._colours = describe_colours(frame)
         # the turn that players apply to videos of a phone that was held upright, in quarters, counterclockwise
         self._quarters = round(frame.rotation / 90) % 4
 
@@ -69,7 +71,7 @@ class VideoFrame:
 
     def rgb(self) -> np.ndarray:
         """RGB uint8 [H, W, 3]."""
-        return np.ascontiguousarray(np.rot90(self._frame.to_ndarray(format="rgb24"), self._quarters))
+        return np.ascontiguousarray(np.rot90(to_rgb(self._frame, self._colours), self._quarters))
 
     def entry(self) -> int | None:
         """The time stamp of a key frame, where decoding can start; None for other frames."""
@@ -217,6 +219,7 @@ def _video_stream(container: InputContainer) -> VideoStream:
         raise ShardError("no video stream")
     stream = container.streams.video[0]
     stream.codec_context.thread_count = 1  # clips are read in parallel; and with threads a fault shows up late
+    assume_left_chroma(stream)
     return stream
 
 

@@ -92,6 +92,7 @@ class ImageSet:
     published_samples: int
     published_size: tuple[int, int] | None = None
     read: Reader = read_files
+    color_conversion: str | None = None  # where frames come out of videos
 
 
 def make(job: str, options: AnyOptions, find: Callable[[AnyOptions], ImageSet]) -> Index:
@@ -109,7 +110,7 @@ def make(job: str, options: AnyOptions, find: Callable[[AnyOptions], ImageSet]) 
     arguments: dict[str, Any] = {
         name: value for name, value in dataclasses.asdict(options).items() if name not in ("out", "workers")
     }
-    source = writer.source_of(job, arguments | {"src": str(options.src.resolve())})
+    source = writer.source_of(job, arguments | {"src": str(options.src.resolve())}, found.color_conversion)
     index = writer.write(options.out, _plan(options, found, source), writer.fingerprint(source, files), options.workers)
     size = found.published_size
     if size is not None and not index.min_size == index.max_size == size:

@@ -83,7 +83,7 @@ class Index:
     min_size: tuple[int, int]
     max_size: tuple[int, int]
     has_flow: bool
-    source: dict[str, Any]  # job and arguments that made the folder, enough to make it again
+    source: dict[str, Any]  # job, arguments, versions and conversions that made the folder, enough to make it again
     filtered: dict[str, int]  # reason -> number of candidates that were left out
     skipped: dict[str, str]  # source file -> why it could not be read
     clips: tuple[str, ...]
@@ -98,6 +98,11 @@ class Index:
     def bytes(self) -> int:
         """Size of all shards in bytes."""
         return sum(shard.bytes for shard in self.shards)
+
+    @property
+    def color_conversion(self) -> str | None:
+        """Return which conversion gave frames of videos their colours; None for other sources, and where it was not noted."""
+        return self.source.get("color_conversion")
 
 
 def shard_name(number: int) -> str:

@@ -111,6 +111,7 @@ def _job(options: Options) -> int:
         for problem in problems:
             print(f"{folder}: {problem}")
         state = f"{len(problems)} problems" if problems else "good"
+        state += f", colours by {index.color_conversion}" if index.color_conversion else ""
         print(f"{folder}: {state}; {index.samples:,} samples in {len(index.shards)} shards, {index.bytes / 1e6:,.1f} MB")
         bad += bool(problems)
     return 1 if bad else 0

@@ -27,6 +27,7 @@ from PIL import Image
 from shards import images, writer
 from shards.cli import run_job
 from shards.clips import Clip, Entry, find_clips, nearest_entry, read_clip
+from shards.color_conversion import CONVERSION
 from shards.parallel import run
 from shards.schema import SPLITS, VIDEO_EXTENSIONS, Index, SampleMeta, ShardError
 from shards.sequences import Found, find_sequences
@@ -73,7 +74,8 @@ def make(options: Options) -> dict[str, Index]:
     arguments: dict[str, Any] = {
         name: value for name, value in dataclasses.asdict(options).items() if name not in ("out", "workers")
     }
-    source = writer.source_of("shards.video", arguments | {"src": str(options.src.resolve())})
+    conversion = None if all(clip.images for clip in clips) else CONVERSION
+    source = writer.source_of("shards.video", arguments | {"src": str(options.src.resolve())}, conversion)
     files = [(f"{clip.name}/{path.name}", path.stat()) for clip in clips for path in clip.files()]
     folders = _folders(options)
     marks = {split: writer.fingerprint(source | {"split": split}, files) for split in folders}

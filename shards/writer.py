@@ -31,6 +31,7 @@ from typing import Any
 
 import numpy as np
 
+from shards.images import JPEG_ENCODER
 from shards.parallel import check_workers, run
 from shards.schema import (
     INDEX_NAME,
@@ -88,10 +89,18 @@ class Plan:
     skipped: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
-def source_of(job: str, arguments: dict[str, Any]) -> dict[str, Any]:
-    """`Index.source`: job, arguments and the versions of the packages that the bytes depend on."""
+def source_of(job: str, arguments: dict[str, Any], color_conversion: str | None = None) -> dict[str, Any]:
+    """Return `Index.source`: job, arguments and all else that the bytes depend on.
+
+    That is the versions of packages, `color_conversion` (of frames of videos), and for `codec` jpeg what encodes it.
+    """
     versions = {package: importlib.metadata.version(package) for package in _PACKAGES}
-    return {"job": job, "arguments": arguments, "versions": versions}
+    source = {"job": job, "arguments": arguments, "versions": versions}
+    if color_conversion is not None:
+        source["color_conversion"] = color_conversion
+    if arguments.get("codec") == "jpeg":
+        source["jpeg_encoder"] = JPEG_ENCODER
+    return source
 
 
 def fingerprint(source: dict[str, Any], files: Iterable[tuple[str, os.stat_result]] = ()) -> str:

@@ -23,6 +23,7 @@ from pathlib import Path
 
 from shards import image_sets, images
 from shards.clips import Clip, promised_frames, read_clip
+from shards.color_conversion import CONVERSION
 from shards.image_sets import Frame, Group
 from shards.parallel import run
 from shards.schema import VIDEO_EXTENSIONS, Index, ShardError
@@ -74,6 +75,7 @@ def find(options: Options) -> image_sets.ImageSet:
         published_samples=EXPECTED[options.split],
         published_size=SIZE[options.split],
         read=read_video if videos else image_sets.read_files,
+        color_conversion=CONVERSION if videos else None,
     )
 
 

@@ -24,13 +24,14 @@ import numpy as np
 from PIL import Image
 
 from shards.clips import VideoFrame
+from shards.color_conversion import from_rgb, to_rgb
 from shards.images import read_image
 from shards.sequences import is_cut
 from vfi import interpolate
 from vfi.errors import JobError, message_of
 from vfi.inference import DeviceName, PrecisionName, describe_precision
 from vfi.interpolate import between_for, check_sizes, convert
-from vfi.video import Encoding, VideoInput, VideoOutput, from_rgb, to_rgb
+from vfi.video import Encoding, VideoInput, VideoOutput
 
 MAX_FRAMES = 900
 """Of a video: half a minute at 30 frames per second."""
@@ -146,8 +147,8 @@ class Work:
                 raise JobError(
                     f"{path.name} has fewer than two frames, so there is nothing between: two images go into the other tab"
                 )
-            colours = dataclasses.replace(video.colours, bits=8)
-            turned = [np.ascontiguousarray(np.rot90(to_rgb(one, colours), round(one.rotation / 90) % 4)) for one in pair or ()]
+            images = [np.rot90(to_rgb(one, video.colours), round(one.rotation / 90) % 4) for one in pair or ()]
+            turned = [np.ascontiguousarray(image) for image in images]
         return count, (turned[0], turned[1]) if pair else None
 
     def line_of(self, error: Exception) -> str:

@@ -28,11 +28,11 @@ import numpy as np
 from PIL import Image
 
 from shards.clips import VideoFrame
+from shards.color_conversion import Colours, from_rgb, to_planes, to_rgb
 from shards.images import read_image
 from shards.sequences import CUT, is_cut, is_duplicate
 from vfi.errors import JobError
 from vfi.timeline import Moment, Timeline
-from vfi.video import Colours, from_rgb, to_rgb
 
 Between = Callable[[np.ndarray, np.ndarray, Sequence[Fraction]], Callable[[], list[np.ndarray]]]
 """Two frames `[H, W, 3]` uint8 or uint16, timesteps -> what waits for the frames there, of the same kind."""
@@ -144,7 +144,7 @@ def _shown(source: Source, counts: Counts, pool: ThreadPoolExecutor) -> Iterator
     """What a source has; frames are converted meanwhile."""
 
     def convert(frame: av.VideoFrame) -> tuple[np.ndarray, np.ndarray]:
-        return to_rgb(frame, source.colours), VideoFrame(frame).thumbnail()
+        return to_planes(frame, source.colours, source.colours.depth).transpose(1, 2, 0), VideoFrame(frame).thumbnail()
 
     items = source.read()
     usual = round(1 / source.rate / source.base)
@@ -338,7 +338,7 @@ class FolderOutput:
         if self.count < self.done:
             self.count += 1
             return
-        image = to_rgb(frame, dataclasses.replace(self.colours, bits=8))
+        image = to_rgb(frame, self.colours)
         Image.fromarray(image).save(self.folder / f"{self.count:08d}.png", compress_level=1)
         self.count += 1
 

@@ -27,21 +27,24 @@ import av
 import numpy as np
 from av.container import InputContainer, OutputContainer
 from av.video.frame import PictureType
-from av.video.reformatter import Interpolation
 from av.video.stream import VideoStream
 
+from shards.color_conversion import (
+    BT709,
+    Colours,
+    assume_left_chroma,
+    chroma_halves,
+    describe_colours,
+    from_rgb,
+    measure_chroma_location,
+    reformat,
+    to_rgb,
+)
+from shards.schema import ShardError
 from vfi.errors import JobError
 from vfi.partial import Replay
 
 _KEPT = ("audio", "subtitle")
-_UNSPECIFIED = 2  # of colour matrix, primaries and transfer, in ITU-T H.273
-_BT709, _BT601 = 1, 5
-_MATRICES = {1: 1, 4: 4, 5: 5, 6: 5, 7: 7, 9: 9}  # of H.273 -> the library's conversions: 709, FCC, 601 (twice), 240M, 2020
-_HD = 720  # rows: from here on players take BT.709 where nothing is said
-_RGB = {8: "rgb24", 16: "rgb48le"}
-_PLANES = {8: "gbrp", 16: "gbrp16le"}
-# by default colours at half the size are converted a level too dark, and every other frame would be
-_EXACT = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
 _USUAL = {
     "libx264": {"crf": "14"},
     "libx265": {"crf": "18", "x265-params": "log-level=error"},
@@ -68,53 +71,6 @@ class Encoding:
     """Pixel format, such as yuv420p10le; by default the input's, or the nearest that the encoder has."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Colours:
-    """How colours are stored, in the numbers of ITU-T H.273; and the bits of each."""
-
-    matrix: int = _BT709
-    primaries: int = _BT709
-    transfer: int = _BT709
-    full_range: bool = False
-    bits: int = 8
-
-    @property
-    def conversion(self) -> int:
-        """The library's number for converting from and to RGB."""
-        return _MATRICES.get(self.matrix, _BT709)
-
-    @property
-    def depth(self) -> int:
-        """Bits of the RGB that holds them."""
-        return 8 if self.bits <= 8 else 16
-
-
-def to_rgb(frame: av.VideoFrame, colours: Colours) -> np.ndarray:
-    """`[H, W, 3]` uint8, or uint16 for more than 8 bits. By one thread: several frames are converted side by side.
-
-    The colours of a YUV frame lie one after the other in memory, which the library makes three times as fast as pixels.
-    """
-    is_rgb = frame.format.is_rgb  # of 10 bits as planes, it loses a level of them on the way to 16
-    rgb = frame.reformat(
-        format=(_RGB if is_rgb else _PLANES)[colours.depth], src_colorspace=colours.conversion, dst_color_range="JPEG",
-        src_color_range="JPEG" if colours.full_range or is_rgb else "MPEG", interpolation=_EXACT, threads=1,
-    )  # fmt: skip
-    if is_rgb:
-        return rgb.to_ndarray()
-    rows = (np.frombuffer(memoryview(plane), f"u{colours.depth // 8}").reshape(plane.height, -1) for plane in rgb.planes)
-    g, b, r = (row[:, : rgb.width] for row in rows)  # what follows is padding
-    return np.stack((r, g, b)).transpose(1, 2, 0)
-
-
-def from_rgb(image: np.ndarray, colours: Colours, pix_fmt: str) -> av.VideoFrame:
-    """The reverse, in a pixel format of a video."""
-    frame = av.VideoFrame.from_numpy_buffer(np.ascontiguousarray(image), format=_RGB[8 * image.itemsize])
-    return frame.reformat(
-        format=pix_fmt, dst_colorspace=colours.conversion, src_color_range="JPEG",
-        dst_color_range="JPEG" if colours.full_range else "MPEG", interpolation=_EXACT, threads=1,
-    )  # fmt: skip
-
-
 class VideoInput:
     """A video file, open for one reading. JobError for what is none."""
 
@@ -132,20 +88,17 @@ class VideoInput:
             raise JobError(f"{path} has no video in it")
         self.stream: VideoStream = videos[0]
         self.stream.thread_type = "AUTO"
+        assume_left_chroma(self.stream)
         self.others = [stream for stream in self.container.streams if stream.type in _KEPT]
         context = self.stream.codec_context
         self.width, self.height, self.pix_fmt = context.width, context.height, context.pix_fmt or "yuv420p"
         self.rate = self.stream.average_rate or self.stream.guessed_rate or Fraction(25)
         self.base = self.stream.time_base or 1 / self.rate
-        pixels = av.VideoFormat(self.pix_fmt)
-        guess = _BT709 if self.height >= _HD else _BT601
-        self.colours = Colours(
-            matrix=context.colorspace if context.colorspace in _MATRICES else guess,
-            primaries=context.color_primaries,
-            transfer=context.color_trc,
-            full_range=context.color_range == 2 or self.pix_fmt.startswith("yuvj"),
-            bits=max(component.bits for component in pixels.components),
-        )
+        try:
+            self.colours = describe_colours(context)
+        except ShardError as error:
+            self.container.close()
+            raise JobError(f"{path}: {error}") from error
         self.says_matrix = context.colorspace
         self.aspect = self.stream.sample_aspect_ratio
         self.chapters: list[Any] = self.container.chapters()
@@ -184,6 +137,8 @@ class VideoInput:
                     duration = frame.duration or round(1 / self.rate / self.base)
                     if frame.pts is None:
                         frame.pts = 0 if before is None else before + duration
+                    if before is None:
+                        self.colours = dataclasses.replace(self.colours, location=measure_chroma_location(frame))
                     if before is None or frame.pts > before:
                         before, self.frames = frame.pts, self.frames + 1
                         yield frame
@@ -208,7 +163,7 @@ class VideoOutput:
         self, path: Path, source: VideoInput | None, size: tuple[int, int], base: Fraction, rate: Fraction, encoding: Encoding,
         slowdown: int = 1, begun: Replay | None = None,
     ) -> None:  # fmt: skip
-        self.path, self.colours = path, source.colours if source else Colours()
+        self.path, self.source = path, source
         self.base, self.closed = base, False
         self.begun, self.done, self.count = begun, begun.frames if begun else 0, 0
         try:
@@ -221,14 +176,14 @@ class VideoOutput:
         self.stream = cast(VideoStream, self.container.add_stream(codec, rate=rate.limit_denominator(1 << 16)))
         context = self.stream.codec_context
         # with colours at half the size a side must be even: the last row or column is repeated
-        halves = _halves(self.pix_fmt)
+        halves = chroma_halves(self.pix_fmt)
         context.height, context.width = (side + side % 2 * half for side, half in zip(size, halves, strict=True))
         context.pix_fmt, context.time_base = self.pix_fmt, base
         context.options = _options(codec, encoding)
         context.thread_type = "AUTO"  # by default in slices alone, by which x264 makes files a sixth larger, and is slower
         context.color_range = 2 if self.colours.full_range else 1
         # say which matrix the colours are in: players guess it from the size otherwise, and guess differently
-        context.colorspace = (source.says_matrix if source else _BT709) or self.colours.matrix
+        context.colorspace = (source.says_matrix if source else BT709) or self.colours.matrix
         context.color_primaries, context.color_trc = self.colours.primaries, self.colours.transfer
         self.copies: dict[Any, Any] = {}
         self.started = False
@@ -242,6 +197,11 @@ class VideoOutput:
             given = " ".join(f"{name}={value}" for name, value in context.options.items())
             why = getattr(error, "strerror", None) or error
             raise JobError(f"--codec {codec} can't be used with {given} and {self.pix_fmt}: {why}") from error
+
+    @property
+    def colours(self) -> Colours:
+        """Return how frames are to store colours: as the source, which knows all of it from its first frame on."""
+        return self.source.colours if self.source else Colours()
 
     def write(self, frame: av.VideoFrame, pts: int) -> None:
         """Encode a frame, to be shown at `pts` in the output's time base."""
@@ -283,8 +243,8 @@ class VideoOutput:
     def _fitted(self, frame: av.VideoFrame) -> av.VideoFrame:
         context = self.stream.codec_context
         if (frame.height, frame.width) == (context.height, context.width) and not frame.format.is_rgb:
-            return frame.reformat(format=self.pix_fmt, interpolation=_EXACT)
-        image = to_rgb(frame, self.colours)
+            return reformat(frame, self.pix_fmt)
+        image = to_rgb(frame, self.colours, self.colours.depth)
         missing = (context.height - image.shape[0], context.width - image.shape[1])
         return from_rgb(np.pad(image, ((0, missing[0]), (0, missing[1]), (0, 0)), mode="edge"), self.colours, self.pix_fmt)
 
@@ -352,17 +312,10 @@ def choose_pix_fmt(codec: str, asked: str, given: str, bits: int) -> str:
     def distance(name: str) -> tuple[bool, int, int]:
         pixels = av.VideoFormat(name)
         found = max(component.bits for component in pixels.components)
-        sizes = sum(a != b for a, b in zip(_halves(name), _halves(given), strict=True))
+        sizes = sum(a != b for a, b in zip(chroma_halves(name), chroma_halves(given), strict=True))
         return pixels.is_rgb != wanted.is_rgb, abs(found - bits) + 100 * (found < bits), sizes
 
     return min(formats, key=distance)
-
-
-def _halves(pix_fmt: str) -> tuple[bool, bool]:
-    """(rows, columns): are colours stored at half the height, at half the width?"""
-    pixels = av.VideoFormat(pix_fmt, 64, 64)
-    chroma = [component for component in pixels.components if component.is_chroma]
-    return any(one.height < 64 for one in chroma), any(one.width < 64 for one in chroma)
 
 
 def _options(codec: str, encoding: Encoding) -> dict[str, str]:

@@ -36,14 +36,19 @@ def write_frames(folder: Path, frames: Iterable[np.ndarray], pattern: str = "{}.
     return folder
 
 
-def write_video(path: Path, frames: Sequence[np.ndarray], codec: str = "mpeg4", gop: int = 0, **options: str) -> Path:
-    """A video file of RGB frames at 25 a second; `gop` is the distance of key frames (0: the codec's own)."""
+def write_video(
+    path: Path, frames: Sequence[np.ndarray], codec: str = "mpeg4", gop: int = 0, matrix: int = 2, **options: str
+) -> Path:
+    """A video file of RGB frames at 25 a second; `gop` is the distance of key frames (0: the codec's own), `matrix` what the
+    file says of its colours (2: nothing).
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     with av.open(str(path), "w", options=options) as container:
         stream = container.add_stream(codec, rate=25)
         stream.height, stream.width = frames[0].shape[:2]
         stream.pix_fmt = "yuv420p"
         stream.bit_rate = 4_000_000
+        stream.codec_context.colorspace = matrix
         if gop:
             stream.gop_size = gop
         for frame in frames:

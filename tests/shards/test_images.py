@@ -6,6 +6,7 @@ import zlib
 import numpy as np
 import pytest
 from PIL import Image
+from scipy.fft import dctn, idctn
 from sources import panning
 
 from shards import images
@@ -28,6 +29,27 @@ def test_jpeg_is_close_keeps_full_colour_and_follows_quality():
     with Image.open(io.BytesIO(data)) as image:
         assert [component[1:3] for component in image.layer] == [(1, 1)] * 3  # 4:4:4
     assert len(images.encode(frame, "jpeg", quality=50)) < len(data)
+
+
+@pytest.mark.parametrize("quality", [85, 95, 98])
+def test_jpeg_loses_what_its_quality_says_and_no_more(quality):
+    """Beside the same tables of quantization with a transform in float64."""
+    rng = np.random.default_rng(0)
+    frame = np.clip(np.repeat(np.repeat(panning(1)[0], 2, 0), 2, 1) + rng.normal(0, 4, (128, 192, 3)), 0, 255).astype(np.uint8)
+    data = images.encode(frame, "jpeg", quality)
+    with Image.open(io.BytesIO(data)) as image:
+        tables = [np.array(image.quantization[0 if number == 0 else 1]).reshape(8, 8) for number in range(3)]
+    to_ycc = np.array([[0.299, 0.587, 0.114], [-0.168736, -0.331264, 0.5], [0.5, -0.418688, -0.081312]])  # of JFIF
+    planes = np.rint(frame @ to_ycc.T + [-128, 0, 0])
+    blocks = planes.reshape(16, 8, 24, 8, 3).transpose(0, 2, 4, 1, 3)
+    kept = np.stack([np.rint(dctn(blocks[:, :, n], axes=(2, 3), norm="ortho") / t) * t for n, t in enumerate(tables)], 2)
+    back = np.rint(idctn(kept, axes=(3, 4), norm="ortho")).transpose(0, 3, 1, 4, 2).reshape(128, 192, 3)
+    reference = np.clip(np.rint((back + np.array([128, 0, 0])) @ np.linalg.inv(to_ycc).T), 0, 255)
+
+    def psnr(image):
+        return 10 * np.log10(255**2 / np.mean((image.astype(float) - frame) ** 2))
+
+    assert psnr(images.decode(data, "jpg")) > psnr(reference) - 0.1
 
 
 def test_rgb_order_survives():
@@ -70,6 +92,13 @@ def test_a_cut_off_image_is_an_error(codec):
     data = images.encode(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8), codec)
     with pytest.raises(ShardError):
         images.decode(data[: len(data) // 2], EXTENSION[codec])
+
+
+def test_a_qoi_that_ends_anywhere_before_its_end_is_an_error():
+    data = images.encode(panning(1)[0], "qoi")
+    for length in (0, 13, 14, 15, len(data) // 4, len(data) - 9, len(data) - 8, len(data) - 1):
+        with pytest.raises(ShardError, match="cannot be decoded as qoi"):
+            images.decode(data[:length], "qoi")
 
 
 def test_wrong_frames_codecs_and_files_are_refused(tmp_path):

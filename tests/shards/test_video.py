@@ -14,6 +14,7 @@ from sources import HEIGHT, WIDTH, digests, panning, write_frames, write_video
 
 from shards import clips, images, video
 from shards.clips import find_clips, natural, read_clip
+from shards.color_conversion import CONVERSION
 from shards.schema import INDEX_NAME, read_index
 from shards.sequences import find_sequences
 from shards.verify import verify
@@ -84,6 +85,33 @@ def test_bytes_do_not_depend_on_workers_or_on_interruptions(mixed, tmp_path, cap
     capsys.readouterr()
     assert run(mixed, tmp_path / "one", "--samples_per_shard", "4") == 0
     assert "complete already" in capsys.readouterr().err
+
+
+def test_the_index_says_which_conversion_made_the_colours(mixed, tmp_path, monkeypatch, fails):
+    out, frames = tmp_path / "out", tmp_path / "frames"
+    assert run(mixed, out) == 0
+    assert (
+        read_index(out).color_conversion
+        == CONVERSION
+        == json.loads((out / INDEX_NAME).read_text())["source"]["color_conversion"]
+    )
+    assert run(mixed / "walk in park", frames) == 0
+    assert read_index(frames).color_conversion is None
+    # shards of before it was noted stay readable
+    content = json.loads((out / INDEX_NAME).read_text())
+    del content["source"]["color_conversion"]
+    (out / INDEX_NAME).write_text(json.dumps(content))
+    assert read_index(out).color_conversion is None
+    # shards of two conversions don't get mixed in one folder
+    monkeypatch.setattr(video, "CONVERSION", "another")
+    assert "shards of another job" in fails(video.main, "--src", mixed, "--out", out)
+
+
+def test_colours_that_can_not_be_converted_are_named_and_the_clip_passed_over(mixed, tmp_path, capsys):
+    write_video(mixed / "strange.mkv", panning(5), "libx264", matrix=8)  # YCgCo
+    assert run(mixed, tmp_path / "out") == 0
+    assert "matrix 8 of ITU-T H.273, which can't be converted" in read_index(tmp_path / "out").skipped["strange.mkv"]
+    assert "strange.mkv" in capsys.readouterr().err
 
 
 def test_stride_step_and_frames(mixed, tmp_path):

@@ -9,6 +9,7 @@ from published import PUBLISHED
 from sources import digests, members, panning, write_video
 
 from shards import images, x4k1000fps
+from shards.color_conversion import CONVERSION, describe_colours, to_rgb
 from shards.schema import read_index
 from shards.verify import verify
 
@@ -27,9 +28,9 @@ def run(src, out, *flags):
 
 
 def decoded(path):
-    """The frames of a video, read with PyAV alone: uint8 [N, H, W, 3]."""
+    """The frames of a video, decoded with PyAV alone: uint8 [N, H, W, 3]."""
     with av.open(str(path)) as container:
-        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+        return np.stack([to_rgb(frame, describe_colours(frame)) for frame in container.decode(video=0)])
 
 
 def test_video_files_give_all_frames_in_order(src, tmp_path):
@@ -48,6 +49,7 @@ def test_videos_become_jpeg_unless_told_otherwise(src, tmp_path):
     assert run(src, tmp_path / "out") == 0
     index = read_index(tmp_path / "out")
     assert (index.codec, index.source["arguments"]["codec"]) == ("jpeg", "jpeg")
+    assert (index.color_conversion, index.source["jpeg_encoder"]) == (CONVERSION, "pillow")
     stored = np.stack([images.decode(data, "jpg") for data in members(tmp_path / "out")["010_occ1_1"]])
     error = stored.astype(int) - decoded(src / "encoded_train" / "010" / "occ1.1.mp4")
     assert 10 * np.log10(255**2 / np.mean(error**2)) > 40

@@ -14,15 +14,15 @@ import av
 import numpy as np
 import pytest
 import torch
-from av.video.reformatter import Interpolation
 from made_videos import EVEN, call, frames_of, make, new_run, packets_of, pixels, planes, refused, scene, times_of
 
+from shards.color_conversion import to_rgb
 from vfi import interpolate
 from vfi.between import Between
 from vfi.errors import JobError
 from vfi.inference import LoadedModel
 from vfi.stream import _ahead, _Behind
-from vfi.video import Colours, VideoInput, choose_pix_fmt, default_codec, from_rgb, to_rgb
+from vfi.video import VideoInput, choose_pix_fmt, default_codec
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -114,32 +114,32 @@ def test_made_frames_have_the_colours_of_their_neighbours(run, tmp_path, pix_fmt
         assert np.abs(pixels(after) - pixels(before)).mean() > 2 * level
 
 
-def test_conversion_follows_the_formula():
-    """BT.709 and BT.2020 in 10 bits, by their definitions."""
-    for matrix, (kr, kb) in {1: (0.2126, 0.0722), 9: (0.2627, 0.0593), 5: (0.299, 0.114)}.items():
-        for full in (False, True):
-            colours = Colours(matrix=matrix, full_range=full, bits=10)
-            r, g, b = 0.8, 0.3, 0.1
-            image = np.full((32, 32, 3), np.array([r, g, b]) * 65_535).round().astype(np.uint16)
-            frame = from_rgb(image, colours, "yuv444p10le")
-            luma = kr * r + (1 - kr - kb) * g + kb * b
-            blue, red = (b - luma) / (2 * (1 - kb)), (r - luma) / (2 * (1 - kr))
-            expected = [1023 * luma, 512 + 1023 * blue, 512 + 1023 * red] if full else [
-                64 + 876 * luma, 512 + 896 * blue, 512 + 896 * red]  # fmt: skip
-            assert [pixels(frame, plane).mean() for plane in range(3)] == pytest.approx(expected, abs=2.0)
-            assert to_rgb(frame, colours).reshape(-1, 3).mean(0) / 65_535 == pytest.approx([r, g, b], abs=0.004)
-
-
-def test_planes_are_converted_as_pixels_are():
-    """To the bit, also where rows end in padding."""
-    image = np.random.default_rng(0).integers(0, 256, (46, 34, 3), np.uint8)
-    for pix_fmt, bits, packed in (("yuv420p", 8, "rgb24"), ("yuv444p", 8, "rgb24"), ("yuv422p10le", 10, "rgb48le")):
-        frame = from_rgb(image, Colours(), pix_fmt)
-        pixels = frame.reformat(
-            format=packed, src_colorspace=1, src_color_range="MPEG", dst_color_range="JPEG",
-            interpolation=Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT,
-        )  # fmt: skip
-        assert np.array_equal(to_rgb(frame, Colours(bits=bits)), pixels.to_ndarray())
+def test_made_chroma_lies_where_that_of_the_input_lies(run, tmp_path):
+    """Chroma that rises from row to row: half a row of it would be seen where made frames stand between those of the input."""
+    row = np.arange(48)[:, None]
+    frames = []
+    for number in range(3):
+        frame = planes(number, "yuv420p")
+        for plane, content in zip(
+            frame.planes, (120 + 0 * row, 104 + 2 * row[:24] + 2 * number, 152 - 2 * row[:24]), strict=True
+        ):
+            plane.update(np.broadcast_to(content, (plane.height, plane.line_size)).astype(np.uint8).tobytes())
+        frames.append(frame)
+    plain = make(tmp_path / "plain.mkv", EVEN[:3], frames=frames, codec="libx264", options={"qp": "0"})
+    located = {"qp": "0", "x264-params": "chromaloc=2"}
+    for source, location in (
+        (plain, "left"),
+        (make(tmp_path / "located.mkv", EVEN[:3], frames=frames, codec="libx264", options=located), "topleft"),
+    ):
+        with VideoInput(source) as video:
+            next(video.read())
+            assert video.colours.location == location
+        call(source, "-o", tmp_path / "out.mkv", "--model", run, "--codec", "ffv1")
+        found = frames_of(tmp_path / "out.mkv")
+        for before, made, after in zip(found[0::2], found[1::2], found[2::2], strict=False):
+            for plane in (1, 2):
+                error = (pixels(made, plane) - (pixels(before, plane) + pixels(after, plane)) / 2).reshape(24, 32)
+                assert abs(error[3:-3].mean()) < 0.15
 
 
 def test_odd_sizes(run, tmp_path):
