@@ -1,32 +1,44 @@
-"""How do we get training data without any data set? Photographs in layers that move, with exact middle frames and exact flow.
+"""Generate training data from photographs: layers that move, with exact middle frames and exact flow.
 
     python -m shards.synthetic --out shards/synthetic/train --samples 1000 --size 128x128 --seed 0
     python -m shards.synthetic --out shards/synthetic/val --samples 100 --size 128x128 --split val
+    python -m shards.synthetic --out shards/rich --style rich --photographs photographs --size 256x256 --no-flow --workers 16
 
-A sample is a background and one to four shapes, each filled with a part of a photograph that scikit-image ships (nothing is
-downloaded). Every layer translates, turns and grows at a constant rate, the layers hide each other, and each frame is
-rendered from scratch at its own time, so the middle frame is a true frame and not a blend. The flow comes from the layers'
-affine maps. `train` and `val` use different photographs. A sample depends on (seed, split, its number, the options) alone.
+Style `simple`: a background and one to four shapes, each filled with a part of a photograph. Every layer translates, turns and
+grows at a constant rate, and the layers hide each other. Style `rich`: a camera moves through flat things at different
+depths, up to a dozen objects with motions of their own, with acceleration, limbs, thin structures, motion blur, changing
+light and noise (`shards.rich_drawing`). In both, each frame is rendered from scratch at its own time, so the middle frame is a
+true frame and not a blend, and the flow comes from the motion itself.
+
+The photographs are those that scikit-image ships (nothing is downloaded), or those of a folder. `train` and `val` use
+different ones: a tenth of a folder, by a hash of the names, is for `val`. A sample depends on (seed, split, its number, the
+options, the photographs) alone.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib.metadata
+import os
 import re
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from shards import images, writer
+from shards import images, photographs, writer
 from shards.cli import run_job
 from shards.schema import Index, SampleMeta, ShardError
-from shards.synthetic_scene import PHOTOGRAPHS, photograph_paths, scene
+from shards.synthetic_scene import PHOTOGRAPHS, Scene, photograph_paths, scene
+
+if TYPE_CHECKING:
+    from shards.rich_scene import RichScene
 
 MIN_SIDE, MAX_SIDE = 32, 4096
+STYLES = {"simple": 0.06, "rich": 0.25}  # style -> default of max_motion, as a share of the width
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,12 +55,17 @@ class Options:
     """Another seed gives other samples."""
     split: str = "train"
     """train or val: they use different photographs."""
+    style: str = "simple"
+    """simple or rich; rich needs OpenCV (pip install 'vfi-training-stack[scenes]')."""
+    photographs: Path | None = None
+    """Folder of photographs, searched to any depth; without it those of scikit-image. Pictures with transparent parts are
+    objects of the style rich."""
     codec: str = "png"
     """How frames are stored: png or qoi (both lossless) or jpeg."""
     quality: int = 95
     """JPEG quality, 1 to 100."""
     max_motion: float | None = None
-    """Longest way in pixels that a point goes from the first frame to the last; by default 6 % of the width."""
+    """Longest way in pixels that a point goes from the first frame to the last; by default 6 % of the width, rich 25 %."""
     frames: int = 3
     """Frames in a sample, at equal distances in time."""
     flow: bool = True
@@ -66,12 +83,18 @@ def make(options: Options) -> Index:
     """
     _check(options)
     arguments: dict[str, Any] = {
-        name: value for name, value in dataclasses.asdict(options).items() if name not in ("out", "workers")
+        name: value for name, value in dataclasses.asdict(options).items() if name not in ("out", "workers", "photographs")
     }
-    source = writer.source_of("shards.synthetic", arguments) | {"photographs": list(PHOTOGRAPHS[options.split])}
-    mark = writer.fingerprint(source, [(path.name, path.stat()) for path in photograph_paths(options.split)])
+    if options.style == "simple":  # as folders say that were written when there was one style
+        del arguments["style"]
+    material = _find_material(options)
+    source = writer.source_of("shards.synthetic", arguments) | {"photographs": material.source}
+    if options.style == "rich":
+        source["versions"]["opencv-python-headless"] = _opencv_version()
     tasks = tuple(
-        writer.ShardTask(f"samples {part[0]} to {part[-1]}", len(part), functools.partial(_samples, options, part))
+        writer.ShardTask(
+            f"samples {part[0]} to {part[-1]}", len(part), functools.partial(_samples, options, material.paths, part)
+        )
         for part in writer.chunks(options.samples, options.samples_per_shard)
     )
     plan = writer.Plan(
@@ -82,8 +105,9 @@ def make(options: Options) -> Index:
         source=source,
         clips=tuple(_clip_name(options, number) for number in range(options.samples)),
         shards=tasks,
+        skipped=material.faults,
     )
-    return writer.write(options.out, plan, mark, options.workers)
+    return writer.write(options.out, plan, writer.fingerprint(source, material.files), options.workers)
 
 
 def parse_size(text: str) -> tuple[int, int]:
@@ -110,6 +134,10 @@ def _job(options: Options) -> int:
 def _check(options: Options) -> None:
     images.check_codec(options.codec)
     images.check_quality(options.quality)
+    if options.style not in STYLES:
+        raise ShardError(f"unknown style {options.style!r}: choose one of {', '.join(STYLES)}")
+    if options.style == "rich":
+        _opencv_version()
     if options.split not in PHOTOGRAPHS:
         raise ShardError(f"split {options.split!r} has no photographs: choose train or val")
     if options.samples < 1:
@@ -126,17 +154,50 @@ def _check(options: Options) -> None:
 
 
 def _max_motion(options: Options) -> float:
-    return 0.06 * parse_size(options.size)[1] if options.max_motion is None else options.max_motion
+    return STYLES[options.style] * parse_size(options.size)[1] if options.max_motion is None else options.max_motion
 
 
 def _clip_name(options: Options, number: int) -> str:
     return f"{options.split}-{options.seed}-{number:06d}"
 
 
-def _samples(options: Options, numbers: Sequence[int]) -> Iterator[writer.Sample]:
+@dataclasses.dataclass(frozen=True)
+class _Material:
+    """The photographs of a job: what the index says of them, their files, and what can't be used."""
+
+    source: Any
+    paths: tuple[Path, ...]
+    files: tuple[tuple[str, os.stat_result], ...] = ()
+    faults: dict[str, str] = dataclasses.field(default_factory=dict)
+
+
+def _find_material(options: Options) -> _Material:
+    if options.photographs is None:
+        paths = tuple(photograph_paths(options.split))
+        return _Material(list(PHOTOGRAPHS[options.split]), paths, tuple((path.name, path.stat()) for path in paths))
+    survey = photographs.survey(options.photographs, options.workers)
+    for name, fault in survey.faults.items():
+        print(f"shards.synthetic: photograph {name} is skipped: {fault}", file=sys.stderr)
+    names = photographs.deal(tuple(survey.digests), options.split)
+    source = {
+        "folder": options.photographs.name,
+        "count": len(names),
+        "sha256": photographs.digest_of(survey.digests, names),
+    }
+    return _Material(source, tuple(options.photographs / name for name in names), (), survey.faults)
+
+
+def _opencv_version() -> str:
+    try:
+        return importlib.metadata.version("opencv-python-headless")
+    except importlib.metadata.PackageNotFoundError as error:
+        raise ShardError("style rich needs OpenCV: pip install 'vfi-training-stack[scenes]', or choose style simple") from error
+
+
+def _samples(options: Options, paths: tuple[Path, ...], numbers: Sequence[int]) -> Iterator[writer.Sample]:
     height, width = parse_size(options.size)
     for number in numbers:
-        drawn = scene(options.seed, options.split, number, height, width, _max_motion(options))
+        drawn = _draw(options, paths, number, height, width)
         times = np.linspace(0, 1, options.frames)
         middle = float(times[options.frames // 2])
         yield writer.Sample(
@@ -146,6 +207,28 @@ def _samples(options: Options, numbers: Sequence[int]) -> Iterator[writer.Sample
             flow_t0=drawn.flow(middle, 0.0) if options.flow else None,
             flow_t1=drawn.flow(middle, 1.0) if options.flow else None,
         )
+
+
+def _draw(options: Options, paths: tuple[Path, ...], number: int, height: int, width: int) -> Scene | RichScene:
+    if options.style == "simple" and options.photographs is None:
+        return scene(options.seed, options.split, number, height, width, _max_motion(options))
+    deck = _open_deck(paths, photographs.longest_side(height, width))
+    pictures = deck.pictures(options.seed, number)
+    if not any(not picture.is_cutout for picture in pictures):
+        raise ShardError(f"photographs {options.photographs}: all of them have transparent parts: add some that have none")
+    if options.style == "simple":
+        opaque = [picture.levels[0] for picture in pictures if not picture.is_cutout]
+        return scene(options.seed, options.split, number, height, width, _max_motion(options), opaque)
+    from shards.rich_drawing import draw_scene  # the simple style works without OpenCV
+
+    rng = np.random.default_rng([options.seed, list(PHOTOGRAPHS).index(options.split), number, 1])
+    return draw_scene(rng, pictures, height, width, _max_motion(options), 1 / (options.frames - 1))
+
+
+@functools.lru_cache(maxsize=1)
+def _open_deck(paths: tuple[Path, ...], longest: int) -> photographs.Deck:
+    """Return the deck of this process: photographs are read once."""
+    return photographs.Deck(paths, longest)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib.util
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -108,11 +109,23 @@ class Scene:
         return np.einsum("hwij,hwj->hwi", moves, places).astype(np.float32)
 
 
-def scene(seed: int, split: str, number: int, height: int, width: int, max_motion: float) -> Scene:
-    """Draw the scene of sample `number`: the same arguments give the same scene."""
+def scene(
+    seed: int,
+    split: str,
+    number: int,
+    height: int,
+    width: int,
+    max_motion: float,
+    photographs: Sequence[np.ndarray] | None = None,
+) -> Scene:
+    """Draw the scene of sample `number`: the same arguments give the same scene.
+
+    `photographs` are RGB uint8 [h, w, 3]; without them it is made of those in `PHOTOGRAPHS`.
+    """
     rng = np.random.default_rng([seed, list(PHOTOGRAPHS).index(split), number])
-    background = _background(rng, split, height, width, max_motion)
-    shapes = [_shape(rng, split, height, width, max_motion) for _ in range(rng.integers(1, 5))]
+    photographs = _load_photographs(split) if photographs is None else photographs
+    background = _background(rng, photographs, height, width, max_motion)
+    shapes = [_shape(rng, photographs, height, width, max_motion) for _ in range(rng.integers(1, 5))]
     return Scene(height, width, (background, *shapes))
 
 
@@ -133,20 +146,22 @@ def _sample(image: Image.Image, size: tuple[int, int], matrix: np.ndarray, resam
     return image.transform(size, Image.Transform.AFFINE, tuple(matrix[:2].ravel().tolist()), resample)
 
 
-def _background(rng: np.random.Generator, split: str, height: int, width: int, max_motion: float) -> Layer:
+def _background(
+    rng: np.random.Generator, photographs: Sequence[np.ndarray], height: int, width: int, max_motion: float
+) -> Layer:
     reach = np.hypot(height, width) / 2 + max_motion
     centre = (width / 2, height / 2)
-    photograph = _photograph(rng, split)
+    photograph = _photograph(rng, photographs)
     # a background that moves less than what is in front of it, as with a camera that follows
     motion = _motion(rng, centre, reach, 0.7 * max_motion)
     # growth and turning reach a little outside of the first frame's own circle: leave room for both
     return Layer(photograph, _place(rng, photograph, centre, 1.3 * reach), None, np.eye(3), motion)
 
 
-def _shape(rng: np.random.Generator, split: str, height: int, width: int, max_motion: float) -> Layer:
+def _shape(rng: np.random.Generator, photographs: Sequence[np.ndarray], height: int, width: int, max_motion: float) -> Layer:
     radius = rng.uniform(0.12, 0.38) * min(height, width)
     centre = (rng.uniform(0.1, 0.9) * width, rng.uniform(0.1, 0.9) * height)
-    photograph = _photograph(rng, split)
+    photograph = _photograph(rng, photographs)
     side = min(round(MASK_DETAIL * 2 * MASK_REACH * radius), MAX_MASK)
     scale = side / (2 * MASK_REACH * radius)
     x, y = (side / 2 - scale * c for c in centre)
@@ -202,10 +217,9 @@ def _mask(rng: np.random.Generator, side: int) -> Image.Image:
     return mask
 
 
-def _photograph(rng: np.random.Generator, split: str) -> Image.Image:
-    """One photograph of the split with its colours changed a little: a gain for each channel, maybe the channels' order."""
-    photographs = _load_photographs(split)
-    image = photographs[int(rng.integers(len(photographs)))]
+def _photograph(rng: np.random.Generator, photographs: Sequence[np.ndarray]) -> Image.Image:
+    """One of the photographs with its colours changed a little: a gain for each channel, maybe the channels' order."""
+    image = Image.fromarray(photographs[int(rng.integers(len(photographs)))])
     gains = rng.uniform(0.7, 1.15) * rng.uniform(0.85, 1.15, 3)
     order = rng.permutation(3) if rng.uniform() < 0.3 else np.arange(3)
     levels = np.clip(np.arange(256)[None] * gains[:, None], 0, 255).astype(np.uint8)
@@ -214,5 +228,5 @@ def _photograph(rng: np.random.Generator, split: str) -> Image.Image:
 
 
 @functools.cache
-def _load_photographs(split: str) -> tuple[Image.Image, ...]:
-    return tuple(Image.fromarray(images.read_image(path)) for path in photograph_paths(split))
+def _load_photographs(split: str) -> tuple[np.ndarray, ...]:
+    return tuple(images.read_image(path) for path in photograph_paths(split))

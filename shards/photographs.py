@@ -1,0 +1,162 @@
+"""Photographs that synthetic scenes are made of: found in a folder, dealt to train and val, read, shrunk, kept in memory.
+
+    found = survey(Path("photographs"), workers=4)        # what can be read, and why the rest can't
+    names = deal(found.digests, "train")
+    pictures = Deck([Path("photographs") / name for name in names], longest=1024).pictures(seed=0, number=7)
+
+A picture with transparent parts is a cut-out: its opaque part is an object. All others fill backgrounds and shapes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from shards import images
+from shards.parallel import run
+from shards.schema import IMAGE_EXTENSIONS, ShardError
+
+VAL_SHARE = 0.1  # of a folder's photographs; which ones depends on their names alone
+LEAST_SIDE = 64  # in pixels: a smaller picture is an icon
+MEMORY = 2**30  # bytes that the photographs of one process take at most, pyramids included
+BLOCK = 256  # so many samples in a row are made of the same photographs, where not all fit into memory
+
+
+@dataclasses.dataclass(frozen=True)
+class Survey:
+    """What a folder holds: names below the folder of all photographs that can be read, with a digest of their bytes."""
+
+    digests: dict[str, str]
+    faults: dict[str, str]
+
+
+@dataclasses.dataclass(frozen=True)
+class Picture:
+    """A photograph and its smaller copies, each of half the size of the one before: uint8 [H, W, 3].
+
+    A cut-out has 4 channels, its colours multiplied by alpha, and is cropped to what is opaque.
+    """
+
+    levels: tuple[np.ndarray, ...]
+
+    @property
+    def is_cutout(self) -> bool:
+        """Return whether it has transparent parts."""
+        return self.levels[0].shape[2] == 4
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Return (height, width) in pixels."""
+        return self.levels[0].shape[0], self.levels[0].shape[1]
+
+
+def survey(folder: Path, workers: int = 1) -> Survey:
+    """Read every picture below `folder` once. Raises ShardError for a folder that can't be listed or has none to use."""
+    if not folder.is_dir():
+        raise ShardError(f"photographs {folder} is not a folder: give the folder that holds the pictures")
+    names = sorted(
+        path.relative_to(folder).as_posix()
+        for path in folder.rglob("*")
+        if path.suffix.lower() in IMAGE_EXTENSIONS and path.is_file()
+    )
+    checked = run(functools.partial(_check, folder), names, workers, name=str, title="read photographs")
+    results = dict(zip(names, checked, strict=True))
+    digests = {name: digest for name, (digest, _) in results.items() if digest}
+    if not digests:
+        raise ShardError(f"photographs {folder} has no picture that can be read: {len(names)} files, all with faults")
+    return Survey(digests, {name: fault for name, (_, fault) in results.items() if fault})
+
+
+def deal(names: Sequence[str], split: str) -> tuple[str, ...]:
+    """Return the names that belong to a split, train or val: a tenth, chosen by a hash of the names, is for val.
+
+    More photographs in a folder leave the others where they are. Raises ShardError when a split gets none.
+    """
+    mine = tuple(sorted(name for name in names if (_lot(name) < VAL_SHARE) == (split == "val")))
+    if not mine:
+        raise ShardError(f"none of the {len(names)} photographs falls to the split {split}: give more photographs")
+    return mine
+
+
+def digest_of(digests: dict[str, str], names: Sequence[str]) -> str:
+    """Return one digest of some photographs' names and bytes."""
+    return hashlib.sha256("".join(f"{name}\0{digests[name]}\n" for name in names).encode()).hexdigest()
+
+
+def longest_side(height: int, width: int) -> int:
+    """Return the longest side in pixels to which photographs are shrunk for frames of this size: 1024 to 4096."""
+    return min(max(1024, 2 * max(height, width)), 4096)
+
+
+class Deck:
+    """The photographs of one split, as many of them in memory as `MEMORY` holds."""
+
+    def __init__(self, paths: Sequence[Path], longest: int) -> None:
+        self._paths = tuple(paths)
+        self._longest = longest
+        self._kept: dict[int, Picture] = {}
+
+    def pictures(self, seed: int, number: int) -> tuple[Picture, ...]:
+        """Return the pictures that sample `number` may use, in a fixed order: all of them, or a part drawn for its block."""
+        room = max(8, MEMORY // (self._longest**2 * 4))  # 4 bytes a pixel: three colours and a third for the smaller copies
+        chosen = np.arange(len(self._paths))
+        if len(chosen) > room:
+            rng = np.random.default_rng([seed, number // BLOCK, len(chosen)])
+            chosen = np.sort(rng.choice(chosen, room, replace=False))
+        self._kept = {index: self._kept.get(index) or read(self._paths[index], self._longest) for index in chosen.tolist()}
+        return tuple(self._kept.values())
+
+
+def read(path: Path, longest: int) -> Picture:
+    """Read a photograph, shrunk to `longest` pixels on its longer side if it is larger. Raises ShardError if broken."""
+    image = Image.fromarray(_pixels(path))
+    if image.mode == "RGBA":
+        image = image.crop(image.getchannel("A").getbbox())
+    image.thumbnail((longest, longest), Image.Resampling.LANCZOS)
+    levels = [image]
+    while min(levels[-1].size) >= 2 * LEAST_SIDE:
+        levels.append(levels[-1].reduce(2))
+    return Picture(tuple(_premultiply(np.asarray(level)) for level in levels))
+
+
+def _pixels(path: Path) -> np.ndarray:
+    """Return uint8 [H, W, 3], or [H, W, 4] if there are transparent parts."""
+    opaque = images.read_image(path)
+    if path.suffix.lower() in (".png", ".webp", ".tif", ".tiff"):
+        with Image.open(path) as image:
+            if image.has_transparency_data:
+                pixels = np.array(image.convert("RGBA"))
+                if pixels[..., 3].min() < 255 and pixels[..., 3].any():
+                    return pixels
+    return opaque
+
+
+def _premultiply(pixels: np.ndarray) -> np.ndarray:
+    """Multiply the colours of RGBA by alpha, so that no hidden colour shows at a border; leave RGB as it is."""
+    if pixels.shape[2] == 3:
+        return pixels
+    colours = (pixels[..., :3].astype(np.uint16) * pixels[..., 3:] + 127) // 255
+    return np.dstack([colours.astype(np.uint8), pixels[..., 3]])
+
+
+def _check(folder: Path, name: str) -> tuple[str, str]:
+    """Return (digest, "") of a usable picture, ("", fault) of any other."""
+    try:
+        pixels = _pixels(folder / name)
+        data = (folder / name).read_bytes()
+    except (ShardError, OSError) as error:
+        return "", " ".join(str(error).split())
+    if min(pixels.shape[:2]) < LEAST_SIDE:
+        return "", f"{pixels.shape[0]}x{pixels.shape[1]} pixels: a side is below {LEAST_SIDE}"
+    return hashlib.sha256(data).hexdigest(), ""
+
+
+def _lot(name: str) -> float:
+    """Return a number in [0, 1) that depends on the name alone."""
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64

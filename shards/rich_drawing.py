@@ -1,0 +1,554 @@
+"""Random rich scenes: what is in one, where it stands, how it and the camera move, and in which light.
+
+    drawn = draw_scene(rng, pictures, height=256, width=256, max_motion=64.0, interval=0.5)
+    frame = drawn.render(0.5)
+
+A scene has a backdrop and, at random, a ground, skylines, fences, up to twelve objects and shadows, each a flat sheet at
+its own depth, so one camera moves all of them by different ways. Lengths named in pixels hold at rest, and those of
+blur and thin things are for frames of 256 pixels and grow with the frame.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Sequence
+
+import cv2
+import numpy as np
+
+from shards.photographs import Picture
+from shards.rich_motion import Body, Camera, Joint, Ripple, Sheet, Track, place, rotation, source
+from shards.rich_scene import Layer, Light, RichScene, linear_light
+from shards.rich_shapes import REACH, draw_bars, draw_compact, draw_segment, draw_skyline
+
+DETAIL = 1.5  # pixels of a raster to a pixel of the frame
+MAX_RASTER = 6144  # pixels of a raster's side at most
+LEAST_MOTION = 0.5  # pixels from the first frame to the last; smaller ones are drawn as none
+OBJECTS = 12
+ENDLESS = (0.0, 0.0, 0.0, 0.0)  # extent of a backdrop that is not measured yet
+_CAMERA_MOVES = {  # shares of: position x, y, z; rotation about x, y, z; zoom
+    "pan": (0, 0, 0, 1, 1, 0.2, 0),
+    "truck": (1, 0.5, 0.1, 0.1, 0.2, 0.05, 0),
+    "dolly": (0.2, 0.2, 1, 0.3, 0.3, 0.1, 0),
+    "zoom": (0, 0, 0, 0.3, 0.3, 0.1, 1),
+    "roll": (0.1, 0.1, 0, 0.3, 0.3, 1, 0),
+    "hand": (0.4, 0.4, 0.3, 0.6, 0.6, 0.4, 0),
+    "orbit": (1, 0.3, 0, 0, 0, 0.1, 0),
+}
+_KINDS = {  # what objects are, and how often
+    "cut-out": 0.3,
+    "figure": 0.16,
+    "silhouette": 0.12,
+    "blob": 0.12,
+    "polygon": 0.06,
+    "box": 0.06,
+    "ellipse": 0.05,
+    "branch": 0.04,
+    "wires": 0.03,
+    "wheel": 0.03,
+    "ring": 0.03,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Studio:
+    """What all parts of one scene are drawn from."""
+
+    rng: np.random.Generator
+    photographs: Sequence[Picture]
+    cutouts: Sequence[Picture]
+    height: int
+    width: int
+    max_motion: float
+    bend: float  # how far from even motions are: 0 for even ones
+
+    @property
+    def unit(self) -> float:
+        """Return how many times larger than 256 pixels the frame is."""
+        return min(self.height, self.width) / 256
+
+
+@dataclasses.dataclass(frozen=True)
+class Prop:
+    """Something that stands in the scene, not painted yet: `parts` share one body and are painted from back to front."""
+
+    depth: float
+    parts: tuple[Part, ...]
+    radius: float = 0.0  # in pixels, of what moves on its own
+    shadow: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """A sheet and what to paint on it."""
+
+    sheet: Sheet
+    kind: str
+    picture: Picture
+    zoom: float  # pixels of the photograph to a pixel of the frame
+    blur: float = 0.0  # standard deviation in pixels of the frame
+    turn: float = 0.0  # of the sheet's own axes against the plane's, in radians
+    size: tuple[float, float] | None = None  # of a turned part: length and thickness in pixels
+
+
+def draw_scene(
+    rng: np.random.Generator, pictures: Sequence[Picture], height: int, width: int, max_motion: float, interval: float
+) -> RichScene:
+    """Draw a scene. No point that is seen moves further than `max_motion` pixels from t = 0 to t = 1.
+
+    `interval` is the time between two frames, in units of t: the shutter is open for up to half of it. `pictures` must
+    hold at least one photograph that is no cut-out.
+    """
+    bend = 0.0 if rng.uniform() < 0.25 else abs(rng.normal(0, 0.2)) if rng.uniform() < 0.85 else rng.uniform(0.3, 1)
+    opaque = [picture for picture in pictures if not picture.is_cutout]
+    cutouts = [picture for picture in pictures if picture.is_cutout]
+    studio = Studio(rng, opaque, cutouts, height, width, max_motion, bend)
+    camera = _draw_camera(studio)
+    stage = _draw_stage(studio, camera)
+    backdrop, others = stage[0], stage[1:]
+    for _ in range(_draw_count(rng)):
+        others.append(_draw_object(studio, camera, backdrop.depth))
+    still = rng.uniform() < 0.15
+    camera = camera if still else _move_camera(studio, camera, [backdrop, *others])
+    follows = rng.uniform() < 0.5
+    moved = [_move_prop(studio, camera, prop, follows) if prop.radius else prop for prop in others]
+    props = [backdrop, *sorted(moved, key=lambda prop: -prop.depth)]
+    layers = tuple(itertools.chain.from_iterable(_paint(studio, camera, prop, prop is backdrop) for prop in props))
+    shutter = 0.0 if rng.uniform() < 0.35 else rng.uniform(0.05, 0.5) * interval
+    longest = max(_reach(studio, camera, layer.sheet) for layer in layers)
+    samples = 4 * int(np.clip(np.ceil(longest * shutter / 6), 1, 6))
+    return RichScene(height, width, camera, layers, _draw_light(rng), shutter, samples)
+
+
+def _draw_camera(studio: Studio) -> Camera:
+    """Draw a camera at rest whose picture the frame is, or of whose larger picture the frame is a part."""
+    rng, longer = studio.rng, max(studio.height, studio.width)
+    crop = rng.uniform(1, 2.5)
+    away = rng.uniform(-0.5, 0.5, 2) * (crop - 1) * np.array([studio.width, studio.height])
+    centre = (float(studio.width / 2 + away[0]), float(studio.height / 2 + away[1]))
+    return Camera(float(rng.uniform(0.8, 2) * crop * longer), centre, Track(np.zeros(7), np.zeros(7)))
+
+
+def _move_camera(studio: Studio, camera: Camera, props: Sequence[Prop]) -> Camera:
+    """Give the camera a path on which nothing that is seen goes further than a length drawn at random."""
+    rng = studio.rng
+    move = str(rng.choice(list(_CAMERA_MOVES)))
+    shares = np.array(_CAMERA_MOVES[move]) * rng.uniform(-1, 1, 7)
+    if move == "orbit":  # the camera turns back to what it passes
+        shares[3:5] = [-shares[1], shares[0]]
+    diagonal = np.hypot(studio.height, studio.width)
+    middle = float(np.sqrt(props[0].depth))  # between the nearest things, at a depth of 1, and the backdrop
+    one_pixel = np.array([*[middle / camera.focal] * 2, 2 * middle / diagonal, *[1 / camera.focal] * 2, *[2 / diagonal] * 2])
+    path = Track(shares * one_pixel, _draw_bend(studio, shares) * one_pixel)
+    target = _draw_length(studio)
+    sheets = [prop.parts[-1].sheet for prop in props]
+    for _ in range(12):
+        camera = dataclasses.replace(camera, path=path)
+        longest = max(_reach(studio, camera, sheet) for sheet in sheets)
+        if 0.7 * target <= longest <= target:
+            break
+        path = path.scaled(float(np.clip(0.9 * target / max(longest, 1e-9), 0.1, 100)))
+    else:
+        camera = dataclasses.replace(camera, path=path.scaled(0.0))
+    return camera
+
+
+def _draw_length(studio: Studio) -> float:
+    """Draw how far something moves, in pixels: each order of magnitude is as likely as any other."""
+    most = 0.96 * studio.max_motion
+    if most <= LEAST_MOTION:
+        return most
+    return float(np.exp(studio.rng.uniform(np.log(LEAST_MOTION), np.log(most))))
+
+
+def _draw_bend(studio: Studio, total: np.ndarray) -> np.ndarray:
+    """Draw an acceleration for a way: some along it, some across it."""
+    rng, size = studio.rng, np.linalg.norm(total)
+    across = rng.normal(0, 1, total.shape) * (total != 0)
+    return studio.bend * (rng.normal() * total + rng.normal(0, 0.5) * size * across / max(np.linalg.norm(across), 1e-9))
+
+
+def _draw_count(rng: np.random.Generator) -> int:
+    """Draw how many objects there are: often a few, at times none or a dozen."""
+    return int(rng.choice([0, 1, 2, 3, 4, 5, 6, 8, 10, OBJECTS], p=[0.08, 0.14, 0.18, 0.16, 0.12, 0.1, 0.08, 0.06, 0.04, 0.04]))
+
+
+def _draw_stage(studio: Studio, camera: Camera) -> list[Prop]:
+    """Draw what does not move: the backdrop first, then maybe a ground, skylines and a fence."""
+    rng = studio.rng
+    blur = studio.unit * float(np.exp(rng.uniform(np.log(0.4), np.log(5)))) if rng.uniform() < 0.3 else 0.0
+    ground = _draw_ground(studio, camera) if rng.uniform() < 0.4 else None
+    depth = ground.depth * rng.uniform(1, 1.5) if ground else float(np.exp(rng.uniform(np.log(1.5), np.log(10))))
+    tilt = rng.normal(0, 0.12, 2).clip(-0.3, 0.3)
+    sheet = Sheet(_stand(camera, (studio.width / 2, studio.height / 2), depth, tilt), ENDLESS)
+    stage = [Prop(depth, (Part(sheet, "backdrop", _pick(studio), _draw_zoom(rng), blur),))]
+    if ground:
+        stage.append(ground)
+    for _ in range(int(rng.choice([0, 1, 2, 3], p=[0.55, 0.25, 0.13, 0.07]))):
+        stage.append(_draw_wide(studio, camera, "skyline", depth * rng.uniform(0.3, 0.95), blur / 2))
+    if rng.uniform() < 0.15:
+        near = studio.unit * rng.uniform(0.3, 4) if rng.uniform() < 0.4 else 0.0
+        stage.append(_draw_wide(studio, camera, "bars", float(rng.uniform(0.9, max(depth * 0.6, 1))), near))
+    return stage
+
+
+def _draw_ground(studio: Studio, camera: Camera) -> Prop | None:
+    """Draw a level plane below the camera that ends at a line in the frame; None where the horizon leaves no room."""
+    rng, (x, y) = studio.rng, camera.centre
+    bottom = studio.height + 1.5 * studio.max_motion + 0.1 * studio.height
+    top = studio.height * rng.uniform(0.3, 0.75)
+    if top - y < (bottom - y) / 5:  # too near to the horizon: the texture would be squeezed out of sight
+        return None
+    below, far = (bottom - y) / camera.focal, (bottom - y) / (top - y)  # the near edge is at a depth of 1
+    middle = np.sqrt(far)
+    scale = middle / camera.focal
+    lean = rng.normal(0, 0.03)
+    basis = np.array([[scale, 0, 0], [scale * lean, 0, below], [0, scale, middle], [0, 0, 1]])
+    reach = 1.5 * studio.max_motion + 0.2 * studio.width
+    extent = (
+        (-x - reach) * far / middle,
+        (1 - middle) / scale,
+        (studio.width - x + reach) * far / middle,
+        (far - middle) / scale,
+    )
+    return Prop(far, (Part(Sheet(basis, extent), "ground", _pick(studio), _draw_zoom(rng)),))
+
+
+def _draw_wide(studio: Studio, camera: Camera, kind: str, depth: float, blur: float) -> Prop:
+    """Draw something upright from border to border of the frame."""
+    rng = studio.rng
+    margin = 1.3 * studio.max_motion + 0.15 * studio.width
+    top = studio.height * rng.uniform(0.1, 0.8) if kind == "skyline" else -margin
+    basis = _stand(camera, (0.0, 0.0), depth, rng.normal(0, 0.1, 2).clip(-0.25, 0.25))
+    extent = (-margin, top, studio.width + margin, studio.height + margin)
+    return Prop(depth, (Part(Sheet(basis, extent), kind, _pick(studio), _draw_zoom(rng), blur),))
+
+
+def _draw_object(studio: Studio, camera: Camera, deepest: float) -> Prop:
+    """Draw one object at rest."""
+    rng = studio.rng
+    depth = float(np.exp(rng.uniform(0, np.log(deepest))))
+    radius = min(studio.height, studio.width) * float(np.exp(rng.uniform(np.log(0.035), np.log(0.45))))
+    middle = (rng.uniform(-0.05, 1.05) * studio.width, rng.uniform(-0.05, 1.05) * studio.height)
+    basis = _stand(camera, middle, depth, rng.normal(0, 0.25, 2).clip(-0.6, 0.6))
+    kinds = [kind for kind in _KINDS if kind != "cut-out" or studio.cutouts]
+    shares = np.array([_KINDS[kind] for kind in kinds])
+    kind = str(rng.choice(kinds, p=shares / shares.sum()))
+    blur = studio.unit * float(np.exp(rng.uniform(np.log(0.3), np.log(2)))) if rng.uniform() < 0.15 else 0.0
+    if kind == "figure":
+        parts = _draw_figure(studio, basis, radius, blur)
+    else:
+        picture = _pick(studio, cutout=kind == "cut-out")
+        extent = (-radius, -radius, radius, radius)
+        parts = (Part(Sheet(basis, extent), kind, picture, _draw_zoom(rng), blur),)
+    return Prop(depth, parts, radius, shadow=bool(kind != "figure" and rng.uniform() < 0.25))
+
+
+def _draw_figure(studio: Studio, basis: np.ndarray, radius: float, blur: float) -> tuple[Part, ...]:
+    """Draw a trunk with limbs of one to three segments that swing; some lie behind the trunk, some before it."""
+    rng = studio.rng
+    clothes = [(_pick(studio), _draw_zoom(rng)) for _ in range(2)]
+    upright = rng.uniform() < 0.6
+    lying, standing = radius * rng.uniform(0.3, 0.5), radius * rng.uniform(0.12, 0.3)
+    half = (standing, lying) if upright else (lying, standing)
+    trunk = Sheet(basis, (-half[0], -half[1], half[0], half[1]))
+    behind: list[Part] = []
+    before: list[Part] = []
+    for _ in range(int(rng.integers(2, 7))):
+        root = np.array(half) * rng.choice([-0.75, 0.75], 2) * rng.uniform(0.3, 1, 2)
+        angle = rng.uniform(0, np.pi) if rng.uniform() < 0.7 else rng.uniform(-np.pi, np.pi)
+        thick = radius * rng.uniform(0.06, 0.18)
+        target = behind if rng.uniform() < 0.5 else before
+        joints: tuple[Joint, ...] = ()
+        picture, zoom = clothes[int(rng.integers(2))]
+        for _ in range(int(rng.integers(1, 4))):
+            length = radius * rng.uniform(0.25, 0.5)
+            swing = _draw_length(studio) * rng.uniform(0.2, 0.8) / (2 * length) * rng.choice([-1, 1])
+            track = Track(np.array([np.clip(swing, -1.2, 1.2)]), studio.bend * rng.normal(0, 0.6, 1) * abs(swing))
+            joints = (Joint(float(root[0]), float(root[1]), track), *joints)
+            tip = root + length * np.array([np.cos(angle), np.sin(angle)])
+            low, high = np.minimum(root, tip) - thick, np.maximum(root, tip) + thick
+            sheet = Sheet(basis, (low[0], low[1], high[0], high[1]), joints=joints)
+            target.append(Part(sheet, "limb", picture, zoom, blur, angle, (length + 0.8 * thick, thick)))
+            root, angle, thick = tip, angle + rng.uniform(-0.9, 0.9), thick * rng.uniform(0.6, 0.95)
+    head = radius * rng.uniform(0.1, 0.25)
+    nod = Joint(0.0, -half[1], Track(rng.normal(0, 0.1, 1), np.zeros(1)))
+    top = Sheet(basis, (-head, -half[1] - 1.7 * head, head, -half[1] + 0.3 * head), joints=(nod,))
+    before.append(Part(top, "ellipse", _pick(studio), _draw_zoom(rng), blur))
+    return (*behind, Part(trunk, "trunk", *clothes[0], blur), *before)
+
+
+def _move_prop(studio: Studio, camera: Camera, prop: Prop, follows: bool) -> Prop:
+    """Give an object a motion of its own, short enough that with the camera's it stays within max_motion."""
+    rng, radius = studio.rng, prop.radius
+    sheet = prop.parts[0].sheet
+    pivot = sheet.basis[:3, 2]
+    scale = pivot[2] / camera.focal
+    total, bend = np.zeros(6), np.zeros(6)
+    if rng.uniform() < 0.85:
+        length, way = _draw_length(studio), rng.uniform(0, 2 * np.pi)
+        share = rng.dirichlet([4, 1, 1, 0.7])  # going, turning, coming nearer, tilting
+        total[:2] = share[0] * length * scale * np.array([np.cos(way), np.sin(way)])
+        total[2] = rng.choice([-1, 1]) * pivot[2] * min(share[2] * length / radius, 0.4)
+        total[3:5] = rng.normal(0, 1, 2) * min(share[3] * length / radius, 0.5)
+        total[5] = rng.choice([-1, 1]) * min(share[1] * length / radius, 1.2)
+        bend = np.concatenate([_draw_bend(studio, total[:3]), _draw_bend(studio, total[3:])])
+        if studio.bend and rng.uniform() < 0.2:
+            bend[1] += rng.uniform(0, 1) * length * scale  # it falls
+    if follows and rng.uniform() < 0.6:
+        half, end = _follow(camera, sheet, scale)
+        total[:2] += end
+        bend[:2] += 4 * (end / 2 - half)
+    ripples: tuple[Ripple, ...] = ()
+    if prop.parts[0].kind != "limb" and len(prop.parts) == 1 and rng.uniform() < 0.25:
+        ripples = tuple(_draw_ripple(studio, radius) for _ in range(int(rng.integers(1, 3))))
+    body = Body(pivot, Track(total, bend))
+    parts = tuple(
+        dataclasses.replace(part, sheet=dataclasses.replace(part.sheet, body=body, ripples=ripples)) for part in prop.parts
+    )
+    for _ in range(12):
+        if max(_reach(studio, camera, part.sheet) for part in parts) <= 0.97 * studio.max_motion:
+            return dataclasses.replace(prop, parts=parts)
+        parts = tuple(dataclasses.replace(part, sheet=part.sheet.scaled(0.7)) for part in parts)
+    return prop
+
+
+def _follow(camera: Camera, sheet: Sheet, scale: float) -> tuple[np.ndarray, np.ndarray]:
+    """Return the ways in the world, at t = 1/2 and t = 1, that keep a sheet's middle about where it is in the frame."""
+    start, half, end = (place(camera.matrix(t), sheet, np.zeros(2), t) for t in (0.0, 0.5, 1.0))
+    return (start - half) * scale, (start - end) * scale
+
+
+def _draw_ripple(studio: Studio, radius: float) -> Ripple:
+    rng = studio.rng
+    length = radius * rng.uniform(0.8, 4)
+    rate = rng.uniform(0.3, 2.5) * rng.choice([-1, 1])
+    amplitude = min(_draw_length(studio) / (2 * np.sin(min(abs(rate), np.pi) / 2)), 0.1 * length)
+    return Ripple(float(amplitude), float(length), rng.uniform(0, 2 * np.pi), rng.uniform(0, 2 * np.pi), float(rate))
+
+
+def _draw_light(rng: np.random.Generator) -> Light:
+    """Draw how the light changes: in half of the scenes not at all, seldom by more than a tenth."""
+    change = float(np.exp(rng.uniform(np.log(0.005), np.log(0.2)))) if rng.uniform() < 0.45 else 0.0
+    gain = Track(change * (rng.normal() + 0.25 * rng.normal(0, 1, 3)), change * rng.normal(0, 0.5) * np.ones(3))
+    offset = Track(0.1 * change * abs(rng.normal()) * np.ones(3), np.zeros(3))
+    vignette = rng.uniform(0, 0.5) if rng.uniform() < 0.3 else 0.0
+    noise = float(np.exp(rng.uniform(np.log(0.3), np.log(3)))) if rng.uniform() < 0.3 else 0.0
+    return Light(gain, offset, vignette, noise, int(rng.integers(2**31)))
+
+
+def _draw_zoom(rng: np.random.Generator) -> float:
+    return float(np.exp(rng.uniform(np.log(0.6), np.log(2.5))))
+
+
+def _pick(studio: Studio, cutout: bool = False) -> Picture:
+    pictures = studio.cutouts if cutout else studio.photographs
+    return pictures[int(studio.rng.integers(len(pictures)))]
+
+
+def _stand(camera: Camera, pixel: tuple[float, float], depth: float, tilt: np.ndarray) -> np.ndarray:
+    """Return the basis of a plane through the point that is seen at `pixel`, one unit to a pixel at rest there."""
+    turned = rotation(np.array([tilt[0], tilt[1], 0.0]))
+    scale = depth / camera.focal
+    middle = scale * np.array([pixel[0] - camera.centre[0], pixel[1] - camera.centre[1], camera.focal])
+    return np.vstack([np.column_stack([scale * turned[:, :2], middle]), [0, 0, 1]])
+
+
+def _reach(studio: Studio, camera: Camera, sheet: Sheet) -> float:
+    """Return the longest way in pixels, from t = 0 to t = 1, of a sheet's points seen in the frame; infinite behind it."""
+    first, last = camera.matrix(0.0), camera.matrix(1.0)
+    points = source(first, sheet, _grid(studio.height, studio.width), 0.0)
+    u0, v0, u1, v1 = sheet.extent
+    if sheet.extent != ENDLESS:
+        corners = np.array([[u, v] for u in (u0, (u0 + u1) / 2, u1) for v in (v0, (v0 + v1) / 2, v1)])
+        u, v = points.T
+        points = np.concatenate([points[(u > u0) & (u < u1) & (v > v0) & (v < v1)], corners])
+    start, end = place(first, sheet, points, 0.0), place(last, sheet, points, 1.0)
+    x, y = start.T
+    ways = np.hypot(*(end - start)[(x > -2) & (x < studio.width + 2) & (y > -2) & (y < studio.height + 2)].T)
+    return float(np.nan_to_num(ways, nan=np.inf).max(initial=0.0))
+
+
+@functools.lru_cache(maxsize=4)
+def _grid(height: int, width: int) -> np.ndarray:
+    """Return points spread over a frame, its corners among them: [81, 2]."""
+    x, y = np.meshgrid(np.linspace(0, width, 9), np.linspace(0, height, 9))
+    return np.stack([x, y], axis=-1).reshape(-1, 2)
+
+
+def _paint(studio: Studio, camera: Camera, prop: Prop, endless: bool) -> list[Layer]:
+    """Paint the parts of a prop, and its shadow below them."""
+    rng = studio.rng
+    layers = []
+    gain = Track(rng.normal(0, 0.04, 1), np.zeros(1)) if rng.uniform() < 0.15 else None
+    for part in prop.parts:
+        sheet = dataclasses.replace(part.sheet, extent=_backdrop_extent(studio, camera, part.sheet)) if endless else part.sheet
+        raster, to_raster = _paint_part(studio, dataclasses.replace(part, sheet=sheet))
+        layers.append(Layer(sheet, raster, to_raster, endless, gain=gain))
+    return _cast_shadow(studio, prop, layers[0]) + layers if prop.shadow else layers
+
+
+def _cast_shadow(studio: Studio, prop: Prop, layer: Layer) -> list[Layer]:
+    """Return a soft dark copy of an object's outline, beside and behind it."""
+    rng = studio.rng
+    du, dv = rng.uniform(-0.5, 0.5, 2) * prop.radius
+    basis = layer.sheet.basis @ np.array([[1, 0, du], [0, 1, dv], [0, 0, 1]])
+    shade = np.zeros_like(layer.raster)
+    soft = max(0.05 * rng.uniform(0.3, 3) * layer.raster.shape[0], 0.5)
+    shade[..., 3] = cv2.GaussianBlur(layer.raster[..., 3], (0, 0), soft, borderType=cv2.BORDER_CONSTANT) * rng.uniform(
+        0.15, 0.6
+    )
+    return [Layer(dataclasses.replace(layer.sheet, basis=basis), shade, layer.to_raster, shadow=True)]
+
+
+def _backdrop_extent(studio: Studio, camera: Camera, sheet: Sheet) -> tuple[float, float, float, float]:
+    """Return the part of the backdrop's plane that the frame shows at any time, the open shutter included."""
+    edges = np.linspace(0, 1, 3)
+    frame = np.array([[x * studio.width, y * studio.height] for x in edges for y in edges])
+    seen = np.concatenate([source(camera.matrix(t), sheet, frame, t) for t in (-0.25, 0.0, 0.5, 1.0, 1.25)])
+    low, high = seen.min(axis=0) - 2, seen.max(axis=0) + 2
+    return float(low[0]), float(low[1]), float(high[0]), float(high[1])
+
+
+def _paint_part(studio: Studio, part: Part) -> tuple[np.ndarray, np.ndarray]:
+    """Return the raster of a part and the matrix from its plane to the raster."""
+    u0, v0, u1, v1 = part.sheet.extent
+    if part.size is None:
+        span, start = np.array([u1 - u0, v1 - v0]), np.array([u0, v0])
+        turned = np.eye(2)
+    else:  # a limb: its own axes start at its joint
+        length, thick = part.size
+        span, start = np.array([length + 0.4 * thick, thick]), np.array([-0.4 * thick, -thick / 2])
+        cos, sin = np.cos(part.turn), np.sin(part.turn)
+        turned = np.array([[cos, sin], [-sin, cos]])
+    detail = min(DETAIL, MAX_RASTER / float(span.max()))
+    edge = 1 + int(np.ceil(3 * part.blur * detail)) if part.kind not in ("backdrop", "ground") else 0  # room for a soft border
+    width, height = (max(2, int(np.ceil(side * detail))) + 2 * edge for side in span.tolist())
+    joint = np.array([part.sheet.joints[0].u, part.sheet.joints[0].v]) if part.size is not None else np.zeros(2)
+    shift = (-turned @ joint - start) * detail + edge - 0.5
+    to_raster = np.vstack([np.column_stack([turned * detail, shift]), [0, 0, 1]])
+    return _paint_raster(studio, part, height, width, detail, edge), to_raster
+
+
+def _paint_raster(studio: Studio, part: Part, height: int, width: int, detail: float, edge: int) -> np.ndarray:
+    rng = studio.rng
+    if part.kind == "cut-out":
+        raster = _lay_cutout(studio, part.picture, height, width, edge)
+    else:
+        free = part.kind not in ("backdrop", "ground", "skyline")
+        colours = _lay_photograph(studio, part.picture, height, width, part.zoom / detail, free)
+        if free and rng.uniform() < 0.3:
+            colours = _shade(rng, colours)
+        if part.kind in ("backdrop", "ground"):
+            raster = cv2.merge([*cv2.split(colours), np.ones((height, width), np.float32)])
+        else:
+            mask = np.zeros((height, width), np.uint8)
+            inner = mask[edge : height - edge, edge : width - edge]
+            inner[:] = _draw_mask(studio, part.kind, inner.shape[0], inner.shape[1], detail)
+            raster = _with_alpha(colours, mask)
+    if part.blur:
+        border = cv2.BORDER_REFLECT_101 if part.kind in ("backdrop", "ground") else cv2.BORDER_CONSTANT
+        raster = cv2.GaussianBlur(raster, (0, 0), part.blur * detail, borderType=border)
+    return raster
+
+
+def _draw_mask(studio: Studio, kind: str, height: int, width: int, detail: float) -> np.ndarray:
+    rng = studio.rng
+    if kind == "skyline":
+        return draw_skyline(rng, height, width)
+    if kind == "bars":
+        return draw_bars(rng, height, width, detail * studio.unit)
+    if kind == "limb":
+        return draw_segment(rng, height, width)
+    side = max(height, width, 8)
+    if kind == "silhouette":
+        mask = _draw_silhouette(studio, side)
+    else:
+        mask = draw_compact(rng, "ellipse" if kind == "trunk" else kind, side)
+    return mask if (height, width) == (side, side) else cv2.resize(mask, (width, height), interpolation=cv2.INTER_AREA)
+
+
+def _draw_silhouette(studio: Studio, side: int) -> np.ndarray:
+    """Draw an outline from a photograph: where it is lighter than most of it is, within a blob."""
+    rng = studio.rng
+    level = _pick(studio).levels[-1]
+    grey = cv2.GaussianBlur(cv2.cvtColor(np.ascontiguousarray(level), cv2.COLOR_RGB2GRAY), (0, 0), rng.uniform(0.7, 4))
+    half = max(8, int(min(grey.shape) * rng.uniform(0.2, 0.5)))
+    y, x = (int(rng.integers(half, max(length - half, half) + 1)) for length in grey.shape)
+    part = cv2.resize(grey[y - half : y + half, x - half : x + half], (side, side), interpolation=cv2.INTER_CUBIC)
+    part = part.astype(np.float32)
+    limit = np.quantile(part[::8, ::8], rng.uniform(0.3, 0.6))
+    steep = np.clip((part - limit) * rng.choice([-1, 1]) * 8 + 128, 0, 255).astype(np.uint8)
+    return np.minimum(steep, draw_compact(rng, "blob", side))
+
+
+def _lay_photograph(studio: Studio, picture: Picture, height: int, width: int, zoom: float, free: bool) -> np.ndarray:
+    """Fill a raster with a part of a photograph: linear light, float32 [height, width, 3].
+
+    `zoom` is pixels of the photograph to a pixel of the raster; it is lessened where the photograph is too small. `free` lets
+    the photograph lie at any angle; else it is upright or nearly.
+    """
+    rng = studio.rng
+    angle = rng.uniform(-np.pi, np.pi) if free else rng.normal(0, 0.08)
+    cos, sin = abs(np.cos(angle)), abs(np.sin(angle))
+    need = np.array([width * cos + height * sin, width * sin + height * cos])
+    size = np.array(picture.size[::-1], float)
+    zoom = max(min(zoom, float((size / need).min())), min(0.35, zoom))
+    level = min(int(max(np.log2(max(zoom, 1)) + 0.2, 0)), len(picture.levels) - 1)
+    pixels = picture.levels[level]
+    zoom = zoom * pixels.shape[1] / size[0]
+    size = np.array(pixels.shape[1::-1], float)
+    room = np.maximum(size - zoom * need, 0)
+    middle = size / 2 + rng.uniform(-0.5, 0.5, 2) * room
+    turned = zoom * rotation(np.array([0.0, 0.0, angle]))[:2, :2] @ np.diag([rng.choice([-1.0, 1.0]), 1.0])
+    back = np.column_stack([turned, middle - turned @ np.array([width / 2, height / 2])])
+    flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
+    raster = cv2.warpAffine(pixels, back, (width, height), flags=flags, borderMode=cv2.BORDER_REFLECT_101)
+    return _tint(rng, raster)
+
+
+def _tint(rng: np.random.Generator, levels: np.ndarray) -> np.ndarray:
+    """Change colours a little and turn uint8 levels into linear light, float32."""
+    value = (np.arange(256) / 255) ** float(np.exp(rng.normal(0, 0.15)))
+    gains = rng.uniform(0.65, 1.1) * rng.uniform(0.92, 1.08, 3)
+    table = linear_light(255 * np.clip(value[:, None] * gains, 0, 1)).astype(np.float32)
+    if rng.uniform() < 0.1:
+        levels = levels[..., rng.permutation(3)]
+    return cv2.LUT(np.ascontiguousarray(levels), table[None])
+
+
+def _lay_cutout(studio: Studio, picture: Picture, height: int, width: int, edge: int) -> np.ndarray:
+    """Fill a raster with a whole cut-out: linear light times alpha, and alpha, float32 [height, width, 4]."""
+    rng = studio.rng
+    reach = REACH * (min(height, width) - 2 * edge)
+    zoom = max(picture.size) / reach
+    level = min(int(max(np.log2(max(zoom, 1)) + 0.2, 0)), len(picture.levels) - 1)
+    pixels = picture.levels[level]
+    zoom = zoom * max(pixels.shape[:2]) / max(picture.size)
+    angle = rng.normal(0, 0.2) if rng.uniform() < 0.8 else rng.uniform(-np.pi, np.pi)
+    turned = zoom * rotation(np.array([0.0, 0.0, angle]))[:2, :2] @ np.diag([rng.choice([-1.0, 1.0]), 1.0])
+    middle = np.array(pixels.shape[1::-1]) / 2 - 0.5
+    back = np.column_stack([turned, middle - turned @ np.array([(width - 1) / 2, (height - 1) / 2])])
+    flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
+    raster = cv2.warpAffine(pixels, back, (width, height), flags=flags, borderMode=cv2.BORDER_CONSTANT)
+    alpha = np.maximum(raster[..., 3:], 1).astype(np.float32) / 255
+    colours = np.minimum(raster[..., :3] / alpha, 255).astype(np.uint8)
+    return _with_alpha(_tint(rng, colours), np.ascontiguousarray(raster[..., 3]))
+
+
+def _with_alpha(colours: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """Multiply colours float32 [h, w, 3] by a mask uint8 [h, w] and append it as alpha in [0, 1]: float32 [h, w, 4]."""
+    alpha = cv2.multiply(mask, 1 / 255, dtype=cv2.CV_32F)
+    return cv2.multiply(cv2.merge([*cv2.split(colours), np.ones_like(alpha)]), cv2.merge([alpha] * 4))
+
+
+def _shade(rng: np.random.Generator, colours: np.ndarray) -> np.ndarray:
+    """Make something look round or plain: a slope of light, or a photograph so blurred that only colours are left."""
+    if rng.uniform() < 0.4:
+        colours = cv2.GaussianBlur(colours, (0, 0), max(0.1 * max(colours.shape), 0.5))
+    y, x = np.linspace(-1, 1, colours.shape[0])[:, None], np.linspace(-1, 1, colours.shape[1])[None]
+    way, strength = rng.uniform(0, 2 * np.pi), rng.uniform(0.1, 0.6)
+    slope = 1 + strength * (np.cos(way) * x + np.sin(way) * y)
+    return colours * slope.astype(np.float32)[..., None]
