@@ -17,7 +17,6 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
-from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,6 +30,7 @@ from vfi.errors import JobError
 from vfi.manifest import MANIFEST
 from vfi.model.interpolator import FrameInterpolator
 from vfi.records import RecordError, from_object, note
+from vfi.versions import PROJECT, project_version
 from vfi.weights import read_weights, refuse_differences
 
 SCHEMA, VERSION = "vfi-model", 1
@@ -76,7 +76,7 @@ def data_name(path: str) -> str:
 
 def this_version() -> str:
     """Name and version of the project."""
-    return f"vfi-training-stack {metadata.version('vfi-training-stack')}"
+    return f"{PROJECT} {project_version()}"
 
 
 @contextlib.contextmanager

@@ -13,7 +13,6 @@ import platform
 import subprocess
 import sys
 from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from vfi.numerics import numerics
 from vfi.records import write_text
+from vfi.versions import package_version, project_version
 
 METRICS, TENSORBOARD, ENVIRONMENT = "metrics.jsonl", "tensorboard", "environment.json"
 _PACKAGES = ("torch", "accelerate", "webdataset", "triton", "mamba-ssm", "numpy", "av", "simplejpeg", "safetensors")
@@ -101,7 +101,7 @@ def environment(device: torch.device) -> dict[str, Any]:
     return {
         "command": sys.argv,
         "python": platform.python_version(),
-        "packages": {name: version for name in _PACKAGES if (version := _version(name))},
+        "packages": {name: version for name in _PACKAGES if (version := package_version(name))},
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine(),
         **_gpu_versions(device.type == "cuda"),
         **numerics(),
@@ -141,7 +141,7 @@ def read_environment(path: Path) -> dict[str, Any]:
 
 def versions() -> dict[str, str]:
     """Versions of what a checkpoint depends on."""
-    return {"torch": torch.__version__, "project": _version("vfi-training-stack") or "unknown", "git": git_state()}
+    return {"torch": torch.__version__, "project": project_version(), "git": git_state()}
 
 
 @functools.cache
@@ -156,10 +156,3 @@ def git_state() -> str:
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return commit + ("+changes" if changes else "")
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
