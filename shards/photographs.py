@@ -1,7 +1,7 @@
 """Photographs that synthetic scenes are made of: found in a folder, dealt to train and val, read, shrunk, kept in memory.
 
     found = survey(Path("photographs"), workers=4)        # what can be read, and why the rest can't
-    names = deal(found.digests, "train")
+    names = deal(found, "train")
     pictures = Deck([Path("photographs") / name for name in names], longest=1024).pictures(seed=0, number=7)
 
 A picture with transparent parts is a cut-out: its opaque part is an object. All others fill backgrounds and shapes.
@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -30,9 +31,10 @@ BLOCK = 256  # so many samples in a row are made of the same photographs, where 
 
 @dataclasses.dataclass(frozen=True)
 class Survey:
-    """What a folder holds: names below the folder of all photographs that can be read, with a digest of their bytes."""
+    """What a folder holds, by names below it: digests of what can be used, which of that are cut-outs, why the rest can't."""
 
     digests: dict[str, str]
+    cutouts: frozenset[str]
     faults: dict[str, str]
 
 
@@ -67,20 +69,27 @@ def survey(folder: Path, workers: int = 1) -> Survey:
     )
     checked = run(functools.partial(_check, folder), names, workers, name=str, title="read photographs")
     results = dict(zip(names, checked, strict=True))
-    digests = {name: digest for name, (digest, _) in results.items() if digest}
-    if not digests:
-        raise ShardError(f"photographs {folder} has no picture that can be read: {len(names)} files, all with faults")
-    return Survey(digests, {name: fault for name, (_, fault) in results.items() if fault})
+    digests = {name: result.digest for name, result in results.items() if result.digest}
+    cutouts = frozenset(name for name, result in results.items() if result.is_cutout)
+    if not digests.keys() - cutouts:
+        raise ShardError(
+            f"photographs {folder} has no picture to use: {len(names)} files, {len(cutouts)} of them with transparent parts, "
+            f"{len(names) - len(digests)} with faults: add photographs without transparent parts"
+        )
+    return Survey(digests, cutouts, {name: result.fault for name, result in results.items() if result.fault})
 
 
-def deal(names: Sequence[str], split: str) -> tuple[str, ...]:
+def deal(found: Survey, split: str) -> tuple[str, ...]:
     """Return the names that belong to a split, train or val: a tenth, chosen by a hash of the names, is for val.
 
-    More photographs in a folder leave the others where they are. Raises ShardError when a split gets none.
+    More photographs in a folder leave the others where they are. Raises ShardError when a split gets none to fill a
+    background with.
     """
-    mine = tuple(sorted(name for name in names if (_lot(name) < VAL_SHARE) == (split == "val")))
-    if not mine:
-        raise ShardError(f"none of the {len(names)} photographs falls to the split {split}: give more photographs")
+    mine = tuple(sorted(name for name in found.digests if (_lot(name) < VAL_SHARE) == (split == "val")))
+    if not set(mine) - found.cutouts:
+        raise ShardError(
+            f"none of the {len(found.digests)} photographs without transparent parts falls to the split {split}: add more"
+        )
     return mine
 
 
@@ -145,16 +154,26 @@ def _premultiply(pixels: np.ndarray) -> np.ndarray:
     return np.dstack([colours.astype(np.uint8), pixels[..., 3]])
 
 
-def _check(folder: Path, name: str) -> tuple[str, str]:
-    """Return (digest, "") of a usable picture, ("", fault) of any other."""
+@dataclasses.dataclass(frozen=True)
+class _Check:
+    """What reading a picture gave: a digest of its bytes, or a fault."""
+
+    digest: str = ""
+    is_cutout: bool = False
+    fault: str = ""
+
+
+def _check(folder: Path, name: str) -> _Check:
     try:
         pixels = _pixels(folder / name)
         data = (folder / name).read_bytes()
     except (ShardError, OSError) as error:
-        return "", " ".join(str(error).split())
-    if min(pixels.shape[:2]) < LEAST_SIDE:
-        return "", f"{pixels.shape[0]}x{pixels.shape[1]} pixels: a side is below {LEAST_SIDE}"
-    return hashlib.sha256(data).hexdigest(), ""
+        # without the folder's place and memory addresses, which some decoders tell: an index holds it
+        return _Check(fault=re.sub(r" at 0x[0-9a-f]+", "", " ".join(str(error).split()).replace(f"{folder}/", "")))
+    height, width, channels = pixels.shape
+    if min(height, width) < LEAST_SIDE:
+        return _Check(fault=f"{name} has {height}x{width} pixels: a side is below {LEAST_SIDE}")
+    return _Check(hashlib.sha256(data).hexdigest(), channels == 4)
 
 
 def _lot(name: str) -> float:

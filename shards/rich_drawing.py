@@ -114,10 +114,10 @@ def draw_scene(
     camera = camera if still else _move_camera(studio, camera, [backdrop, *others])
     follows = rng.uniform() < 0.5
     moved = [_move_prop(studio, camera, prop, follows) if prop.radius else prop for prop in others]
-    props = [backdrop, *sorted(moved, key=lambda prop: -prop.depth)]
+    camera, props, longest = _limit(studio, camera, [backdrop, *sorted(moved, key=lambda prop: -prop.depth)])
+    backdrop = props[0]
     layers = tuple(itertools.chain.from_iterable(_paint(studio, camera, prop, prop is backdrop) for prop in props))
     shutter = 0.0 if rng.uniform() < 0.35 else rng.uniform(0.05, 0.5) * interval
-    longest = max(_reach(studio, camera, layer.sheet) for layer in layers)
     samples = 4 * int(np.clip(np.ceil(longest * shutter / 6), 1, 6))
     return RichScene(height, width, camera, layers, _draw_light(rng), shutter, samples)
 
@@ -146,7 +146,7 @@ def _move_camera(studio: Studio, camera: Camera, props: Sequence[Prop]) -> Camer
     sheets = [prop.parts[-1].sheet for prop in props]
     for _ in range(12):
         camera = dataclasses.replace(camera, path=path)
-        longest = max(_reach(studio, camera, sheet) for sheet in sheets)
+        longest = max(_reach(studio, _views(camera), sheet) for sheet in sheets)
         if 0.7 * target <= longest <= target:
             break
         path = path.scaled(float(np.clip(0.9 * target / max(longest, 1e-9), 0.1, 100)))
@@ -156,11 +156,11 @@ def _move_camera(studio: Studio, camera: Camera, props: Sequence[Prop]) -> Camer
 
 
 def _draw_length(studio: Studio) -> float:
-    """Draw how far something moves, in pixels: each order of magnitude is as likely as any other."""
+    """Draw how far something moves, in pixels, over all orders of magnitude: a quarter goes further than half of the most."""
     most = 0.96 * studio.max_motion
     if most <= LEAST_MOTION:
         return most
-    return float(np.exp(studio.rng.uniform(np.log(LEAST_MOTION), np.log(most))))
+    return LEAST_MOTION * (most / LEAST_MOTION) ** float(np.sqrt(studio.rng.uniform()))
 
 
 def _draw_bend(studio: Studio, total: np.ndarray) -> np.ndarray:
@@ -178,7 +178,7 @@ def _draw_count(rng: np.random.Generator) -> int:
 def _draw_stage(studio: Studio, camera: Camera) -> list[Prop]:
     """Draw what does not move: the backdrop first, then maybe a ground, skylines and a fence."""
     rng = studio.rng
-    blur = studio.unit * float(np.exp(rng.uniform(np.log(0.4), np.log(5)))) if rng.uniform() < 0.3 else 0.0
+    blur = studio.unit * float(np.exp(rng.uniform(np.log(0.4), np.log(4)))) if rng.uniform() < 0.25 else 0.0
     ground = _draw_ground(studio, camera) if rng.uniform() < 0.4 else None
     depth = ground.depth * rng.uniform(1, 1.5) if ground else float(np.exp(rng.uniform(np.log(1.5), np.log(10))))
     tilt = rng.normal(0, 0.12, 2).clip(-0.3, 0.3)
@@ -230,7 +230,7 @@ def _draw_object(studio: Studio, camera: Camera, deepest: float) -> Prop:
     """Draw one object at rest."""
     rng = studio.rng
     depth = float(np.exp(rng.uniform(0, np.log(deepest))))
-    radius = min(studio.height, studio.width) * float(np.exp(rng.uniform(np.log(0.035), np.log(0.45))))
+    radius = min(studio.height, studio.width) * float(np.exp(rng.uniform(np.log(0.04), np.log(0.5))))
     middle = (rng.uniform(-0.05, 1.05) * studio.width, rng.uniform(-0.05, 1.05) * studio.height)
     basis = _stand(camera, middle, depth, rng.normal(0, 0.25, 2).clip(-0.6, 0.6))
     kinds = [kind for kind in _KINDS if kind != "cut-out" or studio.cutouts]
@@ -308,11 +308,32 @@ def _move_prop(studio: Studio, camera: Camera, prop: Prop, follows: bool) -> Pro
     parts = tuple(
         dataclasses.replace(part, sheet=dataclasses.replace(part.sheet, body=body, ripples=ripples)) for part in prop.parts
     )
-    for _ in range(12):
-        if max(_reach(studio, camera, part.sheet) for part in parts) <= 0.97 * studio.max_motion:
-            return dataclasses.replace(prop, parts=parts)
-        parts = tuple(dataclasses.replace(part, sheet=part.sheet.scaled(0.7)) for part in parts)
-    return prop
+    views = _views(camera)
+    for factor in (0.7,) * 10 + (0.0,):
+        if max(_reach(studio, views, part.sheet) for part in parts) <= 0.97 * studio.max_motion:
+            break
+        parts = tuple(dataclasses.replace(part, sheet=part.sheet.scaled(factor)) for part in parts)
+    return dataclasses.replace(prop, parts=parts)
+
+
+def _limit(studio: Studio, camera: Camera, props: list[Prop]) -> tuple[Camera, list[Prop], float]:
+    """Slow everything down until nothing that is seen goes further than max_motion; return the longest way, too."""
+    while True:
+        views = _views(camera)
+        longest = max(_reach(studio, views, part.sheet) for prop in props for part in prop.parts)
+        if longest <= 0.985 * studio.max_motion or longest < 1e-6:
+            return camera, props, longest
+        camera = dataclasses.replace(camera, path=camera.path.scaled(0.9))
+        props = [
+            dataclasses.replace(
+                prop, parts=tuple(dataclasses.replace(part, sheet=part.sheet.scaled(0.9)) for part in prop.parts)
+            )
+            for prop in props
+        ]
+
+
+def _views(camera: Camera) -> tuple[np.ndarray, np.ndarray]:
+    return camera.matrix(0.0), camera.matrix(1.0)
 
 
 def _follow(camera: Camera, sheet: Sheet, scale: float) -> tuple[np.ndarray, np.ndarray]:
@@ -340,7 +361,7 @@ def _draw_light(rng: np.random.Generator) -> Light:
 
 
 def _draw_zoom(rng: np.random.Generator) -> float:
-    return float(np.exp(rng.uniform(np.log(0.6), np.log(2.5))))
+    return float(np.exp(rng.uniform(np.log(0.8), np.log(3))))
 
 
 def _pick(studio: Studio, cutout: bool = False) -> Picture:
@@ -356,9 +377,12 @@ def _stand(camera: Camera, pixel: tuple[float, float], depth: float, tilt: np.nd
     return np.vstack([np.column_stack([scale * turned[:, :2], middle]), [0, 0, 1]])
 
 
-def _reach(studio: Studio, camera: Camera, sheet: Sheet) -> float:
-    """Return the longest way in pixels, from t = 0 to t = 1, of a sheet's points seen in the frame; infinite behind it."""
-    first, last = camera.matrix(0.0), camera.matrix(1.0)
+def _reach(studio: Studio, views: tuple[np.ndarray, np.ndarray], sheet: Sheet) -> float:
+    """Return the longest way in pixels, from t = 0 to t = 1, of a sheet's points seen in the frame; infinite behind it.
+
+    `views` are the camera's matrices at these times.
+    """
+    first, last = views
     points = source(first, sheet, _grid(studio.height, studio.width), 0.0)
     u0, v0, u1, v1 = sheet.extent
     if sheet.extent != ENDLESS:

@@ -19,7 +19,7 @@ def draw_compact(rng: np.random.Generator, kind: str, side: int) -> np.ndarray:
     """Draw one of `COMPACT` into a square of `side` pixels."""
     mask = np.zeros((side, side), np.uint8)
     COMPACT[kind](rng, mask, side / 2, REACH * side / 2)
-    return mask
+    return np.pad(mask[1:-1, 1:-1], 1)  # a thick line may reach the border
 
 
 def draw_skyline(rng: np.random.Generator, height: int, width: int) -> np.ndarray:

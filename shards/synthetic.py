@@ -176,9 +176,9 @@ def _find_material(options: Options) -> _Material:
         paths = tuple(photograph_paths(options.split))
         return _Material(list(PHOTOGRAPHS[options.split]), paths, tuple((path.name, path.stat()) for path in paths))
     survey = photographs.survey(options.photographs, options.workers)
-    for name, fault in survey.faults.items():
-        print(f"shards.synthetic: photograph {name} is skipped: {fault}", file=sys.stderr)
-    names = photographs.deal(tuple(survey.digests), options.split)
+    for fault in survey.faults.values():
+        print(f"shards.synthetic: a photograph is skipped: {fault}", file=sys.stderr)
+    names = photographs.deal(survey, options.split)
     source = {
         "folder": options.photographs.name,
         "count": len(names),
@@ -214,8 +214,6 @@ def _draw(options: Options, paths: tuple[Path, ...], number: int, height: int, w
         return scene(options.seed, options.split, number, height, width, _max_motion(options))
     deck = _open_deck(paths, photographs.longest_side(height, width))
     pictures = deck.pictures(options.seed, number)
-    if not any(not picture.is_cutout for picture in pictures):
-        raise ShardError(f"photographs {options.photographs}: all of them have transparent parts: add some that have none")
     if options.style == "simple":
         opaque = [picture.levels[0] for picture in pictures if not picture.is_cutout]
         return scene(options.seed, options.split, number, height, width, _max_motion(options), opaque)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import io
 import tarfile
 
 import numpy as np
 import pytest
-from sources import digests
+from PIL import Image
+from sources import digests, texture
 
 from shards import synthetic
 from shards.schema import ShardError, read_index
@@ -176,6 +178,8 @@ def test_without_flow_any_number_of_frames(tmp_path):
         (["--size", "128"], "HEIGHTxWIDTH"),
         (["--size", "8x8"], "32 to 4096"),
         (["--split", "test"], "train or val"),
+        (["--style", "poor"], "simple, rich"),
+        (["--photographs", "absent"], "not a folder"),
         (["--codec", "gif"], "png, qoi, jpeg"),
         (["--samples", "0"], "1 or more"),
         (["--frames", "4"], "--no-flow"),
@@ -198,3 +202,77 @@ def test_missing_photographs_are_named(monkeypatch):
     monkeypatch.setitem(PHOTOGRAPHS, "val", ("absent.png",))
     with pytest.raises(ShardError, match=r"absent\.png"):
         photograph_paths("val")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A dozen photographs, one broken file and some cut-outs."""
+    path = tmp_path / "photographs"
+    path.mkdir()
+    for number in range(12):
+        Image.fromarray(texture(number)).save(path / f"{number}.png")
+    (path / "broken.png").write_bytes(b"no png")
+    pixels = np.dstack([texture(0), np.full(texture(0).shape[:2], 255, np.uint8)])
+    pixels[:, :100, 3] = 0
+    for number in range(4):
+        Image.fromarray(pixels).save(path / f"thing{number}.png")
+    return path
+
+
+@pytest.mark.parametrize("style", ["simple", "rich"])
+def test_photographs_of_a_folder(tmp_path, folder, capsys, style):
+    if style == "rich":
+        pytest.importorskip("cv2", reason="needs OpenCV: pip install 'vfi-training-stack[scenes]'")
+    arguments = [
+        "--style",
+        style,
+        "--photographs",
+        str(folder),
+        "--samples",
+        "5",
+        "--size",
+        "48x64",
+        "--samples_per_shard",
+        "2",
+    ]
+    assert synthetic.main(["--out", str(tmp_path / "one"), *arguments]) == 0
+    captured = capsys.readouterr()
+    assert "skipped: broken.png" in captured.err
+    assert "1 source files with faults" in captured.out
+    assert synthetic.main(["--out", str(tmp_path / "two"), *arguments, "--workers", "2"]) == 0
+    assert digests(tmp_path / "one") == digests(tmp_path / "two")
+    assert verify(tmp_path / "one") == []
+    index = read_index(tmp_path / "one")
+    assert index.source["photographs"]["folder"] == "photographs"
+    assert 8 <= index.source["photographs"]["count"] <= 16
+    assert index.source["arguments"].get("style", "simple") == style
+    assert index.skipped.keys() == {"broken.png"}
+    # the same job is complete; with one photograph more it is another one
+    assert synthetic.main(["--out", str(tmp_path / "one"), *arguments]) == 0
+    assert "complete already" in capsys.readouterr().err
+    Image.fromarray(texture(99)).save(folder / "more.png")
+    assert synthetic.main(["--out", str(tmp_path / "one"), *arguments]) == 2
+    assert "another job" in capsys.readouterr().err
+
+
+def test_the_style_rich_uses_scikit_images_photographs_without_a_folder(tmp_path):
+    pytest.importorskip("cv2", reason="needs OpenCV: pip install 'vfi-training-stack[scenes]'")
+    index = synthetic.make(synthetic.Options(tmp_path, samples=2, size="64x64", style="rich", split="val"))
+    assert index.source["photographs"] == list(PHOTOGRAPHS["val"])
+    assert "opencv-python-headless" in index.source["versions"]
+    assert verify(tmp_path) == []
+
+
+def test_cutouts_alone_are_refused(tmp_path, folder, fails):
+    for path in folder.glob("[0-9]*.png"):
+        path.unlink()
+    arguments = ["--photographs", folder, "--samples", "1", "--size", "48x64"]
+    assert "4 of them with transparent parts" in fails(synthetic.main, "--out", tmp_path / "out", *arguments)
+
+
+def test_the_style_rich_names_what_it_needs(tmp_path, fails, monkeypatch):
+    def missing(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", missing)
+    assert "[scenes]" in fails(synthetic.main, "--out", tmp_path / "out", "--style", "rich")
