@@ -1,8 +1,14 @@
-"""Faults put into running jobs, and what the guard makes of them: it recovers where the same job without it is lost."""
+"""Explosions injected into running jobs, and the guard's stages that they reach: watch, clip, anneal, skip, roll back, stop.
+
+Which steps are unusual must not depend on how a processor rounds. So the faults are far larger than what training does by
+itself: a gradient grows a million million times, a rate a million times, a layer a thousand times. And a norm is unusual here
+only at 10 times its median and 10 spreads of its logarithm above it, which no undisturbed step comes near.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import itertools
 import json
 import math
@@ -23,11 +29,12 @@ from vfi.data.plan import START
 pytestmark = pytest.mark.usefixtures("one_thread")
 FLAGS = ["--preset", "tiny", "--width", "2", "--head_dim", "8", "--backbone_mode", "gated_attn_only", "--crop", "64",
          "--num_workers", "0", "--batch_size", "2", "--log_every", "1", "--warmup_steps", "2", "--val_every", "1000",
-         "--save_every", "10", "--keep_last", "9", "--lr", "1e-3"]  # fmt: skip
-GUARDED = ["--guard_window", "40"]
-UNSTABLE = ["--mixing", "mhc", "--mixing_streams", "2", "--sinkhorn_iterations", "3", "--depths", "2", "2", "--steps", "150",
-            "--warmup_steps", "100", "--lr_min", "0"]  # fmt: skip
+         "--save_every", "10", "--keep_last", "99", "--lr", "1e-3"]  # fmt: skip
+GUARDED = ["--guard_window", "40", "--guard_factor", "10"]
+MIXED = ["--mixing", "mhc", "--mixing_streams", "2", "--sinkhorn_iterations", "3"]
+UNSTABLE = [*MIXED, "--depths", "2", "2", "--steps", "150", "--warmup_steps", "100", "--lr_min", "0", "--guard_factor", "5"]
 GOOD_RATE = 3e-3  # of 1e-3, 3e-3 and 1e-2 it ends with the lowest loss: 0.0316, 0.02905, 0.02907
+TOO_HIGH = 1e6  # times a good rate: one step moves every weight by hundreds
 INF_ON_ONE = """
 import os, sys
 import torch
@@ -49,43 +56,53 @@ Fault = Callable[[train.Trainer], None]
 
 
 @pytest.fixture
-def at(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """at(fault, steps …): `fault(trainer)` after the backward pass of these steps, each time that they come by."""
+def inject(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """inject(fault, steps …): call `fault(trainer)` after the backward pass of these steps, each time that they come by."""
     faults: dict[int, Fault] = {}
     plain = train.Trainer.optimise
 
     def optimise(trainer, meter):
-        losses, parts = plain(trainer, meter)
-        fault = faults.get(trainer.step + 1)
-        if fault is not_a_number:
-            parts = [(loss * math.nan, keys) for loss, keys in parts]
-            losses = {name: loss * math.nan for name, loss in losses.items()}
-        if fault:
+        found = plain(trainer, meter)
+        if fault := faults.get(trainer.step + 1):
             fault(trainer)
-        return losses, parts
+        return found
 
     monkeypatch.setattr(train.Trainer, "optimise", optimise)
     return lambda fault, *steps: faults.update(dict.fromkeys(steps, fault))
 
 
-def not_a_number(trainer: train.Trainer) -> None:
-    """As after a batch whose loss is no number."""
-    for parameter in trainer.network.parameters():
-        if parameter.grad is not None:
-            parameter.grad.fill_(math.nan)
+@pytest.fixture
+def spoil(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """spoil(steps …, img0=nan): fill a frame of the batches of these steps, each time that they come by."""
+    fills: dict[int, dict[str, float]] = {}
+    plain = train.Trainer.forward
+
+    def forward(trainer, batch, step):
+        changed = {name: torch.full_like(getattr(batch, name), value) for name, value in fills.get(step, {}).items()}
+        return plain(trainer, batch._replace(**changed), step)
+
+    monkeypatch.setattr(train.Trainer, "forward", forward)
+    return lambda *steps, **frames: fills.update(dict.fromkeys(steps, frames))
 
 
-def weights_blown_up(trainer: train.Trainer) -> None:
-    """The last layer times 1000."""
+def blow_up_layer(trainer: train.Trainer) -> None:
+    """Multiply the weights of the last layer by 1000."""
     with torch.no_grad():
         trainer.network.refine.head.weight.mul_(1e3)
         trainer.network.refine.head.bias.add_(1)
 
 
-def gradient_blown_up(trainer: train.Trainer) -> None:
-    """That of one stage times 1000."""
+def blow_up_gradient(trainer: train.Trainer) -> None:
+    """Multiply the gradient of one stage by a million million."""
     for parameter in trainer.groups["stage1"]:
-        parameter.grad.mul_(1e3)
+        parameter.grad.mul_(1e12)
+
+
+def step_up_rate(trainer: train.Trainer) -> None:
+    """Raise the learning rate, from now on and also after a roll-back."""
+    optim = trainer.config.optim
+    raised = dataclasses.replace(optim, lr=TOO_HIGH * optim.lr, lr_min=TOO_HIGH * optim.lr_min)
+    trainer.config = dataclasses.replace(trainer.config, optim=raised)
 
 
 def once(fault: Fault) -> Fault:
@@ -109,10 +126,10 @@ def run(tmp_path, train_shards, val_shards):
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory, train_shards, val_shards) -> Path:
-    """60 steps, with the guard."""
+    """60 steps with the guard, all of them saved."""
     out = tmp_path_factory.mktemp("runs")
     train.main([*FLAGS, *GUARDED, "--data_path", str(train_shards), "--val_path", str(val_shards), "--output_dir", str(out),
-                "--exp_name", "undisturbed", "--steps", "60"])  # fmt: skip
+                "--exp_name", "undisturbed", "--steps", "60", "--save_every", "1"])  # fmt: skip
     return out / "undisturbed"
 
 
@@ -125,9 +142,24 @@ def part_of(whole: Path, step: int, run: Path) -> str:
     return run.name
 
 
-def weights(run: Path, step: int | None = None) -> dict[str, torch.Tensor]:
+def folder_of(run: Path, step: int | None) -> Path:
+    """The checkpoint of a step, or else the newest one."""
     found = {checkpoint.step: checkpoint.path for checkpoint in list_checkpoints(run)}
-    return load_file(found[step or max(found)] / "model.safetensors")
+    return found[step or max(found)]
+
+
+def weights(run: Path, step: int | None = None) -> dict[str, torch.Tensor]:
+    return load_file(folder_of(run, step) / "model.safetensors")
+
+
+def optimizer(run: Path, step: int) -> dict[int, dict[str, torch.Tensor]]:
+    return torch.load(folder_of(run, step) / "optimizer.pt", weights_only=True)["state"]
+
+
+def assert_finite(run: Path) -> None:
+    """No checkpoint of a run holds a weight that is not finite."""
+    for found in list_checkpoints(run):
+        assert all(tensor.isfinite().all() for tensor in weights(run, found.step).values()), found.step
 
 
 def assert_same_weights(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
@@ -164,18 +196,17 @@ def test_norm_and_update_of_each_group_are_logged(undisturbed):
     groups = [name.removeprefix("grad_") for name in row if name.startswith("grad_") and name != "grad_norm"]
     assert sorted(groups) == ["down", "refine", "stage0", "stage1", "stem"]
     assert math.hypot(*(row[f"grad_{group}"] for group in groups)) == pytest.approx(row["grad_norm"], rel=1e-5)
-    old, new = weights(undisturbed, 50), weights(undisturbed, 60)
+    old, new = weights(undisturbed, 59), weights(undisturbed, 60)
     stem = [name for name in old if name.startswith("backbone.stem.")]
     both = [new[name] - old[name] for name in stem], [old[name] for name in stem]
-    change, size = (torch.cat([tensor.flatten() for tensor in tensors]).norm() for tensors in both)
-    steps = [row["update_stem"] for row in rows(undisturbed, "train")[50:60]]
-    assert max(steps) < change / size < sum(steps)  # ten steps that don't all go the same way
+    change, size = (torch.cat([tensor.double().flatten() for tensor in tensors]).norm().item() for tensors in both)
+    assert row["update_stem"] == pytest.approx(change / size, rel=1e-4)
 
 
-def test_a_batch_that_is_no_number_is_skipped_and_named(undisturbed, run, at, tmp_path, train_shards):
-    at(not_a_number, 32)
-    disturbed = run(part_of(undisturbed, 30, tmp_path / "nan"), "--steps", 60, "--save_every", 1, "--keep_last", 99,
-                    "--resume", "auto")  # fmt: skip
+@pytest.mark.parametrize("frames", [{"imgt": math.nan}, {"img0": math.inf}], ids=["nan", "inf"])
+def test_a_batch_that_is_not_finite_is_skipped_and_named(undisturbed, run, spoil, tmp_path, train_shards, frames):
+    spoil(32, **frames)
+    disturbed = run(part_of(undisturbed, 30, tmp_path / "nan"), "--steps", 60, "--save_every", 1, "--resume", "auto")
     (event,) = rows(disturbed, "skip")
     config = presets.from_command_line([*FLAGS, "--data_path", str(train_shards)])
     loader = train.TrainingLoader(config.data, 0, torch.device("cpu"), accumulation=1)
@@ -184,34 +215,35 @@ def test_a_batch_that_is_no_number_is_skipped_and_named(undisturbed, run, at, tm
     assert event["samples"] == list(batch.keys)
     assert "loss nan" in event["why"][0]
     assert_same_weights(weights(disturbed, 32), weights(disturbed, 31))
-    states = [torch.load(disturbed / f"checkpoints/step_000000{n}/optimizer.pt", weights_only=True)["state"] for n in (31, 32)]
-    assert all(torch.equal(states[0][i][key], states[1][i][key]) for i in states[0] for key in states[0][i])
+    before, after = optimizer(disturbed, 31), optimizer(disturbed, 32)
+    assert all(torch.equal(before[i][key], after[i][key]) for i in before for key in before[i])
     assert not torch.equal(weights(disturbed, 33)["refine.head.weight"], weights(disturbed, 32)["refine.head.weight"])
     train_rows = rows(disturbed, "train")
     assert [row["step"] for row in train_rows] == list(range(1, 61))
-    assert train_rows[31]["loss"] is None
+    assert [row["step"] for row in train_rows if row["loss"] is None] == [32]
     assert train_rows[31]["update_stem"] == 0
-    assert final_loss(disturbed) == pytest.approx(final_loss(undisturbed), rel=0.01)
+    assert_finite(disturbed)
     board = EventAccumulator(str(disturbed / "tensorboard"))
     board.Reload()
     assert {"skip/why/text_summary", "skip/samples/text_summary"} <= set(board.Tags()["tensors"])
     assert "train/update_stem" in board.Tags()["scalars"]
 
 
-def test_without_the_guard_it_ends_the_run(undisturbed, run, at, tmp_path, capsys):
-    at(not_a_number, 32)
+def test_without_the_guard_it_ends_the_run(undisturbed, run, spoil, tmp_path, capsys):
+    spoil(32, imgt=math.nan)
     part_of(undisturbed, 30, tmp_path / "nan")
     message = stopped(capsys, lambda: run("nan", "--steps", 60, "--no-guard", "--resume", "auto"))
-    assert "the loss is nan, the norm of the gradient nan at step 32" in message
+    assert "error: the loss is nan, the norm of the gradient " in message
+    assert " at step 32; the last good checkpoint is " in message
 
 
-def test_a_layer_that_is_blown_up_is_rolled_back_bit_for_bit(undisturbed, run, at, tmp_path):
+def test_a_layer_that_is_blown_up_is_rolled_back_bit_for_bit(undisturbed, run, inject, tmp_path):
     """At an unchanged rate, and with a fault that does not come again, nothing of it is left."""
-    at(once(weights_blown_up), 43)
+    inject(once(blow_up_layer), 43)
     disturbed = run(part_of(undisturbed, 40, tmp_path / "blown"), "--steps", 60, "--resume", "auto", "--guard_rate_factor", 1)
     (event,) = rows(disturbed, "roll_back")
     assert event["step"] == 40
-    assert 43 + 5 < event["from_step"] <= 43 + 10
+    assert event["from_step"] == 43 + 6  # more than half of the last 10 losses are high, the first of them that of step 44
     assert "stays high" in event["why"][0]
     assert_same_weights(weights(disturbed), weights(undisturbed))
     assert rows(disturbed, "val")[-1]["psnr"] == rows(undisturbed, "val")[-1]["psnr"]
@@ -220,15 +252,15 @@ def test_a_layer_that_is_blown_up_is_rolled_back_bit_for_bit(undisturbed, run, a
     assert read_state(latest(disturbed).path).guard["roll_backs"] == 1
 
 
-def test_without_the_guard_it_is_lost(undisturbed, run, at, tmp_path):
-    at(once(weights_blown_up), 43)
+def test_without_the_guard_it_is_lost(undisturbed, run, inject, tmp_path):
+    inject(once(blow_up_layer), 43)
     disturbed = run(part_of(undisturbed, 40, tmp_path / "blown"), "--steps", 60, "--resume", "auto", "--no-guard")
     assert final_loss(disturbed) > 10 * final_loss(undisturbed)
 
 
-def test_a_fault_that_comes_again_lowers_the_rate_and_then_stops(undisturbed, run, at, tmp_path, capsys):
+def test_a_fault_that_comes_again_lowers_the_rate_and_then_stops(undisturbed, run, inject, tmp_path, capsys):
     """The first time it goes back, the second time, with the rate at a half, it ends; what was saved is good."""
-    at(weights_blown_up, 43)
+    inject(blow_up_layer, 43)
     part_of(undisturbed, 40, tmp_path / "again")
     message = stopped(capsys, lambda: run("again", "--steps", 60, "--resume", "auto", "--guard_roll_backs", 1))
     assert "the run went back 1 times, as --guard_roll_backs allows" in message
@@ -246,14 +278,44 @@ def _around_41(lines: list[dict]) -> tuple[list[dict], list[dict]]:
     return [row for row in lines[:second] if row["step"] > 40], lines[second:]
 
 
-def test_checkpoints_of_ruined_weights_are_left_out_and_removed(undisturbed, run, at, tmp_path):
-    at(once(weights_blown_up), 43)
+def test_a_rate_that_steps_up_is_lowered_after_going_back(undisturbed, run, inject, tmp_path):
+    """From step 43 on it is a million times too high: losses are high or no numbers, whichever a processor comes to."""
+    inject(once(step_up_rate), 43)
+    disturbed = run(part_of(undisturbed, 40, tmp_path / "rate"), "--steps", 60, "--resume", "auto", "--guard_rate_factor",
+                    1 / TOO_HIGH)  # fmt: skip
+    (event,) = rows(disturbed, "roll_back")
+    assert event["step"] == 40
+    assert event["rate_factor"] == 1 / TOO_HIGH
+    before, after = ({row["step"]: row["lr"] for row in part} for part in _around_41(rows(disturbed, "train")))
+    usual = {row["step"]: row["lr"] for row in rows(undisturbed, "train")}
+    assert all(before[step] == pytest.approx((TOO_HIGH if step > 42 else 1) * usual[step]) for step in before)
+    assert [after[step] for step in range(41, 61)] == pytest.approx([usual[step] for step in range(41, 61)])
+    assert_finite(disturbed)
+    first = rows(undisturbed, "train")[0]["loss"]
+    assert max(row["loss"] for row in rows(disturbed, "train")[-20:]) < 10 * first  # it trains, as at the usual rate
+
+
+def test_without_the_guard_that_rate_ruins_the_weights(undisturbed, run, inject, tmp_path):
+    inject(once(step_up_rate), 43)
+    part_of(undisturbed, 40, tmp_path / "rate")
+    with contextlib.suppress(SystemExit):  # a processor may come to losses that are no numbers: the run ends there
+        run("rate", "--steps", 60, "--resume", "auto", "--no-guard")
+    losses = {row["step"]: row["loss"] for row in rows(tmp_path / "rate", "train")}
+    first = losses[1]
+    assert all(loss is None or loss > 100 * first for step, loss in losses.items() if step > 43)
+    assert max(losses) > 43 or latest(tmp_path / "rate").step == 40
+
+
+def test_checkpoints_of_ruined_weights_are_left_out_and_removed(undisturbed, run, inject, tmp_path):
+    inject(once(blow_up_layer), 43)
     disturbed = run(part_of(undisturbed, 40, tmp_path / "saved"), "--steps", 60, "--resume", "auto", "--save_every", 2,
                     "--guard_rate_factor", 0.5)  # fmt: skip
     (event,) = rows(disturbed, "roll_back")
     assert event["step"] == 42
     assert event["rate_factor"] == 0.5
-    assert final_loss(disturbed) == pytest.approx(final_loss(undisturbed), rel=0.01)
+    for step in (44, 46, 48):  # of the second time; a step of AdamW moves a weight by little more than the rate
+        found, expected = weights(disturbed, step), weights(undisturbed, step)
+        assert max((found[name] - tensor).abs().max() for name, tensor in expected.items()) < 0.1
     # and what was done survives a resume
     again = run("saved", "--steps", 62, "--resume", "auto", "--save_every", 2)
     optim = presets.from_command_line(FLAGS).optim
@@ -261,41 +323,76 @@ def test_checkpoints_of_ruined_weights_are_left_out_and_removed(undisturbed, run
     assert read_state(latest(again).path).guard["roll_backs"] == 1
 
 
-def test_where_there_is_nothing_to_go_back_to_it_stops(run, at, tmp_path, capsys):
-    at(not_a_number, 3)
+def test_where_there_is_nothing_to_go_back_to_it_stops(run, spoil, tmp_path, capsys):
+    spoil(3, imgt=math.nan)
     message = stopped(capsys, lambda: run("none", "--steps", 6, "--guard_skips", 0))
     assert "step 3: loss nan" in message
     assert "has no good checkpoint from before step 3 to go back to" in message
     assert latest(tmp_path / "none") is None
 
 
-def test_a_gradient_that_is_blown_up_is_clipped_and_its_group_named(undisturbed, run, at, tmp_path):
-    at(gradient_blown_up, 33)
-    disturbed = run(part_of(undisturbed, 30, tmp_path / "clipped"), "--steps", 60, "--resume", "auto", "--clip_norm", 0)
+def test_a_gradient_that_is_blown_up_is_clipped_and_its_group_named(undisturbed, run, inject, tmp_path):
+    """To the hypotenuse of the groups' medians. What AdamW has learnt tells how long the gradient was that it was given."""
+    inject(blow_up_gradient, 33)
+    disturbed = run(part_of(undisturbed, 30, tmp_path / "clipped"), "--steps", 60, "--resume", "auto", "--clip_norm", 0,
+                    "--save_every", 1)  # fmt: skip
     (event,) = rows(disturbed, "watch")
     assert event["step"] == 33
     assert event["why"][0].startswith("stage1 ")
     assert "," not in event["why"][0]
-    usual = sorted(row["grad_norm"] for row in rows(undisturbed, "train")[:32])[16]
-    assert event["clip_norm"] == pytest.approx(usual, rel=0.3)
-    assert final_loss(disturbed) == pytest.approx(final_loss(undisturbed), rel=0.01)
+    train_rows = rows(disturbed, "train")
+    of_groups = ([row[f"grad_{group}"] for row in train_rows[:32]] for group in ("down", "refine", "stage0", "stage1", "stem"))
+    assert event["clip_norm"] == pytest.approx(math.hypot(*(sorted(norms)[15] for norms in of_groups)), rel=1e-4)
+    assert train_rows[32]["grad_norm"] > 1e6 * event["clip_norm"]
+    before, after = optimizer(disturbed, 32), optimizer(disturbed, 33)
+    taken = [(after[i]["exp_avg"].double() - 0.9 * before[i]["exp_avg"].double()) / (1 - 0.9) for i in after]
+    assert torch.cat([gradient.flatten() for gradient in taken]).norm().item() == pytest.approx(event["clip_norm"], rel=1e-3)
+    assert [row["step"] for row in train_rows] == list(range(1, 61))
+    assert_finite(disturbed)
 
 
-def test_an_explosion_that_builds_up_raises_the_annealing_for_good_and_resumes_exactly(run, at, tmp_path):
-    """With a skipped step and a watched one in the state that is saved; 34 = 28 + resume + 6, bit for bit."""
-    at(gradient_blown_up, 27, 29, 30, 31, 32, 33)
-    at(not_a_number, 26)
-    flags = ("--mixing", "mhc", "--mixing_streams", 2, "--steps", 34, "--save_every", 14)
+def test_an_explosion_that_builds_up_raises_the_annealing_for_good_and_resumes_exactly(run, inject, spoil, tmp_path):
+    """At every third unusual step in a row, a tenth of the way to 1. With a skipped step and a watched one in the state that is
+    saved; 38 = 28 + resume + 10, bit for bit.
+    """
+    inject(blow_up_gradient, 27, *range(29, 36))
+    spoil(26, imgt=math.nan)
+    flags = (*MIXED, "--steps", 38, "--save_every", 14)
     whole = run("whole", *flags)
     part_of(whole, 28, tmp_path / "again")
     again = run("again", *flags, "--resume", "auto")
-    assert [row["step"] for row in rows(whole, "watch")] == [27, 29, 30, 31, 32, 33]
+    assert [row["step"] for row in rows(whole, "watch")] == [27, *range(29, 36)]
     raised = {row["step"]: row["annealing"] for row in rows(whole, "watch") if "annealing" in row}
-    assert raised == {31: pytest.approx(0.1)}
+    assert raised == {31: pytest.approx(0.1), 34: pytest.approx(0.19)}
     factors = [row["mixing_annealing"] for row in rows(whole, "train")]
-    assert factors == pytest.approx([0.0] * 31 + [0.1] * 3)
+    assert factors == pytest.approx([0.0] * 31 + [0.1] * 3 + [0.19] * 4)
+    assert_finite(whole)
+    assert rows(whole, "train")[-1]["loss"] < 10 * rows(whole, "train")[0]["loss"]  # training goes on
     assert_same_weights(weights(again), weights(whole))
     assert read_state(latest(again).path).guard == read_state(latest(whole).path).guard
+
+
+def test_all_stages_follow_one_another_in_one_run(run, inject, spoil, tmp_path, capsys):
+    """Watched and clipped, annealed, skipped, rolled back with the annealing kept, and stopped when it all comes again."""
+    inject(blow_up_gradient, 23, 24, 25)
+    spoil(27, imgt=math.nan)
+    inject(blow_up_layer, 33)
+    message = stopped(capsys, lambda: run("stages", *MIXED, "--steps", 60, "--guard_roll_backs", 1))
+    assert "the run went back 1 times, as --guard_roll_backs allows" in message
+    lines = [json.loads(line) for line in (tmp_path / "stages" / "metrics.jsonl").read_text().splitlines()]
+    events = [(line["step"], line["event"]) for line in lines if line["event"] not in ("start", "train")]
+    blown = [event for event in events if event[0] > 33 and event[1] == "watch"]  # the ruined layer's norms may be unusual, too
+    assert [event for event in events if event not in blown] == [
+        (23, "watch"), (24, "watch"), (25, "watch"), (27, "skip"), (30, "roll_back"), (39, "stop"),
+    ]  # fmt: skip
+    assert [line["annealing"] for line in lines if line["step"] < 30 and "annealing" in line] == [pytest.approx(0.1)]
+    back = next(line for line in lines if line["event"] == "roll_back")
+    assert (back["from_step"], back["roll_backs"], back["rate_factor"]) == (39, 1, 0.5)
+    after = [line for line in lines[lines.index(back) :] if line["event"] == "train"]
+    assert [line["step"] for line in after] == list(range(31, 39))
+    assert min(line["mixing_annealing"] for line in after) == pytest.approx(0.1)  # raised for good
+    assert [found.step for found in list_checkpoints(tmp_path / "stages")] == [10, 20, 30]
+    assert_finite(tmp_path / "stages")
 
 
 def test_inf_on_one_process_is_skipped_by_both_which_stay_equal(tmp_path, train_shards):
@@ -330,19 +427,21 @@ def last_epoch(run: Path) -> float:
 
 
 @pytest.mark.slow
-def test_a_rate_30_times_too_high_ends_as_the_good_one_does_and_without_the_guard_diverges(run, brighter, tmp_path):
-    """It explodes by itself, on the way up to that rate. What is compared is the loss in training over the last epoch."""
+def test_a_rate_30_times_too_high_is_survived_and_without_the_guard_diverges(run, brighter, tmp_path):
+    """It explodes by itself, on the way up to that rate. When, in which stages and how often depends on how a processor rounds:
+    that it explodes, that the guard brings it back to training, and that the loss stays high without it, does not.
+    """
     good = run("good", *UNSTABLE, "--lr", GOOD_RATE)
     high = run("high", *UNSTABLE, "--lr", 30 * GOOD_RATE, "--guard_rate_factor", 0.1)
     with contextlib.suppress(SystemExit):  # it may come to losses that are no numbers, and end there
-        run("lost", *UNSTABLE, "--lr", 30 * GOOD_RATE, "--no-guard")
-    assert last_epoch(good) < 0.5 * rows(good, "train")[0]["loss"]  # there was something to learn
-    assert not rows(good, "roll_back")
-    assert last_epoch(high) == pytest.approx(last_epoch(good), rel=0.01)
-    assert any("annealing" in row for row in rows(high, "watch"))
-    assert rows(high, "train")[-1]["mixing_annealing"] > 0  # raised for good, also where the run went back since
+        run("lost", *UNSTABLE[:-2], "--lr", 30 * GOOD_RATE, "--no-guard")
+    first = rows(good, "train")[0]["loss"]
+    assert last_epoch(good) < 0.5 * first  # there was something to learn
+    assert last_epoch(high) < 0.75 * first
+    assert_finite(high)
     went_back = len(rows(high, "roll_back"))
     assert 1 <= went_back == read_state(latest(high).path).guard["roll_backs"]
     rates, usual = ({row["step"]: row["lr"] for row in rows(name, "train")} for name in (high, good))  # the last of each step
     assert rates[149] == pytest.approx(30 * 0.1**went_back * usual[149])
-    assert last_epoch(tmp_path / "lost") > 100 * last_epoch(good)
+    lost = [row["loss"] for row in rows(tmp_path / "lost", "train")][-11:]
+    assert all(loss is None or loss > 2 * first for loss in lost)

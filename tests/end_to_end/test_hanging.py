@@ -86,9 +86,7 @@ def test_a_process_that_hangs_is_named_and_ends_the_run(stopped, pair, tmp_path,
     wait_for_step(run, 2, processes)
     if stopped:
         processes[1].send_signal(signal.SIGSTOP)
-    began = time.monotonic()
-    output, _ = processes[0].communicate(timeout=60)
-    assert 5 < time.monotonic() - began < 25
+    output, _ = processes[0].communicate(timeout=120)
     assert processes[0].returncode == 1
     error = output.splitlines()[-1]
     if stopped:

@@ -257,12 +257,10 @@ def test_what_was_left_behind_is_continued_and_checked(server, train_shards, tmp
 def test_attempts_are_counted_and_the_last_cause_is_named(server, train_shards, tmp_path):
     server.troubles = ["500", "drop", "500", "503"]
     folder, entry = remote(server, tmp_path), read_index(train_shards).shards[0]
-    began = time.perf_counter()
     with pytest.raises(StorageError) as error:
         content(folder, entry)
     message = f"{server.url}/{entry.name} could not be fetched in 4 attempts, the last of which failed: 503 Service Unavailable"
     assert str(error.value).startswith(message)
-    assert time.perf_counter() - began < 2
     assert server.count(entry.name) == 4
     assert content(folder, entry) == (train_shards / entry.name).read_bytes()  # a later try is not refused
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import subprocess
 import tarfile
-import time
 
 import pytest
 from hypothesis import given
@@ -105,12 +104,23 @@ def test_sizes_that_step_back_are_refused(field):
         read(bytes(block) * 3)
 
 
-def test_a_chain_of_headers_is_walked_in_linear_time():
+class Counted(io.BytesIO):
+    """Counts the bytes that are read of it."""
+
+    taken = 0
+
+    def read(self, size: int | None = -1) -> bytes:
+        found = super().read(size)
+        self.taken += len(found)
+        return found
+
+
+def test_a_chain_of_headers_is_read_once():
     """tarfile calls itself for each and ends in a RecursionError."""
     chain = header("a", b"x") * 100_000
-    began = time.perf_counter()
-    assert read(chain + WHOLE) == [Member(m.name, m.offset + len(chain), m.size) for m in read(WHOLE)]
-    assert time.perf_counter() - began < 10
+    file = Counted(chain + WHOLE)
+    assert list(plain_files(file)) == [Member(m.name, m.offset + len(chain), m.size) for m in read(WHOLE)]
+    assert file.taken <= len(chain + WHOLE)
 
 
 @given(cut=st.integers(0, len(WHOLE) - 1), place=st.integers(0, len(WHOLE) - 1), value=st.integers(0, 255))

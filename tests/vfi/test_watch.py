@@ -8,6 +8,8 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable, Iterable
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -50,18 +52,35 @@ def ended(monkeypatch) -> list[str]:
     return said
 
 
+def look_after(watch: Watch, acts: Iterable[Callable[[], object]]) -> None:
+    """Let a watch look once after each act, as its thread does twice a second."""
+    left = iter(acts)
+
+    def wait(seconds: float) -> bool:
+        """The time until the next look; True where there is none."""
+        assert seconds == 0.5
+        act = next(left, None)
+        if act is not None:
+            act()
+        return act is None
+
+    watch.done = SimpleNamespace(wait=wait)
+    watch._look()
+
+
 def test_a_run_that_stands_still_is_ended_with_its_place(ended):
-    with Watch(CPU, 1.0) as watch:
-        watch.at("the wait for data of step 3")
-        time.sleep(2.2)
+    watch = Watch(CPU, 1.0)
+    look_after(watch, [lambda: watch.at("the wait for data of step 3"), lambda: None])
+    assert ended == []
+    look_after(watch, [lambda: None] * 2)
     assert ended[0] == "this process hangs at the wait for data of step 3"
 
 
 def test_a_run_that_moves_is_left_alone(ended):
-    with Watch(CPU, 1.0) as watch:
-        for number in range(22):
-            watch.at(f"step {number}") if number < 11 else watch.going_on()
-            time.sleep(0.1)
+    """It moves before every second look, and may pause for one."""
+    watch = Watch(CPU, 1.0)
+    moves = [lambda: watch.at("a step"), lambda: None, watch.going_on, lambda: None]
+    look_after(watch, moves * 10)
     assert ended == []
 
 
