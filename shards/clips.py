@@ -26,7 +26,7 @@ from av.video.reformatter import Interpolation
 from PIL import Image
 
 from shards import images
-from shards.color_conversion import assume_left_chroma, describe_colours, to_rgb
+from shards.color_conversion import assume_left_chroma, describe_colours, is_rgb, to_rgb
 from shards.schema import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS, ShardError
 
 THUMBNAIL = (72, 128)  # height, width
@@ -69,9 +69,16 @@ class VideoFrame:
         height, width = self._frame.height, self._frame.width
         return (width, height) if self._quarters % 2 else (height, width)
 
-    def rgb(self) -> np.ndarray:
-        """RGB uint8 [H, W, 3]."""
-        return np.ascontiguousarray(np.rot90(to_rgb(self._frame, self._colours), self._quarters))
+    def rgb(self, max_height: int | None = None) -> np.ndarray:
+        """Return RGB uint8 [H, W, 3], made smaller as `shrink` does where it is higher than `max_height`."""
+        if max_height is None or is_rgb(self._frame.format):
+            return shrink(self._upright(to_rgb(self._frame, self._colours)), max_height)
+        height, width = shrunk_size(*self.size(), max_height)  # in one step with the conversion, which is ten times as fast
+        size = (width, height) if self._quarters % 2 else (height, width)
+        return self._upright(to_rgb(self._frame, self._colours, size=size))
+
+    def _upright(self, image: np.ndarray) -> np.ndarray:
+        return np.ascontiguousarray(np.rot90(image, self._quarters))
 
     def entry(self) -> int | None:
         """The time stamp of a key frame, where decoding can start; None for other frames."""
@@ -99,16 +106,32 @@ class ImageFrame:
         height, width = self.rgb().shape[:2]
         return height, width
 
-    def rgb(self) -> np.ndarray:
-        """RGB uint8 [H, W, 3]."""
+    def rgb(self, max_height: int | None = None) -> np.ndarray:
+        """Return RGB uint8 [H, W, 3], made smaller where it is higher than `max_height`."""
         if self._rgb is None:
             self._rgb = images.read_image(self._path)
-        return self._rgb
+        return shrink(self._rgb, max_height)
 
     def thumbnail(self) -> np.ndarray:
         """Small luma float32 [THUMBNAIL], 0 to 255."""
         grey = Image.fromarray(self.rgb()).convert("L")
         return np.asarray(grey.resize(THUMBNAIL[::-1], Image.Resampling.BOX, reducing_gap=2.0), dtype=np.float32)
+
+
+def shrunk_size(height: int, width: int, max_height: int | None) -> tuple[int, int]:
+    """Return the (height, width) that a frame is given where it is higher than `max_height`: the same shape, even sides."""
+    if max_height is None or height <= max_height:
+        return height, width
+    new_height = max_height // 2 * 2
+    return new_height, max(round(width * new_height / height / 2) * 2, 2)
+
+
+def shrink(image: np.ndarray, max_height: int | None) -> np.ndarray:
+    """Return RGB uint8 [H, W, 3] of the size that `shrunk_size` gives, antialiased."""
+    height, width = shrunk_size(image.shape[0], image.shape[1], max_height)
+    if (height, width) == image.shape[:2]:
+        return image
+    return np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.LANCZOS))
 
 
 def find_clips(src: Path) -> list[Clip]:

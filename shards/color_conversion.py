@@ -37,7 +37,9 @@ _UNSAID = (0, 2, 3)  # identity (which only RGB has), unspecified, reserved
 _HD = (720, 1280)  # rows, columns: from either on, a video that does not say its matrix has BT.709
 _LIMITED, _FULL = 1, 2  # values of `color_range`
 # without ACCURATE_RND chroma at half the height makes frames a level too dark; by BITEXACT all processors give the same
-_EXACT = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT | Interpolation.BITEXACT
+_CARE = Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT | Interpolation.BITEXACT
+_EXACT = Interpolation.BICUBIC | _CARE
+_SHRINKING = Interpolation.LANCZOS | _CARE
 _SUBSAMPLING = {(32, 32): "420", (64, 32): "422", (64, 64): "444"}  # (rows, columns) of chroma for 64 of luma -> name
 # (columns, rows) from the first of four luma samples to the chroma sample that they share
 _LOCATIONS = {
@@ -73,7 +75,7 @@ def describe_colours(video: av.VideoFrame | VideoCodecContext) -> Colours:
     pixels, matrix = video.format, video.colorspace
     if pixels is None:
         raise ShardError("its pixel format is not known, so it can't be decoded")
-    if matrix in _UNSAID or _is_rgb(pixels):
+    if matrix in _UNSAID or is_rgb(pixels):
         matrix = BT709 if video.height >= _HD[0] or video.width >= _HD[1] else BT601
     if matrix not in _MATRICES:
         raise ShardError(
@@ -101,24 +103,25 @@ def assume_left_chroma(stream: VideoStream) -> None:
         context.options = {**context.options, "chroma_sample_location": "left"}
 
 
-def to_rgb(frame: av.VideoFrame, colours: Colours, most_bits: int = 8) -> np.ndarray:
+def to_rgb(frame: av.VideoFrame, colours: Colours, most_bits: int = 8, size: tuple[int, int] | None = None) -> np.ndarray:
     """Return a frame as RGB [H, W, 3] whose white is the largest value of its type.
 
-    It is uint8, or uint16 with `most_bits` 16 and more than 8 bits in the frame. Transparency is dropped. It takes one thread:
-    several frames are converted side by side.
+    It is uint8, or uint16 with `most_bits` 16 and more than 8 bits in the frame. `size` (height, width) makes it smaller in the
+    same step, antialiased, unless it is RGB already. Transparency is dropped. It takes one thread: several frames are converted
+    side by side.
     """
-    return np.stack(_rgb_planes(frame, colours, most_bits), axis=2)
+    return np.stack(_rgb_planes(frame, colours, most_bits, size or (frame.height, frame.width)), axis=2)
 
 
 def to_planes(frame: av.VideoFrame, colours: Colours, most_bits: int = 8) -> np.ndarray:
     """Return what `to_rgb` returns as [3, H, W], which is faster."""
-    return np.stack(_rgb_planes(frame, colours, most_bits))
+    return np.stack(_rgb_planes(frame, colours, most_bits, (frame.height, frame.width)))
 
 
 def from_rgb(image: np.ndarray, colours: Colours, pix_fmt: str) -> av.VideoFrame:
     """Return RGB [H, W, 3], uint8 or uint16, as a frame of the pixel format `pix_fmt`: the reverse of `to_rgb`."""
     pixels = VideoFormat(pix_fmt)
-    if _is_rgb(pixels):
+    if is_rgb(pixels):
         return _rgb_as(pixels, image)
     bits, grey = _bits(pixels), _is_grey(pixels)
     source = _with_location(_rgb_frame(image), colours.location)
@@ -136,6 +139,11 @@ def from_rgb(image: np.ndarray, colours: Colours, pix_fmt: str) -> av.VideoFrame
     made.colorspace, made.color_range = limited.colorspace, _FULL if colours.full_range else _LIMITED
     # what is left is the order of the samples, such as NV12 and P010, and subsampling that has no 16-bit format
     return made if made.format.name == pix_fmt else reformat(_with_location(made, colours.location), pix_fmt)
+
+
+def is_rgb(pixels: VideoFormat) -> bool:
+    """Return whether the samples of a pixel format are red, green and blue, or numbers of such colours."""
+    return pixels.is_rgb or pixels.has_palette or pixels.name.startswith("xyz")
 
 
 def chroma_halves(pix_fmt: str) -> tuple[bool, bool]:
@@ -164,11 +172,11 @@ def measure_chroma_location(frame: av.VideoFrame) -> str:
     return _LOCATIONS[offsets[0], offsets[1]]
 
 
-def _rgb_planes(frame: av.VideoFrame, colours: Colours, most_bits: int) -> list[np.ndarray]:
+def _rgb_planes(frame: av.VideoFrame, colours: Colours, most_bits: int, size: tuple[int, int]) -> list[np.ndarray]:
     pixels = frame.format
     bits, grey = _bits(pixels), _is_grey(pixels)
     top = 2 ** (8 if bits <= 8 else most_bits) - 1
-    if _is_rgb(pixels):  # in one piece: as planes, 10 bits lose a level on the way to 16
+    if is_rgb(pixels):  # in one piece: as planes, 10 bits lose a level on the way to 16
         rgb = reformat(frame, "rgb24" if bits <= 8 else "rgb48le", src_color_range="JPEG", dst_color_range="JPEG")
         planes, black, white = list(np.moveaxis(rgb.to_ndarray(), 2, 0)), 0, 255 if bits <= 8 else 65_535
     else:
@@ -176,7 +184,8 @@ def _rgb_planes(frame: av.VideoFrame, colours: Colours, most_bits: int) -> list[
         # colours one after the other in memory are made three times as fast as pixels
         made = reformat(
             frame, "gbrp" if wide == 8 else "gbrp16le", src_colorspace=_MATRICES[colours.matrix],
-            src_color_range="JPEG" if colours.full_range else "MPEG", dst_color_range="JPEG",
+            src_color_range="JPEG" if colours.full_range else "MPEG", dst_color_range="JPEG", height=size[0], width=size[1],
+            interpolation=_EXACT if size == (frame.height, frame.width) else _SHRINKING,
         )  # fmt: skip
         green, blue, red = (_samples(plane, wide) for plane in made.planes)
         planes, black, white = [red, green, blue], 0, 255 << wide - 8
@@ -248,9 +257,5 @@ def _bits(pixels: VideoFormat) -> int:
     return min(max(component.bits for component in pixels.components), 16)  # floating point has 32
 
 
-def _is_rgb(pixels: VideoFormat) -> bool:
-    return pixels.is_rgb or pixels.has_palette or pixels.name.startswith("xyz")
-
-
 def _is_grey(pixels: VideoFormat) -> bool:
-    return not _is_rgb(pixels) and sum(not component.is_alpha for component in pixels.components) == 1
+    return not is_rgb(pixels) and sum(not component.is_alpha for component in pixels.components) == 1

@@ -21,9 +21,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from PIL import Image
-
 from shards import images, writer
 from shards.cli import run_job
 from shards.clips import Clip, Entry, find_clips, nearest_entry, read_clip
@@ -246,7 +243,7 @@ def _samples_of(piece: Piece, options: Options) -> Iterator[writer.Sample]:
     first = piece.starts[0]
     for number, frame in enumerate(read_clip(piece.clip, first, piece.entry), first):
         if number in needed:
-            image = shrink(frame.rgb(), options.max_height)
+            image = frame.rgb(options.max_height)
             ready[number] = images.encode(image, options.codec, options.quality), image.shape[:2]
         if number == waiting[0] + span[-1]:
             numbers = [waiting[0] + offset for offset in span]
@@ -261,16 +258,6 @@ def _samples_of(piece: Piece, options: Options) -> Iterator[writer.Sample]:
 
 def _frame_names(clip: Clip, numbers: list[int]) -> tuple[str | int, ...]:
     return tuple(clip.images[n].name for n in numbers) if clip.images else tuple(numbers)
-
-
-def shrink(frame: np.ndarray, max_height: int | None) -> np.ndarray:
-    """Make an RGB uint8 frame [H, W, 3] that is higher than `max_height` smaller, antialiased, to even sides."""
-    height, width = frame.shape[:2]
-    if max_height is None or height <= max_height:
-        return frame
-    new_height = max_height // 2 * 2
-    new_width = max(round(width * new_height / height / 2) * 2, 2)
-    return np.asarray(Image.fromarray(frame).resize((new_width, new_height), Image.Resampling.LANCZOS))
 
 
 if __name__ == "__main__":

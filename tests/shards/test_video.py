@@ -20,6 +20,14 @@ from shards.sequences import find_sequences
 from shards.verify import verify
 
 
+def turn(path):
+    """Let an MP4 say that it is to be shown a quarter turn clockwise."""
+    data = bytearray(path.read_bytes())
+    matrix = data.index(b"tkhd") + 44
+    data[matrix : matrix + 36] = struct.pack(">9i", 0, 65536, 0, -65536, 0, 0, 0, 0, 1 << 30)
+    path.write_bytes(data)
+
+
 def run(src, out, *flags):
     return video.main(["--src", str(src), "--out", str(out), *(str(flag) for flag in flags)])
 
@@ -219,16 +227,34 @@ def test_max_height_makes_frames_smaller(tmp_path):
     # antialiased: stripes one pixel wide become grey and do not alias
     stripes = np.zeros((300, 400, 3), np.uint8)
     stripes[:, ::2] = 255
-    assert np.ptp(video.shrink(stripes, 75)[5:-5, 5:-5].astype(int)) < 20
+    assert np.ptp(clips.shrink(stripes, 75)[5:-5, 5:-5].astype(int)) < 20
+    path = write_video(tmp_path / "stripes" / "s.mkv", [stripes], "ffv1")
+    small = next(read_clip(find_clips(path.parent)[0])).rgb(75)
+    assert small.shape == (74, 98, 3)
+    assert np.ptp(small[5:-5, 5:-5].astype(int)) < 20
+
+
+def test_a_video_is_made_smaller_as_its_frames_are(tmp_path):
+    """In one step with the conversion, beside Pillow on the converted frames; also where it is turned upright."""
+    rng = np.random.default_rng(0)
+    path = write_video(tmp_path / "v" / "v.mp4", [rng.integers(0, 256, (6, 9, 3), np.uint8).repeat(40, 0).repeat(40, 1)])
+    clip = find_clips(path.parent)[0]
+    for turned in (False, True):
+        if turned:
+            turn(path)
+        frame = next(read_clip(clip))
+        for max_height in (48, 101, 200, 500):
+            small, expected = frame.rgb(max_height), clips.shrink(frame.rgb(), max_height)
+            assert small.shape == expected.shape
+            error = small.astype(float) - expected
+            assert np.abs(error.mean((0, 1))).max() < 0.1
+            assert np.sqrt((error**2).mean()) < 1.5
 
 
 def test_an_upright_phone_video_is_turned(tmp_path):
     path = write_video(tmp_path / "src" / "phone.mp4", panning(4))
     plain = next(read_clip(find_clips(tmp_path / "src")[0])).rgb()
-    data = bytearray(path.read_bytes())
-    matrix = data.index(b"tkhd") + 44
-    data[matrix : matrix + 36] = struct.pack(">9i", 0, 65536, 0, -65536, 0, 0, 0, 0, 1 << 30)  # a quarter turn clockwise
-    path.write_bytes(data)
+    turn(path)
     np.testing.assert_array_equal(next(read_clip(find_clips(tmp_path / "src")[0])).rgb(), np.rot90(plain, -1))
     assert run(tmp_path / "src", tmp_path / "out") == 0
     assert read_index(tmp_path / "out").min_size == (WIDTH, HEIGHT)
