@@ -26,7 +26,16 @@ from vfi.errors import JobError, clear_errors
 from vfi.presets import AblationName
 from vfi.records import write_text
 from vfi.report_page import TITLE, Content, about, fact, page
-from vfi.report_tables import Table, from_markdown, gate_table, motion_table, published_table, results_table, speed_table
+from vfi.report_tables import (
+    Table,
+    clip_table,
+    from_markdown,
+    gate_table,
+    motion_table,
+    published_table,
+    results_table,
+    speed_table,
+)
 from vfi.results import Group, ResultError, Results, group_by_data, read_results
 from vfi.speed_results import Speed, is_speed, read_speed
 
@@ -133,6 +142,7 @@ def _group(group: Group) -> list[str]:
     for title, table in (
         ("Published, not measured here:", published_table(group)),
         ("PSNR by how far things move:", motion_table(group)),
+        ("PSNR by clip:", clip_table(group)),
     ):
         lines += ["", title, *_table(table)] if table else []
     for path, results in group.files:

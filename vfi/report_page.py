@@ -16,7 +16,7 @@ from typing import Any
 from vfi.charts import legend
 from vfi.report_charts import charts, run_folder
 from vfi.report_pictures import breakable, legend_of_pictures, samples
-from vfi.report_tables import Cell, Table, motion_table, published_table, results_table, speed_table
+from vfi.report_tables import Cell, Table, clip_table, motion_table, published_table, results_table, speed_table
 from vfi.results import Group
 from vfi.speed_results import Speed
 
@@ -93,6 +93,7 @@ def _group(group: Group, speeds: Mapping[Path, Speed]) -> str:
     for title, table in (
         ("Published, not measured here", published_table(group)),
         ("PSNR by how far things move", motion_table(group)),
+        ("PSNR by clip", clip_table(group)),
     ):
         parts += [f"<h3>{title}</h3>{_table(table)}"] if table else []
     parts.append(f"<h3>Image by image, training, speed</h3>{legend([entry.label for entry in group.entries])}")

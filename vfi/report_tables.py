@@ -6,12 +6,13 @@ A column without a value in any row is left out.
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 from vfi.gates import Verdict
 from vfi.published import published_cells
-from vfi.results import BASELINES, QUARTERS, Group, Row, by_motion
+from vfi.results import BASELINES, QUARTERS, Group, Row, by_clip, by_motion
 from vfi.speed_results import OUT_OF_MEMORY, Speed
 
 _LONG = 30  # signs
@@ -88,6 +89,25 @@ def motion_table(group: Group) -> Table | None:
         columns.append(_Column(f"{name}: up to {quarters[0][number][0]:.3g} px", _values(values, 2, lower=False)))
     note = "PSNR in dB of the images, in quarters by how far their things move on average from one input to the other."
     return _table("PSNR by motion", columns, notes=(note,), baselines=len(BASELINES))
+
+
+def clip_table(group: Group) -> Table | None:
+    """Return the PSNR of each clip and of each folder of clips; None where the keys do not name several clips."""
+    rows = _rows(group)
+    groups = by_clip(group.average.images)
+    if not groups:
+        return None
+    means = [[statistics.mean(row.images[number].psnr for number in numbers) for numbers in groups.values()] for row in rows]
+    columns = [
+        _Column("Clip", _plain(groups)),
+        _Column("Samples", _plain(f"{len(numbers):,}" for numbers in groups.values())),
+        *(
+            _Column(name, _plain(_number(mean, 2) for mean in of_row))
+            for name, of_row in zip(_names(group), means, strict=True)
+        ),
+    ]
+    note = "PSNR in dB, the mean over the samples of a clip; NAME__* are all clips of the folder NAME."
+    return _table("PSNR by clip", columns, notes=(note,))
 
 
 def published_table(group: Group) -> Table | None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import re
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -237,3 +238,34 @@ def by_motion(row: Row, motion: Sequence[float]) -> list[tuple[float, float]]:
     edges = [round(len(order) * quarter / len(QUARTERS)) for quarter in range(len(QUARTERS) + 1)]
     parts = [order[start:end] for start, end in itertools.pairwise(edges)]
     return [(motion[part[-1]], statistics.mean(row.images[i].psnr for i in part)) for part in parts]
+
+
+MOST_CLIPS = 40
+"""A set of more clips than this has no results by clip: they would fill pages."""
+_CLIP = re.compile(r"(?P<clip>.+)-\d{6,}")  # keys of shards.video: the clip and the number of its first frame
+
+
+def by_clip(images: Sequence[ImageScore]) -> dict[str, list[int]]:
+    """Return the numbers of the images of each clip, and of each folder that holds several clips.
+
+    Clips and folders are read from the keys that `shards.video` gives: `davis__goat-000012` is of the clip `davis__goat` in the
+    folder `davis`, which is called `davis__*`. Empty for other keys, a single clip, and more than MOST_CLIPS of them.
+    """
+    clips: dict[str, list[int]] = {}
+    for number, image in enumerate(images):
+        match = _CLIP.fullmatch(image.key)
+        if match is None:
+            return {}
+        clips.setdefault(match["clip"], []).append(number)
+    if not 1 < len(clips) <= MOST_CLIPS:
+        return {}
+    folders: dict[str, list[str]] = {}
+    for clip in clips:
+        folder, separator, _ = clip.rpartition("__")
+        if separator:
+            folders.setdefault(folder, []).append(clip)
+    groups: dict[str, list[int]] = {}
+    for folder, inside in folders.items():
+        if 1 < len(inside) < len(clips):
+            groups[f"{folder}__*"] = [number for clip in inside for number in clips[clip]]
+    return groups | clips

@@ -16,7 +16,18 @@ from PIL import Image
 from vfi import report
 from vfi.charts import Series, labelled_chart, line_chart, log_ticks, nice_ticks, scatter_chart, thin
 from vfi.report import main
-from vfi.results import BASELINES, FRAME_AVERAGE, NEAREST_FRAME, ImageScore, ResultError, Results, read_results, write_results
+from vfi.results import (
+    BASELINES,
+    FRAME_AVERAGE,
+    MOST_CLIPS,
+    NEAREST_FRAME,
+    ImageScore,
+    ResultError,
+    Results,
+    Row,
+    read_results,
+    write_results,
+)
 from vfi.speed_results import Speed, write_speed
 
 VOID = {"meta", "img", "input", "br", "link", "hr", "wbr"}  # elements of HTML that have no end
@@ -143,6 +154,53 @@ def test_without_motion_there_is_no_such_table(tmp_path) -> None:
     text, page = _report(tmp_path, made.results(motion=(1.0, 2.0, 3.0)))  # fewer images than quarters
     assert len(page.rows) == 1
     assert "how far things move" not in text
+
+
+def _keyed(values: dict[str, float], model: str) -> Row:
+    """A row with these keys and their PSNR."""
+    row = made.row(model, [(psnr, 0.9) for psnr in values.values()])
+    images = tuple(dataclasses.replace(image, key=key) for image, key in zip(row.images, values, strict=True))
+    return dataclasses.replace(row, images=images)
+
+
+def test_psnr_by_clip_and_by_folder_of_clips(tmp_path) -> None:
+    values = {"davis__goat-000000": 30.0, "davis__goat-000001": 33.0, "davis__soap-box-000007": 24.0, "film-1000000": 40.0}
+    rows = tuple(
+        _keyed({key: psnr + gain for key, psnr in values.items()}, model) for gain, model in enumerate((*BASELINES, "a"))
+    )
+    text, page = _report(tmp_path, made.results("a", rows=rows, samples=4, available=4))
+    table, shown = _markdown_tables(text)[1], page.rows[1]
+    assert [[cell.replace("\\", "") for cell in line] for line in [table[0], *table[2:]]] == shown
+    assert shown == [
+        ["Clip", "Samples", *BASELINES, "a"],
+        ["davis__*", "3", "29.00", "30.00", "31.00"],
+        ["davis__goat", "2", "31.50", "32.50", "33.50"],
+        ["davis__soap-box", "1", "24.00", "25.00", "26.00"],
+        ["film", "1", "40.00", "41.00", "42.00"],
+    ]
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        ["clip-000000", "clip-000001", "clip-000002"],  # of one clip
+        ["a-000000", "b-000000", "sequence_0007"],  # one is of another kind
+        [f"clip{number}-000000" for number in range(MOST_CLIPS + 1)],
+    ],
+    ids=["one clip", "other keys", "many clips"],
+)
+def test_without_several_clips_there_is_no_such_table(tmp_path, keys) -> None:
+    rows = tuple(_keyed(dict.fromkeys(keys, 30.0), model) for model in (*BASELINES, "a"))
+    text, page = _report(tmp_path, made.results("a", rows=rows, samples=len(keys), available=len(keys)))
+    assert len(page.rows) == 1
+    assert "PSNR by clip" not in text
+
+
+def test_clips_of_one_folder_alone_are_not_summed_up(tmp_path) -> None:
+    keys = ["davis__goat-000000", "davis__soapbox-000000"]
+    rows = tuple(_keyed(dict.fromkeys(keys, 30.0), model) for model in (*BASELINES, "a"))
+    _, page = _report(tmp_path, made.results("a", rows=rows, samples=2, available=2))
+    assert [row[0] for row in page.rows[1]] == ["Clip", "davis__goat", "davis__soapbox"]
 
 
 def test_other_samples_get_a_table_of_their_own(tmp_path) -> None:
