@@ -25,7 +25,7 @@ from shards.schema import IMAGE_EXTENSIONS, ShardError
 
 VAL_SHARE = 0.1  # of a folder's photographs; which ones depends on their names alone
 LEAST_SIDE = 64  # in pixels: a smaller picture is an icon
-MEMORY = 2**30  # bytes that the photographs of one process take at most, pyramids included
+MEMORY = 3 * 2**29  # bytes that the photographs of one process may take, smaller copies included, if they are 3:2
 BLOCK = 256  # so many samples in a row are made of the same photographs, where not all fit into memory
 
 
@@ -113,7 +113,8 @@ class Deck:
 
     def pictures(self, seed: int, number: int) -> tuple[Picture, ...]:
         """Return the pictures that sample `number` may use, in a fixed order: all of them, or a part drawn for its block."""
-        room = max(8, MEMORY // (self._longest**2 * 4))  # 4 bytes a pixel: three colours and a third for the smaller copies
+        pixels = self._longest**2 * 2 // 3
+        room = max(8, MEMORY // (pixels * 4))  # 4 bytes a pixel: three colours and a third for the smaller copies
         chosen = np.arange(len(self._paths))
         if len(chosen) > room:
             rng = np.random.default_rng([seed, number // BLOCK, len(chosen)])
