@@ -25,6 +25,7 @@ from shards.schema import IMAGE_EXTENSIONS, ShardError
 
 VAL_SHARE = 0.1  # of a folder's photographs; which ones depends on their names alone
 LEAST_SIDE = 64  # in pixels: a smaller picture is an icon
+LEAST_HOLE = 0.01  # share of the pixels that must be transparent to make a picture a cut-out
 MEMORY = 3 * 2**29  # bytes that the photographs of one process may take, smaller copies included, if they are 3:2
 BLOCK = 256  # so many samples in a row are made of the same photographs, where not all fit into memory
 
@@ -136,13 +137,13 @@ def read(path: Path, longest: int) -> Picture:
 
 
 def _pixels(path: Path) -> np.ndarray:
-    """Return uint8 [H, W, 3], or [H, W, 4] if there are transparent parts."""
+    """Return uint8 [H, W, 3], or [H, W, 4] if parts are transparent; what little is, is laid over black."""
     opaque = images.read_image(path)
     if path.suffix.lower() in (".png", ".webp", ".tif", ".tiff"):
         with Image.open(path) as image:
             if image.has_transparency_data:
                 pixels = np.array(image.convert("RGBA"))
-                if pixels[..., 3].min() < 255 and pixels[..., 3].any():
+                if pixels[..., 3].any() and np.mean(pixels[..., 3] < 128) > LEAST_HOLE:
                     return pixels
     return opaque
 
