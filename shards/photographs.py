@@ -25,7 +25,8 @@ from shards.schema import IMAGE_EXTENSIONS, ShardError
 
 VAL_SHARE = 0.1  # of a folder's photographs; which ones depends on their names alone
 LEAST_SIDE = 64  # in pixels: a smaller picture is an icon
-MEMORY = 2**30  # bytes that the photographs of one process take at most, pyramids included
+LEAST_HOLE = 0.01  # share of the pixels that must be transparent to make a picture a cut-out
+MEMORY = 3 * 2**29  # bytes that the photographs of one process may take, smaller copies included, if they are 3:2
 BLOCK = 256  # so many samples in a row are made of the same photographs, where not all fit into memory
 
 
@@ -113,7 +114,8 @@ class Deck:
 
     def pictures(self, seed: int, number: int) -> tuple[Picture, ...]:
         """Return the pictures that sample `number` may use, in a fixed order: all of them, or a part drawn for its block."""
-        room = max(8, MEMORY // (self._longest**2 * 4))  # 4 bytes a pixel: three colours and a third for the smaller copies
+        pixels = self._longest**2 * 2 // 3
+        room = max(8, MEMORY // (pixels * 4))  # 4 bytes a pixel: three colours and a third for the smaller copies
         chosen = np.arange(len(self._paths))
         if len(chosen) > room:
             rng = np.random.default_rng([seed, number // BLOCK, len(chosen)])
@@ -135,13 +137,13 @@ def read(path: Path, longest: int) -> Picture:
 
 
 def _pixels(path: Path) -> np.ndarray:
-    """Return uint8 [H, W, 3], or [H, W, 4] if there are transparent parts."""
+    """Return uint8 [H, W, 3], or [H, W, 4] if parts are transparent; what little is, is laid over black."""
     opaque = images.read_image(path)
     if path.suffix.lower() in (".png", ".webp", ".tif", ".tiff"):
         with Image.open(path) as image:
             if image.has_transparency_data:
                 pixels = np.array(image.convert("RGBA"))
-                if pixels[..., 3].min() < 255 and pixels[..., 3].any():
+                if pixels[..., 3].any() and np.mean(pixels[..., 3] < 128) > LEAST_HOLE:
                     return pixels
     return opaque
 

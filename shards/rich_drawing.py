@@ -419,12 +419,14 @@ def _cast_shadow(studio: Studio, prop: Prop, layer: Layer) -> list[Layer]:
     rng = studio.rng
     du, dv = rng.uniform(-0.5, 0.5, 2) * prop.radius
     basis = layer.sheet.basis @ np.array([[1, 0, du], [0, 1, dv], [0, 0, 1]])
-    shade = np.zeros_like(layer.raster)
-    soft = max(0.05 * rng.uniform(0.3, 3) * layer.raster.shape[0], 0.5)
-    shade[..., 3] = cv2.GaussianBlur(layer.raster[..., 3], (0, 0), soft, borderType=cv2.BORDER_CONSTANT) * rng.uniform(
-        0.15, 0.6
-    )
-    return [Layer(dataclasses.replace(layer.sheet, basis=basis), shade, layer.to_raster, shadow=True)]
+    height, width = (max(2, side // 4) for side in layer.raster.shape[:2])
+    outline = cv2.resize(cv2.extractChannel(layer.raster, 3), (width, height), interpolation=cv2.INTER_AREA)
+    soft = max(0.05 * rng.uniform(0.3, 3) * height, 0.5)
+    shade = np.zeros((height, width, 4), np.float32)
+    shade[..., 3] = cv2.GaussianBlur(outline, (0, 0), soft, borderType=cv2.BORDER_CONSTANT) * rng.uniform(0.15, 0.6)
+    fx, fy = width / layer.raster.shape[1], height / layer.raster.shape[0]
+    smaller = np.array([[fx, 0, fx / 2 - 0.5], [0, fy, fy / 2 - 0.5], [0, 0, 1]])
+    return [Layer(dataclasses.replace(layer.sheet, basis=basis), shade, smaller @ layer.to_raster, shadow=True)]
 
 
 def _backdrop_extent(studio: Studio, camera: Camera, sheet: Sheet) -> tuple[float, float, float, float]:
@@ -447,7 +449,8 @@ def _paint_part(studio: Studio, part: Part) -> tuple[np.ndarray, np.ndarray]:
         span, start = np.array([length + 0.4 * thick, thick]), np.array([-0.4 * thick, -thick / 2])
         cos, sin = np.cos(part.turn), np.sin(part.turn)
         turned = np.array([[cos, sin], [-sin, cos]])
-    detail = min(DETAIL, MAX_RASTER / float(span.max()))
+    fine = DETAIL if part.blur < DETAIL else DETAIL / 2  # what is out of focus has no detail
+    detail = min(fine, MAX_RASTER / float(span.max()))
     edge = 1 + int(np.ceil(3 * part.blur * detail)) if part.kind not in ("backdrop", "ground") else 0  # room for a soft border
     width, height = (max(2, int(np.ceil(side * detail))) + 2 * edge for side in span.tolist())
     joint = np.array([part.sheet.joints[0].u, part.sheet.joints[0].v]) if part.size is not None else np.zeros(2)
@@ -466,7 +469,7 @@ def _paint_raster(studio: Studio, part: Part, height: int, width: int, detail: f
         if free and rng.uniform() < 0.3:
             colours = _shade(rng, colours)
         if part.kind in ("backdrop", "ground"):
-            raster = cv2.merge([*cv2.split(colours), np.ones((height, width), np.float32)])
+            raster = cv2.cvtColor(colours, cv2.COLOR_RGB2RGBA)
         else:
             mask = np.zeros((height, width), np.uint8)
             inner = mask[edge : height - edge, edge : width - edge]
@@ -564,14 +567,15 @@ def _lay_cutout(studio: Studio, picture: Picture, height: int, width: int, edge:
 
 def _with_alpha(colours: np.ndarray, mask: np.ndarray) -> np.ndarray:
     """Multiply colours float32 [h, w, 3] by a mask uint8 [h, w] and append it as alpha in [0, 1]: float32 [h, w, 4]."""
-    alpha = cv2.multiply(mask, 1 / 255, dtype=cv2.CV_32F)
-    return cv2.multiply(cv2.merge([*cv2.split(colours), np.ones_like(alpha)]), cv2.merge([alpha] * 4))
+    alpha = mask * np.float32(1 / 255)
+    return cv2.multiply(cv2.cvtColor(colours, cv2.COLOR_RGB2RGBA), cv2.merge([alpha] * 4))
 
 
 def _shade(rng: np.random.Generator, colours: np.ndarray) -> np.ndarray:
     """Make something look round or plain: a slope of light, or a photograph so blurred that only colours are left."""
     if rng.uniform() < 0.4:
-        colours = cv2.GaussianBlur(colours, (0, 0), max(0.1 * max(colours.shape), 0.5))
+        few = cv2.resize(colours, (6, 6), interpolation=cv2.INTER_AREA)
+        colours = cv2.resize(few, colours.shape[1::-1], interpolation=cv2.INTER_LINEAR)
     y, x = np.linspace(-1, 1, colours.shape[0])[:, None], np.linspace(-1, 1, colours.shape[1])[None]
     way, strength = rng.uniform(0, 2 * np.pi), rng.uniform(0.1, 0.6)
     slope = 1 + strength * (np.cos(way) * x + np.sin(way) * y)

@@ -98,12 +98,12 @@ class Ripple:
     phase: float
     rate: float  # radians that the wave runs on from t = 0 to t = 1
 
-    def bent(self, points: np.ndarray, t: float, sign: float = 1.0) -> np.ndarray:
-        """Return `points` [..., 2] moved at time t, or moved back with `sign` -1; points keep their float type."""
-        along = np.array([np.cos(self.angle), np.sin(self.angle)], points.dtype)
-        across = (points[..., 1] * along[0] - points[..., 0] * along[1]) * (2 * np.pi / self.length)
-        shift = np.asarray(np.sin(across + (self.phase + self.rate * t)) * (sign * self.amplitude), points.dtype)
-        return points + shift[..., None] * along
+    def bend(self, u: np.ndarray, v: np.ndarray, t: float, sign: float = 1.0) -> tuple[np.ndarray, np.ndarray]:
+        """Return points (u, v) moved at time t, or moved back with `sign` -1; float32 stays float32."""
+        cos, sin = float(np.cos(self.angle)), float(np.sin(self.angle))
+        wave = 2 * np.pi / self.length
+        shift = np.sin((wave * cos) * v - (wave * sin) * u + float(self.phase + self.rate * t))
+        return u + (sign * self.amplitude * cos) * shift, v + (sign * self.amplitude * sin) * shift
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,7 +121,14 @@ class Sheet:
 
         `view` is the camera's matrix at that time.
         """
-        matrix = view @ (self.basis if self.body is None else self.body.matrix(t) @ self.basis)
+        return self.hinge(self.stand(view, t), t)
+
+    def stand(self, view: np.ndarray, t: float) -> np.ndarray:
+        """Return the matrix of the plane that all sheets with this body and basis share: without joints."""
+        return view @ (self.basis if self.body is None else self.body.matrix(t) @ self.basis)
+
+    def hinge(self, matrix: np.ndarray, t: float) -> np.ndarray:
+        """Return the shared plane's matrix with the joints of this sheet."""
         for joint in reversed(self.joints):
             matrix = matrix @ joint.matrix(t)
         return matrix
@@ -141,29 +148,36 @@ def place(view: np.ndarray, sheet: Sheet, points: np.ndarray, t: float) -> np.nd
 
     `view` is the camera's matrix at that time.
     """
+    u, v = points[..., 0], points[..., 1]
     for ripple in sheet.ripples:
-        points = ripple.bent(points, t)
-    return project(sheet.matrix(view, t), points)
+        u, v = ripple.bend(u, v, t)
+    return _join(*project(sheet.matrix(view, t), u, v))
 
 
 def source(view: np.ndarray, sheet: Sheet, pixels: np.ndarray, t: float) -> np.ndarray:
     """Return the points [..., 2] of the sheet's plane that are seen at pixels [..., 2] at time t."""
-    inverse = np.linalg.inv(sheet.matrix(view, t))
-    return unbend(sheet, project(inverse / inverse[2, 2], pixels, signed=True), t)
+    u, v = project(np.linalg.inv(sheet.matrix(view, t)), pixels[..., 0], pixels[..., 1], signed=True)
+    return _join(*unbend(sheet, u, v, t))
 
 
-def unbend(sheet: Sheet, points: np.ndarray, t: float) -> np.ndarray:
-    """Undo the ripples of a sheet at time t for points [..., 2] of its plane."""
+def unbend(sheet: Sheet, u: np.ndarray, v: np.ndarray, t: float) -> tuple[np.ndarray, np.ndarray]:
+    """Undo the ripples of a sheet at time t for points (u, v) of its plane."""
     for ripple in reversed(sheet.ripples):
-        points = ripple.bent(points, t, sign=-1.0)
-    return points
+        u, v = ripple.bend(u, v, t, sign=-1.0)
+    return u, v
 
 
-def project(matrix: np.ndarray, points: np.ndarray, signed: bool = False) -> np.ndarray:
-    """Apply a 3x3 matrix to points [..., 2] and divide; a third coordinate that is not positive gives NaN unless `signed`."""
-    out = points @ matrix[:, :2].T + matrix[:, 2]
-    depth = out[..., 2:]
-    return out[..., :2] / (depth if signed else np.where(depth > 0, depth, np.nan))
+def project(matrix: np.ndarray, x: np.ndarray, y: np.ndarray, signed: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    """Apply a 3x3 matrix to points (x, y) and divide; a third coordinate that is not positive gives NaN unless `signed`."""
+    (a, b, c), (d, e, f), (g, h, i) = matrix.tolist()
+    depth = g * x + h * y + i
+    if not signed:
+        depth = np.where(depth > 0, depth, np.nan)
+    return (a * x + b * y + c) / depth, (d * x + e * y + f) / depth
+
+
+def _join(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    return np.stack([x, y], axis=-1)
 
 
 def rotation(vector: np.ndarray) -> np.ndarray:

@@ -34,6 +34,15 @@ class Layer:
     shadow: bool = False  # darkens what lies behind it and is not seen itself
     gain: Track | None = None  # (1): relative change of its light over time
 
+    @functools.cached_property
+    def corners(self) -> np.ndarray:
+        """Return the corners of the part of the plane that may have colour, as columns of homogeneous coordinates: [3, 4]."""
+        scale = np.sqrt(abs(np.linalg.det(self.to_raster[:2, :2])))
+        reach = 1 + scale * sum(abs(ripple.amplitude) for ripple in self.sheet.ripples)
+        height, width = self.raster.shape[:2]
+        left, right, top, bottom = -reach, width - 1 + reach, -reach, height - 1 + reach
+        return np.linalg.inv(self.to_raster) @ [[left, left, right, right], [top, bottom, top, bottom], [1, 1, 1, 1]]
+
 
 @dataclasses.dataclass(frozen=True)
 class Light:
@@ -63,15 +72,14 @@ class RichScene:
         total = np.zeros((self.height, self.width, 4), np.float32)
         for part, (dx, dy) in enumerate(itertools.islice(itertools.cycle(_SPOTS), self.samples)):
             total += self._sample(t + self.shutter * ((part + 0.5) / self.samples - 0.5), dx, dy)
-        total /= self.samples
-        return self._expose(total[..., :3], t)
+        return self._expose(cv2.cvtColor(total, cv2.COLOR_RGBA2RGB) / np.float32(self.samples), t)
 
     def visible(self, t: float) -> np.ndarray:
         """Return the number of the layer that is seen at each pixel's centre at time t: int [H, W], 0 is the backdrop."""
         seen = np.zeros((self.height, self.width), dtype=np.int64)
         for number, layer in enumerate(self.layers):
             if not layer.shadow:
-                look = _look_up(self.camera.matrix(t), layer, t, self.width, self.height)
+                look = _look_up(layer.sheet.matrix(self.camera.matrix(t), t), layer, t, self.width, self.height)
                 if look is not None:
                     (x, y, w, h), colours = look
                     seen[y : y + h, x : x + w][colours[..., 3] > SOLID] = number
@@ -93,31 +101,39 @@ class RichScene:
         """Return the sharp picture at time t, looked up at (dx, dy) from the pixels' centres: float32 [H, W, 4]."""
         view = np.array([[1, 0, -dx], [0, 1, -dy], [0, 0, 1]]) @ self.camera.matrix(t)
         canvas = np.zeros((self.height, self.width, 4), np.float32)
+        planes: dict[tuple[int, int], np.ndarray] = {}  # limbs share one
         for layer in self.layers:
-            look = _look_up(view, layer, t, self.width, self.height)
+            sheet = layer.sheet
+            key = id(sheet.body), id(sheet.basis)
+            if key not in planes:
+                planes[key] = sheet.stand(view, t)
+            look = _look_up(sheet.hinge(planes[key], t), layer, t, self.width, self.height)
             if look is None:
                 continue
             (x, y, w, h), colours = look
             if layer.gain is not None:
-                gain = float(1 + layer.gain.at(t)[0])
-                colours = cv2.multiply(colours, (gain, gain, gain, 1.0))
+                gain = 1 + layer.gain.at(t)[0]
+                colours = colours * np.array([gain, gain, gain, 1], np.float32)
             if layer.endless:
                 canvas = colours
             else:
                 part = canvas[y : y + h, x : x + w]
-                behind = cv2.subtract(1.0, cv2.extractChannel(colours, 3))
+                behind = 1 - cv2.extractChannel(colours, 3)
                 cv2.add(cv2.multiply(part, cv2.merge([behind] * 4)), colours, part)
         return canvas
 
     def _expose(self, linear: np.ndarray, t: float) -> np.ndarray:
-        """Turn linear light float32 [H, W, 3] into the levels of a camera: light, gamma, noise, rounding."""
+        """Turn linear light float32 [H, W, 3], which is overwritten, into a camera's levels: light, gamma, noise, rounding."""
         light = self.light
-        linear = linear * (1 + light.gain.at(t)).astype(np.float32) + light.offset.at(t).astype(np.float32)
+        gain, offset = 1 + light.gain.at(t), light.offset.at(t)
+        if (gain != 1).any():
+            linear *= gain.astype(np.float32)
+        if offset.any():
+            linear += offset.astype(np.float32)
         if light.vignette:
             linear *= _vignette(self.height, self.width, light.vignette)[..., None]
         linear *= 65535
-        linear += 0.5
-        steps = np.clip(linear, 0, 65535, out=linear).astype(np.uint16)
+        steps = np.clip(linear + 0.5, 0, 65535, out=linear).astype(np.uint16)
         if not light.noise:
             return _encoding(np.uint8)[steps]
         rng = np.random.default_rng([light.seed, *np.frombuffer(np.float64(t).tobytes(), np.uint32).tolist()])
@@ -137,12 +153,14 @@ _SPOTS = ((-0.25, -0.25), (0.25, 0.25), (0.25, -0.25), (-0.25, 0.25))
 
 
 def _look_up(
-    view: np.ndarray, layer: Layer, t: float, width: int, height: int
+    matrix: np.ndarray, layer: Layer, t: float, width: int, height: int
 ) -> tuple[tuple[int, int, int, int], np.ndarray] | None:
-    """Return the box (x, y, w, h) of the frame that a layer may touch and its colours there, None for none."""
+    """Return the box (x, y, w, h) of the frame that a layer may touch and its colours there, None for none.
+
+    `matrix` goes from the layer's plane to pixels at time t.
+    """
     sheet = layer.sheet
-    matrix = sheet.matrix(view, t)
-    box = (0, 0, width, height) if layer.endless else _box(sheet, matrix, width, height)
+    box = (0, 0, width, height) if layer.endless else _box(matrix @ layer.corners, width, height)
     if box is None:
         return None
     x, y, w, h = box
@@ -152,23 +170,19 @@ def _look_up(
         back = layer.to_raster @ np.linalg.inv(matrix)
         flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
         return box, cv2.warpPerspective(layer.raster, back, (w, h), flags=flags, borderMode=border)
-    columns, rows = np.meshgrid(np.arange(w, dtype=np.float32), np.arange(h, dtype=np.float32))
-    points = project(np.linalg.inv(matrix).astype(np.float32), np.stack([columns, rows], axis=-1), signed=True)
-    spots = project(layer.to_raster.astype(np.float32), unbend(sheet, points, t))
-    return box, cv2.remap(layer.raster, spots, None, cv2.INTER_LINEAR, borderMode=border)
+    columns, rows = np.arange(w, dtype=np.float32)[None], np.arange(h, dtype=np.float32)[:, None]
+    points = unbend(sheet, *project(np.linalg.inv(matrix), columns, rows, signed=True), t)
+    spots = project(layer.to_raster, *points, signed=True)
+    return box, cv2.remap(layer.raster, *spots, cv2.INTER_LINEAR, borderMode=border)
 
 
-def _box(sheet: Sheet, matrix: np.ndarray, width: int, height: int) -> tuple[int, int, int, int] | None:
-    """Return the box of the frame in which a sheet can be seen, None where it is out of the frame."""
-    reach = sum(abs(ripple.amplitude) for ripple in sheet.ripples)
-    u0, v0, u1, v1 = sheet.extent
-    left, right, low, high = u0 - reach, u1 + reach, v0 - reach, v1 + reach
-    x, y, depth = matrix @ np.array([[left, left, right, right], [low, high, low, high], [1, 1, 1, 1]])
-    if min(depth) <= 0:  # it reaches behind the camera
+def _box(corners: np.ndarray, width: int, height: int) -> tuple[int, int, int, int] | None:
+    """Return the box of the frame around homogeneous pixels [3, 4], None where it is out of the frame."""
+    if corners[2].min() <= 0:  # a part lies behind the camera
         return 0, 0, width, height
-    x, y = x / depth, y / depth
-    x0, x1 = max(int(min(x)) - 2, 0), min(int(max(x)) + 2, width)
-    y0, y1 = max(int(min(y)) - 2, 0), min(int(max(y)) + 2, height)
+    x, y = (corners[:2] / corners[2]).tolist()
+    x0, x1 = max(int(min(x)) - 1, 0), min(int(max(x)) + 2, width)
+    y0, y1 = max(int(min(y)) - 1, 0), min(int(max(y)) + 2, height)
     return (x0, y0, x1 - x0, y1 - y0) if x0 < x1 and y0 < y1 else None
 
 

@@ -76,7 +76,7 @@ def draw_segment(rng: np.random.Generator, height: int, width: int) -> np.ndarra
     start, end = thick + 1, width - thin - 1
     _fill(mask, np.array([[start, middle - thick], [end, middle - thin], [end, middle + thin], [start, middle + thick]]))
     for x, radius in ((start, thick), (end, thin)):
-        cv2.circle(mask, _fixed(np.array([x, middle])), _fixed(radius), 255, -1, cv2.LINE_AA, _BITS)
+        cv2.circle(mask, (_fix(x), _fix(middle)), _fix(radius), 255, -1, cv2.LINE_AA, _BITS)
     return mask
 
 
@@ -99,18 +99,18 @@ def _draw_box(rng: np.random.Generator, mask: np.ndarray, middle: float, radius:
 
 
 def _draw_ellipse(rng: np.random.Generator, mask: np.ndarray, middle: float, radius: float) -> None:
-    axes = _fixed(np.array([radius, radius * rng.uniform(0.3, 1)]))
-    cv2.ellipse(mask, _fixed(np.full(2, middle)), axes, rng.uniform(0, 180), 0, 360, 255, -1, cv2.LINE_AA, _BITS)
+    axes = _fix(radius), _fix(radius * rng.uniform(0.3, 1))
+    cv2.ellipse(mask, (_fix(middle), _fix(middle)), axes, rng.uniform(0, 180), 0, 360, 255, -1, cv2.LINE_AA, _BITS)
 
 
 def _draw_ring(rng: np.random.Generator, mask: np.ndarray, middle: float, radius: float) -> None:
     thick = max(1, int(radius * rng.uniform(0.04, 0.4)))
-    cv2.circle(mask, _fixed(np.full(2, middle)), _fixed(radius - thick / 2), 255, thick, cv2.LINE_AA, _BITS)
+    cv2.circle(mask, (_fix(middle), _fix(middle)), _fix(radius - thick / 2), 255, thick, cv2.LINE_AA, _BITS)
 
 
 def _draw_wheel(rng: np.random.Generator, mask: np.ndarray, middle: float, radius: float) -> None:
     thick = max(1, int(radius * rng.uniform(0.03, 0.15)))
-    cv2.circle(mask, _fixed(np.full(2, middle)), _fixed(radius - thick), 255, thick, cv2.LINE_AA, _BITS)
+    cv2.circle(mask, (_fix(middle), _fix(middle)), _fix(radius - thick), 255, thick, cv2.LINE_AA, _BITS)
     spokes = int(rng.integers(3, 24))
     angles = np.arange(spokes) * 2 * np.pi / spokes + rng.uniform(0, 1)
     ends = _polar(middle, np.full(spokes, radius - thick), angles)
@@ -159,11 +159,9 @@ def _polar(middle: float, radii: np.ndarray, angles: np.ndarray) -> np.ndarray:
     return middle + radii[:, None] * np.stack([np.cos(angles), np.sin(angles)], axis=1)
 
 
-def _fixed(values: np.ndarray | float) -> tuple[int, ...] | int:
-    """Return what OpenCV's drawing takes: integers in units of 1/16 pixel, whole numbers at the centres of pixels."""
-    if isinstance(values, float):
-        return round(values * 2**_BITS)
-    return tuple(round(value * 2**_BITS) for value in np.asarray(values).tolist())
+def _fix(value: float) -> int:
+    """Return what OpenCV's drawing takes: an integer in units of 1/16 pixel, whole pixels being their centres."""
+    return round(value * 2**_BITS)
 
 
 def _fill(mask: np.ndarray, outline: np.ndarray) -> None:

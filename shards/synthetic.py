@@ -217,8 +217,11 @@ def _draw(options: Options, paths: tuple[Path, ...], number: int, height: int, w
     if options.style == "simple":
         opaque = [picture.levels[0] for picture in pictures if not picture.is_cutout]
         return scene(options.seed, options.split, number, height, width, _max_motion(options), opaque)
-    from shards.rich_drawing import draw_scene  # the simple style works without OpenCV
+    import cv2  # the simple style works without OpenCV
 
+    from shards.rich_drawing import draw_scene
+
+    cv2.setNumThreads(1)  # there is a process for each core
     rng = np.random.default_rng([options.seed, list(PHOTOGRAPHS).index(options.split), number, 1])
     return draw_scene(rng, pictures, height, width, _max_motion(options), 1 / (options.frames - 1))
 

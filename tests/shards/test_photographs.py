@@ -89,7 +89,7 @@ def test_cutouts_are_cropped_and_hide_no_colour(tmp_path):
 
 def test_a_deck_that_is_too_large_is_dealt_by_blocks(tmp_path, monkeypatch):
     paths = [save(tmp_path / f"{number}.png", np.full((70, 70, 3), number, np.uint8)) for number in range(20)]
-    monkeypatch.setattr(photographs, "MEMORY", 10 * 70 * 70 * 4)
+    monkeypatch.setattr(photographs, "MEMORY", 10 * (70 * 70 * 2 // 3) * 4)
 
     def colours(deck, number):
         return [int(picture.levels[0][0, 0, 0]) for picture in deck.pictures(3, number)]

@@ -152,8 +152,7 @@ def test_each_frame_is_what_a_slow_renderer_makes(scenes):
         blurred += drawn.shutter > 0
         for t in (0.0, 0.5, 1.0):
             apart = np.abs(drawn.render(t) - render(drawn, t))
-            assert np.quantile(apart, 0.998) < 0.6  # half a level is rounding; borders of look-ups move by a float32
-            assert apart.mean() < 0.3
+            assert apart.max() < 0.6  # half a level is rounding
     assert blurred >= 4
 
 
