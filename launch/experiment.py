@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from shards.schema import ShardError, read_index
-from vfi import presets
+from vfi import presets, shipped
 from vfi.config import Config, ConfigError, accumulation
 
 _CHECKPOINT = re.compile(r"step_(\d+)")
@@ -114,7 +114,7 @@ def _check_first_weights(config: Config, later: str) -> None:
     first = run.start_from or (run.resume if run.resume != "auto" else "")
     if not first or first == later:
         return
-    places = (Path(first), Path(run.output_dir) / first)
+    places = (shipped.FOLDER,) if shipped.is_shipped(first) else (Path(first), Path(run.output_dir) / first)
     if not any(place.is_file() or newest_step(place) or (place / "model.safetensors").is_file() for place in places):
         raise ConfigError(f"no run or checkpoint {first!r} to start from: looked at {' and '.join(map(str, places))}")
 

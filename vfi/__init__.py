@@ -1,7 +1,7 @@
 """Training stack for video frame interpolation: the model, its training, benchmarks and use.
 
 from vfi import FrameInterpolator
-model = FrameInterpolator.from_pretrained("runs/first")
+model = FrameInterpolator.from_pretrained()
 imgt = model(img0, img1)
 """
 

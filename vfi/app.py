@@ -1,6 +1,6 @@
 """How does one try a model without the command line? A local web page: two images or a short video in, the result beside it.
 
-    vfi app                                  the run in ./runs that was trained last, at http://127.0.0.1:7860
+    vfi app                                  the model that comes with the package, at http://127.0.0.1:7860
     vfi app --model runs/base --port 8000 --no-open
 
 Needs the extra `app` (Gradio), which is imported here alone. The page is for this machine: nothing is shared or reported, and
@@ -79,7 +79,8 @@ class Options:
     """Each field is a flag of the job."""
 
     model: Path | None = None
-    """Run folder, checkpoint folder or weights file; by default the run in ./runs that was trained last."""
+    """Run folder, checkpoint folder, weights file, folder of `vfi export`, or ORG/NAME on the Hugging Face hub; by default
+    `shipped`, the model that comes with the package."""
     device: DeviceName = "auto"
     """auto takes a GPU if there is one."""
     precision: PrecisionName = "auto"

@@ -67,8 +67,8 @@ class Options:
     """Each field is a flag of the job."""
 
     model: tuple[str, ...]
-    """Run folders, checkpoint folders, .safetensors files, or MODULE:FACTORY for a model of another repository (see
-    vfi/adapters.py); one or more."""
+    """Run folders, checkpoint folders, .safetensors files, `shipped` (the model that comes with the package), or MODULE:FACTORY
+    for a model of another repository (see vfi/adapters.py); one or more."""
     out: Path
     """Results file to write, a .json; with --protocol all a folder for one of each set."""
     data: str = ""
@@ -255,7 +255,7 @@ def _unfinished(out: Path) -> Path:
 def _check(options: Options) -> None:
     """Refuse what would fail only after the measurement."""
     if not options.model:
-        raise JobError("--model needs at least one run folder, such as --model runs/tiny_phase1")
+        raise JobError("--model needs at least one run folder, such as --model runs/tiny_phase1, or shipped")
     if options.data_root is not None:
         raise JobError(f"--data_root {options.data_root} is for --protocol all: a single set is given by --data")
     if not options.data:

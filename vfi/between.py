@@ -25,11 +25,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from vfi.auto_scale import auto_scale
-from vfi.checkpoint import newest_run
 from vfi.errors import JobError
 from vfi.fitting import is_out_of_memory
 from vfi.inference import DeviceName, LoadedModel, PrecisionName, check_scale, load, pick_device, pick_precision
 from vfi.profiling import count, free_memory
+from vfi.shipped import SHIPPED
 from vfi.tiles import SMALLEST, smaller, tiled
 
 GIB = 2**30
@@ -49,7 +49,7 @@ class Settings:
     """Which model, and how it is used."""
 
     model: Path | None = None
-    """Run folder, checkpoint folder or weights file; None: the run in ./runs that was trained last."""
+    """What names a model (vfi.inference.load); None: the model that comes with the package."""
     device: DeviceName = "auto"
     precision: PrecisionName = "auto"
     scale: float | str | None = None
@@ -70,7 +70,7 @@ class Between:
     def __init__(self, settings: Settings) -> None:
         self.device = pick_device(settings.device)
         self.precision = pick_precision(settings.precision, self.device)
-        self.loaded: LoadedModel = load(settings.model or newest_run(), self.device)
+        self.loaded: LoadedModel = load(settings.model or SHIPPED, self.device)
         self.settings, self.tile = settings, settings.tile
         self.lock = threading.Lock()
         self.seconds = 0.0

@@ -217,9 +217,9 @@ class RunConfig:
     resume: str = ""
     """auto: go on with this run, if it has a checkpoint; NAME or PATH: start from the weights of another run."""
     start_from: str = ""
-    """Run or checkpoint (NAME or PATH), folder of `vfi export`, or model on the Hugging Face hub (ORG/NAME), whose weights are
-    the first ones. With --resume auto only as long as this run has no checkpoint, so that the same command starts a run and
-    goes on with it."""
+    """Run or checkpoint (NAME or PATH), folder of `vfi export`, `shipped` (the model that comes with the package), or model on
+    the Hugging Face hub (ORG/NAME), whose weights are the first ones. With --resume auto only as long as this run has no
+    checkpoint, so that the same command starts a run and goes on with it."""
     matvlm_plan: Literal["off", "A", "B", "C"] = "off"
     """Start the scan from the attention of --matvlm_donor (MaTVLM): see vfi/model/transplant.py for the plans."""
     matvlm_donor: str = ""

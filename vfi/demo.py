@@ -2,6 +2,8 @@
 
     vfi demo --out demo
 
+The last step makes the clip once more with the shipped model, where the package came with one.
+
 Every step is a command that is printed as one would type it. A second call reuses finished shards and goes on with the
 training. Exits with 1 if the trained model does not beat the average of the two frames by at least 3 dB.
 """
@@ -21,6 +23,7 @@ import tyro
 
 from vfi.errors import JobError, clear_errors
 from vfi.results import ResultError, Results, read_results
+from vfi.shipped import SHIPPED, has_shipped_model
 
 # What the demo makes and trains; all that is worth tuning is here.
 SIZE = "96x96"
@@ -33,6 +36,7 @@ CLIP_SIZE, CLIP_FRAMES, CLIP_MOTION, CLIP_SEED = "192x256", 25, "72", 2  # 3 pix
 MIN_GAIN = 3.0
 """What the model has to gain over the frame average, in dB."""
 EXP_NAME = "tiny"
+SHIPPED_CLIP = f"clip_{SHIPPED}.mp4"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,6 +85,8 @@ def commands(options: Options) -> list[list[str]]:
         ["tarfile", "-e", clip / "shard-000000.tar", out / "frames"],
         ["vfi.interpolate", out / "frames", "--model", run, "--out", out / "clip.mp4"],
     ]
+    if has_shipped_model():
+        steps.append(["vfi.interpolate", out / "frames", "--out", out / SHIPPED_CLIP])
     return [[str(part) for part in step] for step in steps]
 
 
@@ -97,6 +103,8 @@ def summary(out: Path, results: Results) -> str:
         "run": out / "runs" / EXP_NAME,
         "clip": out / "clip.mp4",
     }
+    if has_shipped_model():
+        places[SHIPPED] = out / SHIPPED_CLIP
     lines += ["", *(f"{name:<8} {path}" for name, path in places.items()), ""]
     gain = _gain(results)
     verdict = f"The model is {abs(gain):.2f} dB {'better' if gain > 0 else 'worse'} than the frame average on photographs"

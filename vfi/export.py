@@ -1,6 +1,6 @@
 """How is a trained model handed to others? As a folder with weights (or a graph), settings and a card.
 
-    vfi export runs/first --out first --licence cc-by-4.0 --results results.json
+    vfi export runs/first --out first --licence cc-by-4.0 --results results.json --sources sources.csv
     vfi export runs/first --out first_fp16 --dtype fp16           half the bytes; loaded back into fp32 parameters
     vfi export runs/first --out first_onnx --format onnx          a graph that runs without this project, at any size
 
@@ -28,7 +28,7 @@ from vfi.errors import JobError, clear_errors
 from vfi.graph_files import FILES, USE, WRITERS, refuse_missing
 from vfi.inference import load, predict
 from vfi.model.interpolator import MIN_SIZE, FrameInterpolator
-from vfi.model_card import Card, Difference, card, use_graph
+from vfi.model_card import Card, Difference, card, describe_training, use_graph
 from vfi.model_folder import CARD, Description, Dtype, describe
 from vfi.results import ResultError
 from vfi.traceable import trace, traceable
@@ -43,8 +43,8 @@ class Options:
     out: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
     """Folder to make; it must not be there yet, or be empty."""
     model: tyro.conf.Positional[str] = ""
-    """Run folder (its newest checkpoint), checkpoint folder, weights file, a folder made by this job, or ORG/NAME on the hub;
-    by default the run in ./runs that was trained last. EMA weights where there are some, unless a file is named."""
+    """Run folder (its newest checkpoint), checkpoint folder, weights file, a folder made by this job, ORG/NAME on the hub, or
+    `shipped`; by default the run in ./runs that was trained last. EMA weights where there are some, unless a file is named."""
     format: Format = "torch"
     """torch: weights for this project; torch_export: PyTorch's .pt2; onnx: ONNX. The last two are a graph in fp32 for any
     batch, height and width."""
@@ -56,6 +56,12 @@ class Options:
     """Results files of `vfi benchmark` with this model: for the card."""
     trained_on: tuple[str, ...] = ()
     """Names of the data sets, for the card; by default the last part of the run's --data_path."""
+    sources: Path | None = None
+    """CSV file with the columns name, source, licence and what: a line for each source of training data, for the card."""
+    recipe: str = ""
+    """How it was trained, such as the commands and the hardware: for the card, which holds it as it is."""
+    hours: float | None = None
+    """How long training took: for the card."""
 
 
 @clear_errors(CheckpointError, ResultError, ShardError)
@@ -72,9 +78,10 @@ def export(options: Options) -> Iterator[str]:
     Raises JobError, CheckpointError or ResultError; then there is no folder.
     """
     _check(options)
+    training = describe_training(options.sources, options.recipe, options.hours)
     loaded = load(options.model or newest_run(), torch.device("cpu"))
     network = cast(FrameInterpolator, loaded.model)
-    about = card(loaded, options.licence, options.results, options.trained_on)
+    about = card(loaded, options.licence, options.results, options.trained_on, training)
     with model_folder.new_folder(options.out) as folder:
         if options.format == "torch":
             described, run = _write_weights(folder, network, about, options.dtype)

@@ -23,6 +23,8 @@ from vfi.graphs import Graphs
 from vfi.model.interpolator import FrameInterpolator
 from vfi.model_folder import Origin, data_name, fetch, is_hub_id, is_model_folder, read_model
 from vfi.ops.compiling import compiling_ahead
+from vfi.records import note
+from vfi.shipped import SHIPPED, is_shipped, shipped_model
 from vfi.weights import best_weights, load_model
 
 DeviceName = Literal["auto", "cpu", "cuda"]
@@ -164,19 +166,19 @@ def load(path: str | Path, device: torch.device, revision: str | None = None) ->
     """Weights of a run (its newest checkpoint), a checkpoint folder, a weights file, a folder of `vfi export` or a model on the
     hub (ORG/NAME, at `revision`), on `device` in eval mode. EMA weights where there are some, unless a file is named.
 
+    `shipped` names the model that comes with the package; a note on stderr says which that is.
     Raises CheckpointError for unusable weights and, naming the runs beside it, for a path that leads to none.
     """
     from_hub = is_hub_id(path)
     if revision is not None and not from_hub:
         raise CheckpointError(f"revision {revision!r} is for a model on the hub (ORG/NAME), and {path} is here: leave it out")
+    if is_shipped(path):
+        return _load_shipped(device)
     path = Path(path)
     folder = path.parent if path.name == MODEL and path.is_file() else path
     if from_hub or is_model_folder(folder):
         folder = fetch(str(path), revision) if from_hub else folder
-        network, described = read_model(folder, device)
-        config = Config(run=RunConfig(preset=described.origin.preset), model=described.model)
-        name = str(path) if from_hub else folder.resolve().name
-        return LoadedModel(network, config, name, path, folder, described.origin.step, described.origin)
+        return _load_folder(folder, path, str(path) if from_hub else folder.resolve().name, device)
     checkpoint = find(path, path.parent) if path.parent.name else find(path)
     model, config = load_model(checkpoint / path.name if path.suffix == ".safetensors" else checkpoint, device)
     run_folder = checkpoint.parent.parent
@@ -185,3 +187,25 @@ def load(path: str | Path, device: torch.device, revision: str | None = None) ->
     trained_on = tuple(map(data_name, config.data.data_path))
     origin = Origin(name, config.run.preset, step, taken == EMA, trained_on)
     return LoadedModel(model, config, name, path, run_folder, step, origin)
+
+
+def _load_folder(folder: Path, path: Path, name: str, device: torch.device) -> LoadedModel:
+    """Return the model of a folder of `vfi export`, which was given as `path`."""
+    network, described = read_model(folder, device)
+    config = Config(run=RunConfig(preset=described.origin.preset), model=described.model)
+    return LoadedModel(network, config, name, path, folder, described.origin.step, described.origin)
+
+
+def _load_shipped(device: torch.device) -> LoadedModel:
+    """Return the model that comes with the package, and say on stderr which it is."""
+    folder = shipped_model()
+    loaded = _load_folder(folder, Path(SHIPPED), f"{SHIPPED}-{folder.name}", device)
+    origin, phase = loaded.origin, loaded.config.model.phase
+    size = f"{loaded.parameters / 1e6:.1f} M parameters, {(folder / MODEL).stat().st_size / 1e6:.1f} MB"
+    shown, more = origin.trained_on[:3], len(origin.trained_on[3:])
+    data = ", ".join(shown + ((f"{more} more",) if more else ())) or "data that it does not name"
+    note(
+        f"the shipped model is used: {folder.name}, phase {phase} ({size}), licence {origin.licence or 'unknown'}, trained on "
+        f"{data}; to use a model of yours, name it, such as runs/NAME"
+    )
+    return loaded

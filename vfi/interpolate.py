@@ -58,8 +58,8 @@ class Options:
     out: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
     """Video or folder to write; for two images the image; for several videos a folder."""
     model: Path | None = None
-    """Run folder, checkpoint folder, weights file, folder of `vfi export`, or ORG/NAME on the Hugging Face hub; by default the
-    run in ./runs that was trained last."""
+    """Run folder, checkpoint folder, weights file, folder of `vfi export`, or ORG/NAME on the Hugging Face hub; by default
+    `shipped`, the model that comes with the package."""
     multiplier: int | None = None
     """So many times as many frames; the default is 2."""
     fps: float | None = None

@@ -8,7 +8,9 @@ Nothing is claimed that was not given: without results there are no numbers, and
 
 from __future__ import annotations
 
+import csv
 import dataclasses
+import math
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -62,11 +64,37 @@ class Measured:
 
 
 @dataclasses.dataclass(frozen=True)
+class Source:
+    """A source of training data; the fields are the columns of the file that lists them."""
+
+    name: str
+    source: str
+    """Where it comes from, such as a URL."""
+    licence: str
+    what: str
+    """What of it was used."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Training:
+    """How the weights were trained, as far as it was given."""
+
+    sources: tuple[Source, ...] = ()
+    recipe: str = ""
+    """Commands and hardware, as free text."""
+    hours: float | None = None
+
+
+NOT_GIVEN = Training()
+
+
+@dataclasses.dataclass(frozen=True)
 class Card:
     """All that a card says, but what is known only when the files are there."""
 
     origin: Origin
     measured: tuple[Measured, ...]
+    training: Training = NOT_GIVEN
 
     def text(self, described: Description, differences: Sequence[Difference] = (), use: str | None = None) -> str:
         """The whole README.md; `use`: the section that says how, by default that of the weights."""
@@ -77,6 +105,7 @@ class Card:
             "training stack, and runs with it.\n",
             use or _USE.format(name=about.name),
             *_facts(described),
+            *_training(self.training),
             *_results(self.measured),
             *_comparison(described, differences),
             "## Licence\n",
@@ -108,11 +137,48 @@ class Card:
         return text.strip()
 
 
-def card(loaded: LoadedModel, licence: str, results: Sequence[Path], trained_on: Sequence[str] = ()) -> Card:
+def card(
+    loaded: LoadedModel,
+    licence: str,
+    results: Sequence[Path],
+    trained_on: Sequence[str] = (),
+    training: Training = NOT_GIVEN,
+) -> Card:
     """What the card of a model says. ResultError for a file that is no results file, JobError for one without this model."""
     known = loaded.origin
     origin = dataclasses.replace(known, licence=licence or known.licence, trained_on=tuple(trained_on) or known.trained_on)
-    return Card(origin, tuple(_of_model(file, loaded) for file in results))
+    return Card(origin, tuple(_of_model(file, loaded) for file in results), training)
+
+
+def describe_training(sources: Path | None, recipe: str, hours: float | None) -> Training:
+    """Return what a card says of the training; `sources` is a CSV file with the fields of `Source` as its columns.
+
+    JobError for a file that can't be read, lacks a column or has an empty cell, and for hours that are not positive.
+    """
+    if hours is not None and not (math.isfinite(hours) and hours > 0):
+        raise JobError(f"--hours {hours} must be positive and finite: give the hours that training took, or leave it out")
+    return Training(_read_sources(sources) if sources else (), recipe.strip(), hours)
+
+
+def _read_sources(path: Path) -> tuple[Source, ...]:
+    columns = [field.name for field in dataclasses.fields(Source)]
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            reader = csv.reader(file, strict=True)
+            lines = [(reader.line_num, [cell.strip() for cell in row]) for row in reader if row]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise JobError(f"--sources {path} cannot be read as CSV in UTF-8: {error}") from error
+    (_, head), *rows = lines or [(0, [])]
+    if sorted(head) != sorted(columns):
+        raise JobError(f"--sources {path} has the columns {', '.join(head) or '(none)'}; needed are {', '.join(columns)}")
+    for number, row in rows:
+        if len(row) != len(head) or not all(row):
+            raise JobError(
+                f"--sources {path}, line {number}: fill in {', '.join(head)}, and nothing else (`unknown` is allowed)"
+            )
+    if not rows:
+        raise JobError(f"--sources {path} lists no source: add a line for each, or leave it out")
+    return tuple(Source(**dict(zip(head, row, strict=True))) for _, row in rows)
 
 
 def use_graph(file: str, code: str, smallest: int) -> str:
@@ -150,6 +216,26 @@ def _facts(described: Description) -> Iterator[str]:
     yield f"| weights | of step {about.step:,}{', their running mean' if about.averaged else ''}, kept in {described.dtype} |"
     yield f"| trained on | {', '.join(about.trained_on) or 'not said'} |"
     yield f"| written by | {described.written_by} |\n"
+
+
+def _training(training: Training) -> Iterator[str]:
+    if training == NOT_GIVEN:
+        return
+    yield "## Training\n"
+    if training.recipe:
+        yield "\n".join(f"    {line}" for line in training.recipe.splitlines()) + "\n"
+    if training.hours is not None:
+        yield f"It took {training.hours:g} hours.\n"
+    if training.sources:
+        yield "| data | source | licence | what |\n| --- | --- | --- | --- |"
+        for one in training.sources:
+            yield f"| {' | '.join(map(_cell, dataclasses.astuple(one)))} |"
+        yield ""
+
+
+def _cell(text: str) -> str:
+    """Return text as a cell of a Markdown table takes it."""
+    return " ".join(text.split()).replace("|", "\\|")
 
 
 def _results(measured: Sequence[Measured]) -> Iterator[str]:

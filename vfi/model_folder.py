@@ -30,6 +30,7 @@ from vfi.errors import JobError
 from vfi.manifest import MANIFEST
 from vfi.model.interpolator import FrameInterpolator
 from vfi.records import RecordError, from_object, note
+from vfi.shipped import is_shipped, shipped_model
 from vfi.versions import PROJECT, project_version
 from vfi.weights import read_weights, refuse_differences
 
@@ -209,7 +210,12 @@ def is_model_folder(path: Path) -> bool:
 
 
 def find(path: str | Path, output_dir: Path = Path("runs")) -> Path | None:
-    """The folder that `path` means, fetched if it is ORG/NAME of the hub; None for what is something else, such as a run."""
+    """The folder that `path` means, fetched if it is ORG/NAME of the hub; None for what is something else, such as a run.
+
+    CheckpointError for a shipped model that is missing or damaged, and for what the hub doesn't have.
+    """
+    if is_shipped(path):
+        return shipped_model()
     if is_hub_id(path, output_dir):
         return fetch(str(path))
     return Path(path) if is_model_folder(Path(path)) else None

@@ -1,6 +1,7 @@
 """How does a program use a trained model? Load, two frames in, frames out.
 
     from vfi import FrameInterpolator
+    model = FrameInterpolator.from_pretrained()                         # the model that comes with the package
     model = FrameInterpolator.from_pretrained("runs/first")             # or a saved folder, or ORG/NAME on the hub
     middle = model(img0, img1)                                          # arrays [H, W, 3] or tensors [3, H, W], or batches
     quarters = model(img0, img1, timestep=[0.25, 0.5, 0.75])            # a list of three, from one pass over the frames
@@ -26,6 +27,7 @@ from vfi.frames import Frames, read_pair
 from vfi.inference import DeviceName, LoadedModel, PrecisionName, describe_precision, load, pick_device, pick_precision
 from vfi.model.interpolator import FrameInterpolator as Network
 from vfi.model_card import card
+from vfi.shipped import SHIPPED
 
 Times = Sequence[float] | np.ndarray | Tensor
 
@@ -38,9 +40,15 @@ class FrameInterpolator:
 
     @classmethod
     def from_pretrained(
-        cls, path: str | Path, *, revision: str | None = None, device: DeviceName = "auto", precision: PrecisionName = "auto"
+        cls,
+        path: str | Path = SHIPPED,
+        *,
+        revision: str | None = None,
+        device: DeviceName = "auto",
+        precision: PrecisionName = "auto",
     ) -> Self:
-        """The model of a saved folder, a run, a checkpoint or, as ORG/NAME, of the Hugging Face hub.
+        """The model of a saved folder, a run, a checkpoint or, as ORG/NAME, of the Hugging Face hub; by default the model that
+        comes with the package, of which a note on stderr says what it is.
 
         `revision`: branch, tag or commit on the hub. `device`: auto (the GPU if there is one), cpu or cuda. `precision`: auto
         (bf16 on a GPU that has it, else fp32), fp32 or bf16. Nothing that is read can execute code.

@@ -66,8 +66,8 @@ class SpeedOptions:
     """Each field is a flag of the job, beside --speed."""
 
     model: tuple[str, ...]
-    """Run folders, checkpoint folders, .safetensors files, or MODULE:FACTORY for a model of another repository (see
-    vfi/adapters.py); the others are compared with the first."""
+    """Run folders, checkpoint folders, .safetensors files, `shipped` (the model that comes with the package), or MODULE:FACTORY
+    for a model of another repository (see vfi/adapters.py); the others are compared with the first."""
     out: Path
     """Speed file to write, a .json."""
     against: Path | None = None
@@ -127,7 +127,7 @@ def speed(options: SpeedOptions, command: str = "") -> Speed:
 def _check(options: SpeedOptions) -> None:
     """Refuse what would fail only after the measurement."""
     if not options.model:
-        raise JobError("--model needs at least one run folder, such as --model runs/tiny_phase1")
+        raise JobError("--model needs at least one run folder, such as --model runs/tiny_phase1, or shipped")
     check_output(options.out, "speed.json")
     if not options.sizes:
         raise JobError("--sizes needs at least one size, such as 736x1280")

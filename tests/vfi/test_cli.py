@@ -6,7 +6,7 @@ import sys
 import pytest
 from warm import Process
 
-from vfi import demo
+from vfi import demo, shipped
 from vfi.cli import JOBS, main
 from vfi.errors import JobError, clear_errors, message_of
 from vfi.results import BASELINES, Results, Row, read_results
@@ -113,6 +113,17 @@ def test_the_demo_shows_commands_as_one_would_type_them() -> None:
     assert demo.as_typed(["shards.synthetic", "--out", "a b"]) == "python -m shards.synthetic --out 'a b'"
 
 
+def test_the_demo_ends_with_the_shipped_model_where_there_is_one(tmp_path, monkeypatch) -> None:
+    options, clip = demo.Options(tmp_path / "out"), str(tmp_path / "out" / "clip_shipped.mp4")
+    monkeypatch.setattr(shipped, "FOLDER", tmp_path)
+    *others, last = demo.commands(options)
+    assert last == ["vfi.interpolate", str(tmp_path / "out" / "frames"), "--out", clip]
+    assert clip in demo.summary(options.out, _results(3.25))
+    monkeypatch.setattr(shipped, "FOLDER", tmp_path / "none")
+    assert demo.commands(options) == others
+    assert clip not in demo.summary(options.out, _results(3.25))
+
+
 def test_a_failing_step_stops_the_demo(tmp_path, capfd) -> None:
     (tmp_path / "shards").write_text("in the way")
     with pytest.raises(SystemExit) as stop:
@@ -153,5 +164,6 @@ def test_the_demo_runs_through_and_again(tmp_path, monkeypatch, capfd) -> None:
         assert "less than the 3 dB" in shown
         results = read_results(out / "results.json")
         assert (results.models[0].step, results.samples) == (steps, 4)
-        for name in ("report/report.html", "report/report.md", "clip.mp4", "runs/tiny/metrics.jsonl"):
+        clips = ["clip.mp4", demo.SHIPPED_CLIP] if shipped.has_shipped_model() else ["clip.mp4"]
+        for name in ("report/report.html", "report/report.md", "runs/tiny/metrics.jsonl", *clips):
             assert (out / name).stat().st_size > 0

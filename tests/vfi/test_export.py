@@ -111,6 +111,58 @@ def test_what_was_exported_can_be_exported_again(run, tmp_path) -> None:
     assert (tmp_path / "a" / "model.safetensors").read_bytes() == (tmp_path / "b" / "model.safetensors").read_bytes()
 
 
+SOURCES = (
+    'source,name,licence,what\nhttps://a.b/c,Film | one,"CC-BY 4.0, by A","97 clips\nof it"\nhttps://d.e,Two,unknown,all\n'
+)
+
+
+def test_the_card_lists_sources_with_their_licences_and_the_recipe(run, tmp_path) -> None:
+    (tmp_path / "sources.csv").write_text(SOURCES)
+    recipe = "vfi train --phase 1\n```\nvfi train --phase 2   # one GPU"
+    call(run, "--out", tmp_path / "new", "--sources", tmp_path / "sources.csv", "--recipe", recipe, "--hours", 12.5)
+    card = (tmp_path / "new" / "README.md").read_text()
+    section = card.partition("## Training\n\n")[2].partition("\n## ")[0]
+    assert section.splitlines() == [
+        "    vfi train --phase 1",
+        "    ```",
+        "    vfi train --phase 2   # one GPU",
+        "",
+        "It took 12.5 hours.",
+        "",
+        "| data | source | licence | what |",
+        "| --- | --- | --- | --- |",
+        r"| Film \| one | https://a.b/c | CC-BY 4.0, by A | 97 clips of it |",
+        "| Two | https://d.e | unknown | all |",
+    ]
+    call(run, "--out", tmp_path / "plain")
+    assert "## Training" not in (tmp_path / "plain" / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "sources.csv cannot be read as CSV in UTF-8: "),
+        (b"\xff\xff", "sources.csv cannot be read as CSV in UTF-8: "),
+        (b'name,source,licence,what\na,b,"c"d,e\n', "sources.csv cannot be read as CSV in UTF-8: "),
+        (b"", "has the columns (none); needed are name, source, licence, what"),
+        (b"path,source,licence,what\na,b,c,d\n", "has the columns path, source, licence, what; needed are name, source"),
+        (b"name,source,licence,what\n", "lists no source: add a line for each, or leave it out"),
+        (b"name,source,licence,what\na,b,c,d\na,b, ,d\n", "line 3: fill in name, source, licence, what, and nothing else"),
+        (b"name,source,licence,what\na,b,c,d,e\n", "line 2: fill in name, source, licence, what, and nothing else"),
+    ],
+)
+def test_a_list_of_sources_that_is_incomplete_is_refused(run, tmp_path, capsys, content, message) -> None:
+    if content is not None:
+        (tmp_path / "sources.csv").write_bytes(content)
+    assert message in refused(capsys, run, "--out", tmp_path / "new", "--sources", tmp_path / "sources.csv")
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("hours", [0, -1, "nan", "inf"])
+def test_hours_that_are_none_are_refused(run, tmp_path, capsys, hours) -> None:
+    assert "must be positive and finite" in refused(capsys, run, "--out", tmp_path / "new", "--hours", hours)
+
+
 def test_a_named_file_is_taken_as_it_is(run, tmp_path, capsys) -> None:
     call(run / "checkpoints/step_00000004/model.safetensors", "--out", tmp_path / "new")
     assert "EMA" not in capsys.readouterr().out

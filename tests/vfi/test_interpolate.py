@@ -9,7 +9,7 @@ import torch
 from made_videos import new_run
 from PIL import Image
 
-from vfi import weights
+from vfi import shipped, weights
 from vfi.interpolate import frames_of, main
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -183,12 +183,12 @@ def test_unusable_outputs_and_flags_are_refused(run, tmp_path, capsys) -> None:
     assert "some" in _refusal(capsys, a, b, "-o", tmp_path / "mid.png", "--model", run.parent / "other")
 
 
-def test_the_model_must_be_given(tmp_path, capsys) -> None:
+def test_a_run_is_not_taken_unless_it_is_named(run, tmp_path, capsys, monkeypatch) -> None:
     a, b = _image(tmp_path / "a.png", 48, 40, 1), _image(tmp_path / "b.png", 48, 40, 2)
-    with pytest.raises(SystemExit) as stop:
-        _call(a, b, "-o", tmp_path / "mid.png")
-    assert stop.value.code == 2
-    assert "--model" in capsys.readouterr().err
+    monkeypatch.setattr(shipped, "FOLDER", tmp_path / "none")
+    monkeypatch.chdir(run.parents[1])
+    assert "this installation has no shipped model" in _refusal(capsys, a, b, "-o", tmp_path / "mid.png")
+    assert not (tmp_path / "mid.png").exists()
 
 
 def test_unusable_folders_leave_nothing_behind(run, tmp_path, capsys) -> None:
@@ -206,12 +206,3 @@ def test_unusable_folders_leave_nothing_behind(run, tmp_path, capsys) -> None:
     (folder / "2.png").write_bytes(b"no image")
     assert "2.png cannot be read" in _refusal(capsys, folder, *end)
     assert list((tmp_path / "out").iterdir()) == []
-
-
-def test_without_a_model_the_newest_run_is_taken(run, tmp_path, monkeypatch, capsys) -> None:
-    a, b = _image(tmp_path / "a.png", 48, 32, 1), _image(tmp_path / "b.png", 48, 32, 2)
-    monkeypatch.chdir(run.parents[1])
-    _call(a, b, "-o", tmp_path / "mid.png")
-    assert "by some at step 4" in capsys.readouterr().out
-    monkeypatch.chdir(tmp_path)
-    assert "no trained run in runs" in _refusal(capsys, a, b, "-o", tmp_path / "other.png")
