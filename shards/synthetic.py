@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib.metadata
 import os
 import re
 import sys
@@ -90,7 +89,7 @@ def make(options: Options) -> Index:
     material = _find_material(options)
     source = writer.source_of("shards.synthetic", arguments) | {"photographs": material.source}
     if options.style == "rich":
-        source["versions"]["opencv-python-headless"] = _opencv_version()
+        source["versions"]["opencv"] = _opencv_version()
     tasks = tuple(
         writer.ShardTask(
             f"samples {part[0]} to {part[-1]}", len(part), functools.partial(_samples, options, material.paths, part)
@@ -188,10 +187,12 @@ def _find_material(options: Options) -> _Material:
 
 
 def _opencv_version() -> str:
+    """Return the version of OpenCV, under whichever package name. The style simple works without it."""
     try:
-        return importlib.metadata.version("opencv-python-headless")
-    except importlib.metadata.PackageNotFoundError as error:
+        import cv2
+    except ImportError as error:
         raise ShardError("style rich needs OpenCV: pip install 'vfi-training-stack[scenes]', or choose style simple") from error
+    return cv2.__version__
 
 
 def _samples(options: Options, paths: tuple[Path, ...], numbers: Sequence[int]) -> Iterator[writer.Sample]:
@@ -217,7 +218,7 @@ def _draw(options: Options, paths: tuple[Path, ...], number: int, height: int, w
     if options.style == "simple":
         opaque = [picture.levels[0] for picture in pictures if not picture.is_cutout]
         return scene(options.seed, options.split, number, height, width, _max_motion(options), opaque)
-    import cv2  # the simple style works without OpenCV
+    import cv2
 
     from shards.rich_drawing import draw_scene
 
