@@ -32,7 +32,7 @@ TRAIN_SAMPLES, VAL_SAMPLES = 512, 64
 TRAIN_SEED, VAL_SEED = 0, 1
 STEPS = 300
 TRAINING = ["--preset", "tiny", "--phase", "2", "--val_every", "100", "--val_samples", "32", "--save_every", "100"]
-CLIP_SIZE, CLIP_FRAMES, CLIP_MOTION, CLIP_SEED = "192x256", 25, "72", 2  # 3 pixels from frame to frame, as in training
+CLIP_SIZE, CLIP_FRAMES, CLIP_MOTION, CLIP_SEED = "192x256", 17, "48", 2  # 3 pixels from frame to frame, as in training
 MIN_GAIN = 3.0
 """What the model has to gain over the frame average, in dB."""
 EXP_NAME = "tiny"
