@@ -276,11 +276,6 @@ def read_step(checkpoint: Path) -> int:
     return read_state(checkpoint).step
 
 
-def read_position(checkpoint: Path) -> SavedPosition | None:
-    """Where in the data a checkpoint was written, if it says so."""
-    return read_state(checkpoint).position
-
-
 def read_random(checkpoint: Path) -> list[Any]:
     """State of the random generators, one entry a process (see random_state.py); empty where there is none."""
     if not (checkpoint / RANDOM).exists() and not is_verifiable(checkpoint):

@@ -181,7 +181,7 @@ class GuardConfig:
     guard_window: int = 200
     """Steps that the running medians look back, and among which skipped steps are counted."""
     guard_skips: int = 3
-    """Steps of the window that may be skipped; with one more the run goes back to the last good checkpoint."""
+    """Steps of the window that may be skipped; with one more the run goes back to the last good state."""
     guard_roll_backs: int = 2
     """Times that a run may go back; then it stops."""
     guard_rate_factor: float = 0.5

@@ -12,13 +12,14 @@
 | scale     | gradient no number, loss fine, loss scaled (fp16) | left to the scaler, which tries a smaller scale            |
 | skip      | loss or gradient is no number                     | weights and optimizer stay, the data goes on               |
 | roll_back | too many skips; or the loss is high and stays so  | weights, optimizer and place in the data are those of the  |
-|           |                                                   | last checkpoint before that began; the rate is lowered     |
+|           |                                                   | last good state before that began; the rate is lowered     |
 | stop      | that, once too often                              | the run ends                                               |
 
 A norm is judged by the median and the spread of its logarithm over the last steps that were usual: norms are skewed, and grow
 by factors where a network wakes up. When most of the latest steps are unusual and the loss is not high, the norms have come to
 a new level, and that is the usual one from then on: a healthy run is not clipped for ever. The loss stays high when it is above
-twice its median in more than half of the last quarter of the window; many a run comes down by itself before.
+twice its median in more than half of the last quarter of the window; many a run comes down by itself before. No loss above 25
+times the run's first one is usual: so a run that explodes before there is a median is caught, too.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ LayerGroups = dict[str, list[nn.Parameter]]
 Action = Literal["go", "watch", "scale", "skip", "roll_back", "stop"]
 _LATEST = 20  # steps, more than half of which make a new level
 _HIGH = 2.0  # times the usual loss is a high one
+_USUAL_AT_MOST = 25.0  # times the first loss: the batches of a run don't differ by so much for long
 _BUILDING = 3  # unusual steps in a row: no single bad batch any more
 _SPREAD = 1.4826  # of a normal distribution: standard deviation / median of the distances from the median
 
@@ -53,7 +55,7 @@ class Verdict(NamedTuple):
     building: bool = False
     """The annealing factor of the residual mixing is to rise."""
     began: int = 0
-    """Of roll_back and stop: the step at which the trouble began, as far as the guard can tell."""
+    """Of roll_back and stop: the first step whose weights may be ruined; the loss of the step after it was bad."""
 
     @property
     def moves(self) -> bool:
@@ -75,6 +77,8 @@ class Guard:
         """Written so far."""
         self.latest: list[tuple[list[float], bool]] = []
         """Norms of the latest steps, oldest first, and whether they were unusual."""
+        self.first_loss = math.inf
+        """The run's first one; inf is nothing known."""
         self.losses: list[tuple[int, float]] = []
         """Steps and losses of the last guard_window steps that had one, oldest first."""
         self.in_a_row = 0
@@ -117,12 +121,14 @@ class Guard:
                 return Verdict("scale", f"{', '.join(broken)} with the loss scaled by {scale:g}")
             return self._skip(", ".join(broken))
         self.losses = [*self.losses[1 - self.config.guard_window :], (step, loss)]
+        if not 0 < self.first_loss < math.inf:
+            self.first_loss = loss
         high = [i for i, norm in enumerate(norms) if norm > limit[i]]
         self.latest = [*self.latest[1 - _LATEST :], (norms, bool(high))]
         self.in_a_row = self.in_a_row + 1 if high else 0
         if len(self._high_losses(self.patience)) > self.patience // 2:
             why = f"the loss is {loss:.3g} and stays high, where {self._usual_loss():.3g} was usual"
-            return self._roll_back(why, self._began())
+            return self._roll_back(why, self._first_high())
         if not high:
             self._learn(norms)
             return GO
@@ -143,6 +149,16 @@ class Guard:
         unknown = (self.window > 0).sum(dim=1, keepdim=True) < KNOWN_STEPS
         return median.exp().nan_to_num(0)[:, 0].tolist(), limit.masked_fill(unknown, math.inf)[:, 0].tolist()
 
+    def first_doubtful_step(self) -> int:
+        """Return the first step whose weights may yet turn out to be ruined; those of earlier steps are good, whatever comes.
+
+        A loss that stays high is noticed within a quarter of the window, once there are enough losses to judge by; a skipped
+        step counts for a whole window.
+        """
+        can_judge = len(self.losses) >= KNOWN_STEPS + self.patience
+        first_bad = self.step + 1 - self.patience if can_judge else min([self.step, *(step for step, _ in self.losses)])
+        return min([first_bad, *self.skips]) - 1
+
     def go_on_after(self, former: Guard) -> None:
         """The run has gone back to when this was known; `former` is what was known when that was decided."""
         self.roll_backs = former.roll_backs + 1
@@ -158,6 +174,7 @@ class Guard:
             "skips": list(self.skips),
             "roll_backs": self.roll_backs,
             "rate_factor": self.rate_factor,
+            "first_loss": self.first_loss if self.first_loss < math.inf else None,
             "losses": [list(pair) for pair in self.losses],
             "names": list(self.names),
             "window": self.window[:, columns].T.tolist(),
@@ -169,6 +186,8 @@ class Guard:
         """Go on from `state`; of a network with other groups, what was done and the losses count, the norms don't."""
         self.step, self.skips = int(state["step"]), list(map(int, state["skips"]))
         self.roll_backs, self.rate_factor = int(state["roll_backs"]), float(state["rate_factor"])
+        first = state.get("first_loss")  # older checkpoints don't have it
+        self.first_loss = math.inf if first is None else float(first)
         self.losses = [(int(step), float(loss)) for step, loss in state["losses"]][-self.config.guard_window :]
         if state["names"] != list(self.names):
             return
@@ -183,15 +202,16 @@ class Guard:
         why = f"{why}, and so it was in {len(self.skips)} of the last {self.config.guard_window} steps"
         return self._roll_back(why, self.skips[0])
 
-    def _roll_back(self, why: str, began: int) -> Verdict:
-        return Verdict("roll_back" if self.roll_backs < self.config.guard_roll_backs else "stop", why, began=began)
+    def _roll_back(self, why: str, first_bad: int) -> Verdict:
+        """Go back to before the weights that the loss or gradient of step `first_bad` was of."""
+        return Verdict("roll_back" if self.roll_backs < self.config.guard_roll_backs else "stop", why, began=first_bad - 1)
 
     def _usual_loss(self) -> float:
-        """Median of the losses before those that are judged; inf where too few are known."""
+        """Return the median of the losses before those that are judged, at most 25 times the first one; inf without any."""
         before = [loss for _, loss in self.losses[: -self.patience]]
-        return statistics.median(before) if len(before) >= KNOWN_STEPS else math.inf
+        return min(statistics.median(before) if len(before) >= KNOWN_STEPS else math.inf, _USUAL_AT_MOST * self.first_loss)
 
-    def _began(self) -> int:
+    def _first_high(self) -> int:
         """The first of the high losses: they may have been so for longer than is judged, where nothing was usual yet."""
         high = set(self._high_losses(len(self.losses)))
         steps, began = [step for step, _ in self.losses], self.step

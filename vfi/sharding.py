@@ -15,7 +15,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,7 +31,7 @@ from vfi.model.interpolator import FrameInterpolator
 from vfi.model.refine import RefineNet
 from vfi.ops.dtensor import is_in_shards
 from vfi.processes import asked_precision, asked_sharding
-from vfi.weights import load_optimizer, read_optimizer
+from vfi.weights import load_optimizer
 
 MakeOptimizer = Callable[[nn.Module], torch.optim.Optimizer]
 _MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -128,9 +127,9 @@ class Whole:
         """Whole state of AdamW, as its `state_dict` has it; only that of the main process is of use."""
         return self.optimizer.state_dict()
 
-    def load_optimizer(self, checkpoint: Path) -> None:
-        """Put back what `optimizer_state` gave; CheckpointError where it does not fit."""
-        load_optimizer(self.optimizer, checkpoint)
+    def load_optimizer(self, state: dict[str, Any], place: str) -> None:
+        """Put back what `optimizer_state` gave and `place` kept; CheckpointError where it does not fit."""
+        load_optimizer(self.optimizer, state, place)
 
 
 class Fsdp2(Whole):
@@ -182,10 +181,10 @@ class Fsdp2(Whole):
         whole = {i: {name: self._whole(value) for name, value in values.items()} for i, values in state["state"].items()}
         return state | {"state": whole}
 
-    def load_optimizer(self, checkpoint: Path) -> None:
+    def load_optimizer(self, state: dict[str, Any], place: str) -> None:
         from torch.distributed.tensor import distribute_tensor
 
-        load_optimizer(self.optimizer, checkpoint)
+        load_optimizer(self.optimizer, state, place)
         for parameter, values in self.optimizer.state.items():
             for name, value in values.items():
                 if isinstance(value, Tensor) and value.dim():
@@ -299,27 +298,27 @@ class Zero(Whole):
         moment: Tensor = self.zero.optimizer.state[self.flat[mapping.param_group_index]][name]
         return [(moment[here.start : here.start + here.numel], slice(there.start, there.start + there.numel))]
 
-    def load_optimizer(self, checkpoint: Path) -> None:
-        state = read_optimizer(checkpoint)["state"]
-        if not state:
+    def load_optimizer(self, state: dict[str, Any], place: str) -> None:
+        of_parameters: dict[int, dict[str, Tensor]] = state["state"]
+        if not of_parameters:
             return
-        self._refuse_state(state, checkpoint)
+        self._refuse_state(of_parameters, place)
         for flat in self.flat:
-            step = state[0]["step"].to(flat.device if self.groups[0]["fused"] else "cpu")
+            step = of_parameters[0]["step"].to(flat.device if self.groups[0]["fused"] else "cpu")
             moments = {name: torch.zeros_like(flat) for name in _MOMENTS}
             self.zero.optimizer.state[flat] = {"step": step.clone()} | moments
         for i, parameter in enumerate(self.parameters):
             for name in _MOMENTS:
-                self._set_moment(parameter, name, state[i][name])
+                self._set_moment(parameter, name, of_parameters[i][name])
 
-    def _refuse_state(self, state: dict[int, dict[str, Tensor]], checkpoint: Path) -> None:
+    def _refuse_state(self, state: dict[int, dict[str, Tensor]], place: str) -> None:
         """CheckpointError for the state of other parameters, or of some that are younger than others."""
         shapes = [list(getattr(parameter, "ds_shape", parameter.shape)) for parameter in self.parameters]
         if sorted(state) != list(range(len(shapes))) or any(list(state[i]["exp_avg"].shape) != s for i, s in enumerate(shapes)):
-            raise CheckpointError(f"the optimizer's state in {checkpoint} is of other parameters than those that train here")
+            raise CheckpointError(f"the optimizer's state in {place} is of other parameters than those that train here")
         if len({values["step"].item() for values in state.values()}) > 1:
             raise CheckpointError(
-                f"in {checkpoint} some parameters have trained for more steps than others, as after a frozen backbone, which "
+                f"in {place} some parameters have trained for more steps than others, as after a frozen backbone, which "
                 f"ZeRO can't tell apart: go on with ddp.yaml or fsdp2.yaml, or start from its weights (--start_from)"
             )
 

@@ -29,7 +29,7 @@ from tqdm import tqdm
 from shards.schema import ShardError
 from vfi import checkpoint, model_folder, presets, weights
 from vfi.checkpoint import CheckpointError, SavedPosition, State
-from vfi.config import UNTRAINED, Config, ConfigError, accumulation
+from vfi.config import KNOWN_STEPS, UNTRAINED, Config, ConfigError, accumulation
 from vfi.data.augment import FrameTooSmallError
 from vfi.data.faults import Skipped, Tally
 from vfi.data.loader import FrameBatch, TrainingLoader
@@ -49,12 +49,12 @@ from vfi.optim import annealing, build_optimizer, carry_over, freeze, learning_r
 from vfi.processes import asked_precision, idle_gpus, start_accelerator
 from vfi.progress import progress
 from vfi.records import to_json, write_text
-from vfi.recovery import Part, go_back, suspects
+from vfi.recovery import Part, Snapshots, go_back, suspects
 from vfi.run_status import recorded
 from vfi.sharding import sharding
 from vfi.tracking import METRICS, Tracker, environment, versions, write_environment
 from vfi.training_graphs import Recorder, let_segments_grow, record_passes
-from vfi.training_state import check_agreement, gather_random, on_main, restore, scaler_state
+from vfi.training_state import Snapshot, check_agreement, gather_random, on_main, read_snapshot, restore, scaler_state
 from vfi.validation import Score, Validation
 from vfi.watch import Watch
 
@@ -107,7 +107,10 @@ class Trainer:
         self.validation = Validation(self.data) if self.data.val_path else None
         self.watch = Watch(device, self.run.timeout_minutes * 60, signals=not self.run.dry_run)
         self._fit_batch()
-        self._build()
+        # from one to the next, the guard has seen whether trouble began before the one
+        self.snapshots = Snapshots(max(KNOWN_STEPS, config.guard.guard_window // 4 + 1))
+        self.can_keep_snapshots = config.guard.guard and config.guard.guard_roll_backs > 0 and self.shards.name == "none"
+        self._build(self._read_resumed())
         self.tracker = Tracker(self.folder, self.step, self.accelerator.is_main_process)
         if self.data.batch_size != config.data.batch_size:
             numbers = {"batch_size": self.data.batch_size, "accumulation": self.accumulation}
@@ -124,17 +127,24 @@ class Trainer:
         self.accelerator.gradient_accumulation_steps = self.accumulation
         self.loader.regroup(self.data.batch_size, self.accumulation)
 
-    def _build(self) -> None:
-        """Network, optimizer and place in the data as `start_from` has them; at the start of a run and after a roll-back."""
+    def _read_resumed(self) -> Snapshot | None:
+        """Read the checkpoint from which this very run is resumed, if it is, and say which ones are damaged."""
+        check_agreement(self.accelerator, self.start_from)
+        for line in self.found:
+            self.say(line)
+        return read_snapshot(self.start_from) if self.going_on and self.start_from else None
+
+    def _build(self, snapshot: Snapshot | None) -> None:
+        """Network, optimizer and place in the data, those of `snapshot` or of a start; also after a roll-back."""
         config = self.config
         set_seed(self.run.seed)
         self.network = FrameInterpolator(config.model, self.accelerator.device)
         self.choices = [*self.network.choices(), choose_loss(config.optim.loss_backend, self.accelerator.device)[1]]
-        self.step = self._load()
+        self.step = self._load_own(snapshot) if snapshot else self._load()
         self.least_annealing = annealing_factor(self.network)  # read once: every reading waits for the device
-        if config.run.matvlm_plan != "off" and self.step == 0:
+        if config.run.matvlm_plan != "off" and snapshot is None:
             self._transplant()
-        saved = self._saved_position()
+        saved = self._saved_position(snapshot)
         # the checkpoint of the last frozen step is one of a frozen backbone: it thaws with the step after it
         self.frozen = config.optim.freeze_backbone > 0 and saved.position <= Position(config.optim.freeze_backbone)
         self.position = self._position(saved)
@@ -162,8 +172,8 @@ class Trainer:
         self.score: Score | None = None
         self.groups = layer_groups(self.network)
         self.guard = Guard(self.groups, config.guard) if config.guard.guard else None
-        if self.going_on and self.start_from:
-            restore(self.accelerator, self.start_from, self.shards, self.ema, self.guard, self.say)
+        if snapshot is not None:
+            restore(self.accelerator, snapshot, self.shards, self.ema, self.guard, self.say)
 
     def _record(self) -> Recorder:
         """Have the network's passes recorded; ConfigError where they can't be."""
@@ -195,11 +205,29 @@ class Trainer:
         path, self.found = checkpoint.find_whole(first, self.run.output_dir)
         return path
 
+    def _load_own(self, snapshot: Snapshot) -> int:
+        """Load the weights of this very run; return the step that they are of."""
+        self.say(f"going on from the weights of {snapshot.place} (step {snapshot.state.step})")
+        if snapshot.path is None:
+            self.network.load_state_dict(snapshot.weights)
+            return snapshot.state.step
+        different = self._compare_models(checkpoint.read_config(snapshot.path, self.say))
+        try:
+            weights.refuse_differences(self.network.state_dict(), snapshot.weights, snapshot.path)
+        except CheckpointError as error:
+            raise CheckpointError(f"{error}. Settings that differ: {different or 'none'}") from error
+        self.network.load_state_dict(snapshot.weights)
+        return snapshot.state.step
+
+    def _compare_models(self, theirs: Config) -> str:
+        """Return the settings of the model that differ from those of the weights, and say them."""
+        different = weights.compare_models(self.config, theirs)
+        if different:
+            self.say(f"settings of the model that differ from that run's: {different}")
+        return different
+
     def _load(self) -> int:
-        """Load weights; the step to go on from is 0 unless this very run is resumed."""
-        check_agreement(self.accelerator, self.start_from)
-        for line in self.found:
-            self.say(line)
+        """Load the first weights, if they are given; return 0, the step to go on from."""
         if self.start_from is None:
             if self.run.resume == "auto":
                 self.say(f"no checkpoint in {self.folder}: starting from scratch")
@@ -209,14 +237,9 @@ class Trainer:
             step, theirs = described.origin.step, Config(model=described.model)
         else:
             step, theirs = checkpoint.read_step(self.start_from), checkpoint.read_config(self.start_from, self.say)
-        different = weights.compare_models(self.config, theirs)
-        self.say(f"{'going on' if self.going_on else 'starting'} from the weights of {self.start_from} (step {step})")
-        if different:
-            self.say(f"settings of the model that differ from that run's: {different}")
+        self.say(f"starting from the weights of {self.start_from} (step {step})")
+        different = self._compare_models(theirs)
         try:
-            if self.going_on:
-                weights.load_weights(self.network, self.start_from)
-                return step
             for line in weights.load_parts(self.network, self.start_from):
                 self.say(line)
             if factor := annealing_factor(self.network):
@@ -225,10 +248,10 @@ class Trainer:
             raise CheckpointError(f"{error}. Settings that differ: {different or 'none'}") from error
         return 0
 
-    def _saved_position(self) -> SavedPosition:
+    def _saved_position(self, snapshot: Snapshot | None) -> SavedPosition:
         """Where in the data the run was that goes on; without a word on it, where so many of these steps lead."""
         plan = self.loader.plan
-        saved = checkpoint.read_position(self.start_from) if self.going_on and self.start_from else None
+        saved = snapshot.state.position if snapshot else None
         return saved or SavedPosition(plan.at_step(self.step), plan.order)
 
     def _position(self, saved: SavedPosition) -> Position:
@@ -284,6 +307,10 @@ class Trainer:
         self.say(f"{plan.samples} samples{mixed}, {plan.steps_per_epoch} steps an epoch, {epochs:.1f} epochs")
         for choice in self.choices:
             self.say(choice)
+        if self.guard and self.shards.name != "none":
+            self.say(
+                "weights are in shards: the guard keeps no state in memory and goes back to checkpoints alone (--save_every)"
+            )
         if idle_gpus():
             self.say(f"{idle_gpus()} more GPUs are visible and not used: accelerate_configs/ddp.yaml uses several")
         if self.accelerator.is_main_process:
@@ -299,6 +326,7 @@ class Trainer:
         bar = progress(self.step, self.total, self.accelerator.is_main_process)
         with contextlib.closing(self.tracker), self.watch, bar:
             self.catch_up()
+            self.keep_snapshot()
             first = self.step
             while self.step < self.total:
                 self.train_step(meter, bar)
@@ -356,6 +384,7 @@ class Trainer:
                 stopping = stopping or (validating and not self.validate())
                 if saving or stopping:
                     self.save(losses["loss"], move.norm)
+        self.keep_snapshot()
         if stopping:
             self.end_early()
 
@@ -485,9 +514,8 @@ class Trainer:
         device and that forward pass thrown away: the run is to the bit what it would be with waiting.
         """
         this, run = self.step + 1, self.run
-        special = this + 1 == self.total or any(
-            step % every == 0 for every in (run.log_every, run.save_every, run.val_every) for step in (this, this + 1)
-        )
+        due = (run.log_every, run.save_every, run.val_every, self.snapshots.every)
+        special = this + 1 == self.total or any(step % every == 0 for every in due for step in (this, this + 1))
         changes = self.frozen or annealing(this, self.total, self.config.optim) > 0
         able = self.accumulation == 1 and self.shards.can_try and _waits_for(self.accelerator.device)
         return able and not special and not changes
@@ -522,22 +550,24 @@ class Trainer:
         return self.least_annealing
 
     def roll_back(self, verdict: Verdict) -> dict[str, float]:
-        """Go back to the last good checkpoint, with a lower rate from now on -> what has changed, for the log."""
+        """Go back to the last good state, with a lower rate from now on -> what has changed, for the log."""
         self.watch.at(f"going back from step {self.step}")
-        former, path = self.guard, go_back(self.accelerator, self.folder, verdict.began)
-        if path is None:
-            self.give_up(verdict.why, f"{self.folder} has no good checkpoint from before step {verdict.began} to go back to")
-        self.start_from, self.going_on, self.found = path, True, []
+        former, snapshot = self.guard, go_back(self.accelerator, self.folder, verdict.began, self.snapshots)
+        if snapshot is None:
+            where = "in memory or as a checkpoint" if self.can_keep_snapshots else "as a checkpoint"
+            self.give_up(verdict.why, f"there is no good state from before step {verdict.began} to go back to, {where}")
         self.accelerator.free_memory()
         raised = self.least_annealing
-        self._build()
+        self._build(snapshot)
         self.least_annealing = max(self.least_annealing, raised)  # it was raised for good
         set_annealing(self.network, self.least_annealing)
         assert self.guard is not None
         assert former is not None
         self.guard.go_on_after(former)
         self.train_mode()
-        return {"roll_backs": self.guard.roll_backs, "rate_factor": self.guard.rate_factor}
+        self.keep_snapshot()
+        numbers = {"roll_backs": self.guard.roll_backs, "rate_factor": self.guard.rate_factor}
+        return numbers | {"from_memory": float(snapshot.path is None)}
 
     def give_up(self, why: str, more: str) -> NoReturn:
         """End training where the guard knows no further."""
@@ -588,16 +618,26 @@ class Trainer:
         """Write a checkpoint on the main process while the others wait."""
         # the loss is that of before the step: a gradient that is no number shows in the norm alone, which all processes share
         self.check_finite(self.accelerator.reduce(loss, reduction="mean").item(), norm.item())
-        (epoch, done), order = self.position, self.loader.plan.order
-        model, optimizer = self.shards.weights(), self.shards.optimizer_state()
-        ema, updates = (self.shards.gathered(self.ema.weights()), self.ema.updates) if self.ema else (None, 0)
-        random = gather_random(self.accelerator)
-        psnr = self.score.psnr if self.score and self.score.step == self.step and math.isfinite(self.score.psnr) else None
-        guard = self.guard.state_dict() if self.guard else {}
-        state = State(self.step, epoch, done, order, psnr, updates, scaler_state(self.accelerator), guard, versions())
+        _, state, model, optimizer, ema, random = self.take_snapshot()
         write = functools.partial(checkpoint.save, keep_last=self.run.keep_last, keep_best=self.run.keep_best)
         with self.watch.on_main(f"the save of step {self.step}"):
             on_main(self.accelerator, lambda: write(self.folder, state, self.config, model, optimizer, ema=ema, random=random))
+
+    def take_snapshot(self) -> Snapshot:
+        """Return everything that the run needs to go on from here; its tensors are those that train."""
+        (epoch, done), order = self.position, self.loader.plan.order
+        model, optimizer = self.shards.weights(), self.shards.optimizer_state()
+        ema, updates = (self.shards.gathered(self.ema.weights()), self.ema.updates) if self.ema else (None, 0)
+        psnr = self.score.psnr if self.score and self.score.step == self.step and math.isfinite(self.score.psnr) else None
+        guard = self.guard.state_dict() if self.guard else {}
+        state = State(self.step, epoch, done, order, psnr, updates, scaler_state(self.accelerator), guard, versions())
+        return Snapshot(None, state, model, optimizer, ema, gather_random(self.accelerator))
+
+    def keep_snapshot(self) -> None:
+        """Keep this step in memory, where it is due: what a roll-back costs does not depend on --save_every."""
+        if self.guard and self.can_keep_snapshots and self.snapshots.should_keep(self.step, self.guard.first_doubtful_step()):
+            self.watch.at(f"the copy in memory of step {self.step}")
+            self.snapshots.keep(self.take_snapshot())
 
 
 def _waits_for(device: torch.device) -> bool:

@@ -1,4 +1,9 @@
-"""What of a training run, beside its step and weights, has to come back, and from which process?
+"""Everything from which a training run continues exactly: collected, copied in memory, read from a checkpoint, put back.
+
+    snapshot = Snapshot(None, state, shards.weights(), shards.optimizer_state(), averages, gather_random(accelerator))
+    snapshot.copy_to_host()         # stays as it is while the run goes on
+    read_snapshot(checkpoint)       # the same from disk, where checkpoint.py has written it
+    restore(accelerator, snapshot, shards, ema, guard, say)
 
 Every process takes part in each of these calls. How weights and optimizer are spread over processes is sharding.py's.
 """
@@ -9,19 +14,58 @@ import math
 import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
-from vfi.checkpoint import EMA, RANDOM, STATE, CheckpointError, read_random, read_state
+from vfi.checkpoint import EMA, RANDOM, STATE, CheckpointError, State, read_random, read_state
 from vfi.ema import Ema
 from vfi.guard import Guard
 from vfi.sharding import Whole
-from vfi.weights import read_weights, refuse_differences
+from vfi.weights import read_optimizer, read_weights, refuse_differences
+
+
+class Snapshot(NamedTuple):
+    """A run after a step: what a checkpoint holds. Whole tensors; with shards only those of the main process are of use."""
+
+    path: Path | None
+    """The checkpoint that it was read from; None: it is in memory alone."""
+    state: State
+    weights: dict[str, Tensor]
+    optimizer: dict[str, Any]
+    ema: dict[str, Tensor] | None
+    random: list[Any]
+    """State of the random generators, one entry a process."""
+
+    @property
+    def place(self) -> str:
+        """Return where it is, for messages."""
+        return str(self.path or "memory")
+
+    def copy_to_host(self) -> Snapshot:
+        """Return the same in tensors of its own, in the host's memory."""
+        weights, optimizer, ema = tree_map_only(Tensor, _copy_to_host, (self.weights, self.optimizer, self.ema))
+        return self._replace(weights=weights, optimizer=optimizer, ema=ema)
+
+
+def read_snapshot(checkpoint: Path) -> Snapshot:
+    """Read a checkpoint; CheckpointError names the file that is not usable."""
+    ema = read_weights(checkpoint, EMA) if (checkpoint / EMA).is_file() else None
+    state, weights, optimizer = read_state(checkpoint), read_weights(checkpoint), read_optimizer(checkpoint)
+    return Snapshot(checkpoint, state, weights, optimizer, ema, read_random(checkpoint))
+
+
+def _copy_to_host(tensor: Tensor) -> Tensor:
+    """Return a copy, laid out alike. From a GPU it is made in the order of the GPU's work, while the program goes on."""
+    if not tensor.is_cuda:
+        return tensor.detach().clone()
+    copy = torch.empty_like(tensor, device="cpu", pin_memory=True)  # from a GPU into other memory the program would wait
+    return copy.copy_(tensor.detach(), non_blocking=True)
 
 
 def gather_random(accelerator: Accelerator) -> list[dict[str, Any]]:
@@ -37,69 +81,69 @@ def scaler_state(accelerator: Accelerator) -> dict[str, float]:
 
 def restore(
     accelerator: Accelerator,
-    checkpoint: Path,
+    snapshot: Snapshot,
     shards: Whole,
     ema: Ema | None,
     guard: Guard | None,
     say: Callable[[str], None],
 ) -> None:
-    """Put back all but the weights (weights.py) and the position: optimizer, EMA, loss scale, guard, random generators."""
-    state = read_state(checkpoint)
-    shards.load_optimizer(checkpoint)
-    _restore_ema(ema, checkpoint, state.ema_updates, say)
-    _restore_scaler(accelerator.scaler, checkpoint, state.scaler, say)
-    _restore_guard(guard, checkpoint, state.guard)
-    _restore_random(accelerator, checkpoint, say)
+    """Put back all but the weights and the position: optimizer, EMA, loss scale, guard, random generators.
+
+    CheckpointError names what is not usable. The tensors of `snapshot` are the run's own from then on.
+    """
+    shards.load_optimizer(snapshot.optimizer, snapshot.place)
+    _restore_ema(ema, snapshot, say)
+    _restore_scaler(accelerator.scaler, snapshot, say)
+    _restore_guard(guard, snapshot)
+    _restore_random(accelerator, snapshot, say)
 
 
-def _restore_ema(ema: Ema | None, checkpoint: Path, updates: int, say: Callable[[str], None]) -> None:
-    saved = (checkpoint / EMA).is_file()
-    if ema is None or not saved:
-        if saved:
-            say(f"--ema is 0: the EMA weights of {checkpoint} end here")
+def _restore_ema(ema: Ema | None, snapshot: Snapshot, say: Callable[[str], None]) -> None:
+    if ema is None or snapshot.ema is None:
+        if snapshot.ema is not None:
+            say(f"--ema is 0: the EMA weights of {snapshot.place} end here")
         if ema is not None:
-            say(f"{checkpoint} has no EMA weights: the average starts from its weights")
+            say(f"{snapshot.place} has no EMA weights: the average starts from its weights")
         return
-    average = read_weights(checkpoint, EMA)
-    refuse_differences(ema.weights(), average, checkpoint, EMA)
-    ema.load(average, updates)
+    if snapshot.path is not None:
+        refuse_differences(ema.weights(), snapshot.ema, snapshot.path, EMA)
+    ema.load(snapshot.ema, snapshot.state.ema_updates)
 
 
-def _restore_scaler(
-    scaler: torch.amp.GradScaler | None, checkpoint: Path, saved: dict[str, float], say: Callable[[str], None]
-) -> None:
+def _restore_scaler(scaler: torch.amp.GradScaler | None, snapshot: Snapshot, say: Callable[[str], None]) -> None:
+    saved = snapshot.state.scaler
     if scaler is None or not saved:
         if scaler is not None:
-            say(f"{checkpoint} was not made in fp16: the loss scale starts anew")
+            say(f"{snapshot.place} was not made in fp16: the loss scale starts anew")
         return
     own = scaler.state_dict()
     if set(saved) != set(own) or not all(0 <= value < math.inf for value in saved.values()) or not saved["scale"] > 0:
-        raise CheckpointError(f"{checkpoint / STATE} has no usable loss scale: {saved}")
+        raise CheckpointError(f"{snapshot.place}/{STATE} has no usable loss scale: {saved}")
     scaler.load_state_dict(saved)
 
 
-def _restore_guard(guard: Guard | None, checkpoint: Path, saved: dict[str, Any]) -> None:
-    if guard is None or not saved:  # one that starts anew learns within its window what is usual
+def _restore_guard(guard: Guard | None, snapshot: Snapshot) -> None:
+    if guard is None or not snapshot.state.guard:  # one that starts anew learns within its window what is usual
         return
     try:
-        guard.load_state_dict(saved)
+        guard.load_state_dict(snapshot.state.guard)
     except (KeyError, TypeError, ValueError, RuntimeError, OverflowError) as error:
-        raise CheckpointError(f"{checkpoint / STATE} has no usable state of the guard: {error!r}") from error
+        raise CheckpointError(f"{snapshot.place}/{STATE} has no usable state of the guard: {error!r}") from error
 
 
-def _restore_random(accelerator: Accelerator, checkpoint: Path, say: Callable[[str], None]) -> None:
+def _restore_random(accelerator: Accelerator, snapshot: Snapshot, say: Callable[[str], None]) -> None:
     """Give each process the random state that it had; other numbers of processes can't have theirs, and that is said."""
-    states = read_random(checkpoint)
+    states = snapshot.random
     if len(states) != accelerator.num_processes:
         say(
-            f"{checkpoint} has the random states of {len(states)} processes, now there are {accelerator.num_processes}: they "
-            f"start from --seed (the order of samples and their augmentation don't depend on them)"
+            f"{snapshot.place} has the random states of {len(states)} processes, now there are {accelerator.num_processes}: "
+            f"they start from --seed (the order of samples and their augmentation don't depend on them)"
         )
         return
     try:
         set_random_state(states[accelerator.process_index], accelerator.device)
     except (KeyError, TypeError, ValueError, RuntimeError, OverflowError) as error:
-        raise CheckpointError(f"{checkpoint / RANDOM} is not usable: {error!r}") from error
+        raise CheckpointError(f"{snapshot.place}/{RANDOM} is not usable: {error!r}") from error
 
 
 def random_state(device: torch.device) -> dict[str, Any]:

@@ -109,9 +109,11 @@ def read_optimizer(checkpoint: Path) -> dict[str, Any]:
     return state
 
 
-def load_optimizer(optimizer: torch.optim.Optimizer, checkpoint: Path) -> None:
-    """Put a checkpoint's optimizer state back: settings are those of the run as it is started now, the state is the file's."""
-    state = read_optimizer(checkpoint)
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any], place: str | Path) -> None:
+    """Put the optimizer state that was saved at `place` back, which takes it: settings are those of the run as it is now.
+
+    CheckpointError where it does not fit.
+    """
     try:
         for saved, own in zip(state["param_groups"], optimizer.param_groups, strict=True):
             saved.update({name: value for name, value in own.items() if name != "params"})
@@ -121,7 +123,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, checkpoint: Path) -> None:
                 if isinstance(value, Tensor) and value.dim() and value.shape != parameter.shape:
                     raise ValueError(f"{name} is of shape {list(value.shape)} instead of {list(parameter.shape)}")
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{checkpoint / OPTIMIZER} cannot be loaded: {error}") from error
+        raise CheckpointError(f"{place}/{OPTIMIZER} cannot be loaded: {error}") from error
 
 
 def compare_models(ours: Config, theirs: Config) -> str:

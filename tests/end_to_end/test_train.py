@@ -19,7 +19,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from warm import ON_CPU, ROOT, TORCHRUN, TRAIN, Process, finish, start_ranks
 
 from vfi import presets, train
-from vfi.checkpoint import latest, list_checkpoints, read_position
+from vfi.checkpoint import latest, list_checkpoints, read_state
 from vfi.data.plan import Position
 
 FLAGS = ["--preset", "tiny", "--crop", "64", "--num_workers", "0", "--log_every", "1", "--warmup_steps", "2", "--lr", "2e-4"]
@@ -152,7 +152,7 @@ def test_two_processes_killed_within_an_epoch_go_on_as_one(tmp_path, train_shard
         process.kill()
     while latest(run).step % 6 not in (2, 3):  # of the six steps of an epoch
         shutil.rmtree(latest(run).path)
-    epoch, ((global_batch, steps),) = read_position(latest(run).path).position
+    epoch, ((global_batch, steps),) = read_state(latest(run).path).position.position
     assert (epoch, global_batch, steps) == (latest(run).step // 6, 4, latest(run).step % 6)
 
     config = presets.from_command_line([*FLAGS, *map(str, flags), "--batch_size", "2"])
@@ -172,7 +172,7 @@ def test_two_processes_killed_within_an_epoch_go_on_as_one(tmp_path, train_shard
     assert len(before) == 4 * steps
     assert len(set(before + after[:rest])) == 22
     assert len(after) == 5 * -(-rest // 5)  # the last step is filled up
-    assert read_position(latest(run).path).position == Position(epoch + 1)
+    assert read_state(latest(run).path).position.position == Position(epoch + 1)
     assert latest(run).step == 6 * epoch + steps + -(-rest // 5)
 
 
@@ -182,7 +182,7 @@ def test_another_order_starts_the_epoch_anew(undisturbed, tmp_path, train_shards
     run_here("--data_path", train_shards, "--steps", 9, "--batch_size", 4, "--output_dir", tmp_path, "--exp_name", "changed",
              "--resume", "auto", "--shuffle_shards", 1)  # fmt: skip
     assert "are not those of the checkpoint: epoch 1 starts anew" in capsys.readouterr().out
-    assert read_position(latest(run).path).position == Position(1, ((4, 1),))
+    assert read_state(latest(run).path).position.position == Position(1, ((4, 1),))
 
 
 @pytest.mark.slow

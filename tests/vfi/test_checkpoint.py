@@ -71,7 +71,7 @@ def test_all_of_a_checkpoint_comes_back(tmp_path):
     assert checkpoint.check(path) == []
     assert checkpoint.read_state(path) == state
     assert checkpoint.read_step(path) == 12
-    assert checkpoint.read_position(path) == SavedPosition(Position(3, ((16, 2), (24, 5))), "abc")
+    assert checkpoint.read_state(path).position == SavedPosition(Position(3, ((16, 2), (24, 5))), "abc")
     assert checkpoint.read_random(path) == random
     assert checkpoint.read_config(path) == CONFIG
 
@@ -87,7 +87,7 @@ def test_a_checkpoint_is_usable_alone(run, tmp_path):
 
 
 def test_without_a_position_none_comes_back(run):
-    assert checkpoint.read_position(run / "checkpoints" / "step_00000010") is None
+    assert checkpoint.read_state(run / "checkpoints" / "step_00000010").position is None
 
 
 # what is kept

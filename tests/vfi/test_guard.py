@@ -198,18 +198,19 @@ def test_after_as_many_roll_backs_as_allowed_it_stops_and_the_rate_falls_each_ti
     assert judge(watcher, 40, math.nan, 1.0, 2.0).action == "stop"
 
 
-def test_trouble_began_with_the_first_high_loss_or_skip_that_counts():
+def test_trouble_began_before_the_first_high_loss_or_skip_that_counts():
+    """With the step before: it made the weights that the loss shows."""
     watcher = guard(guard_window=40, guard_skips=2)
     feed(watcher, 100)
     judge(watcher, 101, math.nan, 1.0, 2.0)  # has no loss, and is not counted among those that do
     verdicts = [judge(watcher, 102 + i, 0.5 if i else 0.1, 1.0, 2.0) for i in range(7)]
-    assert [(v.action, v.began) for v in verdicts] == [("go", 0)] * 6 + [("roll_back", 103)]
+    assert [(v.action, v.began) for v in verdicts] == [("go", 0)] * 6 + [("roll_back", 102)]
     watcher = guard(guard_window=40, guard_skips=2)
     feed(watcher, 100)
     verdicts = [judge(watcher, 101 + 15 * i, math.nan, 1.0, 2.0) for i in range(5)]  # the first is forgotten by then
     assert [(v.action, v.began) for v in verdicts[:2]] == [("skip", 0)] * 2
-    assert (verdicts[2].action, verdicts[2].began) == ("roll_back", 101)
-    assert (verdicts[4].action, verdicts[4].began) == ("roll_back", 131)
+    assert (verdicts[2].action, verdicts[2].began) == ("roll_back", 100)
+    assert (verdicts[4].action, verdicts[4].began) == ("roll_back", 130)
 
 
 def test_trouble_from_before_anything_was_usual_began_then():
@@ -217,7 +218,54 @@ def test_trouble_from_before_anything_was_usual_began_then():
     feed(watcher, 13)
     verdicts = [judge(watcher, step, 0.5, 1.0, 2.0) for step in range(14, 31)]
     assert [verdict.action for verdict in verdicts] == ["go"] * 16 + ["roll_back"]  # 20 losses, and 10 that are judged by them
-    assert verdicts[-1].began == 14
+    assert verdicts[-1].began == 13
+
+
+def test_before_anything_is_usual_a_loss_far_above_the_first_is_high():
+    """At twice 25 times the first one; as soon as more than half of a quarter of the window are."""
+    for factor, expected in ((49.0, []), (51.0, [("roll_back", 1)])):
+        watcher = guard(guard_window=40)
+        verdicts = [judge(watcher, step, 0.1 if step == 1 else factor * 0.1, 1.0, 2.0) for step in range(1, 8)]
+        assert [(v.action, v.began) for v in verdicts if v.action != "go"] == expected
+    # and the median of an explosion never becomes the usual loss
+    watcher = guard(guard_window=40)
+    judge(watcher, 1, 0.1, 1.0, 2.0)
+    actions = [judge(watcher, step, 0.1 if step % 2 else 10.0, 1.0, 2.0).action for step in range(2, 200)]
+    assert set(actions) == {"go"}  # five of ten, and a median of 10
+    assert judge(watcher, 200, 10.0, 1.0, 2.0).action == "go"
+    assert judge(watcher, 201, 10.0, 1.0, 2.0).action == "roll_back"
+
+
+def test_what_is_in_doubt_is_all_to_which_trouble_may_yet_be_traced():
+    """Against what the guard says later: whatever comes, a state that was good once is never one to go back from."""
+    draw, found = random.Random(1), 0
+    for _ in range(300):
+        watcher, since, level = guard(guard_window=40, guard_skips=2), [], 1.0
+        for step in range(1, 150):
+            since.append(watcher.first_doubtful_step())
+            level *= draw.choice([1.0] * 30 + [0.5, 3.0, 3.0])
+            loss = math.nan if draw.random() < 0.03 else level * draw.lognormvariate(0, 0.3)
+            verdict = judge(watcher, step, loss, 1.0, 2.0)
+            if verdict.action == "roll_back":
+                assert max(since) <= verdict.began, (since, verdict)
+                found += verdict.began > 20
+                break
+    assert found > 50
+
+
+def test_nothing_is_out_of_doubt_before_a_loss_can_be_judged_and_later_all_but_the_last_steps():
+    watcher = guard(guard_window=40)
+    assert watcher.first_doubtful_step() < 0
+    feed(watcher, 29)
+    assert watcher.first_doubtful_step() == 0
+    feed(watcher, 1, 30)
+    assert watcher.first_doubtful_step() == 30 - 10
+    feed(watcher, 20, 31)
+    judge(watcher, 51, math.nan, 1.0, 2.0)
+    feed(watcher, 39, 52)
+    assert watcher.first_doubtful_step() == 50  # for as long as the skip counts
+    feed(watcher, 1, 91)
+    assert watcher.first_doubtful_step() == 91 - 10
 
 
 def test_doubts_are_what_is_not_judged_usual():

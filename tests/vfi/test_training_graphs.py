@@ -139,10 +139,11 @@ RUN = ["--preset", "tiny", "--width", "2", "--head_dim", "16", "--depths", "1", 
     [
         (["--crop", "64", "--ema", "0.9"], None),
         (["--crop", "64"], 8),
+        (["--crop", "64", "--ema", "0.9", "--save_every", "100"], 8),
         (["--crop", "64", "--batch_size", "2", "--global_batch", "4"], None),
         (["--crop", "64", "--phase", "2", "--freeze_backbone", "1", "--resume", "first"], None),
     ],
-    ids=["ahead", "rolls_back", "accumulates", "thaws"],
+    ids=["ahead", "rolls_back", "rolls_back_in_memory", "accumulates", "thaws"],
 )
 def test_a_run_is_the_same(flags, bad, tmp_path, train_shards, val_shards, monkeypatch):
     """Also where forward passes begin ahead of the guard, another network takes the place of the first, and weights thaw."""

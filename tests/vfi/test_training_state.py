@@ -14,7 +14,7 @@ import torch
 
 from vfi import presets
 from vfi.checkpoint import CheckpointError, State, save
-from vfi.training_state import random_state, restore, scaler_state, set_random_state
+from vfi.training_state import random_state, read_snapshot, restore, scaler_state, set_random_state
 
 
 def draws(device: torch.device) -> list[float]:
@@ -49,8 +49,8 @@ def saved(folder: Path, scaler: dict[str, float]) -> Path:
 def put_back(scaler: torch.amp.GradScaler | None, checkpoint: Path) -> list[str]:
     """What is said while it is put back into a process with this loss scale."""
     said: list[str] = []
-    whole = SimpleNamespace(load_optimizer=lambda _: None)
-    restore(process(scaler), checkpoint, whole, None, None, said.append)
+    whole = SimpleNamespace(load_optimizer=lambda *_: None)
+    restore(process(scaler), read_snapshot(checkpoint), whole, None, None, said.append)
     return said
 
 

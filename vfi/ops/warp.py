@@ -41,6 +41,9 @@ def _backward_warp(x: Tensor, flow: Tensor, top: int = 0) -> Tensor:
     across = (columns + flow[:, 0]) * (2 / max(W - 1, 1)) - 1
     down = (rows + flow[:, 1]) * (2 / max(H - 1, 1)) - 1
     grid = torch.stack((across, down), dim=-1).to(x.dtype)
+    if x.device.type == "cpu" and torch.is_grad_enabled():
+        # on a CPU the backward pass of grid_sample would write outside of the frame where a flow is NaN; below -1 is the border
+        grid = torch.fmax(grid, grid.new_full((), -1))
     return F.grid_sample(x, grid, mode="bilinear", padding_mode="border", align_corners=True)
 
 
