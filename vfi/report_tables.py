@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 from vfi.gates import Verdict
 from vfi.published import published_cells
-from vfi.results import BASELINES, QUARTERS, Group, Row, by_clip, by_motion
-from vfi.speed_results import OUT_OF_MEMORY, Speed
+from vfi.results import BASELINES, QUARTERS, Entry, Group, Row, by_clip, by_motion
+from vfi.speed_results import OUT_OF_MEMORY, OWN_PRECISION, Speed
 
 _LONG = 30  # signs
 
@@ -72,7 +72,7 @@ def results_table(group: Group) -> Table:
         _Column("Parameters", _plain(short_number(row.parameters) for row in rows)),
         _Column("MACs", _plain(short_number(row.macs) for row in rows), "MACs: of one frame of the first sample's size."),
         _Column("Step", _plain("" if row.step is None else f"{row.step:,}" for row in rows)),
-        _Column("Precision", _plain(["", "", *(entry.results.environment.get("precision", "") for entry in group.entries)])),
+        _Column("Precision", _plain(["", "", *map(_precision, group.entries)])),
     ]  # fmt: skip
     return _table("Results", columns, baselines=len(BASELINES))
 
@@ -218,6 +218,11 @@ def _values(values: Sequence[float | None], digits: int, lower: bool) -> list[Ce
 
 def _number(value: float | None, digits: int, unit: float = 1) -> str:
     return "" if value is None else f"{value / unit:.{digits}f}"
+
+
+def _precision(entry: Entry) -> str:
+    """Return what a model was computed in; one of another repository chooses that itself, and has no run."""
+    return entry.results.environment.get("precision", "") if entry.row.run else OWN_PRECISION
 
 
 def _better_on(row: Row, group: Group) -> str:

@@ -47,12 +47,11 @@ from vfi.model_summary import parse_size
 from vfi.numerics import set_numerics
 from vfi.profiling import WARMUP
 from vfi.results import check_output
-from vfi.speed_results import Speed, SpeedRow, write_speed
+from vfi.speed_results import OWN_PRECISION, Speed, SpeedRow, write_speed
 from vfi.tracking import environment
 
 _PHOTOGRAPHS = ("astronaut.png", "chelsea.png", "motorcycle_left.png")  # a pair of each: no input stays in a cache
 _MOTION = (1 / 90, 1 / 45)  # of height and width: 8 and 28 pixels at 736x1280
-_OWN_PRECISION = "its own"
 
 Pair = tuple[Tensor, Tensor]
 """img0, img1: `[1, 3, H, W]` in [0, 1]."""
@@ -253,7 +252,7 @@ def _row(
         parameters=one.model.parameters,
         size=size,
         factor=factor,
-        precision=describe_precision(precision) if ours else _OWN_PRECISION,
+        precision=describe_precision(precision) if ours else OWN_PRECISION,
         compiled=compiled,
         out_of_memory=times is None,
     )

@@ -20,6 +20,8 @@ from vfi.results import ResultError
 
 SCHEMA = "vfi-speed"
 VERSION = 1
+OWN_PRECISION = "its own"
+"""Of a model of another repository, which chooses it."""
 OUT_OF_MEMORY = "out of memory"
 _AGAIN = "run `vfi benchmark --speed` again"
 _HEAD = ("size", "model", "params", "rate", "precision", "ms", "p90", "frames/s", "GiB allocated", "GiB reserved", "ratio")

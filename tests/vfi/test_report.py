@@ -137,6 +137,13 @@ def test_measures_that_only_some_rows_have_get_their_columns(tmp_path) -> None:
     assert len(best) == 2 + 2 + 1  # PSNR and SSIM of both models, which are equal, and one IE; one LPIPS is no best
 
 
+def test_a_model_of_another_repository_chooses_its_precision(tmp_path) -> None:
+    other = dataclasses.replace(made.row("my:model", made.AVERAGE), path="my:model", run=None, step=None)
+    text, page = _report(tmp_path, made.results(rows=(*made.results().rows, other)))
+    for shown in (_markdown_tables(text)[0], page.rows[0]):
+        assert [row[-1] for row in shown if row[0] in ("tiny", "my:model")] == ["fp32", "its own"]
+
+
 def test_psnr_by_motion(tmp_path) -> None:
     values = {FRAME_AVERAGE: 30.0, NEAREST_FRAME: 29.0, "tiny": 33.0}
     rows = tuple(made.row(name, [(psnr + image, 0.9) for image in range(4)]) for name, psnr in values.items())
