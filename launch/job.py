@@ -28,7 +28,7 @@ from typing import NamedTuple, NoReturn
 import submitit
 
 from launch.attempt import Attempt, Outcome, together
-from launch.experiment import newest_step
+from launch.preflight import newest_step
 from launch.submission import Submission, read_submission
 from vfi.errors import STOPPED
 

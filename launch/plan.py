@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from launch import experiment
+from launch import preflight
 from launch.memory_profiles import choose_batch
 from launch.options import Options
 from vfi import presets
@@ -91,15 +91,13 @@ def _checked(options: Options, flags: Sequence[str], precision: str, later: str 
         config, notes = choice.applied_to(config), [f"batch: {choice.why}"]
     elif options.gpu_gb:
         raise JobError(f"--gpu_gb {options.gpu_gb} has no effect with --batch_size: drop one of them")
-    notes += experiment.check(config, processes, later)
+    notes += preflight.check(config, processes, later)
     return config, notes
 
 
 def _training(config: Config, after: str = "") -> Run:
-    arguments = tuple(experiment.flags(experiment.safe_to_repeat(config)))
-    return Run(
-        config.run.exp_name, "train", arguments, experiment.run_folder(config).absolute(), config.data.num_workers, after
-    )
+    arguments = tuple(preflight.flags(preflight.safe_to_repeat(config)))
+    return Run(config.run.exp_name, "train", arguments, preflight.run_folder(config).absolute(), config.data.num_workers, after)
 
 
 def _chain(options: Options, common: list[str], own: Sequence[Sequence[str]], precision: str) -> tuple[list[Run], list[str]]:
@@ -133,8 +131,8 @@ def _ablation(options: Options, common: list[str], precision: str) -> tuple[list
             for seed in range(options.seeds):
                 name = f"{prefix}_{row}_seed{seed}"
                 other = presets.override(config, seed=seed, exp_name=name)
-                experiment.refuse_other_run(other)
-                arguments = tuple(experiment.differences(experiment.safe_to_repeat(other)))
+                preflight.refuse_other_run(other)
+                arguments = tuple(preflight.differences(preflight.safe_to_repeat(other)))
                 runs.append(dataclasses.replace(first, name=name, arguments=arguments, folder=first.folder.with_name(name)))
         except ConfigError as error:
             raise ConfigError(f"{row}: {error}") from error
@@ -156,7 +154,7 @@ def _benchmark(arguments: list[str]) -> Run:
     if options.protocol and not (Path(options.data).is_dir() or "://" in options.data):
         raise JobError(f"--data {options.data} is no folder: give the set's own, or shards of it")
     if "://" not in options.data and not options.protocol:
-        experiment.check_shards(options.data)
+        preflight.check_shards(options.data)
     return Run(options.out.stem, "benchmark", tuple(arguments), folder, options.workers)
 
 

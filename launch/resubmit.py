@@ -18,7 +18,7 @@ from pathlib import Path
 
 import tyro
 
-from launch.enqueue import enqueue, enqueue_each, waiting_for
+from launch.queue import enqueue, enqueue_each, waiting_for
 from launch.status import Launched, look
 from launch.submission import Submission, read_queued
 from vfi.errors import JobError, clear_errors

@@ -24,9 +24,9 @@ from typing import Any
 import tyro
 
 from launch import snapshot
-from launch.enqueue import cluster, enqueue, enqueue_each, run_here, waiting_for
 from launch.options import Options, check_options
 from launch.plan import Run, mixed_precision, plan
+from launch.queue import cluster, enqueue, enqueue_each, run_here, waiting_for
 from launch.status import look_at
 from launch.submission import LAUNCH, SUBMISSION, Submission, next_folder, read_queued, read_submission
 from shards.schema import ShardError

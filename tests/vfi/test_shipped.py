@@ -15,7 +15,7 @@ from made_videos import new_run
 from PIL import Image
 from safetensors.torch import load_file
 
-from launch import experiment
+from launch import preflight
 from vfi import FrameInterpolator, benchmark, interpolate, model_folder, presets, shipped, train
 from vfi.app_work import Work
 from vfi.checkpoint import CheckpointError
@@ -154,10 +154,10 @@ def test_training_starts_from_it(folder, train_shards, tmp_path, flag, capsys) -
 def test_a_submission_may_start_from_it(folder, train_shards) -> None:
     words = ["--preset", "tiny", "--data_path", str(train_shards), "--start_from", "shipped"]
     config = presets.from_command_line(words)
-    experiment.check(config, processes=1)
+    preflight.check(config, processes=1)
     shutil.rmtree(folder)
     with pytest.raises(ConfigError, match=f"no run or checkpoint 'shipped' to start from: looked at {folder}"):
-        experiment.check(config, processes=1)
+        preflight.check(config, processes=1)
 
 
 def test_it_has_no_revisions(folder) -> None:

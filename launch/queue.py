@@ -27,9 +27,9 @@ from vfi.records import to_json, write_text
 
 
 def cluster() -> types.ModuleType:
-    """launch.cluster, which needs submitit."""
+    """launch.executors, which needs submitit."""
     try:
-        return importlib.import_module("launch.cluster")
+        return importlib.import_module("launch.executors")
     except ModuleNotFoundError as error:
         if error.name != "submitit":
             raise
