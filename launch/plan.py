@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Literal
 
 from launch import preflight
-from launch.memory_profiles import choose_batch
+from launch.memory.batch_size import choose_batch
 from launch.options import Options
 from vfi import presets
 from vfi.config import Config, ConfigError

@@ -4,7 +4,7 @@
     python -m launch.profile --preset base --phase 1 --crops 256 512 --batches 2 8 24 --check_batches 12 --precision fp32
 
 Measured is in a process of its own, and after a batch that runs out of memory in a new one: nothing of it is left to the next.
-A formula (launch/memory_fit.py) is fitted to --batches and compared with --check_batches, which it has not seen.
+A formula (launch/memory/model.py) is fitted to --batches and compared with --check_batches, which it has not seen.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from typing import Any, Literal, TypeVar
 import torch
 import tyro
 
-from launch.memory_fit import GIB, PROFILES, Entry, Fit, Point, Precision, add, fit_points, read_profiles
-from launch.memory_profiles import Card, identify
+from launch.memory.batch_size import Card, identify
+from launch.memory.model import GIB, PROFILES, Entry, Fit, Point, Precision, add, fit_points, read_profiles
 from vfi import presets, profiling
 from vfi.config import Config, ConfigError, validate
 from vfi.errors import JobError, clear_errors

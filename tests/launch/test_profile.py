@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from launch import profile
-from launch.memory_fit import GIB, PROFILES, Point, add, read_profiles
-from launch.memory_profiles import choose_batch
+from launch.memory.batch_size import choose_batch
+from launch.memory.model import GIB, PROFILES, Point, add, read_profiles
 from launch.profile import Gpu, Options, OwnProcess, main
 from vfi import presets, training_graphs
 from vfi.config import Config, ConfigError

@@ -16,7 +16,7 @@ import re
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from launch.memory_fit import GIB, Entry, Fit, Point, Profiles, read_profiles, settings
+from launch.memory.model import GIB, Entry, Fit, Point, Profiles, read_profiles, settings
 from vfi.config import Config, ConfigError, ModelConfig
 
 OUTSIDE_GIB = 1.0

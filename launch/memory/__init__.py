@@ -1,0 +1,1 @@
+"""Memory that training takes, by measured profiles, and the batch size that fits."""
