@@ -21,7 +21,7 @@ import submitit
 from submitit.core.utils import FailedJobError, FailedSubmissionError
 from submitit.slurm.slurm import _make_sbatch_string
 
-from launch import job
+from launch.node import agent
 from vfi.errors import JobError
 
 ClusterName = Literal["slurm", "local", "debug"]
@@ -63,7 +63,7 @@ def submit(
     executor = _EXECUTORS[cluster](folder, _running(code, parameters))
     try:
         with _no_output() if cluster == "local" else contextlib.nullcontext():
-            jobs = executor.map_array(job.run, list(map(str, submissions)))
+            jobs = executor.map_array(agent.run, list(map(str, submissions)))
     except (FailedJobError, FailedSubmissionError) as error:
         raise JobError(f"the cluster refused the job, nothing was queued: {_refusal(error)}") from error
     if cluster == "debug":

@@ -18,7 +18,7 @@ from typing import Any
 import tyro
 
 from launch import slurm
-from launch.attempt import last_outcome
+from launch.node.rendezvous_files import last_outcome
 from launch.slurm import JobState
 from launch.submission import QUEUED, SUBMISSION, Submission, read_queued, read_submission, submissions
 from vfi.errors import JobError, clear_errors

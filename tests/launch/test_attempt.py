@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from launch import slurm
-from launch.attempt import Attempt, Outcome, last_outcome, together
+from launch.node.rendezvous_files import Attempt, Outcome, last_outcome, together
 from launch.slurm import JobState
 
 DONE, STOPPED = Outcome("done", time=5.0), Outcome("stopped", 75, ("SIGUSR2",), time=4.0)

@@ -1,6 +1,6 @@
 """What does each process of a job do? It writes its output to a file of its own, runs a module, and notes its exit code.
 
-    torchrun … -m launch.rank FOLDER vfi.train --preset small …
+    torchrun … -m launch.node.rank FOLDER vfi.train --preset small …
 
 FOLDER/rank_3.log    what process 3 says        rank_3.pid    which process it is        rank_3.exit    its exit code
 

@@ -1,7 +1,7 @@
 """What does each node of a job execute, and when is the job requeued? One task a node.
 
 Node 0 begins the attempt; every node starts `accelerate launch` with its rank and the head's address, passes on the signals
-that tell training to stop, and in the end tells the others what happened (attempt.py). Then, the same on all of them:
+that tell training to stop, and in the end tells the others what happened (rendezvous_files.py). Then, the same on all of them:
 
     done                  exit code 0
     failed by itself      its exit code, as sacct shows it; never requeued
@@ -27,7 +27,7 @@ from typing import NamedTuple, NoReturn
 
 import submitit
 
-from launch.attempt import Attempt, Outcome, together
+from launch.node.rendezvous_files import Attempt, Outcome, together
 from launch.preflight import newest_step
 from launch.submission import Submission, read_submission
 from vfi.errors import STOPPED
@@ -140,7 +140,7 @@ class Node:
         if processes > 1:
             command += ["--main_process_ip", self.head(), "--main_process_port", str(self.port())]
         command += ["--mixed_precision", {"fp32": "no"}.get(job.precision, job.precision)]
-        return [*command, "--module", "launch.rank", str(self.attempt.folder), f"vfi.{job.job}", *job.arguments]
+        return [*command, "--module", "launch.node.rank", str(self.attempt.folder), f"vfi.{job.job}", *job.arguments]
 
     def head(self) -> str:
         """Address of node 0, as the others reach it."""
