@@ -12,8 +12,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from shards import image_sets
-from shards.image_sets import Options
+from shards import published_sets
+from shards.published_sets import Options
 from shards.schema import Index
 
 EXPECTED = 12
@@ -23,26 +23,26 @@ LAYOUT = f"{INPUTS}/<sequence>/frame10.png, frame11.png and {TRUTHS}/<sequence>/
 
 def make(options: Options) -> Index:
     """Write the shard folder and return its index (`image_sets.make` says what can go wrong)."""
-    return image_sets.make("shards.middlebury", options, find)
+    return published_sets.make("shards.middlebury", options, find)
 
 
-def find(options: Options) -> image_sets.ImageSet:
+def find(options: Options) -> published_sets.ImageSet:
     """The sequences that have inputs or a truth: what one of them lacks is a missing file."""
-    inputs = image_sets.scan(options.src, INPUTS, rf"{INPUTS}/(?P<name>[^/]+)/frame\d\d\.png", LAYOUT)
-    truths = image_sets.scan(options.src, TRUTHS, rf"{TRUTHS}/(?P<name>[^/]+)/frame10i11\.png", LAYOUT)
+    inputs = published_sets.scan(options.src, INPUTS, rf"{INPUTS}/(?P<name>[^/]+)/frame\d\d\.png", LAYOUT)
+    truths = published_sets.scan(options.src, TRUTHS, rf"{TRUTHS}/(?P<name>[^/]+)/frame10i11\.png", LAYOUT)
     names = sorted({match["name"] for match in inputs + truths})
-    return image_sets.ImageSet(
+    return published_sets.ImageSet(
         title="the Middlebury-Other set",
         split="test",
         frames=3,
-        groups=[image_sets.Group(name, name, _files(name)) for name in names],
+        groups=[published_sets.Group(name, name, _files(name)) for name in names],
         published_samples=EXPECTED,
     )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The job: parse flags, make the folder, say what it holds. Returns the exit code."""
-    return image_sets.main(Options, make, "shards.middlebury", __doc__, argv)
+    return published_sets.main(Options, make, "shards.middlebury", __doc__, argv)
 
 
 def _files(name: str) -> tuple[str, ...]:

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from shards import images
+from shards import codecs
 from shards.parallel import run
 from shards.schema import IMAGE_EXTENSIONS, ShardError
 
@@ -138,7 +138,7 @@ def read(path: Path, longest: int) -> Picture:
 
 def _pixels(path: Path) -> np.ndarray:
     """Return uint8 [H, W, 3], or [H, W, 4] if parts are transparent; what little is, is laid over black."""
-    opaque = images.read_image(path)
+    opaque = codecs.read_image(path)
     if path.suffix.lower() in (".png", ".webp", ".tif", ".tiff"):
         with Image.open(path) as image:
             if image.has_transparency_data:

@@ -16,7 +16,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from shards import image_sets, writer
+from shards import published_sets, writer
 from shards.schema import Index, ShardError
 
 SPLITS = ("easy", "medium", "hard", "extreme")
@@ -26,7 +26,7 @@ _LINE = rf"{_FOLDER}(?P<first>\d+)\.png\s+(?P=folder)(?P<middle>\d+)\.png\s+(?P=
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Options(image_sets.Options):
+class Options(published_sets.Options):
     """What `make` needs; each field is a flag of the job."""
 
     split: str
@@ -35,14 +35,14 @@ class Options(image_sets.Options):
 
 def make(options: Options) -> Index:
     """Write the shard folder and return its index (`image_sets.make` says what can go wrong)."""
-    return image_sets.make("shards.snu_film", options, find)
+    return published_sets.make("shards.snu_film", options, find)
 
 
-def find(options: Options) -> image_sets.ImageSet:
+def find(options: Options) -> published_sets.ImageSet:
     """The triplets of the list. Raises ShardError for an unusable list and when its folders are not below the source."""
-    image_sets.check_split(options.split, SPLITS)
+    published_sets.check_split(options.split, SPLITS)
     path = list_path(options.src, options.split)
-    lines = image_sets.read_list(path, _LINE, "test/clip/000016.png test/clip/000017.png test/clip/000018.png")
+    lines = published_sets.read_list(path, _LINE, "test/clip/000016.png test/clip/000017.png test/clip/000018.png")
     for line in lines:
         if not int(line["first"]) < int(line["middle"]) < int(line["last"]):
             raise ShardError(f"{path}: {line[0]!r} does not name the first, the middle and the last frame in this order")
@@ -52,8 +52,8 @@ def find(options: Options) -> image_sets.ImageSet:
     for line, folder in zip(lines, folders, strict=True):
         clip = "/".join((options.split, *folder[-2:]))
         files = [f"{'/'.join(folder[left_out:])}/{line[frame]}.png" for frame in ("first", "middle", "last")]
-        groups.append(image_sets.Group(f"{clip}/{line['middle']}", clip, tuple(files)))
-    return image_sets.ImageSet(
+        groups.append(published_sets.Group(f"{clip}/{line['middle']}", clip, tuple(files)))
+    return published_sets.ImageSet(
         title=f"the {options.split} list", split="test", frames=3, groups=groups, published_samples=EXPECTED
     )
 
@@ -82,7 +82,7 @@ def leading_folders(src: Path, folders: Sequence[tuple[str, ...]]) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The job: parse flags, make the folder, say what it holds. Returns the exit code."""
-    return image_sets.main(Options, make, "shards.snu_film", __doc__, argv)
+    return published_sets.main(Options, make, "shards.snu_film", __doc__, argv)
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from shards import images, photographs, writer
+from shards import codecs, photographs, writer
 from shards.cli import run_job
 from shards.schema import Index, SampleMeta, ShardError
 from shards.synthetic_scene import PHOTOGRAPHS, Scene, photograph_paths, scene
@@ -131,8 +131,8 @@ def _job(options: Options) -> int:
 
 
 def _check(options: Options) -> None:
-    images.check_codec(options.codec)
-    images.check_quality(options.quality)
+    codecs.check_codec(options.codec)
+    codecs.check_quality(options.quality)
     if options.style not in STYLES:
         raise ShardError(f"unknown style {options.style!r}: choose one of {', '.join(STYLES)}")
     if options.style == "rich":
@@ -204,7 +204,7 @@ def _samples(options: Options, paths: tuple[Path, ...], numbers: Sequence[int]) 
         yield writer.Sample(
             key=f"synthetic-{_clip_name(options, number)}",
             meta=SampleMeta(_clip_name(options, number), tuple(range(options.frames)), height, width),
-            frames=tuple(images.encode(drawn.render(float(t)), options.codec, options.quality) for t in times),
+            frames=tuple(codecs.encode(drawn.render(float(t)), options.codec, options.quality) for t in times),
             flow_t0=drawn.flow(middle, 0.0) if options.flow else None,
             flow_t1=drawn.flow(middle, 1.0) if options.flow else None,
         )

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from shards import images
+from shards import codecs
 from shards.schema import ShardError
 
 PHOTOGRAPHS = {
@@ -229,4 +229,4 @@ def _photograph(rng: np.random.Generator, photographs: Sequence[np.ndarray]) -> 
 
 @functools.cache
 def _load_photographs(split: str) -> tuple[np.ndarray, ...]:
-    return tuple(images.read_image(path) for path in photograph_paths(split))
+    return tuple(codecs.read_image(path) for path in photograph_paths(split))

@@ -11,8 +11,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from shards import image_sets
-from shards.image_sets import Options
+from shards import published_sets
+from shards.published_sets import Options
 from shards.schema import Index
 
 EXPECTED = 379
@@ -22,19 +22,19 @@ FRAMES = ("frame_00.png", "frame_01_gt.png", "frame_02.png")  # in order of time
 
 def make(options: Options) -> Index:
     """Write the shard folder and return its index (`image_sets.make` says what can go wrong)."""
-    return image_sets.make("shards.ucf101", options, find)
+    return published_sets.make("shards.ucf101", options, find)
 
 
-def find(options: Options) -> image_sets.ImageSet:
+def find(options: Options) -> published_sets.ImageSet:
     """The triplets in natural order of their ids. Raises ShardError for a folder of another layout."""
     pattern = r"(?P<id>[^/]+)/frame_(?:00|01_gt|01_ours|02)\.png"
-    matches = image_sets.scan(options.src, "", pattern, "<id>/frame_00.png, frame_01_gt.png, frame_02.png")
+    matches = published_sets.scan(options.src, "", pattern, "<id>/frame_00.png, frame_01_gt.png, frame_02.png")
     ids = dict.fromkeys(match["id"] for match in matches)
-    return image_sets.ImageSet(
+    return published_sets.ImageSet(
         title="the UCF101 set",
         split="test",
         frames=len(FRAMES),
-        groups=[image_sets.Group(name, name, tuple(f"{name}/{frame}" for frame in FRAMES)) for name in ids],
+        groups=[published_sets.Group(name, name, tuple(f"{name}/{frame}" for frame in FRAMES)) for name in ids],
         published_samples=EXPECTED,
         published_size=SIZE,
     )
@@ -42,7 +42,7 @@ def find(options: Options) -> image_sets.ImageSet:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The job: parse flags, make the folder, say what it holds. Returns the exit code."""
-    return image_sets.main(Options, make, "shards.ucf101", __doc__, argv)
+    return published_sets.main(Options, make, "shards.ucf101", __doc__, argv)
 
 
 if __name__ == "__main__":

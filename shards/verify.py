@@ -22,7 +22,7 @@ from typing import Annotated
 
 import tyro
 
-from shards import images, leaks
+from shards import codecs, overlap
 from shards.cli import run_job
 from shards.parallel import run
 from shards.schema import Index, ShardEntry, ShardError, frame_members, read_index, sha256_of
@@ -125,7 +125,7 @@ def _compare(options: Options) -> int:
                 "a frame that is in both sets is found only where both hold the same JPEG",
                 file=sys.stderr,
             )
-    found, frames = leaks.find_leaks(options.folders, options.against, options.workers)
+    found, frames = overlap.find_leaks(options.folders, options.against, options.workers)
     for leak in found:
         others = f" and {leak.copies - 1:,} more" if leak.copies > 1 else ""
         print(
@@ -159,7 +159,7 @@ def _check_sample(contents: dict[str, bytes], expected: list[str]) -> tuple[list
     problems = [] if named == len(members) else [f"its json names {named} frames instead of {len(members)}"]
     for name in members:
         try:
-            found = images.decode(contents[name], name.partition(".")[2], name).shape[:2]
+            found = codecs.decode(contents[name], name.partition(".")[2], name).shape[:2]
         except ShardError as error:
             problems.append(str(error))
             continue
@@ -171,7 +171,7 @@ def _check_sample(contents: dict[str, bytes], expected: list[str]) -> tuple[list
 
 def _check_flow(name: str, data: bytes, size: tuple[int, int]) -> list[str]:
     try:
-        images.decode_flow(data, *size)
+        codecs.decode_flow(data, *size)
     except ShardError as error:
         return [f"{name}: {error}"]
     return []

@@ -4,7 +4,7 @@
     python -m shards.video --src videos --out shards/mine --val_fraction 0.1     # shards/mine/train and shards/mine/val
 
 `src` is searched to any depth for video files and for folders that directly hold images (sorted naturally: one clip each).
-Sequences over scene cuts and with repeated frames are left out and counted in the index (see `shards.sequences`). A clip
+Sequences over scene cuts and with repeated frames are left out and counted in the index (see `shards.sequence_filter`). A clip
 never spans two splits. A video that cannot be read is named and passed over; one that breaks off keeps what came before.
 """
 
@@ -21,13 +21,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from shards import images, writer
+from shards import codecs, writer
 from shards.cli import run_job
-from shards.clips import Clip, Entry, find_clips, nearest_entry, read_clip
 from shards.color_conversion import CONVERSION
+from shards.frame_sources import Clip, Entry, find_clips, nearest_entry, read_clip
 from shards.parallel import run
 from shards.schema import SPLITS, VIDEO_EXTENSIONS, Index, SampleMeta, ShardError
-from shards.sequences import Found, find_sequences
+from shards.sequence_filter import Found, find_sequences
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,8 +101,8 @@ def _job(options: Options) -> int:
 
 
 def _check(options: Options) -> None:
-    images.check_codec(options.codec)
-    images.check_quality(options.quality)
+    codecs.check_codec(options.codec)
+    codecs.check_quality(options.quality)
     if options.split not in SPLITS:
         raise ShardError(f"unknown split {options.split!r}: choose one of {', '.join(SPLITS)}")
     least = {"frames": 2, "stride": 1, "step": 1, "samples_per_shard": 1}
@@ -244,7 +244,7 @@ def _samples_of(piece: Piece, options: Options) -> Iterator[writer.Sample]:
     for number, frame in enumerate(read_clip(piece.clip, first, piece.entry), first):
         if number in needed:
             image = frame.rgb(options.max_height)
-            ready[number] = images.encode(image, options.codec, options.quality), image.shape[:2]
+            ready[number] = codecs.encode(image, options.codec, options.quality), image.shape[:2]
         if number == waiting[0] + span[-1]:
             numbers = [waiting[0] + offset for offset in span]
             height, width = ready[number][1]

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from shards import image_sets
+from shards import published_sets
 from shards.schema import Index, ShardError
 
 FRAMES = {"triplet": 3, "septuplet": 7}
@@ -29,7 +29,7 @@ SIZE = (256, 448)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Options(image_sets.Options):
+class Options(published_sets.Options):
     """What `make` needs; each field is a flag of the job."""
 
     kind: str
@@ -40,20 +40,20 @@ class Options(image_sets.Options):
 
 def make(options: Options) -> Index:
     """Write the shard folder and return its index (`image_sets.make` says what can go wrong)."""
-    return image_sets.make("shards.vimeo90k", options, find)
+    return published_sets.make("shards.vimeo90k", options, find)
 
 
-def find(options: Options) -> image_sets.ImageSet:
+def find(options: Options) -> published_sets.ImageSet:
     """The sequences of the list of this kind and split. Raises ShardError for an unknown one and for an unusable list."""
     if options.kind not in FRAMES:
         raise ShardError(f"unknown kind {options.kind!r}: choose one of {', '.join(FRAMES)}")
-    image_sets.check_split(options.split, ("train", "test"))
+    published_sets.check_split(options.split, ("train", "test"))
     numbers = range(1, FRAMES[options.kind] + 1)
     groups = [
-        image_sets.Group(name, name, tuple(f"sequences/{name}/im{number}.png" for number in numbers))
+        published_sets.Group(name, name, tuple(f"sequences/{name}/im{number}.png" for number in numbers))
         for name in read_list(options.src / list_name(options.kind, options.split))
     ]
-    return image_sets.ImageSet(
+    return published_sets.ImageSet(
         title=f"the {options.kind} {options.split} list",
         split=options.split,
         frames=len(numbers),
@@ -71,12 +71,12 @@ def list_name(kind: str, split: str) -> str:
 def read_list(path: Path) -> list[str]:
     """The `<a>/<b>` names of a list in its order. Raises ShardError naming a bad line."""
     part = "[A-Za-z0-9_-]{1,30}"
-    return [match[0] for match in image_sets.read_list(path, f"{part}/{part}", "00001/0001")]
+    return [match[0] for match in published_sets.read_list(path, f"{part}/{part}", "00001/0001")]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The job: parse flags, make the folder, say what it holds. Returns the exit code."""
-    return image_sets.main(Options, make, "shards.vimeo90k", __doc__, argv)
+    return published_sets.main(Options, make, "shards.vimeo90k", __doc__, argv)
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ from typing import Any
 
 import numpy as np
 
-from shards.images import JPEG_ENCODER
+from shards.codecs import JPEG_ENCODER
 from shards.parallel import check_workers, run
 from shards.schema import (
     INDEX_NAME,

@@ -21,11 +21,11 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from shards import image_sets, images
-from shards.clips import Clip, promised_frames, read_clip
+from shards import codecs, published_sets
 from shards.color_conversion import CONVERSION
-from shards.image_sets import Frame, Group
+from shards.frame_sources import Clip, promised_frames, read_clip
 from shards.parallel import run
+from shards.published_sets import Frame, Group
 from shards.schema import VIDEO_EXTENSIONS, Index, ShardError
 
 TRAIN, TEST, VIDEOS = "train", "test", "encoded_train"
@@ -44,7 +44,7 @@ PATTERN = {
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Options(image_sets.Options):
+class Options(published_sets.Options):
     """What `make` needs; each field is a flag of the job."""
 
     split: str
@@ -59,22 +59,22 @@ def make(options: Options) -> Index:
     """Write the shard folder and return its index (`image_sets.make` says what can go wrong)."""
     if options.codec == "auto":
         options = dataclasses.replace(options, codec="jpeg" if _from_videos(options) else "copy")
-    return image_sets.make("shards.x4k1000fps", options, find)
+    return published_sets.make("shards.x4k1000fps", options, find)
 
 
-def find(options: Options) -> image_sets.ImageSet:
+def find(options: Options) -> published_sets.ImageSet:
     """The clips in natural order of their names. Raises ShardError for another layout and for a clip of another length."""
-    image_sets.check_split(options.split, (TRAIN, TEST))
+    published_sets.check_split(options.split, (TRAIN, TEST))
     numbers = range(CLIP_FRAMES) if options.split == TRAIN else TEST_FRAMES
     videos = _from_videos(options)
-    return image_sets.ImageSet(
+    return published_sets.ImageSet(
         title=f"the X-{options.split.upper()} set",
         split=options.split,
         frames=len(numbers),
         groups=_video_groups(options) if videos else _frame_groups(options, numbers),
         published_samples=EXPECTED[options.split],
         published_size=SIZE[options.split],
-        read=read_video if videos else image_sets.read_files,
+        read=read_video if videos else published_sets.read_files,
         color_conversion=CONVERSION if videos else None,
     )
 
@@ -83,12 +83,12 @@ def read_video(options: Options, group: Group) -> Iterator[Frame]:
     """The frames of a clip that is a video file, numbered from 0. Raises ShardError for a damaged one."""
     for number, frame in enumerate(read_clip(Clip(group.files[0], options.src / group.files[0]))):
         rgb = frame.rgb()
-        yield Frame(number, images.encode(rgb, options.codec, options.quality), rgb.shape[:2])
+        yield Frame(number, codecs.encode(rgb, options.codec, options.quality), rgb.shape[:2])
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The job: parse flags, make the folder, say what it holds. Returns the exit code."""
-    return image_sets.main(Options, make, "shards.x4k1000fps", __doc__, argv)
+    return published_sets.main(Options, make, "shards.x4k1000fps", __doc__, argv)
 
 
 def _from_videos(options: Options) -> bool:
@@ -98,7 +98,7 @@ def _from_videos(options: Options) -> bool:
 def _frame_groups(options: Options, numbers: range) -> list[Group]:
     split = options.split
     pattern, layout = PATTERN[split], LAYOUT[split]
-    clips = dict.fromkeys(match["clip"] for match in image_sets.scan(options.src, split, pattern, layout))
+    clips = dict.fromkeys(match["clip"] for match in published_sets.scan(options.src, split, pattern, layout))
     return [Group(clip, clip, tuple(f"{split}/{clip}/{number:04d}.png" for number in numbers)) for clip in clips]
 
 
@@ -106,7 +106,7 @@ def _video_groups(options: Options) -> list[Group]:
     if options.codec == "copy":
         raise ShardError("codec copy needs frame files, the clips are videos: choose jpeg (small), qoi or png (lossless)")
     pattern = rf"{VIDEOS}/(?P<clip>[^/]+/[^/]+)\.mp4"
-    matches = image_sets.scan(options.src, VIDEOS, pattern, f"{VIDEOS}/<scene>/<clip>.mp4", VIDEO_EXTENSIONS)
+    matches = published_sets.scan(options.src, VIDEOS, pattern, f"{VIDEOS}/<scene>/<clip>.mp4", VIDEO_EXTENSIONS)
     check = functools.partial(_check_length, options.src)
     run(check, [match[0] for match in matches], options.workers, name=str, title="look at clips")
     return [Group(match["clip"], match["clip"], (match[0],)) for match in matches]

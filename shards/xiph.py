@@ -14,7 +14,7 @@ import dataclasses
 import sys
 from collections.abc import Sequence
 
-from shards import image_sets
+from shards import published_sets
 from shards.schema import Index, ShardError
 
 CLIPS = (
@@ -33,7 +33,7 @@ SIZE = (2160, 4096)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Options(image_sets.Options):
+class Options(published_sets.Options):
     """What `make` needs; each field is a flag of the job."""
 
     samples_per_shard: int = 8
@@ -42,14 +42,14 @@ class Options(image_sets.Options):
 
 def make(options: Options) -> Index:
     """Write the shard folder and return its index (`image_sets.make` says what can go wrong)."""
-    return image_sets.make("shards.xiph", options, find)
+    return published_sets.make("shards.xiph", options, find)
 
 
-def find(options: Options) -> image_sets.ImageSet:
+def find(options: Options) -> published_sets.ImageSet:
     """The samples of the clips that are there. Raises ShardError for other images and for a clip in two places."""
     clip = f"(?P<clip>{'|'.join(CLIPS)})"
     pattern = rf"(?P<stem>{clip}(?:-|/(?:(?P=clip)-)?))(?!000)(?:0\d\d|100)\.png"
-    matches = image_sets.scan(options.src, "", pattern, f"<Clip>-001.png … <Clip>-100.png of {', '.join(CLIPS)}")
+    matches = published_sets.scan(options.src, "", pattern, f"<Clip>-001.png … <Clip>-100.png of {', '.join(CLIPS)}")
     stems: dict[str, str] = {}  # what stands before the number, by clip
     for match in matches:
         if stems.setdefault(match["clip"], match["stem"]) != match["stem"]:
@@ -58,12 +58,12 @@ def find(options: Options) -> image_sets.ImageSet:
                 "remove one; nothing was written"
             )
     groups = [
-        image_sets.Group(f"{clip}-{middle:03d}", clip, tuple(f"{stems[clip]}{middle + i:03d}.png" for i in (-1, 0, 1)))
+        published_sets.Group(f"{clip}-{middle:03d}", clip, tuple(f"{stems[clip]}{middle + i:03d}.png" for i in (-1, 0, 1)))
         for clip in CLIPS
         if clip in stems
         for middle in MIDDLES
     ]
-    return image_sets.ImageSet(
+    return published_sets.ImageSet(
         title="the Xiph set",
         split="test",
         frames=3,
@@ -75,7 +75,7 @@ def find(options: Options) -> image_sets.ImageSet:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The job: parse flags, make the folder, say what it holds. Returns the exit code."""
-    return image_sets.main(Options, make, "shards.xiph", __doc__, argv)
+    return published_sets.main(Options, make, "shards.xiph", __doc__, argv)
 
 
 if __name__ == "__main__":

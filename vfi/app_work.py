@@ -23,10 +23,10 @@ import av
 import numpy as np
 from PIL import Image
 
-from shards.clips import VideoFrame
+from shards.codecs import read_image
 from shards.color_conversion import from_rgb, to_rgb
-from shards.images import read_image
-from shards.sequences import is_cut
+from shards.frame_sources import VideoFrame
+from shards.sequence_filter import is_cut
 from vfi import interpolate
 from vfi.errors import JobError, message_of
 from vfi.inference import DeviceName, PrecisionName, describe_precision

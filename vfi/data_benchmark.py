@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from shards import images, writer
+from shards import codecs, writer
 from shards.schema import SampleMeta, ShardError, read_index
 from vfi.config import DataConfig
 from vfi.data.augment import FrameTooSmallError, apply_change, copy_pixels, draw_change
@@ -186,7 +186,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _check(options: Options) -> None:
     for codec in options.codecs:
-        images.check_codec(codec)
+        codecs.check_codec(codec)
     if options.samples < options.batch_size or options.batch_size < 1:
         raise JobError(f"--samples {options.samples} must be at least --batch_size {options.batch_size}, and that at least 1")
     if not options.codecs or not options.workers or min(options.workers) < 0:
@@ -211,7 +211,7 @@ def _write_loose(options: Options, folder: Path) -> int:
         paths[0].parent.mkdir(parents=True)
         for path, frame in zip(paths, (batch.img0, batch.imgt, batch.img1), strict=True):
             pixels = (frame[0] * 255).round().byte().permute(1, 2, 0).numpy()
-            path.write_bytes(images.encode(pixels, "png"))
+            path.write_bytes(codecs.encode(pixels, "png"))
     return len(numbers)
 
 
@@ -228,10 +228,10 @@ def _write_shards(loose: Path, out: Path, count: int, codec: str) -> None:
 
 def _samples(loose: Path, numbers: range, codec: str) -> Iterator[writer.Sample]:
     for number in numbers:
-        frames = [images.read_image(path) for path in _loose_frames(loose, number)]
+        frames = [codecs.read_image(path) for path in _loose_frames(loose, number)]
         key = f"{number:06d}"
         meta = SampleMeta(key, ("im1", "im2", "im3"), *frames[0].shape[:2])
-        yield writer.Sample(key, meta, tuple(images.encode(frame, codec) for frame in frames))
+        yield writer.Sample(key, meta, tuple(codecs.encode(frame, codec) for frame in frames))
 
 
 def _megabytes(folder: Path) -> float:

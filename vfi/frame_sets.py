@@ -13,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from shards import images
-from shards.image_sets import ImageSet, key_of, stat_files
+from shards import codecs
+from shards.published_sets import ImageSet, key_of, stat_files
 from shards.schema import INDEX_NAME, Index, ShardError, frame_members
 from vfi.data.samples import ShardReader
 from vfi.data.storage import ShardFolder, shard_folder
@@ -101,7 +101,7 @@ def _published(path: Path, protocol: Protocol) -> tuple[list[str], Callable[[int
 
     def read(number: int) -> list[np.ndarray]:
         files = [path / file for file in found.groups[number].files]
-        return [images.decode(file.read_bytes(), file.suffix, str(file)) for file in files]
+        return [codecs.decode(file.read_bytes(), file.suffix, str(file)) for file in files]
 
     return [key_of(group.name) for group in found.groups], read
 
@@ -116,7 +116,7 @@ def _shards(folder: ShardFolder, protocol: Protocol) -> tuple[list[str], Callabl
 
     def read(number: int) -> list[np.ndarray]:
         sample = reader.read_all(number)
-        return [images.decode(sample[member], member.rpartition(".")[2], sample["__where__"]) for member in members]
+        return [codecs.decode(sample[member], member.rpartition(".")[2], sample["__where__"]) for member in members]
 
     return keys, read
 

@@ -31,9 +31,9 @@ import tyro
 from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
-from shards.images import read_image
+from shards.codecs import read_image
 from shards.schema import IMAGE_EXTENSIONS, ShardError
-from shards.sequences import CUT
+from shards.sequence_filter import CUT
 from vfi.between import Between, Settings
 from vfi.checkpoint import CheckpointError
 from vfi.errors import JobError, clear_errors

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from shards.images import read_image
+from shards.codecs import read_image
 from shards.synthetic_scene import photograph_paths
 from vfi import profiling
 from vfi.adapters import Adapter, Model, distinct_names, is_adapter, load_any

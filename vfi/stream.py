@@ -27,10 +27,10 @@ import av
 import numpy as np
 from PIL import Image
 
-from shards.clips import VideoFrame
+from shards.codecs import read_image
 from shards.color_conversion import Colours, from_rgb, to_planes, to_rgb
-from shards.images import read_image
-from shards.sequences import CUT, is_cut, is_duplicate
+from shards.frame_sources import VideoFrame
+from shards.sequence_filter import CUT, is_cut, is_duplicate
 from vfi.errors import JobError
 from vfi.timeline import Moment, Timeline
 
@@ -74,7 +74,7 @@ class Care:
     """What is looked out for."""
 
     scene_cut: float = CUT
-    """Difference times change of histogram (shards/sequences.py) above which a new scene starts; 0: never."""
+    """Difference times change of histogram (shards/sequence_filter.py) above which a new scene starts; 0: never."""
     drop_duplicates: bool = False
     """Leave out frames that repeat the one before (pulldown, animation on twos), so that motion is spread evenly."""
 

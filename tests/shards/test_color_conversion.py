@@ -10,7 +10,6 @@ import av
 import numpy as np
 import pytest
 
-from shards.clips import find_clips, read_clip
 from shards.color_conversion import (
     Colours,
     assume_left_chroma,
@@ -21,6 +20,7 @@ from shards.color_conversion import (
     to_planes,
     to_rgb,
 )
+from shards.frame_sources import find_clips, read_clip
 from shards.schema import ShardError
 
 KR_KB = {1: (0.2126, 0.0722), 5: (0.299, 0.114), 6: (0.299, 0.114), 9: (0.2627, 0.0593)}  # BT.709-6, BT.601-7, BT.2020-2

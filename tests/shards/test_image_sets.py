@@ -14,7 +14,7 @@ from PIL import Image
 from published import PUBLISHED, Layout
 from sources import digests, members, write_noise, write_set
 
-from shards import image_sets, images, middlebury, snu_film, ucf101, x4k1000fps, xiph
+from shards import codecs, middlebury, published_sets, snu_film, ucf101, x4k1000fps, xiph
 from shards.schema import INDEX_NAME, ShardError, read_index
 from shards.verify import verify
 
@@ -197,7 +197,7 @@ def test_frames_can_be_compressed_anew(tmp_path, codec):
     for key, frames in members(tmp_path / "out").items():
         for file, data in zip(layout.samples[key], frames, strict=True):
             original = np.asarray(Image.open(src / file)).astype(int)
-            difference = np.abs(images.decode(data, {"jpeg": "jpg"}.get(codec, codec)) - original)
+            difference = np.abs(codecs.decode(data, {"jpeg": "jpg"}.get(codec, codec)) - original)
             assert difference.max() <= (0 if codec != "jpeg" else 40)
 
 
@@ -231,7 +231,7 @@ def test_names_that_give_the_same_key_are_named(tmp_path):
     layout = PUBLISHED["ucf101"]
     src = write_set(tmp_path / "set", (f"{folder}/{name}" for folder in ("a.b", "a b") for name in ucf101.FRAMES))
     with pytest.raises(ShardError, match="same key a_b"):
-        layout.job.make(image_sets.Options(src=src, out=tmp_path / "out"))
+        layout.job.make(published_sets.Options(src=src, out=tmp_path / "out"))
 
 
 @pytest.mark.parametrize(
@@ -241,4 +241,4 @@ def test_names_that_give_the_same_key_are_named(tmp_path):
 def test_bad_lists_are_named(tmp_path, text, message):
     (tmp_path / "list.txt").write_text(text)
     with pytest.raises(ShardError, match=message):
-        image_sets.read_list(tmp_path / "list.txt", "[a-z]", "a")
+        published_sets.read_list(tmp_path / "list.txt", "[a-z]", "a")

@@ -9,14 +9,14 @@ from PIL import Image
 from scipy.fft import dctn, idctn
 from sources import panning
 
-from shards import images
+from shards import codecs
 from shards.schema import EXTENSION, ShardError
 
 
 @pytest.mark.parametrize("codec", ["png", "qoi"])
 def test_lossless_codecs_are_exact(codec):
     frame = np.random.default_rng(0).integers(0, 256, (37, 53, 3), dtype=np.uint8)
-    back = images.decode(images.encode(frame, codec), EXTENSION[codec])
+    back = codecs.decode(codecs.encode(frame, codec), EXTENSION[codec])
     assert back.dtype == np.uint8
     assert back.flags.c_contiguous
     np.testing.assert_array_equal(back, frame)
@@ -24,11 +24,11 @@ def test_lossless_codecs_are_exact(codec):
 
 def test_jpeg_is_close_keeps_full_colour_and_follows_quality():
     frame = panning(1)[0]
-    data = images.encode(frame, "jpeg", quality=95)
-    assert np.abs(images.decode(data, "jpg").astype(int) - frame).mean() < 1.5
+    data = codecs.encode(frame, "jpeg", quality=95)
+    assert np.abs(codecs.decode(data, "jpg").astype(int) - frame).mean() < 1.5
     with Image.open(io.BytesIO(data)) as image:
         assert [component[1:3] for component in image.layer] == [(1, 1)] * 3  # 4:4:4
-    assert len(images.encode(frame, "jpeg", quality=50)) < len(data)
+    assert len(codecs.encode(frame, "jpeg", quality=50)) < len(data)
 
 
 @pytest.mark.parametrize("quality", [85, 95, 98])
@@ -36,7 +36,7 @@ def test_jpeg_loses_what_its_quality_says_and_no_more(quality):
     """Beside the same tables of quantization with a transform in float64."""
     rng = np.random.default_rng(0)
     frame = np.clip(np.repeat(np.repeat(panning(1)[0], 2, 0), 2, 1) + rng.normal(0, 4, (128, 192, 3)), 0, 255).astype(np.uint8)
-    data = images.encode(frame, "jpeg", quality)
+    data = codecs.encode(frame, "jpeg", quality)
     with Image.open(io.BytesIO(data)) as image:
         tables = [np.array(image.quantization[0 if number == 0 else 1]).reshape(8, 8) for number in range(3)]
     to_ycc = np.array([[0.299, 0.587, 0.114], [-0.168736, -0.331264, 0.5], [0.5, -0.418688, -0.081312]])  # of JFIF
@@ -49,14 +49,14 @@ def test_jpeg_loses_what_its_quality_says_and_no_more(quality):
     def psnr(image):
         return 10 * np.log10(255**2 / np.mean((image.astype(float) - frame) ** 2))
 
-    assert psnr(images.decode(data, "jpg")) > psnr(reference) - 0.1
+    assert psnr(codecs.decode(data, "jpg")) > psnr(reference) - 0.1
 
 
 def test_rgb_order_survives():
     red = np.zeros((16, 16, 3), np.uint8)
     red[..., 0] = 250
     for codec, extension in EXTENSION.items():
-        assert images.decode(images.encode(red, codec), extension)[8, 8].argmax() == 0
+        assert codecs.decode(codecs.encode(red, codec), extension)[8, 8].argmax() == 0
 
 
 @pytest.mark.parametrize(
@@ -74,7 +74,7 @@ def test_rgb_order_survives():
 )
 def test_other_kinds_of_png_become_rgb(image, expected, tmp_path):
     image.save(tmp_path / "image.png")
-    frame = images.read_image(tmp_path / "image.png")
+    frame = codecs.read_image(tmp_path / "image.png")
     assert frame.shape == (3, 4, 3)
     assert frame.dtype == np.uint8
     assert tuple(frame[1, 1]) == expected
@@ -84,30 +84,30 @@ def test_other_kinds_of_png_become_rgb(image, expected, tmp_path):
 @pytest.mark.parametrize("data", [b"", b"junk that is no image at all"])
 def test_junk_is_named(extension, data):
     with pytest.raises(ShardError, match=f"frame seven cannot be decoded as {extension}"):
-        images.decode(data, extension, "frame seven")
+        codecs.decode(data, extension, "frame seven")
 
 
 @pytest.mark.parametrize("codec", ["png", "jpeg", "qoi"])
 def test_a_cut_off_image_is_an_error(codec):
-    data = images.encode(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8), codec)
+    data = codecs.encode(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8), codec)
     with pytest.raises(ShardError):
-        images.decode(data[: len(data) // 2], EXTENSION[codec])
+        codecs.decode(data[: len(data) // 2], EXTENSION[codec])
 
 
 def test_a_qoi_that_ends_anywhere_before_its_end_is_an_error():
-    data = images.encode(panning(1)[0], "qoi")
+    data = codecs.encode(panning(1)[0], "qoi")
     for length in (0, 13, 14, 15, len(data) // 4, len(data) - 9, len(data) - 8, len(data) - 1):
         with pytest.raises(ShardError, match="cannot be decoded as qoi"):
-            images.decode(data[:length], "qoi")
+            codecs.decode(data[:length], "qoi")
 
 
 def test_wrong_frames_codecs_and_files_are_refused(tmp_path):
     with pytest.raises(ShardError, match="uint8"):
-        images.encode(np.zeros((4, 4, 3), np.float32), "png")
+        codecs.encode(np.zeros((4, 4, 3), np.float32), "png")
     with pytest.raises(ShardError, match="png, qoi, jpeg"):
-        images.encode(np.zeros((4, 4, 3), np.uint8), "gif")
+        codecs.encode(np.zeros((4, 4, 3), np.uint8), "gif")
     with pytest.raises(ShardError, match="absent"):
-        images.read_image(tmp_path / "absent.png")
+        codecs.read_image(tmp_path / "absent.png")
 
 
 def npy(array: np.ndarray) -> bytes:
@@ -118,7 +118,7 @@ def npy(array: np.ndarray) -> bytes:
 
 def test_flow_is_what_numpy_wrote():
     flow = np.random.default_rng(0).normal(size=(5, 7, 2)).astype(np.float32)
-    assert np.array_equal(images.decode_flow(npy(flow), 5, 7), flow)
+    assert np.array_equal(codecs.decode_flow(npy(flow), 5, 7), flow)
 
 
 def test_damaged_flow_is_a_clear_error_whatever_the_damage():
@@ -130,7 +130,7 @@ def test_damaged_flow_is_a_clear_error_whatever_the_damage():
     refused = 0
     for data in damaged:
         try:
-            assert images.decode_flow(data, 5, 7).shape == (5, 7, 2)
+            assert codecs.decode_flow(data, 5, 7).shape == (5, 7, 2)
         except ShardError:
             refused += 1
     assert refused > 0.5 * len(damaged)
@@ -140,13 +140,13 @@ def test_flow_of_a_terabyte_takes_no_memory():
     header = io.BytesIO()
     np.lib.format.write_array_header_1_0(header, {"descr": "<f4", "fortran_order": False, "shape": (1 << 20, 1 << 17, 2)})
     with pytest.raises(ShardError, match="instead of float32"):
-        images.decode_flow(header.getvalue(), 5, 7)
+        codecs.decode_flow(header.getvalue(), 5, 7)
 
 
 def test_chunk_that_pillow_stumbles_over_is_a_clear_error():
     """An empty colour profile behind the pixels: Pillow's reader of that chunk raises an IndexError."""
-    whole = images.encode(np.zeros((4, 5, 3), np.uint8), "png")
+    whole = codecs.encode(np.zeros((4, 5, 3), np.uint8), "png")
     end = whole.index(b"IEND") - 4
     chunk = b"\x00\x00\x00\x01" + b"iCCP" + b"\x00" + zlib.crc32(b"iCCP\x00").to_bytes(4, "big")
     with pytest.raises(ShardError, match="cannot be decoded"):
-        images.decode(whole[:end] + chunk + whole[end:], "png")
+        codecs.decode(whole[:end] + chunk + whole[end:], "png")

@@ -9,9 +9,9 @@ import pytest
 from PIL import Image
 from sources import members, write_noise, write_set
 
-from shards import images, ucf101, verify
-from shards.image_sets import Options
-from shards.leaks import find_leaks
+from shards import codecs, ucf101, verify
+from shards.overlap import find_leaks
+from shards.published_sets import Options
 
 FRAMES = ("frame_00.png", "frame_01_gt.png", "frame_02.png")
 
@@ -43,11 +43,11 @@ def folders(tmp_path):
 
 def by_hand(train, test, extension):
     """(key, number, how many equals) of the frames of `train` in `test`, by comparing all pixels with all pixels."""
-    known = [images.decode(data, "png") for frames in members(test).values() for data in frames]
+    known = [codecs.decode(data, "png") for frames in members(test).values() for data in frames]
     found = set()
     for key, frames in members(train).items():
         for number, data in enumerate(frames, 1):
-            equal = sum(np.array_equal(images.decode(data, extension), other) for other in known)
+            equal = sum(np.array_equal(codecs.decode(data, extension), other) for other in known)
             if equal:
                 found.add((key, f"im{number}.{extension}", equal))
     return found

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 from sources import HEIGHT, WIDTH, digests, panning, write_frames, write_video
 
-from shards import clips, images, video
-from shards.clips import find_clips, natural, read_clip
+from shards import codecs, frame_sources, video
 from shards.color_conversion import CONVERSION
+from shards.frame_sources import find_clips, natural, read_clip
 from shards.schema import INDEX_NAME, read_index
-from shards.sequences import find_sequences
+from shards.sequence_filter import find_sequences
 from shards.verify import verify
 
 
@@ -44,7 +44,7 @@ def samples_of(folder):
                 if kind == "json":
                     meta.update(json.loads(data))
                 else:
-                    frames.append(images.decode(data, kind.rpartition(".")[2]))
+                    frames.append(codecs.decode(data, kind.rpartition(".")[2]))
     return samples
 
 
@@ -227,7 +227,7 @@ def test_max_height_makes_frames_smaller(tmp_path):
     # antialiased: stripes one pixel wide become grey and do not alias
     stripes = np.zeros((300, 400, 3), np.uint8)
     stripes[:, ::2] = 255
-    assert np.ptp(clips.shrink(stripes, 75)[5:-5, 5:-5].astype(int)) < 20
+    assert np.ptp(frame_sources.shrink(stripes, 75)[5:-5, 5:-5].astype(int)) < 20
     path = write_video(tmp_path / "stripes" / "s.mkv", [stripes], "ffv1")
     small = next(read_clip(find_clips(path.parent)[0])).rgb(75)
     assert small.shape == (74, 98, 3)
@@ -244,7 +244,7 @@ def test_a_video_is_made_smaller_as_its_frames_are(tmp_path):
             turn(path)
         frame = next(read_clip(clip))
         for max_height in (48, 101, 200, 500):
-            small, expected = frame.rgb(max_height), clips.shrink(frame.rgb(), max_height)
+            small, expected = frame.rgb(max_height), frame_sources.shrink(frame.rgb(), max_height)
             assert small.shape == expected.shape
             error = small.astype(float) - expected
             assert np.abs(error.mean((0, 1))).max() < 0.1
@@ -267,20 +267,20 @@ def test_jumping_into_a_long_video_gives_the_same_frames(tmp_path, monkeypatch, 
     found = find_sequences(clip, frames=3, stride=1, step=1)
     whole = [frame.rgb() for frame in read_clip(clip)]
     assert len(found.entries) > 2
-    monkeypatch.setattr(clips, "FAR", 10)
+    monkeypatch.setattr(frame_sources, "FAR", 10)
     jumps = 0
     for first in (0, 9, 10, 35, 36, 37, 70, 89):
-        entry = clips.nearest_entry(found.entries, found.checksums, first)
+        entry = frame_sources.nearest_entry(found.entries, found.checksums, first)
         jumps += entry is not None
         assert entry is None or first - 40 <= entry.number <= first
         np.testing.assert_array_equal([frame.rgb() for frame in read_clip(clip, first, entry)], whole[first:])
         # a jump that does not lead to the very frame seen before is not trusted
         for wrong in ({"checksum": 1}, {"pts": 10**9}, {"pts": -5}):
-            astray = dataclasses.replace(entry or clips.Entry(0, 0, 0), **wrong)
+            astray = dataclasses.replace(entry or frame_sources.Entry(0, 0, 0), **wrong)
             np.testing.assert_array_equal(next(read_clip(clip, first, astray)).rgb(), whole[first])
     assert jumps >= 5
     assert run(tmp_path / "src", tmp_path / "jumped", "--samples_per_shard", 9) == 0
-    monkeypatch.setattr(clips, "FAR", 1000)
+    monkeypatch.setattr(frame_sources, "FAR", 1000)
     assert run(tmp_path / "src", tmp_path / "plain", "--samples_per_shard", 9) == 0
     assert digests(tmp_path / "jumped") == digests(tmp_path / "plain")
 

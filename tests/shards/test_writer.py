@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from sources import digests
 
-from shards import images, writer
+from shards import codecs, writer
 from shards.schema import INDEX_NAME, SampleMeta, ShardError, read_index
 
 
@@ -23,7 +23,7 @@ def some_samples(numbers, size=(32, 48)):
     for number in numbers:
         frames = np.random.default_rng(number).integers(0, 256, (3, *size, 3), dtype=np.uint8)
         meta = SampleMeta(f"clip{number}", (0, 1, 2), *size)
-        yield writer.Sample(f"sample-{number:04d}", meta, tuple(images.encode(frame, "png") for frame in frames))
+        yield writer.Sample(f"sample-{number:04d}", meta, tuple(codecs.encode(frame, "png") for frame in frames))
 
 
 def broken_samples(numbers):

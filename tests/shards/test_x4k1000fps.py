@@ -8,7 +8,7 @@ import pytest
 from published import PUBLISHED
 from sources import digests, members, panning, write_video
 
-from shards import images, x4k1000fps
+from shards import codecs, x4k1000fps
 from shards.color_conversion import CONVERSION, describe_colours, to_rgb
 from shards.schema import read_index
 from shards.verify import verify
@@ -40,7 +40,7 @@ def test_video_files_give_all_frames_in_order(src, tmp_path):
     found = members(tmp_path / "out")
     assert list(found) == ["002_occ008_320", "002_occ008_322", "010_occ1_1"]
     for clip, frames in zip(CLIPS, found.values(), strict=True):
-        stored = np.stack([images.decode(data, "qoi") for data in frames])
+        stored = np.stack([codecs.decode(data, "qoi") for data in frames])
         np.testing.assert_array_equal(stored, decoded(src / "encoded_train" / f"{clip}.mp4"))
     assert verify(tmp_path / "out") == []
 
@@ -50,7 +50,7 @@ def test_videos_become_jpeg_unless_told_otherwise(src, tmp_path):
     index = read_index(tmp_path / "out")
     assert (index.codec, index.source["arguments"]["codec"]) == ("jpeg", "jpeg")
     assert (index.color_conversion, index.source["jpeg_encoder"]) == (CONVERSION, "pillow")
-    stored = np.stack([images.decode(data, "jpg") for data in members(tmp_path / "out")["010_occ1_1"]])
+    stored = np.stack([codecs.decode(data, "jpg") for data in members(tmp_path / "out")["010_occ1_1"]])
     error = stored.astype(int) - decoded(src / "encoded_train" / "010" / "occ1.1.mp4")
     assert 10 * np.log10(255**2 / np.mean(error**2)) > 40
 

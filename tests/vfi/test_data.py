@@ -18,7 +18,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from shards.images import encode
+from shards.codecs import encode
 from shards.schema import Index, ShardEntry, ShardError, read_index, sha256_of, write_index
 from vfi.config import ConfigError, DataConfig
 from vfi.data import loader

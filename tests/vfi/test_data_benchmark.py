@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 
-from shards.images import read_image
+from shards.codecs import read_image
 from shards.schema import read_index
 from vfi import data_benchmark
 from vfi.data.loader import evaluation_batches

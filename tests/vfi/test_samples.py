@@ -22,7 +22,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from shards.images import encode
+from shards.codecs import encode
 from shards.schema import Index, ShardError, read_index
 from vfi.config import DataConfig
 from vfi.data.faults import Fault, FaultError, FaultRateError, Skipped, Tally, printable

@@ -18,7 +18,7 @@ import av
 import numpy as np
 import pytest
 
-from shards.clips import VideoFrame
+from shards.frame_sources import VideoFrame
 from vfi import FrameInterpolator
 from vfi.shipped import has_shipped_model
 

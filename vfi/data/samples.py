@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from shards.images import decode, decode_flow, header_size
+from shards.codecs import decode, decode_flow, header_size
 from shards.schema import Index, ShardEntry, ShardError, frame_members
 from vfi.config import SequenceKind
 from vfi.data.faults import Fault, FaultError, FaultKind, printable

@@ -25,7 +25,7 @@ from av.video import VideoStream
 from av.video.reformatter import Interpolation
 from PIL import Image
 
-from shards import images
+from shards import codecs
 from shards.color_conversion import assume_left_chroma, describe_colours, is_rgb, to_rgb
 from shards.schema import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS, ShardError
 
@@ -109,7 +109,7 @@ class ImageFrame:
     def rgb(self, max_height: int | None = None) -> np.ndarray:
         """Return RGB uint8 [H, W, 3], made smaller where it is higher than `max_height`."""
         if self._rgb is None:
-            self._rgb = images.read_image(self._path)
+            self._rgb = codecs.read_image(self._path)
         return shrink(self._rgb, max_height)
 
     def thumbnail(self) -> np.ndarray:

@@ -24,7 +24,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from shards.clips import Clip, VideoFrame, read_clip
+from shards.frame_sources import Clip, VideoFrame, read_clip
 from shards.schema import ShardError
 
 CUT = 10.0  # difference times change of histogram

@@ -19,9 +19,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from shards import images, writer
+from shards import codecs, writer
 from shards.cli import run_job
-from shards.clips import find_clips
+from shards.frame_sources import find_clips
 from shards.schema import IMAGE_EXTENSIONS, Index, SampleMeta, ShardError
 
 PNG_START = b"\x89PNG\r\n\x1a\n"
@@ -73,11 +73,11 @@ def read_files(options: Options, group: Group) -> Iterator[Frame]:
         path = options.src / file
         data = path.read_bytes()
         # decoded even where the bytes are copied: a broken file is found now and not in the middle of a training run
-        frame = images.decode(data, path.suffix, str(path))
+        frame = codecs.decode(data, path.suffix, str(path))
         if options.codec == "copy" and not data.startswith(PNG_START):
             raise ShardError(f"{path} is not a PNG file and can't be copied: choose codec png, qoi or jpeg")
         if options.codec != "copy":
-            data = images.encode(frame, options.codec, options.quality)
+            data = codecs.encode(frame, options.codec, options.quality)
         yield Frame(path.name, data, frame.shape[:2])
 
 
@@ -190,8 +190,8 @@ def key_of(name: str) -> str:
 
 def _check(options: Options) -> None:
     if options.codec != "copy":
-        images.check_codec(options.codec)
-    images.check_quality(options.quality)
+        codecs.check_codec(options.codec)
+    codecs.check_quality(options.quality)
     if not options.src.is_dir():
         raise ShardError(f"source folder {options.src} does not exist")
     if options.out.resolve() == options.src.resolve() or options.src.resolve() in options.out.resolve().parents:

@@ -14,7 +14,7 @@ import tarfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from shards import images
+from shards import codecs
 from shards.parallel import run
 from shards.schema import ShardError, frame_members, read_index
 
@@ -107,7 +107,7 @@ def _hash_shard(shard: _Shard) -> _Hashes:
 
 
 def _digest(data: bytes, extension: str, name: str) -> bytes:
-    frame = images.decode(data, extension.rpartition(".")[2], name)
+    frame = codecs.decode(data, extension.rpartition(".")[2], name)
     digest = hashlib.blake2b(repr(frame.shape).encode(), digest_size=_DIGEST)
     digest.update(frame.data)
     return digest.digest()
