@@ -13,8 +13,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("shards", "vfi")
 JOBS = (
-    *("vfi.train", "vfi.benchmark", "vfi.report", "vfi.interpolate", "vfi.demo", "vfi.model_summary", "vfi.data_benchmark"),
-    *("vfi.runs", "vfi.checkpoint_list", "vfi.export"),
+    *("vfi.train", "vfi.benchmark", "vfi.report", "vfi.interpolate", "vfi.demo", "vfi.model_summary", "vfi.benchmark_data"),
+    *("vfi.runs", "vfi.checkpoints", "vfi.export"),
 )
 TRAINING = (
     "vfi.data",

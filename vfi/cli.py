@@ -27,7 +27,8 @@ JOBS = {
 """Name -> what it does."""
 _ELSEWHERE = {
     "model": "vfi.model_summary",  # vfi.model is the network
-    "checkpoints": "vfi.checkpoint_list",  # vfi.checkpoint is what they are
+    "operators": "vfi.benchmark_ops",
+    "tune": "vfi.tune_kernels",
 }
 
 

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 from warm import TRAIN, Process, finish, start_ranks
 
-from vfi import checkpoint, checkpoint_list, runs, train
+from vfi import checkpoint, checkpoints, runs, train
 from vfi.checkpoint import latest, list_checkpoints
 from vfi.manifest import MANIFEST, write_folder
 
@@ -152,7 +152,7 @@ def test_the_newest_damaged_checkpoint_is_refused_and_the_one_before_is_used(
     content[len(content) // 2] ^= 1
     damaged.write_bytes(content)
     with pytest.raises(SystemExit) as stop:
-        checkpoint_list.main([str(folder)])
+        checkpoints.main([str(folder)])
     assert stop.value.code == 1
     go_on(folder, train_shards, val_shards)
     printed = capsys.readouterr().out
@@ -160,7 +160,7 @@ def test_the_newest_damaged_checkpoint_is_refused_and_the_one_before_is_used(
     assert f"going on from the weights of {folder / 'checkpoints' / 'step_00000004'} (step 4)" in printed
     assert same_tensors(whole, folder)
     assert [row["step"] for row in rows(folder, "train")] == list(range(1, 7))
-    checkpoint_list.main([str(folder)])
+    checkpoints.main([str(folder)])
 
 
 def test_when_none_is_whole_the_run_neither_goes_on_nor_starts_anew(again, train_shards, capsys):

@@ -9,7 +9,7 @@ import pytest
 
 from shards.codecs import read_image
 from shards.schema import read_index
-from vfi import data_benchmark
+from vfi import benchmark_data
 from vfi.data.loader import evaluation_batches
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 def refusal(capsys, *flags: object) -> str:
     with pytest.raises(SystemExit) as error:
-        data_benchmark.main([str(flag) for flag in flags])
+        benchmark_data.main([str(flag) for flag in flags])
     assert error.value.code == 2
     return capsys.readouterr().err
 
@@ -26,7 +26,7 @@ def test_every_case_is_measured_and_written(tmp_path, train_shards, capsys):
     out = tmp_path / "numbers.json"
     flags = ["--data", train_shards, "--samples", 8, "--batch_size", 4, "--crop", 64, "--seconds", 0.1, "--rounds", 1,
              "--workers", 0, 1, "--codecs", "qoi", "jpeg", "--folder", tmp_path, "--out", out]  # fmt: skip
-    data_benchmark.main([str(flag) for flag in flags])
+    benchmark_data.main([str(flag) for flag in flags])
     shown = capsys.readouterr().out
     content = json.loads(out.read_text())
     cases = {(case["source"], case["workers"]): case for case in content["cases"]}
@@ -40,13 +40,13 @@ def test_every_case_is_measured_and_written(tmp_path, train_shards, capsys):
 
 
 def test_loose_files_and_shards_hold_the_same_frames(tmp_path, train_shards):
-    options = data_benchmark.Options(data=train_shards, samples=5)
-    count = data_benchmark._write_loose(options, tmp_path / "loose")
-    data_benchmark._write_shards(tmp_path / "loose", tmp_path / "qoi", count, "qoi")
+    options = benchmark_data.Options(data=train_shards, samples=5)
+    count = benchmark_data._write_loose(options, tmp_path / "loose")
+    benchmark_data._write_shards(tmp_path / "loose", tmp_path / "qoi", count, "qoi")
     assert read_index(tmp_path / "qoi").samples == 5
-    for number, batch in enumerate(evaluation_batches(tmp_path / "qoi", data_benchmark._CPU)):
+    for number, batch in enumerate(evaluation_batches(tmp_path / "qoi", benchmark_data._CPU)):
         for path, frame in zip(
-            data_benchmark._loose_frames(tmp_path / "loose", number), (batch.img0, batch.imgt, batch.img1), strict=True
+            benchmark_data._loose_frames(tmp_path / "loose", number), (batch.img0, batch.imgt, batch.img1), strict=True
         ):
             pixels = (frame[0].permute(1, 2, 0).numpy() * 255).round().astype(np.uint8)
             np.testing.assert_array_equal(pixels, read_image(path))
@@ -54,8 +54,8 @@ def test_loose_files_and_shards_hold_the_same_frames(tmp_path, train_shards):
 
 def test_rate_counts_samples_of_whole_batches(monkeypatch):
     clock = iter([0.0, 0.0, 1.0, 2.0, 3.0, 4.0])
-    monkeypatch.setattr(data_benchmark.time, "perf_counter", lambda: next(clock))
-    assert data_benchmark.rate(iter(range(99)), 8, seconds=2.5) == pytest.approx(3 * 8 / 4.0)
+    monkeypatch.setattr(benchmark_data.time, "perf_counter", lambda: next(clock))
+    assert benchmark_data.rate(iter(range(99)), 8, seconds=2.5) == pytest.approx(3 * 8 / 4.0)
 
 
 def test_bad_options_are_refused(capsys, tmp_path, train_shards):

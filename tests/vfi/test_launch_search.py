@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from vfi import launch_search, presets, tune
+from vfi import launch_search, presets, tune_kernels
 from vfi.fitting import TrainingStep
 from vfi.launch_search import Found, Part, as_entries, candidates, fastest, parts_of, search
 from vfi.losses import laplacian_loss
@@ -135,7 +135,7 @@ def test_what_was_found_is_read_back(monkeypatch, tmp_path):
         Found("scan", shape_class, DEFAULT, fast, 2, 1, 5, 0),
         Found("scan", (torch.float32,), DEFAULT, DEFAULT, 2, 2, 5, 0),
     ]
-    tune.write(tuned.FILE, "sm_90, triton 3.6", {"device": "H100", "fused": as_entries(found)})
+    tune_kernels.write(tuned.FILE, "sm_90, triton 3.6", {"device": "H100", "fused": as_entries(found)})
     launches.known.cache_clear()
     try:
         assert launches.known(torch.device("cuda", 0)) == {("scan", shape_class): fast}
@@ -240,14 +240,14 @@ def test_gpu_what_is_found_is_used_and_computes_the_same(monkeypatch, tmp_path):
     monkeypatch.setattr(launch_search, "_GAIN", 1000)
     monkeypatch.setattr(launch_search, "_SHORTEST_GAIN", -1000)
     monkeypatch.setattr(launch_search, "fastest", anything_else)
-    monkeypatch.setattr(tune, "kernel_obstacle", lambda device: "mamba-ssm has a test of its own")
+    monkeypatch.setattr(tune_kernels, "kernel_obstacle", lambda device: "mamba-ssm has a test of its own")
     launches.known.cache_clear()
     try:
         config = presets.override(presets.tiny(), batch_size=2, crop=128, phase=2)
         parts = parts_of(TrainingStep(config, device, torch.bfloat16))
         plain = [part() for part in parts]
-        job = tune.Options(presets=("tiny",), precisions=("bf16",), batch_size=2, crop=128, out=tuned.FILE)
-        lines = list(tune.tune(job))
+        job = tune_kernels.Options(presets=("tiny",), precisions=("bf16",), batch_size=2, crop=128, out=tuned.FILE)
+        lines = list(tune_kernels.tune(job))
         print(*lines, sep="\n")
         fused: dict[str, list[dict[str, Any]]] = json.loads(tuned.FILE.read_text())[tuned.card(device)]["fused"]
 

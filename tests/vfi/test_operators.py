@@ -10,20 +10,20 @@ from unittest import mock
 import pytest
 import torch
 
-from vfi import operators, profiling
-from vfi.operators import Cost, Operator, all_operators, main
+from vfi import benchmark_ops, profiling
+from vfi.benchmark_ops import Cost, Operator, all_operators, main
 
 CPU = torch.device("cpu")
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 TINY = [
-    operators.scan(2, 4, 5, 32),
-    operators.attention(2, 9, 8, 32),
-    operators.activation(2, 8, 6, 10),
-    operators.activation(2, 8, 6, 10, residual=True),
-    operators.warp(2, 8, 6, 10),
-    operators.layer_norm(2, 3, 5, 32),
-    operators.side_by_side(1, 8, 4, 6),
-    operators.loss(1, 1, 64, 64),
+    benchmark_ops.scan(2, 4, 5, 32),
+    benchmark_ops.attention(2, 9, 8, 32),
+    benchmark_ops.activation(2, 8, 6, 10),
+    benchmark_ops.activation(2, 8, 6, 10, residual=True),
+    benchmark_ops.warp(2, 8, 6, 10),
+    benchmark_ops.layer_norm(2, 3, 5, 32),
+    benchmark_ops.side_by_side(1, 8, 4, 6),
+    benchmark_ops.loss(1, 1, 64, 64),
 ]
 
 
@@ -65,19 +65,19 @@ def test_every_kind_is_measured():
 @pytest.fixture
 def a_gpu(monkeypatch):
     """As one would answer: PyTorch's form takes three times as long, four times with gradients, and ten times the memory."""
-    double = Operator("double", (torch.empty(3, 5, device="meta"),), lambda device: operators.Forms(torch.mul, torch.mul))
+    double = Operator("double", (torch.empty(3, 5, device="meta"),), lambda device: benchmark_ops.Forms(torch.mul, torch.mul))
     times = iter([0.5, 1.0, 1.5, 4.0])
 
     def milliseconds(call: Callable[[], object], device: torch.device) -> float:
         call()
         return next(times)
 
-    monkeypatch.setattr(operators, "fused_obstacle", lambda device: None)
+    monkeypatch.setattr(benchmark_ops, "fused_obstacle", lambda device: None)
     monkeypatch.setattr(profiling, "milliseconds", milliseconds)
     nbytes = iter([2**20, 10 * 2**20])
-    monkeypatch.setattr(operators, "peak_bytes", lambda call, device: next(nbytes))
-    monkeypatch.setattr(operators, "_run", lambda function, inputs, leaves: inputs[0])
-    monkeypatch.setattr(operators, "all_operators", lambda: [double])
+    monkeypatch.setattr(benchmark_ops, "peak_bytes", lambda call, device: next(nbytes))
+    monkeypatch.setattr(benchmark_ops, "_run", lambda function, inputs, leaves: inputs[0])
+    monkeypatch.setattr(benchmark_ops, "all_operators", lambda: [double])
     monkeypatch.setattr(profiling, "measure_rates", lambda device, precision: profiling.Rates(1.0, 2e-3))
 
 
@@ -93,8 +93,8 @@ def test_what_is_measured_is_told(a_gpu, capsys, tmp_path):
 
 def test_what_was_measured_before_the_job_ends_is_kept(a_gpu, monkeypatch, tmp_path):
     """Its second operator finds no more times."""
-    (double,) = operators.all_operators()
-    monkeypatch.setattr(operators, "all_operators", lambda: [double, double])
+    (double,) = benchmark_ops.all_operators()
+    monkeypatch.setattr(benchmark_ops, "all_operators", lambda: [double, double])
     with pytest.raises(StopIteration):
         main(["--out", str(tmp_path / "out.json")])
     (row,) = json.loads((tmp_path / "out.json").read_text())["rows"]
@@ -109,7 +109,7 @@ def test_a_name_that_is_none_lists_them(capsys):
 
 
 def test_a_file_that_can_not_be_written_is_refused_before_anything_is_measured(a_gpu, monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(operators, "measure", lambda *_: pytest.fail("it was measured"))
+    monkeypatch.setattr(benchmark_ops, "measure", lambda *_: pytest.fail("it was measured"))
     with pytest.raises(SystemExit) as stopped:
         main(["--out", str(tmp_path)])
     assert stopped.value.code == 2
@@ -127,7 +127,7 @@ def test_it_is_for_a_gpu(capsys):
 @pytest.mark.gpu
 @pytest.mark.parametrize("operator", TINY, ids=[operator.name for operator in TINY])
 def test_gpu_operators_are_measured(operator):
-    row = operators.measure(operator, torch.device("cuda", 0), 3000.0)
+    row = benchmark_ops.measure(operator, torch.device("cuda", 0), 3000.0)
     assert 0 < row.floor_ms < row.both_floor_ms
     assert 0 < row.ours.forward_ms < row.ours.both_ms
     assert row.ours.nbytes > 0

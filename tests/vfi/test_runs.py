@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from vfi import checkpoint, checkpoint_list, presets, runs
+from vfi import checkpoint, checkpoints, presets, runs
 from vfi.checkpoint import State
 from vfi.errors import Stopped
 from vfi.manifest import MANIFEST
@@ -174,7 +174,7 @@ def test_an_age_is_told_in_its_unit():
 
 def test_checkpoints_are_listed_and_verified(tmp_path, capsys):
     run = make_run(tmp_path / "mine", [(10, 31.5), (20, 32.25)], checkpoints=(10, 20, 30))
-    checkpoint_list.main([str(run), "--json"])
+    checkpoints.main([str(run), "--json"])
     found = json.loads(capsys.readouterr().out)
     assert [(c["step"], c["status"], c["psnr"], c["epoch"], c["best"], c["problems"]) for c in found] == [
         (10, "verified", 31.5, 1, False, []),
@@ -182,7 +182,7 @@ def test_checkpoints_are_listed_and_verified(tmp_path, capsys):
         (30, "verified", None, 3, False, []),
     ]
     assert found[0]["bytes"] == sum(file.stat().st_size for file in (run / "checkpoints" / "step_00000010").iterdir())
-    checkpoint_list.main([str(run)])
+    checkpoints.main([str(run)])
     head, *rows = capsys.readouterr().out.splitlines()
     assert head.split() == ["step", "written", "size", "PSNR", "epoch", "EMA", "status"]
     assert rows[1].split()[0] == "20"
@@ -194,7 +194,7 @@ def test_damage_is_shown_and_is_an_error(tmp_path, capsys):
     (run / "checkpoints" / "step_00000020" / checkpoint.MODEL).write_bytes(b"")
     (run / "checkpoints" / "step_00000030" / checkpoint.STATE).write_text("{")
     with pytest.raises(SystemExit) as stop:
-        checkpoint_list.main([str(run)])
+        checkpoints.main([str(run)])
     assert stop.value.code == 1
     printed = capsys.readouterr()
     assert printed.err == f"error: 2 of 3 checkpoints of {run} damaged\n"
@@ -210,12 +210,12 @@ def test_old_checkpoints_are_unverified_and_no_error(tmp_path, capsys):
     for name in (MANIFEST, checkpoint.CONFIG, checkpoint.RANDOM):
         (path / name).unlink()
     (path / checkpoint.STATE).write_text('{"version": 1, "step": 10, "torch": "2.11.0"}')
-    checkpoint_list.main([str(run)])
+    checkpoints.main([str(run)])
     assert capsys.readouterr().out.splitlines()[1].endswith("  -      -  -    unverified")
 
 
 def test_a_folder_without_checkpoints_is_a_clear_error(tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
-        checkpoint_list.main([str(tmp_path)])
+        checkpoints.main([str(tmp_path)])
     assert stop.value.code == 2
     assert f"{tmp_path} holds no checkpoint: give the folder of a run" in capsys.readouterr().err

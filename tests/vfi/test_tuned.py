@@ -9,7 +9,7 @@ import types
 import pytest
 import torch
 
-from vfi import presets, tune
+from vfi import presets, tune_kernels
 from vfi.errors import JobError
 from vfi.fitting import TrainingStep
 from vfi.launch_search import Found
@@ -84,7 +84,7 @@ def test_the_file_goes_by_generation_and_compiler(monkeypatch, tmp_path):
     monkeypatch.setattr(tuned.importlib.metadata, "version", lambda name: "3.6.1")
     path = tmp_path / "kernels.json"
     path.write_text(json.dumps({"sm_80, triton 3.6": {"kernels": {"a": []}}}))
-    tune.write(path, "sm_90, triton 3.6", {"device": "H100", "kernels": {"b": []}})
+    tune_kernels.write(path, "sm_90, triton 3.6", {"device": "H100", "kernels": {"b": []}})
     assert tuned.entry(torch.device("cuda"), path) == {"b": []}
     monkeypatch.setattr(tuned.importlib.metadata, "version", lambda name: "3.7.0")
     assert tuned.entry(torch.device("cuda"), path) == {}
@@ -94,10 +94,10 @@ def test_the_file_goes_by_generation_and_compiler(monkeypatch, tmp_path):
 def test_kernels_that_were_not_tuned_stay_in_the_file(tmp_path):
     path, card = tmp_path / "kernels.json", "sm_90, triton 3.6"
     kernels, ours = ({name: [{"key": [16], "config": {"num_warps": 2}}]} for name in ("theirs", "scan"))
-    tune.write(path, card, {"device": "H100", "kernels": kernels})
-    tune.write(path, card, {"device": "H100", "triton": "3.6.0", "fused": ours})
+    tune_kernels.write(path, card, {"device": "H100", "kernels": kernels})
+    tune_kernels.write(path, card, {"device": "H100", "triton": "3.6.0", "fused": ours})
     assert json.loads(path.read_text()) == {card: {"device": "H100", "triton": "3.6.0", "kernels": kernels, "fused": ours}}
-    tune.write(path, card, {"device": "H100", "fused": {}})
+    tune_kernels.write(path, card, {"device": "H100", "fused": {}})
     assert json.loads(path.read_text())[card]["fused"] == {}
 
 
@@ -105,7 +105,7 @@ def test_what_was_found_first_stays():
     known, new = ({"a": [{"key": [1], "config": name}]} for name in ("old", "new"))
     new["a"].append({"key": [0], "config": "other"})
     new["b"] = []
-    assert tune.merge(known, new) == {"a": [{"key": [0], "config": "other"}, {"key": [1], "config": "old"}], "b": []}
+    assert tune_kernels.merge(known, new) == {"a": [{"key": [0], "config": "other"}, {"key": [1], "config": "old"}], "b": []}
 
 
 def test_the_file_in_the_tree_can_be_read():
@@ -124,7 +124,7 @@ def test_without_a_gpu_there_is_nothing_to_tune(capsys):
     if torch.cuda.is_available():
         pytest.skip("there is a GPU here")
     with pytest.raises(SystemExit) as stop:
-        tune.main([])
+        tune_kernels.main([])
     assert stop.value.code == 2
     assert "there is no CUDA GPU here" in capsys.readouterr().err
 
@@ -136,10 +136,10 @@ def without_mamba_ssm(monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "H100")
     monkeypatch.setattr(tuned, "card", lambda device: "sm_90, triton 3.6")
-    monkeypatch.setattr(tune, "environment", lambda device: {"packages": {"torch": "2.11.0", "rich": "14.0.0"}})
-    monkeypatch.setattr(tune, "free_memory", lambda: None)
-    monkeypatch.setattr(tune, "fused_obstacle", lambda device: None)
-    monkeypatch.setattr(tune, "kernel_obstacle", lambda device: "mamba_ssm is not installed")
+    monkeypatch.setattr(tune_kernels, "environment", lambda device: {"packages": {"torch": "2.11.0", "rich": "14.0.0"}})
+    monkeypatch.setattr(tune_kernels, "free_memory", lambda: None)
+    monkeypatch.setattr(tune_kernels, "fused_obstacle", lambda device: None)
+    monkeypatch.setattr(tune_kernels, "kernel_obstacle", lambda device: "mamba_ssm is not installed")
 
 
 def test_without_mamba_ssm_ours_are_tuned(without_mamba_ssm, monkeypatch, tmp_path):
@@ -150,10 +150,10 @@ def test_without_mamba_ssm_ours_are_tuned(without_mamba_ssm, monkeypatch, tmp_pa
         kernels = {1: "scan", 2: "convolve", 3: "scan", 4: "gated_norm"}
         return [Found(kernels[len(asked)], (len(asked),), plain, fast if len(asked) < 4 else plain, 2, 1, 3, 0)]
 
-    monkeypatch.setattr(tune, "TrainingStep", lambda config, device, precision: (config.run.preset, precision))
-    monkeypatch.setattr(tune, "search_step", search_step)
+    monkeypatch.setattr(tune_kernels, "TrainingStep", lambda config, device, precision: (config.run.preset, precision))
+    monkeypatch.setattr(tune_kernels, "search_step", search_step)
     path = tmp_path / "kernels.json"
-    lines = list(tune.tune(tune.Options(presets=("tiny", "base"), out=path)))
+    lines = list(tune_kernels.tune(tune_kernels.Options(presets=("tiny", "base"), out=path)))
     both = torch.bfloat16, torch.float32
     assert [step for step, _ in asked] == [(preset, precision) for preset in ("tiny", "base") for precision in both]
     assert asked[-1][1] == {("scan", (1,)), ("convolve", (2,)), ("scan", (3,))}
@@ -186,12 +186,12 @@ def test_what_is_not_tuned_now_stays(without_mamba_ssm, monkeypatch, tmp_path):
         yield Found("convolve", half, {"num_warps": 4}, {"num_warps": 4}, 2, 2, 3, 0)
 
     both, other = [entry(["torch.bfloat16", 32], 8), entry(["torch.float32", 32], 8)], [entry([], 1)]
-    tune.write(
+    tune_kernels.write(
         path, "sm_90, triton 3.6", {"device": "H100", "fused": {"scan": both, "convolve": both[:1], "carry_states": other}}
     )
-    monkeypatch.setattr(tune, "TrainingStep", lambda config, device, precision: precision)
-    monkeypatch.setattr(tune, "search_step", search_step)
-    list(tune.tune(tune.Options(presets=("base",), precisions=("bf16",), out=path)))
+    monkeypatch.setattr(tune_kernels, "TrainingStep", lambda config, device, precision: precision)
+    monkeypatch.setattr(tune_kernels, "search_step", search_step)
+    list(tune_kernels.tune(tune_kernels.Options(presets=("base",), precisions=("bf16",), out=path)))
     assert asked == [torch.bfloat16]
     fused = json.loads(path.read_text())["sm_90, triton 3.6"]["fused"]
     assert fused == {"carry_states": other, "scan": [entry(["torch.bfloat16", 32], 2), both[1]]}
@@ -199,9 +199,9 @@ def test_what_is_not_tuned_now_stays(without_mamba_ssm, monkeypatch, tmp_path):
 
 
 def test_without_any_kernels_there_is_nothing_to_tune(without_mamba_ssm, monkeypatch):
-    monkeypatch.setattr(tune, "fused_obstacle", lambda device: "too old for ours")
+    monkeypatch.setattr(tune_kernels, "fused_obstacle", lambda device: "too old for ours")
     with pytest.raises(JobError, match="nothing to be tuned: too old for ours; mamba_ssm is not installed"):
-        list(tune.tune(tune.Options()))
+        list(tune_kernels.tune(tune_kernels.Options()))
 
 
 @pytest.mark.gpu

@@ -1,6 +1,6 @@
 """How fast do samples arrive? The training loader on shards of each codec, beside loose PNG files read by a plain Dataset.
 
-    python -m vfi.data_benchmark --data shards/mine/train --out data_benchmark.json
+    python -m vfi.benchmark_data --data shards/mine/train --out data_benchmark.json
 
 The same frames are written as loose PNG files and as shards of every codec into a temporary folder; all are then read with
 the same crop and augmentation, batched and scaled to floats, for a few seconds each, by as many worker processes as asked for.
@@ -172,7 +172,7 @@ def table(cases: Sequence[Case]) -> str:
 @clear_errors(ShardError, FrameTooSmallError)
 def main(argv: Sequence[str] | None = None) -> None:
     """The job: measure, print the table, write the numbers."""
-    options = tyro.cli(Options, prog="python -m vfi.data_benchmark", description=__doc__, args=argv)
+    options = tyro.cli(Options, prog="python -m vfi.benchmark_data", description=__doc__, args=argv)
     set_numerics()  # as training does, which decides on the memory of a CPU's tensors, too
     cases = measure(options)
     print(table(cases))
@@ -221,7 +221,7 @@ def _write_shards(loose: Path, out: Path, count: int, codec: str) -> None:
         writer.ShardTask(f"samples {part.start} to {part.stop - 1}", len(part), functools.partial(_samples, loose, part, codec))
         for part in writer.chunks(count, writer.SAMPLES_PER_SHARD)
     ]
-    source = writer.source_of("vfi.data_benchmark", {"codec": codec})
+    source = writer.source_of("vfi.benchmark_data", {"codec": codec})
     plan = writer.Plan("train", codec, 3, False, source, tuple(f"{number:06d}" for number in range(count)), tuple(tasks))
     writer.write(out, plan, writer.fingerprint(source), workers=1)
 
