@@ -25,7 +25,7 @@ from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import patch_environment
 
 from vfi import train
-from vfi.checkpoint import list_checkpoints
+from vfi.checkpoint.store import list_checkpoints
 from vfi.model import flow
 
 RANK = int(os.environ["RANK"])

@@ -36,7 +36,8 @@ from accelerate.utils import extract_model_from_parallel
 from safetensors.torch import load_file
 
 from shards import synthetic
-from vfi import checkpoint, train, validation
+from vfi import train, validation
+from vfi.checkpoint import store
 
 STEPS, SAVE_EVERY, VAL_EVERY = 12, 3, 4
 FLAGS = ["--preset", "tiny", "--width", "2", "--head_dim", "8", "--crop", "64", "--num_workers", "0", "--log_every", "1",
@@ -128,7 +129,7 @@ def _live(argv: list[str], log: Path, pipe: int, moment: Moment | None) -> None:
 
         train.Trainer.optimise = told("step", train.Trainer.optimise)
         validation.Validation.run = told("validation", validation.Validation.run)
-        checkpoint.save = told("save", checkpoint.save)
+        store.save = told("save", store.save)
         train.main(argv)
         code = 0
     except SystemExit as stop:
@@ -191,15 +192,15 @@ def run(times: int, seed: int, folder: Path) -> str:
 
 def check_newest(found: Path) -> None:
     """The newest checkpoint, if there is one yet, must be whole and loadable."""
-    newest = checkpoint.latest(found)
+    newest = store.latest(found)
     if newest:
-        assert checkpoint.check(newest.path) == []
+        assert store.check(newest.path) == []
         assert contents(newest.path)
 
 
 def compare(found: Path, expected: Path) -> None:
     """AssertionError unless a run ended as the other one: the same bits in its last checkpoint, the same rows, no remains."""
-    ours, theirs = checkpoint.latest(found), checkpoint.latest(expected)
+    ours, theirs = store.latest(found), store.latest(expected)
     assert ours
     assert theirs
     assert ours.step == theirs.step == STEPS

@@ -32,7 +32,7 @@ NEVER = {
     "shards.schema": ("shards", "numpy", "PIL"),
     "vfi.config": ("shards", "vfi", "torch"),
     "vfi.ops": ("shards", *(f"vfi.{name}" for name in ("config", "model", "data", "augment", "losses", "metrics", "train"))),
-    "vfi.model": ("shards", "vfi.checkpoint", "vfi.metrics", "pathlib", "os", *TRAINING, *JOBS),
+    "vfi.model": ("shards", "vfi.checkpoint.store", "vfi.metrics", "pathlib", "os", *TRAINING, *JOBS),
     "vfi.data": ("vfi.model", "accelerate"),
     "vfi.data.augment": ("shards", "vfi.data"),
     "vfi.data.plan": ("shards", "torch", "vfi.data.loader", "vfi.data.samples"),

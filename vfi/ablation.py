@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from vfi.checkpoint import CONFIG
+from vfi.checkpoint.store import CONFIG
 from vfi.config import Config, ConfigError
 from vfi.errors import JobError
 from vfi.presets import ABLATIONS, AblationName, experiments

@@ -25,8 +25,7 @@ import tyro
 
 from shards.schema import ShardError
 from vfi.app_work import COMPARE, Made, Work, compared
-from vfi.checkpoint import CheckpointError
-from vfi.errors import JobError, clear_errors
+from vfi.errors import CheckpointError, JobError, clear_errors
 from vfi.inference import DeviceName, PrecisionName
 
 INSTALL = "pip install -e '.[app]'"

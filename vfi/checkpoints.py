@@ -18,8 +18,8 @@ from typing import Literal
 
 import tyro
 
-from vfi.checkpoint import CheckpointError, check, is_verifiable, list_checkpoints, newest_run, read_state
-from vfi.errors import JobError, clear_errors
+from vfi.checkpoint.store import check, is_verifiable, list_checkpoints, newest_run, read_state
+from vfi.errors import CheckpointError, JobError, clear_errors
 from vfi.run_status import age
 
 

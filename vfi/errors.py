@@ -66,3 +66,7 @@ def message_of(error: Exception) -> str:
     if "Original Traceback" in text:
         text = text.strip().rpartition("\n")[2].partition(": ")[2]
     return " ".join(text.split())
+
+
+class CheckpointError(ValueError):
+    """A checkpoint is missing, damaged, of another architecture or can't be written; the message says which and what to do."""

@@ -21,15 +21,15 @@ import torch
 import tyro
 
 from shards.schema import ShardError
-from vfi import model_folder
-from vfi.checkpoint import CheckpointError, newest_run
+from vfi.checkpoint import pretrained_folder
+from vfi.checkpoint.pretrained_folder import CARD, Description, Dtype, describe
+from vfi.checkpoint.store import newest_run
 from vfi.comparison import Run, compare
-from vfi.errors import JobError, clear_errors
+from vfi.errors import CheckpointError, JobError, clear_errors
 from vfi.graph_files import FILES, USE, WRITERS, refuse_missing
 from vfi.inference import load, predict
 from vfi.model.interpolator import MIN_SIZE, FrameInterpolator
 from vfi.model_card import Card, Difference, card, describe_training, use_graph
-from vfi.model_folder import CARD, Description, Dtype, describe
 from vfi.results import ResultError
 from vfi.traceable import trace, traceable
 
@@ -82,7 +82,7 @@ def export(options: Options) -> Iterator[str]:
     loaded = load(options.model or newest_run(), torch.device("cpu"))
     network = cast(FrameInterpolator, loaded.model)
     about = card(loaded, options.licence, options.results, options.trained_on, training)
-    with model_folder.new_folder(options.out) as folder:
+    with pretrained_folder.new_folder(options.out) as folder:
         if options.format == "torch":
             described, run = _write_weights(folder, network, about, options.dtype)
             use = None
@@ -99,21 +99,21 @@ def export(options: Options) -> Iterator[str]:
 
 def _check(options: Options) -> None:
     """Refuse what would fail only after the work."""
-    model_folder.check_out(options.out)
+    pretrained_folder.check_out(options.out)
     if options.format != "torch" and options.dtype != "fp32":
         raise JobError(f"--dtype {options.dtype} is for --format torch: a graph is in fp32")
     refuse_missing(options.format)
 
 
 def _write_weights(folder: Path, network: FrameInterpolator, about: Card, dtype: Dtype) -> tuple[Description, Run]:
-    described = model_folder.write_model(folder, network, about.origin, dtype)
-    again, _ = model_folder.read_model(folder, torch.device("cpu"))
+    described = pretrained_folder.write_model(folder, network, about.origin, dtype)
+    again, _ = pretrained_folder.read_model(folder, torch.device("cpu"))
     return described, _runs(again)
 
 
 def _write_graph(folder: Path, network: FrameInterpolator, about: Card, kind: str) -> tuple[Description, Run]:
     described = describe(network.config, about.origin)
-    model_folder.write_description(folder, described)
+    pretrained_folder.write_description(folder, described)
     return described, WRITERS[kind](folder, trace(traceable(network)))
 
 

@@ -16,16 +16,16 @@ from typing import Literal, cast
 import torch
 from torch import Tensor, nn
 
-from vfi.checkpoint import EMA, MODEL, CheckpointError, find, read_step
+from vfi.checkpoint.pretrained_folder import Origin, data_name, fetch, is_hub_id, is_model_folder, read_model
+from vfi.checkpoint.store import EMA, MODEL, find, read_step
+from vfi.checkpoint.weights import best_weights, load_model
 from vfi.config import SCALES, Config, RunConfig
-from vfi.errors import JobError
+from vfi.errors import CheckpointError, JobError
 from vfi.graphs import Graphs
 from vfi.model.interpolator import FrameInterpolator
-from vfi.model_folder import Origin, data_name, fetch, is_hub_id, is_model_folder, read_model
 from vfi.ops.compiling import compiling_ahead
 from vfi.records import note
 from vfi.shipped import SHIPPED, is_shipped, shipped_model
-from vfi.weights import best_weights, load_model
 
 DeviceName = Literal["auto", "cpu", "cuda"]
 PrecisionName = Literal["auto", "fp32", "bf16"]

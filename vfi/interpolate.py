@@ -35,8 +35,7 @@ from shards.codecs import read_image
 from shards.schema import IMAGE_EXTENSIONS, ShardError
 from shards.sequence_filter import CUT
 from vfi.between import Between, Settings
-from vfi.checkpoint import CheckpointError
-from vfi.errors import JobError, clear_errors
+from vfi.errors import CheckpointError, JobError, clear_errors
 from vfi.inference import DeviceName, PrecisionName, describe_precision
 from vfi.model.interpolator import MIN_SIZE
 from vfi.partial import Partial, Replay, copy_frames

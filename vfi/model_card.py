@@ -15,10 +15,10 @@ import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from vfi.checkpoint.pretrained_folder import Description, Origin, data_name
 from vfi.config import ModelConfig
 from vfi.errors import JobError
 from vfi.inference import LoadedModel
-from vfi.model_folder import Description, Origin, data_name
 from vfi.results import BASELINES, Results, Row, read_results
 
 TASK = "video-frame-interpolation"

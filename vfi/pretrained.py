@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vfi import model_folder
+from vfi.checkpoint import pretrained_folder
 from vfi.config import SCALES
 from vfi.errors import JobError
 from vfi.frames import Frames, read_pair
@@ -87,9 +87,9 @@ class FrameInterpolator:
         JobError where `path` is no empty or new folder, or a file of results has no row of this model.
         """
         about = card(self._loaded, licence, [Path(file) for file in results])
-        with model_folder.new_folder(Path(path)) as folder:
-            described = model_folder.write_model(folder, self.network, about.origin)
-            (folder / model_folder.CARD).write_text(about.text(described), encoding="utf-8")
+        with pretrained_folder.new_folder(Path(path)) as folder:
+            described = pretrained_folder.write_model(folder, self.network, about.origin)
+            (folder / pretrained_folder.CARD).write_text(about.text(described), encoding="utf-8")
 
     @property
     def network(self) -> Network:

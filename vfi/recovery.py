@@ -18,7 +18,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor
 
-from vfi.checkpoint import check, list_checkpoints
+from vfi.checkpoint.store import check, list_checkpoints
 from vfi.manifest import remove_folder
 from vfi.training_state import Snapshot, on_main, read_snapshot
 

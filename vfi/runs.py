@@ -16,7 +16,7 @@ from pathlib import Path
 
 import tyro
 
-from vfi.checkpoint import CONFIG, latest
+from vfi.checkpoint.store import CONFIG, latest
 from vfi.config import ConfigError
 from vfi.errors import JobError, clear_errors
 from vfi.records import config_from_json

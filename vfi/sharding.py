@@ -22,8 +22,9 @@ from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
 
-from vfi.checkpoint import CheckpointError
+from vfi.checkpoint.weights import load_optimizer
 from vfi.config import Config, ConfigError
+from vfi.errors import CheckpointError
 from vfi.guard import LayerGroups, gradient_norms, group_norms
 from vfi.model.backbone import LGSBlock
 from vfi.model.flow import FlowStage
@@ -31,7 +32,6 @@ from vfi.model.interpolator import FrameInterpolator
 from vfi.model.refine import RefineNet
 from vfi.ops.dtensor import is_in_shards
 from vfi.processes import asked_precision, asked_sharding
-from vfi.weights import load_optimizer
 
 MakeOptimizer = Callable[[nn.Module], torch.optim.Optimizer]
 _MOMENTS = ("exp_avg", "exp_avg_sq")

@@ -27,15 +27,16 @@ from torch import Tensor
 from tqdm import tqdm
 
 from shards.schema import ShardError
-from vfi import checkpoint, model_folder, presets, weights
-from vfi.checkpoint import CheckpointError, SavedPosition, State
+from vfi import presets
+from vfi.checkpoint import pretrained_folder, store, weights
+from vfi.checkpoint.store import SavedPosition, State
 from vfi.config import KNOWN_STEPS, UNTRAINED, Config, ConfigError, accumulation
 from vfi.data.augment import FrameTooSmallError
 from vfi.data.faults import Skipped, Tally
 from vfi.data.loader import FrameBatch, TrainingLoader
 from vfi.data.plan import Position
 from vfi.ema import Ema
-from vfi.errors import JobError, Stopped, clear_errors
+from vfi.errors import CheckpointError, JobError, Stopped, clear_errors
 from vfi.fitting import fit_batch
 from vfi.guard import GO, Guard, Verdict, copies, layer_groups, on_its_way, update_ratios
 from vfi.losses import choose_loss, training_losses
@@ -187,22 +188,22 @@ class Trainer:
     def _resume_point(self) -> Path | None:
         """The checkpoint to start from, verified; refuses to mix two runs in one folder."""
         self.going_on, self.found = False, list[str]()
-        auto, newest = self.run.resume == "auto", checkpoint.latest(self.folder)
+        auto, newest = self.run.resume == "auto", store.latest(self.folder)
         if newest and not auto:
             raise ConfigError(
                 f"{self.folder} already holds a run at step {newest.step}: go on with it by --resume auto, "
                 f"or give another --exp_name"
             )
         if newest:
-            path, self.found = checkpoint.newest_whole(self.folder)
+            path, self.found = store.newest_whole(self.folder)
             self.going_on = True
             return path
         first = self.run.start_from or ("" if auto else self.run.resume)
         if not first:
             return None
-        if folder := model_folder.find(first, Path(self.run.output_dir)):
+        if folder := pretrained_folder.find(first, Path(self.run.output_dir)):
             return folder
-        path, self.found = checkpoint.find_whole(first, self.run.output_dir)
+        path, self.found = store.find_whole(first, self.run.output_dir)
         return path
 
     def _load_own(self, snapshot: Snapshot) -> int:
@@ -211,7 +212,7 @@ class Trainer:
         if snapshot.path is None:
             self.network.load_state_dict(snapshot.weights)
             return snapshot.state.step
-        different = self._compare_models(checkpoint.read_config(snapshot.path, self.say))
+        different = self._compare_models(store.read_config(snapshot.path, self.say))
         try:
             weights.refuse_differences(self.network.state_dict(), snapshot.weights, snapshot.path)
         except CheckpointError as error:
@@ -232,11 +233,11 @@ class Trainer:
             if self.run.resume == "auto":
                 self.say(f"no checkpoint in {self.folder}: starting from scratch")
             return 0
-        if model_folder.is_model_folder(self.start_from):
-            described = model_folder.read_description(self.start_from, self.say)
+        if pretrained_folder.is_model_folder(self.start_from):
+            described = pretrained_folder.read_description(self.start_from, self.say)
             step, theirs = described.origin.step, Config(model=described.model)
         else:
-            step, theirs = checkpoint.read_step(self.start_from), checkpoint.read_config(self.start_from, self.say)
+            step, theirs = store.read_step(self.start_from), store.read_config(self.start_from, self.say)
         self.say(f"starting from the weights of {self.start_from} (step {step})")
         different = self._compare_models(theirs)
         try:
@@ -275,11 +276,11 @@ class Trainer:
         if self.run.matvlm_donor == UNTRAINED:
             donor, steps = untrained_donor(self.config.model, self.run.seed + 1), 0
         else:
-            path = checkpoint.find(self.run.matvlm_donor, self.run.output_dir)
-            heads = self.config.model.head_dim, checkpoint.read_config(path).model.head_dim
+            path = store.find(self.run.matvlm_donor, self.run.output_dir)
+            heads = self.config.model.head_dim, store.read_config(path).model.head_dim
             if heads[0] != heads[1]:  # it can't always be seen from the weights
                 raise ConfigError(f"--head_dim is {heads[0]}, that of --matvlm_donor {path} is {heads[1]}: take the donor's")
-            donor, steps = weights.read_weights(path), checkpoint.read_step(path)
+            donor, steps = weights.read_weights(path), store.read_step(path)
         try:
             self.say(str(init_mamba_from_attn(self.network.backbone, donor, self.run.matvlm_plan, steps)))
         except ValueError as error:
@@ -314,7 +315,7 @@ class Trainer:
         if idle_gpus():
             self.say(f"{idle_gpus()} more GPUs are visible and not used: accelerate_configs/ddp.yaml uses several")
         if self.accelerator.is_main_process:
-            write_text(self.folder / checkpoint.CONFIG, to_json(self.config))
+            write_text(self.folder / store.CONFIG, to_json(self.config))
             content = environment(device) | {"processes": world, "precision": asked_precision(), "sharding": self.shards.name}
             write_environment(self.folder, content | {"choices": self.choices, "from_step": self.step})
 
@@ -596,7 +597,7 @@ class Trainer:
         if self.guard is None and not finite:
             raise TrainingError(
                 f"the loss is {loss}, the norm of the gradient {norm} at step {self.step}; the last good checkpoint is "
-                f"{checkpoint.latest(self.folder) or 'none'}. Try a lower --lr or a longer --warmup_steps"
+                f"{store.latest(self.folder) or 'none'}. Try a lower --lr or a longer --warmup_steps"
             )
 
     def report_faults(self) -> None:
@@ -619,7 +620,7 @@ class Trainer:
         # the loss is that of before the step: a gradient that is no number shows in the norm alone, which all processes share
         self.check_finite(self.accelerator.reduce(loss, reduction="mean").item(), norm.item())
         _, state, model, optimizer, ema, random = self.take_snapshot()
-        write = functools.partial(checkpoint.save, keep_last=self.run.keep_last, keep_best=self.run.keep_best)
+        write = functools.partial(store.save, keep_last=self.run.keep_last, keep_best=self.run.keep_best)
         with self.watch.on_main(f"the save of step {self.step}"):
             on_main(self.accelerator, lambda: write(self.folder, state, self.config, model, optimizer, ema=ema, random=random))
 

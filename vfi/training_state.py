@@ -23,11 +23,12 @@ from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from vfi.checkpoint import EMA, RANDOM, STATE, CheckpointError, State, read_random, read_state
+from vfi.checkpoint.store import EMA, RANDOM, STATE, State, read_random, read_state
+from vfi.checkpoint.weights import read_optimizer, read_weights, refuse_differences
 from vfi.ema import Ema
+from vfi.errors import CheckpointError
 from vfi.guard import Guard
 from vfi.sharding import Whole
-from vfi.weights import read_optimizer, read_weights, refuse_differences
 
 
 class Snapshot(NamedTuple):

@@ -26,7 +26,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from warm import finish, start_ranks
 
 from vfi import presets, train
-from vfi.checkpoint import latest, list_checkpoints, read_state
+from vfi.checkpoint.store import latest, list_checkpoints, read_state
 from vfi.data.plan import START
 from vfi.losses import training_losses
 from vfi.recovery import Snapshots

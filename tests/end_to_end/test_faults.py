@@ -15,7 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from warm import TORCHRUN, TRAIN, Process, finish, start_ranks
 
 from vfi import train
-from vfi.checkpoint import latest
+from vfi.checkpoint.store import latest
 from vfi.errors import STOPPED
 from vfi.signals import STOPPING
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from warm import Process, start_ranks
 
-from vfi.checkpoint import list_checkpoints
+from vfi.checkpoint.store import list_checkpoints
 from vfi.errors import STOPPED
 
 FLAGS = ["--preset", "tiny", "--crop", "64", "--num_workers", "0", "--log_every", "1", "--warmup_steps", "2", "--batch_size",

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 from warm import ON_CPU, ROOT, TRAIN, finish, start_ranks
 
-from vfi.checkpoint import latest
+from vfi.checkpoint.store import latest
 
 pytestmark = pytest.mark.slow
 FLAGS = ["--preset", "tiny", "--width", "2", "--head_dim", "8", "--backbone_mode", "gated_attn_only", "--crop", "64",

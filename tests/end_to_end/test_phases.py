@@ -15,9 +15,9 @@ from warm import TRAIN, finish, start_ranks
 
 from shards.schema import read_index
 from vfi import presets, train
-from vfi.checkpoint import latest
+from vfi.checkpoint.store import latest
+from vfi.checkpoint.weights import load_model
 from vfi.config import Config
-from vfi.weights import load_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 FLAGS = ["--preset", "tiny", "--width", "2", "--head_dim", "8", "--crop", "64", "--num_workers", "0", "--log_every", "1",

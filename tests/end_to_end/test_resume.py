@@ -14,8 +14,9 @@ import torch
 from safetensors.torch import load_file
 from warm import TRAIN, Process, finish, start_ranks
 
-from vfi import checkpoint, checkpoints, runs, train
-from vfi.checkpoint import latest, list_checkpoints
+from vfi import checkpoints, runs, train
+from vfi.checkpoint import store
+from vfi.checkpoint.store import latest, list_checkpoints
 from vfi.manifest import MANIFEST, write_folder
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -39,7 +40,7 @@ def refused(capsys, *arguments: object) -> str:
 
 def same_tensors(one: Path, other: Path) -> bool:
     """Have both runs the same newest weights and averages, bit for bit?"""
-    pairs = [(load_file(latest(one).path / n), load_file(latest(other).path / n)) for n in (checkpoint.MODEL, checkpoint.EMA)]
+    pairs = [(load_file(latest(one).path / n), load_file(latest(other).path / n)) for n in (store.MODEL, store.EMA)]
     return all(torch.equal(tensor, theirs[name]) for mine, theirs in pairs for name, tensor in mine.items())
 
 
@@ -97,15 +98,15 @@ def test_averages_and_random_numbers_go_on_bit_for_bit(whole, again, noisy, trai
     go_on(again, train_shards, val_shards, "--num_workers", workers)
     assert same_tensors(whole, again)
     assert rows(whole, "val") == rows(again, "val")
-    assert checkpoint.read_state(latest(again).path).ema_updates == 6
-    assert checkpoint.read_random(latest(again).path) == checkpoint.read_random(latest(whole).path)
+    assert store.read_state(latest(again).path).ema_updates == 6
+    assert store.read_random(latest(again).path) == store.read_random(latest(whole).path)
 
 
 def test_the_average_is_that_of_the_weights_of_each_step(tmp_path, train_shards):
     """Saved after each step, the weights give the average by its recurrence."""
     folder = run(tmp_path, "each", "--data_path", train_shards, "--steps", 3, "--save_every", 1)
     name = "refine.head.weight"
-    saved = [(load_file(found.path / checkpoint.MODEL)[name], load_file(found.path / checkpoint.EMA)[name])
+    saved = [(load_file(found.path / store.MODEL)[name], load_file(found.path / store.EMA)[name])
              for found in list_checkpoints(folder)]  # fmt: skip
     (_, average), *later = saved
     for n, (weight, expected) in enumerate(later, start=2):
@@ -117,17 +118,17 @@ def test_the_average_is_that_of_the_weights_of_each_step(tmp_path, train_shards)
 
 def test_validation_measures_the_average(whole, train_shards, val_shards, tmp_path, capsys):
     """The PSNR of a step is that of the EMA weights of its checkpoint, not of those that train."""
-    for file, alike in ((checkpoint.EMA, True), (checkpoint.MODEL, False)):
+    for file, alike in ((store.EMA, True), (store.MODEL, False)):
         alone = tmp_path / file
         shutil.copytree(latest(whole).path, alone / "checkpoints" / "step_00000006")
         (alone / "checkpoints" / "step_00000006" / file).rename(tmp_path / "kept")
         files = {path.name: path.read_bytes() for path in (alone / "checkpoints" / "step_00000006").iterdir()
-                 if path.name not in (MANIFEST, checkpoint.EMA, checkpoint.MODEL)}  # fmt: skip
-        files[checkpoint.MODEL] = (tmp_path / "kept").read_bytes()
+                 if path.name not in (MANIFEST, store.EMA, store.MODEL)}  # fmt: skip
+        files[store.MODEL] = (tmp_path / "kept").read_bytes()
         write_folder(alone / "checkpoints" / "step_00000006", files.items())
         measured = run(tmp_path, f"from_{file}", "--data_path", train_shards, "--val_path", val_shards, "--steps", 1, "--lr", 0,
                        "--lr_min", 0, "--ema", 0, "--resume", alone)  # fmt: skip
-        psnr = checkpoint.read_state(latest(whole).path).psnr
+        psnr = store.read_state(latest(whole).path).psnr
         assert psnr == rows(whole, "val")[-1]["psnr"]
         assert (abs(rows(measured, "val")[-1]["psnr"] - psnr) < 1e-9) == alike
     assert "EMA weights" not in capsys.readouterr().out
@@ -135,11 +136,11 @@ def test_validation_measures_the_average(whole, train_shards, val_shards, tmp_pa
 
 def test_ema_may_begin_and_end_with_a_resume(again, train_shards, val_shards, capsys):
     go_on(again, train_shards, val_shards, "--ema", 0)
-    assert not (latest(again).path / checkpoint.EMA).exists()
+    assert not (latest(again).path / store.EMA).exists()
     assert "--ema is 0: the EMA weights of" in capsys.readouterr().out
     go_on(again, train_shards, val_shards, "--steps", 8)
     assert "has no EMA weights: the average starts from its weights" in capsys.readouterr().out
-    assert checkpoint.read_state(latest(again).path).ema_updates == 2
+    assert store.read_state(latest(again).path).ema_updates == 2
 
 
 def test_the_newest_damaged_checkpoint_is_refused_and_the_one_before_is_used(
@@ -147,7 +148,7 @@ def test_the_newest_damaged_checkpoint_is_refused_and_the_one_before_is_used(
 ):
     folder = tmp_path / "again"
     shutil.copytree(whole, folder)
-    damaged = latest(folder).path / checkpoint.OPTIMIZER
+    damaged = latest(folder).path / store.OPTIMIZER
     content = bytearray(damaged.read_bytes())
     content[len(content) // 2] ^= 1
     damaged.write_bytes(content)
@@ -165,7 +166,7 @@ def test_the_newest_damaged_checkpoint_is_refused_and_the_one_before_is_used(
 
 def test_when_none_is_whole_the_run_neither_goes_on_nor_starts_anew(again, train_shards, capsys):
     for found in list_checkpoints(again):
-        (found.path / checkpoint.MODEL).write_bytes(b"")
+        (found.path / store.MODEL).write_bytes(b"")
     before = (again / "metrics.jsonl").read_bytes()
     message = refused(capsys, again.parent, "again", "--data_path", train_shards, "--steps", 6, "--resume", "auto")
     assert f"no checkpoint of {again} is whole: " in message
@@ -181,7 +182,7 @@ def test_a_hostile_checkpoint_with_a_good_manifest_executes_nothing(again, train
     torch.save({"state": Hostile(), "param_groups": []}, tmp_path / "hostile.pt")
     newest = latest(again).path
     files = {path.name: path.read_bytes() for path in newest.iterdir() if path.name != MANIFEST}
-    write_folder(newest, (files | {checkpoint.OPTIMIZER: (tmp_path / "hostile.pt").read_bytes()}).items())
+    write_folder(newest, (files | {store.OPTIMIZER: (tmp_path / "hostile.pt").read_bytes()}).items())
     message = refused(capsys, again.parent, "again", "--data_path", train_shards, "--steps", 6, "--resume", "auto")
     assert "optimizer.pt cannot be loaded" in message
     assert not (tmp_path / "executed").exists()
@@ -212,7 +213,7 @@ def test_states_that_make_no_sense_are_refused_by_name(again, train_shards, caps
 def test_other_numbers_of_processes_have_no_random_states_to_take(again, train_shards, val_shards, capsys):
     newest = latest(again).path
     files = {path.name: path.read_bytes() for path in newest.iterdir() if path.name != MANIFEST}
-    files[checkpoint.RANDOM] = json.dumps(checkpoint.read_random(newest) * 2).encode()
+    files[store.RANDOM] = json.dumps(store.read_random(newest) * 2).encode()
     write_folder(newest, files.items())
     go_on(again, train_shards, val_shards)
     assert "has the random states of 2 processes, now there are 1: they start from --seed" in capsys.readouterr().out
@@ -220,10 +221,10 @@ def test_other_numbers_of_processes_have_no_random_states_to_take(again, train_s
 
 def test_checkpoints_of_version_1_are_resumed_and_said_to_be_unverified(whole, again, train_shards, val_shards, capsys):
     newest = latest(again).path
-    state = json.loads((newest / checkpoint.STATE).read_text())
+    state = json.loads((newest / store.STATE).read_text())
     old = {name: state[name] for name in ("step", "epoch", "done", "order")} | {"version": 1, "torch": "2.11.0"}
-    (newest / checkpoint.STATE).write_text(json.dumps(old))
-    for name in (MANIFEST, checkpoint.CONFIG, checkpoint.RANDOM, checkpoint.EMA):
+    (newest / store.STATE).write_text(json.dumps(old))
+    for name in (MANIFEST, store.CONFIG, store.RANDOM, store.EMA):
         (newest / name).unlink()
     config = json.loads((again / "config.json").read_text())
     del config["run"]["start_from"], config["optim"]["ema"]
@@ -232,7 +233,7 @@ def test_checkpoints_of_version_1_are_resumed_and_said_to_be_unverified(whole, a
     printed = capsys.readouterr().out
     assert "can't be verified: it was written before checkpoints had a manifest" in printed
     assert "is older than these settings, which have their defaults: start_from, ema" in printed
-    assert checkpoint.check(latest(again).path) == []
+    assert store.check(latest(again).path) == []
     assert latest(again).step == 6
 
 
@@ -266,7 +267,7 @@ def test_two_sources_of_first_weights_are_refused(whole, tmp_path, train_shards,
 def test_a_damaged_start_is_refused(whole, tmp_path, train_shards, capsys):
     other = tmp_path / "other"
     shutil.copytree(whole, other)
-    (latest(other).path / checkpoint.MODEL).write_bytes(b"")
+    (latest(other).path / store.MODEL).write_bytes(b"")
     flags = (tmp_path, "next", "--data_path", train_shards, "--steps", 1, "--start_from")
     assert "step_00000006 is damaged: model.safetensors has 0 bytes" in refused(capsys, *flags, latest(other).path)
     run(*flags, other)
@@ -290,12 +291,12 @@ def test_the_best_checkpoint_is_kept_and_listed(tmp_path, train_shards, val_shar
     monkeypatch.setattr(train.Validation, "run", score)
     folder = run(tmp_path, "best", "--data_path", train_shards, "--val_path", val_shards, "--steps", 5, "--save_every", 1,
                  "--val_every", 1, "--keep_last", 2)  # fmt: skip
-    assert {found.step: checkpoint.read_state(found.path).psnr for found in list_checkpoints(folder)} == {
+    assert {found.step: store.read_state(found.path).psnr for found in list_checkpoints(folder)} == {
         2: 33.0,
         4: 29.0,
         5: None,
     }
-    assert checkpoint.newest_whole(folder)[0] == folder / "checkpoints" / "step_00000005"
+    assert store.newest_whole(folder)[0] == folder / "checkpoints" / "step_00000005"
     capsys.readouterr()
     runs.main(["--output_dir", str(tmp_path), "--json"])
     (found,) = json.loads(capsys.readouterr().out)
@@ -305,7 +306,7 @@ def test_the_best_checkpoint_is_kept_and_listed(tmp_path, train_shards, val_shar
 def test_a_step_without_validation_has_no_score(tmp_path, train_shards, val_shards):
     folder = run(tmp_path, "rare", "--data_path", train_shards, "--val_path", val_shards, "--steps", 4, "--save_every", 1,
                  "--val_every", 2, "--val_samples", 1, "--keep_last", 9)  # fmt: skip
-    assert [checkpoint.read_state(found.path).psnr is None for found in list_checkpoints(folder)] == [True, False, True, False]
+    assert [store.read_state(found.path).psnr is None for found in list_checkpoints(folder)] == [True, False, True, False]
 
 
 # disks that are full
@@ -325,7 +326,7 @@ def assert_ended_by_the_disk(code: int | None, output: str, folder: Path, why: s
     assert f"{why} (optimizer.pt: " in output
     assert "bytes needed, " in output
     assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step_00000004"]
-    assert checkpoint.check(latest(folder).path) == []
+    assert store.check(latest(folder).path) == []
 
 
 def test_a_limit_on_files_ends_the_run_and_keeps_the_last_checkpoint(again, train_shards, capsys):
@@ -369,7 +370,7 @@ train.main(sys.argv[1:])
 def test_each_process_gets_its_own_random_state_back(tmp_path, train_shards):
     flags = (*FLAGS, "--data_path", train_shards, "--output_dir", tmp_path, "--resume", "auto", "--steps", 4)
     finish(start_ranks(2, RANKS, *flags, "--exp_name", "whole"))
-    states = [checkpoint.read_random(found.path) for found in list_checkpoints(tmp_path / "whole")]
+    states = [store.read_random(found.path) for found in list_checkpoints(tmp_path / "whole")]
     assert [len(state) for state in states] == [2, 2]
     assert states[0][0]["python"] != states[0][1]["python"]
     shutil.copytree(tmp_path / "whole", tmp_path / "again")
@@ -377,7 +378,7 @@ def test_each_process_gets_its_own_random_state_back(tmp_path, train_shards):
     finish(start_ranks(2, RANKS, *flags, "--exp_name", "again"))
     assert latest(tmp_path / "again").step == 4
     assert same_tensors(tmp_path / "whole", tmp_path / "again")
-    assert checkpoint.read_random(latest(tmp_path / "again").path) == states[1]
+    assert store.read_random(latest(tmp_path / "again").path) == states[1]
 
 
 @pytest.mark.slow

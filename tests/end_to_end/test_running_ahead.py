@@ -15,8 +15,8 @@ import torch
 from safetensors.torch import load_file
 
 from vfi import optim, train
-from vfi.checkpoint import EMA, MODEL, list_checkpoints
-from vfi.weights import read_optimizer
+from vfi.checkpoint.store import EMA, MODEL, list_checkpoints
+from vfi.checkpoint.weights import read_optimizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 FLAGS = ["--preset", "tiny", "--width", "2", "--head_dim", "8", "--backbone_mode", "gated_attn_only", "--mixing", "mhc",

@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import load_file
 
 from vfi import train
-from vfi.checkpoint import EMA, MODEL, OPTIMIZER, latest, list_checkpoints, read_state
+from vfi.checkpoint.store import EMA, MODEL, OPTIMIZER, latest, list_checkpoints, read_state
 from vfi.model import flow
 
 pytestmark = pytest.mark.slow

@@ -10,8 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from vfi import checkpoint, train, validation
-from vfi.checkpoint import list_checkpoints
+from vfi import train, validation
+from vfi.checkpoint import store
+from vfi.checkpoint.store import list_checkpoints
 from vfi.errors import STOPPED
 
 FLAGS = ["--preset", "tiny", "--crop", "64", "--num_workers", "0", "--log_every", "1", "--warmup_steps", "2", "--batch_size",
@@ -55,7 +56,7 @@ MOMENTS = {
     "in a step": (train, "training_losses", 3, signal.SIGTERM, [3], []),
     "in the step that is validated": (train, "training_losses", 4, signal.SIGINT, [4], []),
     "in a validation": (validation, "psnr", 3, signal.SIGUSR2, [4], []),
-    "in a save": (checkpoint, "save", 1, signal.SIGTERM, [4, 5], [4]),
+    "in a save": (store, "save", 1, signal.SIGTERM, [4, 5], [4]),
     "in the last validation": (validation, "psnr", 13, signal.SIGTERM, [4, 7], [4]),
 }
 

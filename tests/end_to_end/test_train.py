@@ -19,7 +19,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from warm import ON_CPU, ROOT, TORCHRUN, TRAIN, Process, finish, start_ranks
 
 from vfi import presets, train
-from vfi.checkpoint import latest, list_checkpoints, read_state
+from vfi.checkpoint.store import latest, list_checkpoints, read_state
 from vfi.data.plan import Position
 
 FLAGS = ["--preset", "tiny", "--crop", "64", "--num_workers", "0", "--log_every", "1", "--warmup_steps", "2", "--lr", "2e-4"]

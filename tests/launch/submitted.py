@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from launch.submission import read_queued, submissions
-from vfi import checkpoint
+from vfi.checkpoint import store
 
 TRAINING = ["--crop", "64", "--num_workers", "0", "--log_every", "1", "--warmup_steps", "2", "--batch_size", "2",
             "--lr", "2e-4", "--steps", "10", "--save_every", "3", "--keep_last", "9", "--ema", "0.9"]  # fmt: skip
@@ -89,9 +89,9 @@ class Submitted:
 
 def assert_same(folder: Path, other: Path) -> None:
     """Every step once, and the same weights and running means to the last bit."""
-    last, expected = checkpoint.latest(folder), checkpoint.latest(other)
+    last, expected = store.latest(folder), store.latest(other)
     assert last.step == expected.step == 10
-    for file in (checkpoint.MODEL, checkpoint.EMA):
+    for file in (store.MODEL, store.EMA):
         mine, theirs = load_file(last.path / file), load_file(expected.path / file)
         assert mine.keys() == theirs.keys()
         assert all(torch.equal(mine[name], theirs[name]) for name in theirs)

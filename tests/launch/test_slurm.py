@@ -17,7 +17,8 @@ from submitted import TRAINING, Submitted, assert_same, wait_for
 
 from launch import cancel, resubmit, status, submit
 from launch.slurm import states
-from vfi import checkpoint, report, train
+from vfi import report, train
+from vfi.checkpoint import store
 from vfi.results import read_results
 
 START = Path(__file__).with_name("start_slurm.sh")
@@ -184,7 +185,7 @@ def test_two_nodes_train_to_the_end(together):
     assert "2 processes on cpu" in (together.folder / f"launch/attempts/{together.id}_0000/rank_0.log").read_text()
     assert (together.folder / f"launch/attempts/{together.id}_0000/rank_1.log").is_file()
     assert re.search(r"node 1 of 2, head n1: .*GLOO_SOCKET_IFNAME=lo .*OMP_NUM_THREADS=1", together.log())
-    assert checkpoint.latest(together.folder).step == 10
+    assert store.latest(together.folder).step == 10
 
 
 def test_out_of_time_it_saves_and_goes_on_bit_for_bit(late, alone):

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from vfi import checkpoint, presets
+from vfi import presets
+from vfi.checkpoint import store
 from vfi.interpolate import main
 from vfi.model.interpolator import FrameInterpolator
 from vfi.records import to_json
@@ -31,7 +32,7 @@ def new_run(folder: Path, noise: float = 0.0, step: int = 1) -> Path:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(noise * torch.randn_like(parameter))
-    checkpoint.save(folder, checkpoint.State(step), config, model.state_dict(), {})
+    store.save(folder, store.State(step), config, model.state_dict(), {})
     (folder / "config.json").write_text(to_json(config))
     return folder
 

@@ -16,8 +16,9 @@ from scipy import ndimage
 from skimage.metrics import peak_signal_noise_ratio
 
 from shards import synthetic
-from vfi import checkpoint, presets, profiling, weights
+from vfi import presets, profiling
 from vfi.benchmark import main
+from vfi.checkpoint import store, weights
 from vfi.model.interpolator import FrameInterpolator
 from vfi.motion import estimate
 from vfi.records import to_json
@@ -48,7 +49,7 @@ def runs(tmp_path_factory) -> Path:
             with torch.no_grad():  # a fresh model may well be the frame average: make it differ
                 for parameter in model.parameters():
                     parameter.add_(0.02 * torch.randn_like(parameter))
-            checkpoint.save(folder / name, checkpoint.State(step), config, model.state_dict(), {}, keep_last=2)
+            store.save(folder / name, store.State(step), config, model.state_dict(), {}, keep_last=2)
         (folder / name / "config.json").write_text(to_json(config))
     return folder
 
@@ -232,7 +233,7 @@ def test_a_model_that_predicts_nan_gets_no_score(data, runs, tmp_path, capsys) -
         for parameter in model.parameters():
             parameter.fill_(torch.nan)
     run = tmp_path / "runs" / "broken"
-    checkpoint.save(run, checkpoint.State(1), config, model.state_dict(), {})
+    store.save(run, store.State(1), config, model.state_dict(), {})
     (run / "config.json").write_text(to_json(config))
     message = _refusal(capsys, "--model", run, "--data", data, "--out", tmp_path / "r.json")
     assert "not finite" in message
@@ -283,7 +284,7 @@ def test_scale_reaches_the_model(tmp_path, data):
     torch.manual_seed(0)
     model = FrameInterpolator(config.model)
     torch.nn.init.normal_(model.flow.stages[0].head.weight, std=0.1)
-    checkpoint.save(tmp_path / "runs" / "moving", checkpoint.State(1), config, model.state_dict(), {})
+    store.save(tmp_path / "runs" / "moving", store.State(1), config, model.state_dict(), {})
     (tmp_path / "runs" / "moving" / "config.json").write_text(to_json(config))
     found = {}
     for scale in (1, 0.5):

@@ -16,8 +16,9 @@ from skimage import data
 from skimage.metrics import peak_signal_noise_ratio
 
 from shards import ucf101, x4k1000fps
-from vfi import bench, checkpoint, presets
+from vfi import bench, presets
 from vfi.benchmark import main
+from vfi.checkpoint import store
 from vfi.model.interpolator import FrameInterpolator
 from vfi.records import to_json
 from vfi.report import report
@@ -34,7 +35,7 @@ def model(tmp_path_factory) -> Path:
     torch.manual_seed(0)
     network = FrameInterpolator(config.model)
     torch.nn.init.normal_(network.flow.stages[0].head.weight, std=0.1)
-    checkpoint.save(run, checkpoint.State(1), config, network.state_dict(), {})
+    store.save(run, store.State(1), config, network.state_dict(), {})
     (run / "config.json").write_text(to_json(config))
     return run
 

@@ -12,9 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from vfi import checkpoint, presets
-from vfi.checkpoint import CheckpointError, Found, SavedPosition, State
+from vfi import presets
+from vfi.checkpoint import store
+from vfi.checkpoint.store import Found, SavedPosition, State
 from vfi.data.plan import Position
+from vfi.errors import CheckpointError
 from vfi.manifest import MANIFEST, write_folder
 
 CONFIG = presets.tiny()
@@ -27,7 +29,7 @@ def save(run: Path, step: int, **options) -> Path:
     fields = {field.name for field in dataclasses.fields(State)}
     state = State(step, **{name: value for name, value in options.items() if name in fields})
     others = {name: value for name, value in options.items() if name not in fields}
-    return checkpoint.save(run, state, CONFIG, WEIGHTS, OPTIMIZER, **others)
+    return store.save(run, state, CONFIG, WEIGHTS, OPTIMIZER, **others)
 
 
 @pytest.fixture
@@ -39,7 +41,7 @@ def run(tmp_path) -> Path:
 
 
 def steps(run: Path) -> list[int]:
-    return [found.step for found in checkpoint.list_checkpoints(run)]
+    return [found.step for found in store.list_checkpoints(run)]
 
 
 def rewrite(folder: Path, **contents: bytes) -> None:
@@ -50,11 +52,11 @@ def rewrite(folder: Path, **contents: bytes) -> None:
 
 def make_old(folder: Path) -> None:
     """Turn a checkpoint into one of version 1: no manifest, settings and random states."""
-    for name in (MANIFEST, checkpoint.CONFIG, checkpoint.RANDOM):
+    for name in (MANIFEST, store.CONFIG, store.RANDOM):
         (folder / name).unlink()
     state = {"version": 1, "step": int(folder.name[-8:]), "torch": "2.11.0", "epoch": 3, "done": [[16, 2]], "order": "abc"}
-    (folder / checkpoint.STATE).write_text(json.dumps(state))
-    (folder.parent.parent / checkpoint.CONFIG).write_text(json.dumps(dataclasses.asdict(CONFIG)))
+    (folder / store.STATE).write_text(json.dumps(state))
+    (folder.parent.parent / store.CONFIG).write_text(json.dumps(dataclasses.asdict(CONFIG)))
 
 
 def test_all_of_a_checkpoint_comes_back(tmp_path):
@@ -63,17 +65,17 @@ def test_all_of_a_checkpoint_comes_back(tmp_path):
         12, 3, ((16, 2), (24, 5)), "abc", 31.25, 7, {"scale": 65536.0}, guard, {"torch": "2.15.0", "git": "0123abc+changes"}
     )
     random = [{"torch": "00ff"}, {"torch": "ff00"}]
-    path = checkpoint.save(tmp_path / "run", state, CONFIG, WEIGHTS, OPTIMIZER, ema=WEIGHTS, random=random)
+    path = store.save(tmp_path / "run", state, CONFIG, WEIGHTS, OPTIMIZER, ema=WEIGHTS, random=random)
     assert path == tmp_path / "run" / "checkpoints" / "step_00000012"
     assert sorted(file.name for file in path.iterdir()) == [
         "config.json", "ema.safetensors", "manifest.json", "model.safetensors", "optimizer.pt", "random.json", "state.json",
     ]  # fmt: skip
-    assert checkpoint.check(path) == []
-    assert checkpoint.read_state(path) == state
-    assert checkpoint.read_step(path) == 12
-    assert checkpoint.read_state(path).position == SavedPosition(Position(3, ((16, 2), (24, 5))), "abc")
-    assert checkpoint.read_random(path) == random
-    assert checkpoint.read_config(path) == CONFIG
+    assert store.check(path) == []
+    assert store.read_state(path) == state
+    assert store.read_step(path) == 12
+    assert store.read_state(path).position == SavedPosition(Position(3, ((16, 2), (24, 5))), "abc")
+    assert store.read_random(path) == random
+    assert store.read_config(path) == CONFIG
 
 
 def test_a_checkpoint_is_usable_alone(run, tmp_path):
@@ -81,13 +83,13 @@ def test_a_checkpoint_is_usable_alone(run, tmp_path):
     alone = tmp_path / "elsewhere" / "best"
     shutil.copytree(run / "checkpoints" / "step_00000010", alone)
     shutil.rmtree(run)
-    assert checkpoint.check(alone) == []
-    assert checkpoint.read_config(alone) == CONFIG
-    assert checkpoint.read_step(alone) == 10
+    assert store.check(alone) == []
+    assert store.read_config(alone) == CONFIG
+    assert store.read_step(alone) == 10
 
 
 def test_without_a_position_none_comes_back(run):
-    assert checkpoint.read_state(run / "checkpoints" / "step_00000010").position is None
+    assert store.read_state(run / "checkpoints" / "step_00000010").position is None
 
 
 # what is kept
@@ -104,7 +106,7 @@ def test_the_best_are_kept_beside_the_newest(tmp_path, keep_best, kept):
     """The highest PSNR, of equal ones the newest; a step without validation has none and is no candidate."""
     for step, psnr in ((1, 30.0), (2, 31.0), (3, None), (4, 29.5), (5, 28.0), (6, 30.0)):
         save(tmp_path, step, psnr=psnr, keep_last=2, keep_best=keep_best)
-        assert checkpoint.latest(tmp_path).step == step
+        assert store.latest(tmp_path).step == step
     assert steps(tmp_path) == kept
 
 
@@ -121,13 +123,13 @@ def test_steps_that_a_run_left_behind_are_removed(tmp_path):
         save(tmp_path, step, keep_last=1, keep_best=0)
         save(tmp_path, 10, keep_last=1, keep_best=0)
         assert steps(tmp_path) == [10]
-    (save(tmp_path, 20) / checkpoint.MODEL).write_bytes(b"damaged")
+    (save(tmp_path, 20) / store.MODEL).write_bytes(b"damaged")
     save(tmp_path, 15, keep_last=1, keep_best=0)
     assert steps(tmp_path) == [15]
 
 
 def test_a_damaged_one_does_not_keep_others_from_being_saved(tmp_path):
-    (save(tmp_path, 10) / checkpoint.STATE).write_text("{")
+    (save(tmp_path, 10) / store.STATE).write_text("{")
     save(tmp_path, 20, psnr=30.0, keep_last=2)
     assert steps(tmp_path) == [10, 20]
     save(tmp_path, 30, keep_last=1)
@@ -142,7 +144,7 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_others(run, monkeypatch)
     with pytest.raises(CheckpointError, match=r"step_00000030 could not be written: No space left on device \(model\.safet"):
         save(run, 30, keep_last=1)
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step_00000010", "step_00000020"]
-    assert checkpoint.newest_whole(run) == (run / "checkpoints" / "step_00000020", [])
+    assert store.newest_whole(run) == (run / "checkpoints" / "step_00000020", [])
 
 
 def test_names_that_are_no_checkpoints_are_not_seen(run):
@@ -156,29 +158,29 @@ def test_names_that_are_no_checkpoints_are_not_seen(run):
 
 def test_the_newest_damaged_one_is_named_and_the_one_before_is_used(run):
     newest = save(run, 30)
-    assert checkpoint.newest_whole(run) == (newest, [])
-    content = bytearray((newest / checkpoint.OPTIMIZER).read_bytes())
+    assert store.newest_whole(run) == (newest, [])
+    content = bytearray((newest / store.OPTIMIZER).read_bytes())
     content[len(content) // 2] ^= 1
-    (newest / checkpoint.OPTIMIZER).write_bytes(content)
-    path, (line,) = checkpoint.newest_whole(run)
+    (newest / store.OPTIMIZER).write_bytes(content)
+    path, (line,) = store.newest_whole(run)
     assert path == run / "checkpoints" / "step_00000020"
     assert line.startswith(f"DAMAGED and not used: {newest}: optimizer.pt is not what was written (its sha256 differs)")
-    (path / checkpoint.MODEL).unlink()
-    path, lines = checkpoint.newest_whole(run)
+    (path / store.MODEL).unlink()
+    path, lines = store.newest_whole(run)
     assert path == run / "checkpoints" / "step_00000010"
     assert "step_00000030: optimizer.pt" in lines[0]
     assert "step_00000020: model.safetensors is missing" in lines[1]
 
 
 def test_when_none_is_whole_all_are_named(run):
-    for found in checkpoint.list_checkpoints(run):
-        (found.path / checkpoint.STATE).write_text("{}")
+    for found in store.list_checkpoints(run):
+        (found.path / store.STATE).write_text("{}")
     with pytest.raises(CheckpointError) as error:
-        checkpoint.newest_whole(run)
+        store.newest_whole(run)
     assert str(error.value).startswith(f"no checkpoint of {run} is whole: ")
     for step in (10, 20):
         assert f"step_000000{step}: state.json has 2 bytes instead of" in str(error.value)
-    assert checkpoint.newest_whole(run / "none") == (None, [])
+    assert store.newest_whole(run / "none") == (None, [])
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "random.json", "config.json", "state.json"])
@@ -187,25 +189,25 @@ def test_a_manifest_lists_all_that_is_needed(run, name):
     content = json.loads((path / MANIFEST).read_text())
     del content["files"][name]
     (path / MANIFEST).write_text(json.dumps(content))
-    assert checkpoint.check(path) == [f"{name} is not in manifest.json"]
+    assert store.check(path) == [f"{name} is not in manifest.json"]
 
 
 def test_ema_weights_that_came_later_are_not_trusted(run):
     path = run / "checkpoints" / "step_00000020"
-    shutil.copy(path / checkpoint.MODEL, path / checkpoint.EMA)
-    assert checkpoint.check(path) == ["ema.safetensors is not in manifest.json"]
+    shutil.copy(path / store.MODEL, path / store.EMA)
+    assert store.check(path) == ["ema.safetensors is not in manifest.json"]
     (path / "notes.txt").write_text("one's own notes are no damage")
-    (path / checkpoint.EMA).unlink()
-    assert checkpoint.check(path) == []
+    (path / store.EMA).unlink()
+    assert store.check(path) == []
 
 
 def test_one_checkpoint_named_for_a_start_must_be_whole(run):
     path = run / "checkpoints" / "step_00000020"
-    assert checkpoint.find_whole(path) == (path, [])
-    (path / checkpoint.MODEL).write_bytes(b"")
+    assert store.find_whole(path) == (path, [])
+    (path / store.MODEL).write_bytes(b"")
     with pytest.raises(CheckpointError, match=r"00000020 is damaged: model.safetensors has 0 bytes.* beside it: step_00000010"):
-        checkpoint.find_whole(path)
-    other, (line,) = checkpoint.find_whole("run", run.parent)
+        store.find_whole(path)
+    other, (line,) = store.find_whole("run", run.parent)
     assert other.name == "step_00000010"
     assert "step_00000020: model.safetensors has 0 bytes" in line
 
@@ -213,25 +215,25 @@ def test_one_checkpoint_named_for_a_start_must_be_whole(run):
 def test_checkpoints_of_version_1_are_used_and_said_to_be_unverified(run):
     path = run / "checkpoints" / "step_00000020"
     make_old(path)
-    assert checkpoint.check(path) == []
-    assert not checkpoint.is_verifiable(path)
-    assert checkpoint.read_config(path) == CONFIG
-    assert checkpoint.read_random(path) == []
-    assert checkpoint.read_state(path) == State(
+    assert store.check(path) == []
+    assert not store.is_verifiable(path)
+    assert store.read_config(path) == CONFIG
+    assert store.read_random(path) == []
+    assert store.read_state(path) == State(
         20, 3, ((16, 2),), "abc", versions={"torch": "2.11.0"}, version=1
     )  # fmt: skip
-    found, (line,) = checkpoint.newest_whole(run)
+    found, (line,) = store.newest_whole(run)
     assert found == path
     assert "can't be verified: it was written before checkpoints had a manifest" in line
-    (path / checkpoint.OPTIMIZER).unlink()
-    assert checkpoint.check(path) == ["optimizer.pt is missing"]
+    (path / store.OPTIMIZER).unlink()
+    assert store.check(path) == ["optimizer.pt is missing"]
 
 
 def test_a_new_checkpoint_without_its_manifest_is_damaged(run):
     path = run / "checkpoints" / "step_00000020"
     (path / MANIFEST).unlink()
-    assert checkpoint.is_verifiable(path)
-    assert checkpoint.check(path) == ["manifest.json is missing"]
+    assert store.is_verifiable(path)
+    assert store.check(path) == ["manifest.json is missing"]
 
 
 # hostile and absurd content, listed in the manifest as if it had been written so
@@ -265,13 +267,13 @@ def test_a_new_checkpoint_without_its_manifest_is_damaged(run):
 )
 def test_absurd_states_are_refused(run, change, message):
     path = run / "checkpoints" / "step_00000020"
-    content = json.loads((path / checkpoint.STATE).read_text()) | {"epoch": 0} | change
+    content = json.loads((path / store.STATE).read_text()) | {"epoch": 0} | change
     rewrite(path, state__json=json.dumps(content).encode())
     with pytest.raises(CheckpointError, match=message):
-        checkpoint.read_state(path)
-    (wrong,) = checkpoint.check(path)
+        store.read_state(path)
+    (wrong,) = store.check(path)
     assert "state.json" in wrong
-    assert checkpoint.newest_whole(run)[0] == run / "checkpoints" / "step_00000010"
+    assert store.newest_whole(run)[0] == run / "checkpoints" / "step_00000010"
 
 
 @pytest.mark.parametrize("content", [b"", b"[]", b"1", b"{", b"\xff", b"[" * 100_000, b'{"version": 2, "step": ' + b"9" * 5000])
@@ -279,8 +281,8 @@ def test_what_is_no_state_at_all_is_refused(run, content):
     path = run / "checkpoints" / "step_00000020"
     rewrite(path, state__json=content)
     with pytest.raises(CheckpointError, match=r"state\.json"):
-        checkpoint.read_state(path)
-    assert len(checkpoint.check(path)) == 1
+        store.read_state(path)
+    assert len(store.check(path)) == 1
 
 
 @pytest.mark.parametrize("name", ["../../../secret", "/etc/passwd", "checkpoints/../x"])
@@ -289,7 +291,7 @@ def test_a_manifest_that_leads_out_of_the_checkpoint_is_refused(run, name):
     content = json.loads((path / MANIFEST).read_text())
     content["files"][name] = {"bytes": 0, "sha256": ""}
     (path / MANIFEST).write_text(json.dumps(content))
-    (wrong,) = checkpoint.check(path)
+    (wrong,) = store.check(path)
     assert f"names {name!r}, which is not the name of a file in this folder" in wrong
 
 
@@ -298,17 +300,17 @@ def test_random_states_are_a_list(run, content):
     path = run / "checkpoints" / "step_00000020"
     rewrite(path, random__json=content)
     with pytest.raises(CheckpointError, match=r"random\.json"):
-        checkpoint.read_random(path)
+        store.read_random(path)
 
 
 def test_settings_that_cannot_be_read_are_named(run):
     path = run / "checkpoints" / "step_00000020"
     rewrite(path, config__json=b"\xff")
     with pytest.raises(CheckpointError):
-        checkpoint.read_config(path)
-    (path / checkpoint.CONFIG).unlink()
+        store.read_config(path)
+    (path / store.CONFIG).unlink()
     with pytest.raises(CheckpointError, match=r"has no settings: .*config.json cannot be read"):
-        checkpoint.read_config(path)
+        store.read_config(path)
 
 
 # where checkpoints are
@@ -316,21 +318,21 @@ def test_settings_that_cannot_be_read_are_named(run):
 
 def test_a_checkpoint_is_found_by_run_folder_name_and_file(run, monkeypatch):
     newest = run / "checkpoints" / "step_00000020"
-    for path in (run, newest, newest / checkpoint.MODEL):
-        assert checkpoint.find(path) == newest
-    assert checkpoint.find("run", run.parent) == newest
-    assert checkpoint.latest(run) == Found(newest, 20)
+    for path in (run, newest, newest / store.MODEL):
+        assert store.find(path) == newest
+    assert store.find("run", run.parent) == newest
+    assert store.latest(run) == Found(newest, 20)
     with pytest.raises(CheckpointError, match=r"no run or checkpoint 'yours'; runs in .*: run"):
-        checkpoint.find("yours", run.parent)
+        store.find("yours", run.parent)
     (run.parent / "empty").mkdir()
     with pytest.raises(CheckpointError, match="empty exists but holds no checkpoint"):
-        checkpoint.find("empty", run.parent)
+        store.find("empty", run.parent)
 
 
 def test_newest_run_is_the_one_trained_last(tmp_path):
     with pytest.raises(CheckpointError, match="no trained run"):
-        checkpoint.newest_run(tmp_path)
+        store.newest_run(tmp_path)
     for age, name in enumerate(("b", "c", "a")):
         os.utime(save(tmp_path / name, 1), (1000 - age, 1000 - age))
     (tmp_path / "unfinished" / "checkpoints").mkdir(parents=True)
-    assert checkpoint.newest_run(tmp_path) == tmp_path / "b"
+    assert store.newest_run(tmp_path) == tmp_path / "b"

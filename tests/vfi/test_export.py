@@ -11,8 +11,9 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from vfi import checkpoint, comparison, export, graph_files, presets, weights
-from vfi.checkpoint import CheckpointError
+from vfi import comparison, export, graph_files, presets
+from vfi.checkpoint import store, weights
+from vfi.errors import CheckpointError
 from vfi.inference import load, predict
 from vfi.model.backbone import of_each_frame
 from vfi.model.interpolator import FrameInterpolator
@@ -48,7 +49,7 @@ def make_run(folder: Path, **changes) -> Path:
     config = presets.override(presets.tiny(), data_path=("SHARDS/vimeo",), **changes)
     state = network.state_dict()
     average = {name: tensor * 0.9 for name, tensor in state.items()}
-    checkpoint.save(folder, checkpoint.State(4), config, state, {}, ema=average)
+    store.save(folder, store.State(4), config, state, {}, ema=average)
     (folder / "config.json").write_text(to_json(config))
     return folder
 

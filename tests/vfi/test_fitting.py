@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from warm import TRAIN, finish, start_ranks
 
 from vfi import fitting, presets, train
-from vfi.checkpoint import latest
+from vfi.checkpoint.store import latest
 from vfi.config import ConfigError, accumulation
 from vfi.fitting import TrainingStep, is_out_of_memory, with_smaller_batch
 

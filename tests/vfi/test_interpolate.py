@@ -9,7 +9,8 @@ import torch
 from made_videos import new_run
 from PIL import Image
 
-from vfi import shipped, weights
+from vfi import shipped
+from vfi.checkpoint import weights
 from vfi.interpolate import frames_of, main
 
 pytestmark = pytest.mark.usefixtures("one_thread")

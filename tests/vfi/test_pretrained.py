@@ -25,10 +25,10 @@ from huggingface_hub import metadata_load
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from vfi import FrameInterpolator, checkpoint, interpolate, model_folder, presets, train
-from vfi.checkpoint import CheckpointError
+from vfi import FrameInterpolator, interpolate, presets, train
+from vfi.checkpoint import pretrained_folder, store
 from vfi.config import Config
-from vfi.errors import JobError
+from vfi.errors import CheckpointError, JobError
 from vfi.inference import load
 from vfi.model.interpolator import FrameInterpolator as Network
 from vfi.records import to_json
@@ -59,7 +59,7 @@ def make_run(folder: Path, config: Config, ema: bool = False) -> Path:
             parameter.add_(0.01 * torch.randn_like(parameter))
     weights = network.state_dict()
     average = {name: tensor * 0.9 for name, tensor in weights.items()} if ema else None
-    checkpoint.save(folder, checkpoint.State(4), config, weights, {}, ema=average)
+    store.save(folder, store.State(4), config, weights, {}, ema=average)
     (folder / "config.json").write_text(to_json(config))
     return folder
 
@@ -260,9 +260,9 @@ def test_the_running_mean_is_saved_and_not_the_teacher(run, saved) -> None:
 
 def test_a_run_is_portable(saved) -> None:
     """The run asked for the reference operators and a teacher."""
-    described = model_folder.read_description(saved)
+    described = pretrained_folder.read_description(saved)
     assert described.model == presets.override(presets.tiny(), phase=2).model
-    assert described.origin == model_folder.Origin("some", "tiny", 4, True, ("vimeo", "x4k train"), "CC-BY-4.0")
+    assert described.origin == pretrained_folder.Origin("some", "tiny", 4, True, ("vimeo", "x4k train"), "CC-BY-4.0")
 
 
 @pytest.mark.parametrize("of", ["", "model.safetensors"])
@@ -578,7 +578,7 @@ def test_training_starts_from_a_saved_model(where, hub, saved, tmp_path, train_s
     assert all(torch.equal(tensor, weights[name]) for name, tensor in trainer.network.state_dict().items())
     assert "(step 4)" in capsys.readouterr().out
     trainer.fit()
-    assert checkpoint.latest(trainer.folder).step == 1
+    assert store.latest(trainer.folder).step == 1
 
 
 def test_training_names_what_does_not_fit(saved, broken, tmp_path, train_shards) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from vfi import presets
-from vfi.checkpoint import EMA, MODEL, RANDOM, State, list_checkpoints, save
+from vfi.checkpoint.store import EMA, MODEL, RANDOM, State, list_checkpoints, save
 from vfi.recovery import Snapshots, go_back
 from vfi.training_state import Snapshot, read_snapshot
 

@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from vfi import checkpoint, checkpoints, presets, runs
-from vfi.checkpoint import State
+from vfi import checkpoints, presets, runs
+from vfi.checkpoint import store
+from vfi.checkpoint.store import State
 from vfi.errors import Stopped
 from vfi.manifest import MANIFEST
 from vfi.records import to_json
@@ -33,7 +34,7 @@ def make_run(folder: Path, scores: list[tuple[int, float]], checkpoints: tuple[i
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     for step in checkpoints:
         psnr = dict(scores).get(step)
-        checkpoint.save(folder, State(step, step // 10, psnr=psnr), CONFIG, {"w": torch.zeros(4)}, {}, keep_last=9)
+        store.save(folder, State(step, step // 10, psnr=psnr), CONFIG, {"w": torch.zeros(4)}, {}, keep_last=9)
     return folder
 
 
@@ -191,8 +192,8 @@ def test_checkpoints_are_listed_and_verified(tmp_path, capsys):
 
 def test_damage_is_shown_and_is_an_error(tmp_path, capsys):
     run = make_run(tmp_path / "mine", [(10, 31.5)], checkpoints=(10, 20, 30))
-    (run / "checkpoints" / "step_00000020" / checkpoint.MODEL).write_bytes(b"")
-    (run / "checkpoints" / "step_00000030" / checkpoint.STATE).write_text("{")
+    (run / "checkpoints" / "step_00000020" / store.MODEL).write_bytes(b"")
+    (run / "checkpoints" / "step_00000030" / store.STATE).write_text("{")
     with pytest.raises(SystemExit) as stop:
         checkpoints.main([str(run)])
     assert stop.value.code == 1
@@ -207,9 +208,9 @@ def test_damage_is_shown_and_is_an_error(tmp_path, capsys):
 def test_old_checkpoints_are_unverified_and_no_error(tmp_path, capsys):
     run = make_run(tmp_path / "mine", [], checkpoints=(10,))
     path = run / "checkpoints" / "step_00000010"
-    for name in (MANIFEST, checkpoint.CONFIG, checkpoint.RANDOM):
+    for name in (MANIFEST, store.CONFIG, store.RANDOM):
         (path / name).unlink()
-    (path / checkpoint.STATE).write_text('{"version": 1, "step": 10, "torch": "2.11.0"}')
+    (path / store.STATE).write_text('{"version": 1, "step": 10, "torch": "2.11.0"}')
     checkpoints.main([str(run)])
     assert capsys.readouterr().out.splitlines()[1].endswith("  -      -  -    unverified")
 

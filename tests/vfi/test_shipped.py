@@ -16,10 +16,11 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from launch import preflight
-from vfi import FrameInterpolator, benchmark, interpolate, model_folder, presets, shipped, train
+from vfi import FrameInterpolator, benchmark, interpolate, presets, shipped, train
 from vfi.app_work import Work
-from vfi.checkpoint import CheckpointError
+from vfi.checkpoint import pretrained_folder
 from vfi.config import ConfigError
+from vfi.errors import CheckpointError
 from vfi.model.interpolator import FrameInterpolator as Network
 from vfi.results import read_results
 from vfi.shipped import FILES, SUMS
@@ -44,8 +45,8 @@ def made(tmp_path_factory) -> Path:
     with torch.no_grad():
         for parameter in network.parameters():
             parameter.add_(0.01 * torch.randn_like(parameter))
-    origin = model_folder.Origin("p2", "small", STEP, True, ("own photographs", "a", "b", "c", "d"), "apache-2.0")
-    model_folder.write_model(folder, network, origin, "fp16")
+    origin = pretrained_folder.Origin("p2", "small", STEP, True, ("own photographs", "a", "b", "c", "d"), "apache-2.0")
+    pretrained_folder.write_model(folder, network, origin, "fp16")
     (folder / "README.md").write_text("the card")
     write_sums(folder)
     return folder

@@ -12,9 +12,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from vfi import checkpoint, presets, speed
+from vfi import presets, speed
 from vfi.adapters import load_any
 from vfi.benchmark import main
+from vfi.checkpoint import store
 from vfi.errors import JobError
 from vfi.graphs import Graphs
 from vfi.inference import load, predict
@@ -79,7 +80,7 @@ def runs(tmp_path_factory) -> Path:
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(0.03 * torch.randn_like(parameter))
-        checkpoint.save(folder / name, checkpoint.State(3), config, model.state_dict(), {})
+        store.save(folder / name, store.State(3), config, model.state_dict(), {})
         (folder / name / "config.json").write_text(to_json(config))
     return folder
 

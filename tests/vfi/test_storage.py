@@ -29,7 +29,7 @@ from warm import TRAIN, Process
 
 from shards.schema import ShardError, read_index
 from vfi import benchmark, presets, train
-from vfi.checkpoint import latest
+from vfi.checkpoint.store import latest
 from vfi.config import ConfigError, DataConfig
 from vfi.data.fetch import MissingError, Patience, StorageError, fetch
 from vfi.data.loader import TrainingLoader, evaluation_batches

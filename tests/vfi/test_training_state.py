@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from vfi import presets
-from vfi.checkpoint import CheckpointError, State, save
+from vfi.checkpoint.store import State, save
+from vfi.errors import CheckpointError
 from vfi.training_state import random_state, read_snapshot, restore, scaler_state, set_random_state
 
 

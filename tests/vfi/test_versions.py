@@ -7,7 +7,8 @@ from importlib import metadata
 import numpy
 import pytest
 
-from vfi import model_folder, presets, tracking, versions
+from vfi import presets, tracking, versions
+from vfi.checkpoint import pretrained_folder
 
 
 def test_installed_packages_have_the_version_that_they_state():
@@ -31,8 +32,8 @@ def not_installed(monkeypatch):
 
 def test_a_checkout_that_is_not_installed_says_unknown(not_installed):
     assert versions.project_version() == "unknown"
-    assert model_folder.this_version() == "vfi-training-stack unknown"
+    assert pretrained_folder.this_version() == "vfi-training-stack unknown"
     assert tracking.versions()["project"] == "unknown"
-    origin = model_folder.Origin("run", "tiny", 1, averaged=False)
-    description = model_folder.describe(presets.tiny().model, origin, "fp16")
+    origin = pretrained_folder.Origin("run", "tiny", 1, averaged=False)
+    description = pretrained_folder.describe(presets.tiny().model, origin, "fp16")
     assert description.written_by == "vfi-training-stack unknown"

@@ -13,10 +13,12 @@ import pytest
 import torch
 from safetensors.torch import save as to_safetensors
 
-from vfi import checkpoint, presets, weights
-from vfi.checkpoint import CheckpointError, State
+from vfi import presets
+from vfi.checkpoint import store, weights
+from vfi.checkpoint.store import State
 from vfi.config import Config
 from vfi.ema import Ema
+from vfi.errors import CheckpointError
 from vfi.manifest import MANIFEST, write_folder
 from vfi.model.interpolator import FrameInterpolator
 from vfi.optim import build_optimizer
@@ -39,7 +41,7 @@ def make_run(folder: Path, config: Config, steps: list[int], decay: float = 0.0)
         if ema:
             ema.update()
         average = ema.weights() if ema else None
-        checkpoint.save(folder, State(step), config, model.state_dict(), optimizer.state_dict(), ema=average)
+        store.save(folder, State(step), config, model.state_dict(), optimizer.state_dict(), ema=average)
     return model, optimizer, ema
 
 
@@ -54,7 +56,7 @@ def trained(tmp_path_factory):
 def path(trained, tmp_path) -> Path:
     """A checkpoint that a test may damage."""
     newest = tmp_path / "run" / "checkpoints" / "step_00000020"
-    shutil.copytree(checkpoint.latest(trained[0]).path, newest)
+    shutil.copytree(store.latest(trained[0]).path, newest)
     return newest
 
 
@@ -68,7 +70,7 @@ def test_weights_and_optimizer_come_back_exactly(trained):
     folder, model, optimizer = trained
     other = FrameInterpolator(presets.tiny().model)
     other_optimizer = build_optimizer(other, presets.tiny().optim)
-    found = checkpoint.latest(folder)
+    found = store.latest(folder)
     weights.load_weights(other, found.path)
     weights.load_optimizer(other_optimizer, weights.read_optimizer(found.path), found.path)
     for name, tensor in model.state_dict().items():
@@ -91,7 +93,7 @@ def test_model_is_loaded_by_run_folder_checkpoint_and_file(trained, monkeypatch)
 
 def test_ema_weights_are_taken_where_there_are_some_and_said(tmp_path):
     model, _, ema = make_run(tmp_path / "run", presets.tiny(), [1, 2], decay=0.9)
-    newest = checkpoint.latest(tmp_path / "run").path
+    newest = store.latest(tmp_path / "run").path
     name = "refine.head.weight"
     assert not torch.equal(ema.average[name], model.state_dict()[name])
     said: list[str] = []
@@ -99,7 +101,7 @@ def test_ema_weights_are_taken_where_there_are_some_and_said(tmp_path):
         loaded, _ = weights.load_model(path, CPU, said.append)
         assert torch.equal(loaded.state_dict()[name], ema.average[name])
         assert said.pop().startswith(f"{newest}: the EMA weights are taken; those without averaging are in model.safetensors")
-    for file, expected in ((checkpoint.EMA, ema.average), (checkpoint.MODEL, model.state_dict())):
+    for file, expected in ((store.EMA, ema.average), (store.MODEL, model.state_dict())):
         loaded, _ = weights.load_model(newest / file, CPU, said.append)
         assert torch.equal(loaded.state_dict()[name], expected[name])
     assert said == []
@@ -110,7 +112,7 @@ def test_ema_weights_are_taken_where_there_are_some_and_said(tmp_path):
 
 def test_settings_of_an_older_program_are_loaded_and_said(path, tmp_path):
     """Its config.json lacks what came later: that has the defaults, under which its weights mean the same."""
-    content = json.loads((path / checkpoint.CONFIG).read_text())
+    content = json.loads((path / store.CONFIG).read_text())
     del content["run"]["keep_best"], content["optim"]["ema"], content["model"]["mixing_coefficients"]
     rewrite(path, config__json=json.dumps(content).encode())
     said: list[str] = []
@@ -122,15 +124,15 @@ def test_settings_of_an_older_program_are_loaded_and_said(path, tmp_path):
 
 
 def test_damage_is_refused_before_weights_are_used(path):
-    content = bytearray((path / checkpoint.MODEL).read_bytes())
+    content = bytearray((path / store.MODEL).read_bytes())
     content[-1] ^= 1  # of the last weight: it would load
-    (path / checkpoint.MODEL).write_bytes(content)
+    (path / store.MODEL).write_bytes(content)
     with pytest.raises(CheckpointError, match=r"step_00000020 is damaged: model\.safetensors is not what was written"):
         weights.load_model(path, CPU)
 
 
 def test_other_architecture_names_the_keys(trained):
-    path = checkpoint.latest(trained[0]).path
+    path = store.latest(trained[0]).path
     wider = FrameInterpolator(dataclasses.replace(presets.tiny().model, width=16))
     before = wider.refine.head.bias.clone()
     with pytest.raises(CheckpointError, match=r"another architecture: .*of another shape: .*\[8, 3, 3, 3\] instead of \[16"):
@@ -141,14 +143,14 @@ def test_other_architecture_names_the_keys(trained):
         weights.load_weights(without, path)
 
 
-@pytest.mark.parametrize("name", [checkpoint.MODEL, checkpoint.OPTIMIZER])
+@pytest.mark.parametrize("name", [store.MODEL, store.OPTIMIZER])
 @pytest.mark.parametrize("content", [b"\x00\x01 not what it was", b"", b"\xff" * 100, b"\x02\x00\x00\x00\x00\x00\x00\x00{}"])
 def test_garbage_is_named(path, trained, name, content):
     """Also where a manifest lists it."""
     rewrite(path, **{name.replace(".", "__"): content})
-    assert checkpoint.check(path) == []
+    assert store.check(path) == []
     with pytest.raises(CheckpointError, match=name):
-        weights.load_weights(trained[1], path) if name == checkpoint.MODEL else weights.read_optimizer(path)
+        weights.load_weights(trained[1], path) if name == store.MODEL else weights.read_optimizer(path)
 
 
 def test_a_header_that_promises_too_much_is_refused(path, trained):
@@ -187,7 +189,7 @@ def test_settings_of_the_optimizer_are_those_of_the_run_that_goes_on(tmp_path):
     ],
 )
 def test_what_is_no_state_of_this_optimizer_is_refused(tmp_path, state):
-    torch.save(state, tmp_path / checkpoint.OPTIMIZER)
+    torch.save(state, tmp_path / store.OPTIMIZER)
     optimizer = torch.optim.AdamW(torch.nn.Linear(2, 2).parameters())
     with pytest.raises(CheckpointError, match=r"optimizer\.pt cannot be loaded"):
         weights.load_optimizer(optimizer, weights.read_optimizer(tmp_path), tmp_path)
@@ -209,13 +211,13 @@ def test_loading_executes_nothing(path, trained, tmp_path, monkeypatch):
     Path("executed").unlink()
     for content in (pickle.dumps(Hostile(), protocol=2), as_torch.read_bytes()):
         rewrite(path, optimizer__pt=content, model__safetensors=content, random__json=content)
-        assert checkpoint.check(path) == []
+        assert store.check(path) == []
         with pytest.raises(CheckpointError, match="cannot be loaded"):
             weights.read_optimizer(path)
         with pytest.raises(CheckpointError, match="cannot be read"):
             weights.load_weights(trained[1], path)
         with pytest.raises(CheckpointError, match="cannot be read"):
-            checkpoint.read_random(path)
+            store.read_random(path)
         with pytest.raises(CheckpointError):
             weights.load_model(path, CPU)
     assert not Path("executed").exists()

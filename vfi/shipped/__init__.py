@@ -34,7 +34,7 @@ def shipped_model() -> Path:
 
     Raises CheckpointError where the package came without a model, and for a file that is missing or is not what was shipped.
     """
-    from vfi.checkpoint import CheckpointError  # not before it is needed: it imports torch, which takes seconds
+    from vfi.errors import CheckpointError  # not before it is needed: it imports torch, which takes seconds
 
     if not has_shipped_model():
         raise CheckpointError(

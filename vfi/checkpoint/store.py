@@ -31,6 +31,7 @@ from torch import Tensor
 
 from vfi.config import Config, ConfigError
 from vfi.data.plan import Position
+from vfi.errors import CheckpointError
 from vfi.manifest import MANIFEST, FolderWriteError, ManifestError, problems, read_manifest, remove_folder, write_folder
 from vfi.records import RecordError, config_from_json, from_object, note, to_json
 
@@ -41,10 +42,6 @@ _NEEDED = (MODEL, OPTIMIZER, RANDOM, STATE, CONFIG)
 _NEEDED_1 = (MODEL, OPTIMIZER, STATE)
 _NAME = re.compile(r"step_(\d+)")
 _LARGEST = 1 << 40  # no count comes near it
-
-
-class CheckpointError(ValueError):
-    """A checkpoint is missing, damaged, of another architecture or can't be written; the message says which and what to do."""
 
 
 class Found(NamedTuple):

@@ -24,15 +24,15 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from vfi.checkpoint import CONFIG, MODEL, STATE, CheckpointError
+from vfi.checkpoint.store import CONFIG, MODEL, STATE
+from vfi.checkpoint.weights import read_weights, refuse_differences
 from vfi.config import Config, ConfigError, ModelConfig, validate
-from vfi.errors import JobError
+from vfi.errors import CheckpointError, JobError
 from vfi.manifest import MANIFEST
 from vfi.model.interpolator import FrameInterpolator
 from vfi.records import RecordError, from_object, note
 from vfi.shipped import is_shipped, shipped_model
 from vfi.versions import PROJECT, project_version
-from vfi.weights import read_weights, refuse_differences
 
 SCHEMA, VERSION = "vfi-model", 1
 CARD = "README.md"
