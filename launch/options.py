@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 from typing import Literal
 
+from vfi.config.presets import AblationName
 from vfi.errors import JobError
-from vfi.presets import AblationName
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Options:
     chain: str = ""
     """Phases one after the other, such as 1,2,3: each a job that starts from the weights of the one before."""
     ablation: AblationName | None = None
-    """All experiments Exp-1…, Exp-2… or Exp-3… of vfi/presets.py as one array of jobs."""
+    """All experiments Exp-1…, Exp-2… or Exp-3… of vfi/config/presets.py as one array of jobs."""
     only: tuple[str, ...] = ()
     """Of --ablation only these, such as Exp-1a Exp-1c."""
     seeds: int = 1

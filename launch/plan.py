@@ -18,8 +18,8 @@ from typing import Literal
 from launch import preflight
 from launch.memory.batch_size import choose_batch
 from launch.options import Options
-from vfi import presets
-from vfi.config import Config, ConfigError
+from vfi.config import command_line, presets
+from vfi.config.configs import Config, ConfigError
 from vfi.errors import JobError
 
 _NO_BF16 = ("v100", "t4", "p100")
@@ -83,7 +83,7 @@ def mixed_precision(options: Options, config_file: Path) -> str:
 
 def _checked(options: Options, flags: Sequence[str], precision: str, later: str = "") -> tuple[Config, list[str]]:
     """Settings of a training that can start, with the batch that fits its GPUs; `later`: a run that will be there by then."""
-    config, notes = presets.from_command_line(flags, prog="vfi.train"), []
+    config, notes = command_line.from_command_line(flags, prog="vfi.train"), []
     processes = options.nodes * options.processes
     if options.gpu and not _given(flags, "batch_size"):
         card = f"{options.gpu}-{options.gpu_gb}gb" if options.gpu_gb else options.gpu

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from shards.schema import ShardError, read_index
-from vfi import presets, shipped
-from vfi.config import Config, ConfigError, accumulation
+from vfi import shipped
+from vfi.config import command_line, presets
+from vfi.config.configs import Config, ConfigError, accumulation
 
 _CHECKPOINT = re.compile(r"step_(\d+)")
 
@@ -22,7 +23,7 @@ _CHECKPOINT = re.compile(r"step_(\d+)")
 def flags(config: Config) -> list[str]:
     """Flags of vfi.train that give `config`; ConfigError when there are none."""
     argv = differences(config)
-    if presets.from_command_line(argv) != config:
+    if command_line.from_command_line(argv) != config:
         raise ConfigError(f"no command line gives these settings: {' '.join(argv)} gives others")
     return argv
 

@@ -25,8 +25,10 @@ import tyro
 
 from launch.memory.batch_size import Card, identify
 from launch.memory.model import GIB, PROFILES, Entry, Fit, Point, Precision, add, fit_points, read_profiles
-from vfi import presets, profiling
-from vfi.config import Config, ConfigError, validate
+from vfi import profiling
+from vfi.config import presets
+from vfi.config.configs import Config, ConfigError
+from vfi.config.validation import validate
 from vfi.errors import JobError, clear_errors
 from vfi.fitting import PRECISIONS, TrainingStep, is_out_of_memory
 from vfi.numerics import numerics, set_numerics

@@ -30,7 +30,7 @@ from launch.queue import cluster, enqueue, enqueue_each, run_here, waiting_for
 from launch.status import look_at
 from launch.submission import LAUNCH, SUBMISSION, Submission, next_folder, read_queued, read_submission
 from shards.schema import ShardError
-from vfi.config import ConfigError
+from vfi.config.configs import ConfigError
 from vfi.errors import JobError, clear_errors
 from vfi.records import note
 

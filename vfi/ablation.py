@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from vfi.checkpoint.store import CONFIG
-from vfi.config import Config, ConfigError
+from vfi.config.configs import Config, ConfigError
+from vfi.config.presets import ABLATIONS, AblationName, experiments
 from vfi.errors import JobError
-from vfi.presets import ABLATIONS, AblationName, experiments
 from vfi.records import config_from_json
 from vfi.run_status import read_status
 from vfi.tracking import METRICS, read_rows

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vfi.config import SCALES
+from vfi.config.configs import SCALES
 from vfi.motion import shrunk_grey
 
 REACH = 64.0

@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from shards import codecs, writer
 from shards.schema import SampleMeta, ShardError, read_index
-from vfi.config import DataConfig
+from vfi.config.configs import DataConfig
 from vfi.data.augment import FrameTooSmallError, apply_change, copy_pixels, draw_change
 from vfi.data.loader import TrainingLoader, evaluation_batches, evenly_spaced
 from vfi.errors import JobError, clear_errors

@@ -24,8 +24,9 @@ import torch.nn.functional as F
 import tyro
 from torch import Tensor, nn
 
-from vfi import presets, profiling
-from vfi.config import ModelConfig
+from vfi import profiling
+from vfi.config import presets
+from vfi.config.configs import ModelConfig
 from vfi.errors import JobError, clear_errors
 from vfi.losses import laplacian_loss
 from vfi.model.ss2d import ss2d

@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from vfi import profiling
-from vfi.config import Config, accumulation
+from vfi.config.configs import Config, accumulation
 from vfi.errors import JobError
 from vfi.losses import training_losses
 from vfi.model.execution import compile_parts, recompute

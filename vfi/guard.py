@@ -33,7 +33,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from vfi.config import KNOWN_STEPS, GuardConfig
+from vfi.config.configs import KNOWN_STEPS, GuardConfig
 from vfi.ops.dtensor import is_in_shards
 
 LayerGroups = dict[str, list[nn.Parameter]]

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from vfi.checkpoint.pretrained_folder import Origin, data_name, fetch, is_hub_id, is_model_folder, read_model
 from vfi.checkpoint.store import EMA, MODEL, find, read_step
 from vfi.checkpoint.weights import best_weights, load_model
-from vfi.config import SCALES, Config, RunConfig
+from vfi.config.configs import SCALES, Config, RunConfig
 from vfi.errors import CheckpointError, JobError
 from vfi.graphs import Graphs
 from vfi.model.interpolator import FrameInterpolator

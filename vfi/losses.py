@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vfi.config import OptimConfig
+from vfi.config.configs import OptimConfig
 from vfi.ops.fused import takes_fused
 from vfi.ops.precision import fp32_island
 

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from vfi.checkpoint.pretrained_folder import Description, Origin, data_name
-from vfi.config import ModelConfig
+from vfi.config.configs import ModelConfig
 from vfi.errors import JobError
 from vfi.inference import LoadedModel
 from vfi.results import BASELINES, Results, Row, read_results

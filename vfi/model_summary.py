@@ -28,8 +28,10 @@ import torch
 import tyro
 from torch import Tensor, nn
 
-from vfi import presets, profiling
-from vfi.config import Config, ConfigError, ModelConfig, validate
+from vfi import profiling
+from vfi.config import command_line, presets
+from vfi.config.configs import Config, ConfigError, ModelConfig
+from vfi.config.validation import validate
 from vfi.errors import JobError, clear_errors
 from vfi.fitting import TrainingStep
 from vfi.graphs import Graphs
@@ -57,7 +59,7 @@ class Options:
     """Each field is a flag of the job, beside those of the model."""
 
     preset: str = "small"
-    """Named set of defaults, see vfi/presets.py."""
+    """Named set of defaults, see vfi/config/presets.py."""
     sizes: tuple[str, ...] = ("256x448", "736x1280", "1088x1920")
     """Frame sizes, HEIGHTxWIDTH."""
     batch: int = 1
@@ -178,7 +180,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def from_command_line(argv: Sequence[str]) -> tuple[Options, Config]:
     """Flags -> checked options and the settings that the model is built from. The preset gives the model's defaults."""
-    argv = presets.expand_aliases(argv)
+    argv = command_line.expand_aliases(argv)
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     finder.add_argument("--preset", default=Options.preset)
     finder.add_argument("--device", default=Options.device)

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 import torch
 
-from vfi.config import ConfigError
+from vfi.config.configs import ConfigError
 
 _WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 _HUGE_PAGES = "THP_MEM_ALLOC_ENABLE"  # for large tensors of a CPU, read by torch when it makes the first: half the page faults

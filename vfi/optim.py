@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vfi.config import OptimConfig
+from vfi.config.configs import OptimConfig
 
 _NO_DECAY = ("A_log", "D", "dt_bias")
 _MOMENTUM = 0.95

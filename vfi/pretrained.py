@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from vfi.checkpoint import pretrained_folder
-from vfi.config import SCALES
+from vfi.config.configs import SCALES
 from vfi.errors import JobError
 from vfi.frames import Frames, read_pair
 from vfi.inference import DeviceName, LoadedModel, PrecisionName, describe_precision, load, pick_device, pick_precision

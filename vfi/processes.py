@@ -16,7 +16,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, InitProcessGroupKwargs
 
-from vfi.config import Config, ConfigError, accumulation
+from vfi.config.configs import Config, ConfigError, accumulation
 
 Sharding = Literal["none", "zero", "fsdp2"]
 Precision = Literal["no", "bf16", "fp16"]

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
-from vfi.config import Config, ConfigError
+from vfi.config.configs import Config, ConfigError
 
 _UNIONS = (types.UnionType, typing.Union)
 

@@ -22,8 +22,8 @@ import tyro
 
 from vfi import gates
 from vfi.ablation import ablation_table
+from vfi.config.presets import AblationName
 from vfi.errors import JobError, clear_errors
-from vfi.presets import AblationName
 from vfi.records import write_text
 from vfi.report_page import TITLE, Content, about, fact, page
 from vfi.report_tables import (

@@ -17,7 +17,7 @@ from pathlib import Path
 import tyro
 
 from vfi.checkpoint.store import CONFIG, latest
-from vfi.config import ConfigError
+from vfi.config.configs import ConfigError
 from vfi.errors import JobError, clear_errors
 from vfi.records import config_from_json
 from vfi.run_status import STATES, age, read_status

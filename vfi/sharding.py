@@ -23,7 +23,7 @@ from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
 
 from vfi.checkpoint.weights import load_optimizer
-from vfi.config import Config, ConfigError
+from vfi.config.configs import Config, ConfigError
 from vfi.errors import CheckpointError
 from vfi.guard import LayerGroups, gradient_norms, group_norms
 from vfi.model.backbone import LGSBlock

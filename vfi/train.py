@@ -27,10 +27,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from shards.schema import ShardError
-from vfi import presets
 from vfi.checkpoint import pretrained_folder, store, weights
 from vfi.checkpoint.store import SavedPosition, State
-from vfi.config import KNOWN_STEPS, UNTRAINED, Config, ConfigError, accumulation
+from vfi.config import command_line
+from vfi.config.configs import KNOWN_STEPS, UNTRAINED, Config, ConfigError, accumulation
 from vfi.data.augment import FrameTooSmallError
 from vfi.data.faults import Skipped, Tally
 from vfi.data.loader import FrameBatch, TrainingLoader
@@ -677,7 +677,7 @@ def train(config: Config, flow_teacher: FlowTeacher | None = None) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line of the job."""
     with clear_errors(ConfigError, ShardError, CheckpointError, FrameTooSmallError, TrainingError, JobError):
-        train(presets.from_command_line(argv))
+        train(command_line.from_command_line(argv))
 
 
 if __name__ == "__main__":

@@ -20,8 +20,8 @@ from typing import Any, Literal
 import torch
 import tyro
 
-from vfi import presets
-from vfi.config import Config
+from vfi.config import presets
+from vfi.config.configs import Config
 from vfi.errors import JobError, clear_errors
 from vfi.fitting import PRECISIONS, TrainingStep
 from vfi.launch_search import Found, as_entries, search_step

@@ -9,7 +9,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from vfi.config import ConfigError, DataConfig
+from vfi.config.configs import ConfigError, DataConfig
 from vfi.data.loader import evaluation_batches, evenly_spaced
 from vfi.data.storage import cache_at, shard_folder
 from vfi.metrics import psnr

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from launch.memory.model import GIB, Entry, Fit, Point, Profiles, read_profiles, settings
-from vfi.config import Config, ConfigError, ModelConfig
+from vfi.config.configs import Config, ConfigError, ModelConfig
 
 OUTSIDE_GIB = 1.0
 """Of a card, left to what is not torch's: CUDA, libraries, NCCL."""
@@ -25,7 +25,7 @@ MARGIN = 0.06
 """Part of the rest that is left free: fragmentation, a second copy of gradients (DDP) and of weights (--ema)."""
 Basis = Literal["fit", "point", "stated"]
 _OF_NOMINAL = 0.98  # GiB that a card offers / GB that it is sold with: 79.2 of 80, 15.8 of 16, 139.8 of 141
-_LEAST_CROP, _CROP_STEP = 64, 16  # what vfi.config accepts
+_LEAST_CROP, _CROP_STEP = 64, 16  # what vfi.config.configs accepts
 _PRECISIONS = {"no": "fp32", "fp32": "fp32", "bf16": "bf16", "fp16": "fp16"}  # accelerate calls fp32 "no"
 _MEASURE = "measure it by `python -m launch.profile`"
 

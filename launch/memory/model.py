@@ -19,7 +19,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from vfi.config import ConfigError, ModelConfig
+from vfi.config.configs import ConfigError, ModelConfig
 from vfi.records import RecordError, from_object, write_text
 
 PROFILES = Path(__file__).with_name("memory_profiles.json")

@@ -25,8 +25,9 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from warm import finish, start_ranks
 
-from vfi import presets, train
+from vfi import train
 from vfi.checkpoint.store import latest, list_checkpoints, read_state
+from vfi.config import command_line
 from vfi.data.plan import START
 from vfi.losses import training_losses
 from vfi.recovery import Snapshots
@@ -226,7 +227,7 @@ def test_a_batch_that_is_not_finite_is_skipped_and_named(undisturbed, run, spoil
     spoil(32, **frames)
     disturbed = run(part_of(undisturbed, 30, tmp_path / "nan"), "--steps", 60, "--save_every", 1, "--resume", "auto")
     (event,) = rows(disturbed, "skip")
-    config = presets.from_command_line([*FLAGS, "--data_path", str(train_shards)])
+    config = command_line.from_command_line([*FLAGS, "--data_path", str(train_shards)])
     loader = train.TrainingLoader(config.data, 0, torch.device("cpu"), accumulation=1)
     batch = next(itertools.islice(loader.batches(START), 31, None))
     assert event["step"] == 32
@@ -336,7 +337,7 @@ def test_checkpoints_of_ruined_weights_are_left_out_and_removed(undisturbed, run
         assert max((found[name] - tensor).abs().max() for name, tensor in expected.items()) < 0.1
     # and what was done survives a resume
     again = run("saved", "--steps", 62, "--resume", "auto", "--save_every", 2)
-    optim = presets.from_command_line(FLAGS).optim
+    optim = command_line.from_command_line(FLAGS).optim
     assert [row["lr"] for row in rows(again, "train")[-2:]] == [train.learning_rate(step, 62, optim) / 2 for step in (60, 61)]
     assert read_state(latest(again).path).guard["roll_backs"] == 1
 
@@ -521,7 +522,7 @@ def test_inf_on_one_process_is_skipped_by_both_which_stay_equal(tmp_path, train_
              "--save_every", 1]  # fmt: skip
     finish(start_ranks(2, INF_ON_ONE, tmp_path / "rank", *flags, CALL="3"))
     (event,) = rows(two, "skip")
-    config = presets.from_command_line([*FLAGS, "--data_path", str(train_shards)])
+    config = command_line.from_command_line([*FLAGS, "--data_path", str(train_shards)])
     loader = train.TrainingLoader(config.data, 0, torch.device("cpu"), accumulation=1, rank=1, world=2)
     assert event["step"] == 3
     assert "loss inf" in event["why"][0]

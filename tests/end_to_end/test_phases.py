@@ -14,10 +14,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from warm import TRAIN, finish, start_ranks
 
 from shards.schema import read_index
-from vfi import presets, train
+from vfi import train
 from vfi.checkpoint.store import latest
 from vfi.checkpoint.weights import load_model
-from vfi.config import Config
+from vfi.config import command_line, presets
+from vfi.config.configs import Config
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 FLAGS = ["--preset", "tiny", "--width", "2", "--head_dim", "8", "--crop", "64", "--num_workers", "0", "--log_every", "1",
@@ -118,7 +119,7 @@ def test_frozen_backbone_does_not_move_until_it_thaws(first, thawed):
 
 
 def test_frozen_means_no_gradient_and_norms_in_eval(first, tmp_path, train_shards):
-    config = presets.from_command_line([*FLAGS, "--data_path", str(train_shards), "--phase", "2", "--freeze_backbone", "1",
+    config = command_line.from_command_line([*FLAGS, "--data_path", str(train_shards), "--phase", "2", "--freeze_backbone", "1",
                                         "--steps", "9", "--resume", str(first), "--output_dir", str(tmp_path)])  # fmt: skip
     trainer = train.Trainer(config)
     trainer.train_mode()
@@ -186,7 +187,7 @@ def test_distillation_from_the_shards_and_from_a_callable(tmp_path, train_shards
     assert rows(stored)[0]["distill"] > 0
 
     def settings(name: str) -> Config:
-        return presets.from_command_line([*FLAGS, *map(str, flags), "--output_dir", str(tmp_path), "--exp_name", name])
+        return command_line.from_command_line([*FLAGS, *map(str, flags), "--output_dir", str(tmp_path), "--exp_name", name])
 
     config = settings("called")
     loader = train.TrainingLoader(config.data, config.run.seed, torch.device("cpu"), accumulation=1, with_flow=True)

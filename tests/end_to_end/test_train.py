@@ -18,8 +18,9 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from warm import ON_CPU, ROOT, TORCHRUN, TRAIN, Process, finish, start_ranks
 
-from vfi import presets, train
+from vfi import train
 from vfi.checkpoint.store import latest, list_checkpoints, read_state
+from vfi.config import command_line, presets
 from vfi.data.plan import Position
 
 FLAGS = ["--preset", "tiny", "--crop", "64", "--num_workers", "0", "--log_every", "1", "--warmup_steps", "2", "--lr", "2e-4"]
@@ -155,7 +156,7 @@ def test_two_processes_killed_within_an_epoch_go_on_as_one(tmp_path, train_shard
     epoch, ((global_batch, steps),) = read_state(latest(run).path).position.position
     assert (epoch, global_batch, steps) == (latest(run).step // 6, 4, latest(run).step % 6)
 
-    config = presets.from_command_line([*FLAGS, *map(str, flags), "--batch_size", "2"])
+    config = command_line.from_command_line([*FLAGS, *map(str, flags), "--batch_size", "2"])
     loaders = [train.TrainingLoader(config.data, 0, torch.device("cpu"), accumulation=1, rank=r, world=2) for r in range(2)]
     before = [key for loader in loaders for key in seen_by(loader, Position(epoch), steps)]
     after: list[str] = []

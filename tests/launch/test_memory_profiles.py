@@ -28,8 +28,8 @@ from launch.memory.model import (
     read_profiles,
     write_profiles,
 )
-from vfi import presets
-from vfi.config import Config, ConfigError
+from vfi.config import presets
+from vfi.config.configs import Config, ConfigError
 
 ROOT = Path(__file__).parents[2]
 # bytes of a training step of `small`, phase 1, bf16, in plain torch, counted from the shapes of all its tensors: (crop, batch)
@@ -332,7 +332,7 @@ def test_jobs_that_add_at_once_lose_nothing(tmp_path):
     path = tmp_path / "profiles.json"
     write_profiles(profiles(), path)
     script = (
-        "import sys, dataclasses\nfrom pathlib import Path\nfrom launch.memory.model import *\nfrom vfi import presets\n"
+        "import sys, dataclasses\nfrom pathlib import Path\nfrom launch.memory.model import *\nfrom vfi.config import presets\n"
         "for width in map(int, sys.argv[2:]):\n"
         "    model = dataclasses.replace(presets.small().model, width=width)\n"
         "    add(Entry('x', 'a100', 79.2, model, 'bf16', False, False, (), None, (), {}), Path(sys.argv[1]))\n"
@@ -369,7 +369,7 @@ def test_a_damaged_file_is_named(tmp_path, text, message):
 
 def test_a_login_node_needs_no_torch():
     code = (
-        "import sys\nfrom launch.memory.batch_size import choose_batch\nfrom vfi import presets\n"
+        "import sys\nfrom launch.memory.batch_size import choose_batch\nfrom vfi.config import presets\n"
         "choose_batch(presets.small(), 'a100', 1, 'bf16')\nassert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

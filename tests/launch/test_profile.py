@@ -15,8 +15,9 @@ from launch import profile
 from launch.memory.batch_size import choose_batch
 from launch.memory.model import GIB, PROFILES, Point, add, read_profiles
 from launch.profile import Gpu, Options, OwnProcess, main
-from vfi import presets, training_graphs
-from vfi.config import Config, ConfigError
+from vfi import training_graphs
+from vfi.config import presets
+from vfi.config.configs import Config, ConfigError
 from vfi.errors import JobError
 
 A100 = Gpu("NVIDIA A100-SXM4-80GB", 79.2, True, {"torch": "2.11.0"})

@@ -10,7 +10,7 @@ import pytest
 from launch import status, submit
 from launch.slurm import JobState
 from launch.submission import Queued, Submission, new_folder, write_submission
-from vfi import presets
+from vfi.config import presets
 from vfi.errors import JobError
 from vfi.records import to_json
 from vfi.run_status import Status

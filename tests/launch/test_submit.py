@@ -16,7 +16,7 @@ from launch.options import Options
 from launch.plan import plan
 from launch.submission import read_submission
 from launch.submit import accelerate_config, split
-from vfi import presets
+from vfi.config import command_line, presets
 
 ROOT = Path(__file__).parents[2]
 GOLDEN = Path(__file__).with_name("golden")
@@ -81,10 +81,10 @@ def test_flags_of_the_job_come_back_as_the_settings_that_were_asked_for(here):
     rows = [row for row in presets.ABLATIONS if row.startswith("Exp-1")]
     assert [run.name for run in runs] == [f"a_{row}_seed{seed}" for row in rows for seed in (0, 1)]
     for run in runs:
-        config = presets.from_command_line(run.arguments)
+        config = command_line.from_command_line(run.arguments)
         _, row, seed = run.name.split("_")
-        expected = presets.from_command_line(["--preset", row, "--seed", seed[-1], "--exp_name", run.name, "--resume", "auto",
-                                              "--data_path", "shards", "--crop", "64", "--batch_size", "2"])  # fmt: skip
+        flags = ["--preset", row, "--seed", seed[-1], "--exp_name", run.name, "--resume", "auto", "--data_path", "shards"]
+        expected = command_line.from_command_line([*flags, "--crop", "64", "--batch_size", "2"])
         assert config == expected
 
 
@@ -100,7 +100,7 @@ def test_each_phase_of_a_chain_starts_from_the_one_before(here):
         1:
     ]
     runs, _ = plan(options, groups, accelerate_config(options, ROOT))
-    configs = [presets.from_command_line(run.arguments) for run in runs]
+    configs = [command_line.from_command_line(run.arguments) for run in runs]
     assert [config.model.phase for config in configs] == [1, 2, 3]
     assert [config.run.start_from for config in configs] == ["", "tiny_phase1", "tiny_phase2"]
     assert {config.run.resume for config in configs} == {"auto"}
@@ -113,7 +113,7 @@ def test_a_run_that_starts_from_another_one_may_be_given_again(here):
     options = Options(preset="tiny", phase=1, gpus_per_node=0)
     flags = ["--data_path", "shards", "--crop", "64", "--resume", "done"]
     (run,), _ = plan(options, [flags], accelerate_config(options, ROOT))
-    config = presets.from_command_line(run.arguments)
+    config = command_line.from_command_line(run.arguments)
     assert (config.run.resume, config.run.start_from) == ("auto", "done")
 
 
@@ -123,13 +123,13 @@ def test_the_batch_follows_from_the_type_of_gpu(here):
     for gpu, gb, batch, precision in (("a100-80gb", None, 16, "bf16"), ("a100", 80, 16, "bf16"), ("v100", None, 2, "fp16")):
         options = Options(preset="base", phase=1, gpus_per_node=2, gpu=gpu, gpu_gb=gb)
         (run,), notes = plan(options, groups, accelerate_config(options, ROOT))
-        config = presets.from_command_line(run.arguments)
+        config = command_line.from_command_line(run.arguments)
         assert (config.data.global_batch, config.data.batch_size) == (64, batch)
         assert f"batch: global batch 64 = {batch} * 2 processes * {32 // batch} accumulated" in notes[0]
         assert submit.draft(options, run, "x").precision == precision
     options = Options(preset="base", phase=1, gpus_per_node=2, gpu="v100")
     (run,), notes = plan(options, [[*groups[0], "--batch_size", "8"]], accelerate_config(options, ROOT))
-    assert presets.from_command_line(run.arguments).data.batch_size == 8
+    assert command_line.from_command_line(run.arguments).data.batch_size == 8
     assert notes == []
 
 

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from vfi import presets
 from vfi.checkpoint import store
+from vfi.config import presets
 from vfi.interpolate import main
 from vfi.model.interpolator import FrameInterpolator
 from vfi.records import to_json

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from vfi import presets, report
+from vfi import report
+from vfi.config import presets
 from vfi.records import to_json
 from vfi.run_status import Status
 

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shards.synthetic_scene import scene
-from vfi.config import DataConfig
+from vfi.config.configs import DataConfig
 from vfi.data.augment import (
     Change,
     FrameTooSmallError,

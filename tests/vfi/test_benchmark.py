@@ -16,9 +16,10 @@ from scipy import ndimage
 from skimage.metrics import peak_signal_noise_ratio
 
 from shards import synthetic
-from vfi import presets, profiling
+from vfi import profiling
 from vfi.benchmark import main
 from vfi.checkpoint import store, weights
+from vfi.config import presets
 from vfi.model.interpolator import FrameInterpolator
 from vfi.motion import estimate
 from vfi.records import to_json

@@ -16,9 +16,10 @@ from skimage import data
 from skimage.metrics import peak_signal_noise_ratio
 
 from shards import ucf101, x4k1000fps
-from vfi import bench, presets
+from vfi import bench
 from vfi.benchmark import main
 from vfi.checkpoint import store
+from vfi.config import presets
 from vfi.model.interpolator import FrameInterpolator
 from vfi.records import to_json
 from vfi.report import report

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from vfi import presets
 from vfi.checkpoint import store
 from vfi.checkpoint.store import Found, SavedPosition, State
+from vfi.config import presets
 from vfi.data.plan import Position
 from vfi.errors import CheckpointError
 from vfi.manifest import MANIFEST, write_folder

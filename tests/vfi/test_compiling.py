@@ -12,8 +12,8 @@ import pytest
 import torch
 from made_videos import new_run
 
-from vfi import presets
 from vfi.between import Between, Settings
+from vfi.config import presets
 from vfi.fitting import TrainingStep
 from vfi.inference import LoadedModel
 from vfi.ops import compiling

@@ -7,13 +7,14 @@ import json
 
 import pytest
 
-from vfi import presets
-from vfi.config import Config, ConfigError, RunConfig, accumulation, folder_ratio, validate
+from vfi.config import command_line, presets
+from vfi.config.configs import Config, ConfigError, RunConfig, accumulation, folder_ratio
+from vfi.config.validation import validate
 from vfi.records import config_from_json, to_json
 
 
 def parse(line: str) -> Config:
-    return presets.from_command_line(line.split())
+    return command_line.from_command_line(line.split())
 
 
 @pytest.mark.parametrize("name", presets.names())
@@ -60,8 +61,8 @@ def test_flags_take_underscore_and_hyphen():
 
 
 def test_use_mhc_is_a_kind_of_mixing():
-    assert presets.expand_aliases(["--use-mhc", "--lr", "1"]) == ["--mixing", "mhc", "--lr", "1"]
-    assert presets.expand_aliases(["--no-use_mhc", "-", "a--b"]) == ["--mixing", "none", "-", "a--b"]
+    assert command_line.expand_aliases(["--use-mhc", "--lr", "1"]) == ["--mixing", "mhc", "--lr", "1"]
+    assert command_line.expand_aliases(["--no-use_mhc", "-", "a--b"]) == ["--mixing", "none", "-", "a--b"]
     assert parse("--no-use_mhc").model.mixing == "none"
 
 

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 
 from shards.codecs import encode
 from shards.schema import Index, ShardEntry, ShardError, read_index, sha256_of, write_index
-from vfi.config import ConfigError, DataConfig
+from vfi.config.configs import ConfigError, DataConfig
 from vfi.data import loader
 from vfi.data.augment import FrameTooSmallError
 from vfi.data.loader import TrainingLoader, evaluation_batches, evenly_spaced

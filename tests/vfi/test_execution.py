@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch._dynamo import config as dynamo
 from torch._dynamo.utils import counters
 
-from vfi import presets, train
-from vfi.config import ModelConfig
+from vfi import train
+from vfi.config import presets
+from vfi.config.configs import ModelConfig
 from vfi.losses import training_losses
 from vfi.model import execution
 from vfi.model.backbone import LGSBlock

@@ -11,8 +11,9 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from vfi import comparison, export, graph_files, presets
+from vfi import comparison, export, graph_files
 from vfi.checkpoint import store, weights
+from vfi.config import presets
 from vfi.errors import CheckpointError
 from vfi.inference import load, predict
 from vfi.model.backbone import of_each_frame

@@ -10,9 +10,10 @@ import torch
 from safetensors.torch import load_file
 from warm import TRAIN, finish, start_ranks
 
-from vfi import fitting, presets, train
+from vfi import fitting, train
 from vfi.checkpoint.store import latest
-from vfi.config import ConfigError, accumulation
+from vfi.config import presets
+from vfi.config.configs import ConfigError, accumulation
 from vfi.fitting import TrainingStep, is_out_of_memory, with_smaller_batch
 
 FLAGS = ["--preset", "tiny", "--crop", "64", "--num_workers", "0", "--log_every", "1", "--warmup_steps", "2", "--lr", "2e-4",

@@ -8,8 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from vfi import presets
-from vfi.config import ModelConfig
+from vfi.config import presets
+from vfi.config.configs import ModelConfig
 from vfi.model.flow import FlowNet, Motion
 from vfi.model.interpolator import FrameInterpolator
 from vfi.ops.warp import backward_warp

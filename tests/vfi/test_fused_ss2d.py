@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vfi.config import ModelConfig
+from vfi.config.configs import ModelConfig
 from vfi.model.ss2d import Mamba2SS2D, ss2d
 from vfi.ops import compiling
 from vfi.ops import fused_ss2d as fused

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from vfi import gates, presets, report
+from vfi import gates, report
+from vfi.config import presets
 from vfi.records import to_json
 from vfi.results import BASELINES, ImageScore, Results, Row, write_results
 from vfi.run_status import Status

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from vfi import graphs, presets
+from vfi import graphs
+from vfi.config import presets
 from vfi.graphs import Graphs
 from vfi.inference import predict
 from vfi.model.interpolator import FrameInterpolator

@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch import nn
 
-from vfi import presets
-from vfi.config import ConfigError, GuardConfig, validate
+from vfi.config import presets
+from vfi.config.configs import ConfigError, GuardConfig
+from vfi.config.validation import validate
 from vfi.guard import GO, Guard, copies, gradient_norms, group_of, layer_groups, on_its_way, update_ratios
 from vfi.model.interpolator import FrameInterpolator
 

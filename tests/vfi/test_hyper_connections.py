@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vfi import presets
-from vfi.config import ModelConfig
+from vfi.config import presets
+from vfi.config.configs import ModelConfig
 from vfi.model.backbone import HybridBackbone, LGSBlock
 from vfi.model.hyper_connections import (
     HyperConnections,

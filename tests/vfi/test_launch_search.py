@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from vfi import launch_search, presets, tune_kernels
+from vfi import launch_search, tune_kernels
+from vfi.config import presets
 from vfi.fitting import TrainingStep
 from vfi.launch_search import Found, Part, as_entries, candidates, fastest, parts_of, search
 from vfi.losses import laplacian_loss

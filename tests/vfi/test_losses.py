@@ -7,7 +7,7 @@ import pytest
 import scipy.ndimage
 import torch
 
-from vfi.config import OptimConfig
+from vfi.config.configs import OptimConfig
 from vfi.losses import end_point_error, laplacian_loss, teacher_loss, training_losses
 from vfi.model.interpolator import Prediction, Stage
 

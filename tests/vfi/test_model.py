@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from vfi import presets
-from vfi.config import ModelConfig
+from vfi.config import presets
+from vfi.config.configs import ModelConfig
 from vfi.model import interpolator
 from vfi.model.fusion import eca_kernel_size
 from vfi.model.interpolator import FrameInterpolator

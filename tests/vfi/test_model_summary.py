@@ -13,7 +13,8 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from vfi import model_summary, presets, profiling
+from vfi import model_summary, profiling
+from vfi.config import presets
 from vfi.inference import predict
 from vfi.model.interpolator import FrameInterpolator
 from vfi.model_summary import from_command_line, levels, main

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from vfi import losses
-from vfi.config import ConfigError
+from vfi.config.configs import ConfigError
 from vfi.numerics import numerics, refusals_explained, set_numerics
 from vfi.tracking import environment
 

@@ -8,8 +8,8 @@ import math
 import pytest
 import torch
 
-from vfi import presets
-from vfi.config import OptimConfig
+from vfi.config import presets
+from vfi.config.configs import OptimConfig
 from vfi.model.interpolator import FrameInterpolator
 from vfi.optim import Muon, annealing, build_optimizer, carry_over, freeze, learning_rate, orthogonalized
 

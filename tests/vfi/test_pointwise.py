@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vfi import presets
+from vfi.config import presets
 from vfi.model import refine
 from vfi.model.interpolator import FrameInterpolator, Prediction
 from vfi.ops.pointwise import Pointwise, choose_pointwise, give_pointwise

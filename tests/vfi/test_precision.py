@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from vfi import losses, metrics
-from vfi.config import ModelConfig
+from vfi.config.configs import ModelConfig
 from vfi.model import hyper_connections, ss2d
 from vfi.ops import selective_scan, ssd, warp
 

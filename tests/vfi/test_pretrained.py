@@ -25,9 +25,10 @@ from huggingface_hub import metadata_load
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from vfi import FrameInterpolator, interpolate, presets, train
+from vfi import FrameInterpolator, interpolate, train
 from vfi.checkpoint import pretrained_folder, store
-from vfi.config import Config
+from vfi.config import command_line, presets
+from vfi.config.configs import Config
 from vfi.errors import CheckpointError, JobError
 from vfi.inference import load
 from vfi.model.interpolator import FrameInterpolator as Network
@@ -568,7 +569,7 @@ def begun(start: str | Path, tmp_path: Path, shards: Path, *flags: object) -> tr
     """A training that starts from there."""
     words = ["--preset", "tiny", "--phase", 2, "--data_path", shards, "--num_workers", 0, "--crop", 64, "--steps", 1,
              "--output_dir", tmp_path / "runs", "--start_from", start, *flags]  # fmt: skip
-    return train.Trainer(presets.from_command_line(list(map(str, words))))
+    return train.Trainer(command_line.from_command_line(list(map(str, words))))
 
 
 @pytest.mark.parametrize("where", ["a folder", "the hub"])

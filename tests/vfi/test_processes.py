@@ -11,8 +11,9 @@ import pytest
 import torch
 from accelerate.utils import DistributedType
 
-from vfi import presets, processes
-from vfi.config import ConfigError
+from vfi import processes
+from vfi.config import presets
+from vfi.config.configs import ConfigError
 
 CPU = {"ACCELERATE_USE_CPU": "true"}
 TWO = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from vfi import presets
 from vfi.checkpoint.store import EMA, MODEL, RANDOM, State, list_checkpoints, save
+from vfi.config import presets
 from vfi.recovery import Snapshots, go_back
 from vfi.training_state import Snapshot, read_snapshot
 

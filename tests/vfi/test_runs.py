@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from vfi import checkpoints, presets, runs
+from vfi import checkpoints, runs
 from vfi.checkpoint import store
 from vfi.checkpoint.store import State
+from vfi.config import presets
 from vfi.errors import Stopped
 from vfi.manifest import MANIFEST
 from vfi.records import to_json

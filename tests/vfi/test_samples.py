@@ -24,7 +24,7 @@ from PIL import Image
 
 from shards.codecs import encode
 from shards.schema import Index, ShardError, read_index
-from vfi.config import DataConfig
+from vfi.config.configs import DataConfig
 from vfi.data.faults import Fault, FaultError, FaultRateError, Skipped, Tally, printable
 from vfi.data.loader import TrainingLoader, evaluation_batches
 from vfi.data.samples import ShardReader, decode_triplet, usable_sample

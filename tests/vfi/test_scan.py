@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from vfi.config import ModelConfig, OptimConfig
+from vfi.config.configs import ModelConfig, OptimConfig
 from vfi.model import ss2d as ss2d_module
 from vfi.model.ss2d import Mamba1SS2D, Mamba2SS2D, orders_at_once, pairs_at_once, ss2d
 from vfi.ops import scan_order, selective_scan, ssd

@@ -16,10 +16,11 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from launch import preflight
-from vfi import FrameInterpolator, benchmark, interpolate, presets, shipped, train
+from vfi import FrameInterpolator, benchmark, interpolate, shipped, train
 from vfi.app_work import Work
 from vfi.checkpoint import pretrained_folder
-from vfi.config import ConfigError
+from vfi.config import command_line, presets
+from vfi.config.configs import ConfigError
 from vfi.errors import CheckpointError
 from vfi.model.interpolator import FrameInterpolator as Network
 from vfi.results import read_results
@@ -144,7 +145,7 @@ def test_a_benchmark_takes_it_by_name(folder, val_shards, tmp_path) -> None:
 @pytest.mark.parametrize("flag", ["--start_from", "--resume"])
 def test_training_starts_from_it(folder, train_shards, tmp_path, flag, capsys) -> None:
     words = ["--preset", "tiny", "--phase", 2, "--data_path", train_shards, "--num_workers", 0, "--crop", 64, "--steps", 1]
-    trainer = train.Trainer(presets.from_command_line([*map(str, words), flag, "shipped"]))
+    trainer = train.Trainer(command_line.from_command_line([*map(str, words), flag, "shipped"]))
     weights = load_file(folder / "model.safetensors")
     for name, tensor in trainer.network.state_dict().items():
         assert tensor.dtype == torch.float32
@@ -154,7 +155,7 @@ def test_training_starts_from_it(folder, train_shards, tmp_path, flag, capsys) -
 
 def test_a_submission_may_start_from_it(folder, train_shards) -> None:
     words = ["--preset", "tiny", "--data_path", str(train_shards), "--start_from", "shipped"]
-    config = presets.from_command_line(words)
+    config = command_line.from_command_line(words)
     preflight.check(config, processes=1)
     shutil.rmtree(folder)
     with pytest.raises(ConfigError, match=f"no run or checkpoint 'shipped' to start from: looked at {folder}"):

@@ -12,10 +12,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from vfi import presets, speed
+from vfi import speed
 from vfi.adapters import load_any
 from vfi.benchmark import main
 from vfi.checkpoint import store
+from vfi.config import presets
 from vfi.errors import JobError
 from vfi.graphs import Graphs
 from vfi.inference import load, predict

@@ -28,9 +28,10 @@ from fsspec.implementations.memory import MemoryFileSystem
 from warm import TRAIN, Process
 
 from shards.schema import ShardError, read_index
-from vfi import benchmark, presets, train
+from vfi import benchmark, train
 from vfi.checkpoint.store import latest
-from vfi.config import ConfigError, DataConfig
+from vfi.config import command_line
+from vfi.config.configs import ConfigError, DataConfig
 from vfi.data.fetch import MissingError, Patience, StorageError, fetch
 from vfi.data.loader import TrainingLoader, evaluation_batches
 from vfi.data.storage import Cache, RemoteFolder, UnusableShardError, make_room, shard_folder
@@ -509,8 +510,8 @@ def test_the_job_says_what_is_wrong_in_one_line(server, tmp_path):
 )
 def test_settings_that_cannot_be_are_refused(flags, message):
     with pytest.raises(ConfigError, match=message):
-        presets.from_command_line(flags.split())
-    presets.from_command_line(
+        command_line.from_command_line(flags.split())
+    command_line.from_command_line(
         ["--data_path", "here", "--val_path", "s3://bucket/val", "--cache_dir", "there", "--cache_gb", "3"]
     )
 

@@ -14,8 +14,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from vfi import presets
-from vfi.config import ModelConfig
+from vfi.config import presets
+from vfi.config.configs import ModelConfig
 from vfi.model.interpolator import FrameInterpolator
 
 ONE = dataclasses.replace(presets.tiny().model, depths=(2, 2))

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vfi import presets
+from vfi.config import presets
 from vfi.model.interpolator import FrameInterpolator
 from vfi.speed import real_pairs
 from vfi.tiles import OVERLAP, SMALLEST, smaller, spans, tiled

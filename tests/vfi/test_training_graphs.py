@@ -16,7 +16,8 @@ from typing import Any
 import pytest
 import torch
 
-from vfi import config, presets, train, training_graphs
+from vfi import train, training_graphs
+from vfi.config import configs, presets
 from vfi.losses import training_losses
 from vfi.model.interpolator import FrameInterpolator
 from vfi.training_graphs import Recorder, let_segments_grow, record_passes
@@ -51,7 +52,7 @@ def networks(phase: int) -> tuple[FrameInterpolator, FrameInterpolator]:
 def loss(network: FrameInterpolator, batch: list[torch.Tensor], half: bool = False) -> torch.Tensor:
     with torch.autocast("cuda", torch.bfloat16, enabled=half):
         prediction = network(*batch)
-    return training_losses(prediction, batch[3], config.OptimConfig())["loss"]
+    return training_losses(prediction, batch[3], configs.OptimConfig())["loss"]
 
 
 def difference(one: FrameInterpolator, other: FrameInterpolator) -> float:

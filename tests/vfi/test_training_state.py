@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from vfi import presets
 from vfi.checkpoint.store import State, save
+from vfi.config import presets
 from vfi.errors import CheckpointError
 from vfi.training_state import random_state, read_snapshot, restore, scaler_state, set_random_state
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from vfi import presets
-from vfi.config import ModelConfig
+from vfi.config import presets
+from vfi.config.configs import ModelConfig
 from vfi.model.backbone import HybridBackbone
 from vfi.model.interpolator import FrameInterpolator
 from vfi.model.ss2d import ss2d

@@ -9,7 +9,8 @@ import types
 import pytest
 import torch
 
-from vfi import presets, tune_kernels
+from vfi import tune_kernels
+from vfi.config import presets
 from vfi.errors import JobError
 from vfi.fitting import TrainingStep
 from vfi.launch_search import Found

@@ -7,8 +7,9 @@ from importlib import metadata
 import numpy
 import pytest
 
-from vfi import presets, tracking, versions
+from vfi import tracking, versions
 from vfi.checkpoint import pretrained_folder
+from vfi.config import presets
 
 
 def test_installed_packages_have_the_version_that_they_state():

@@ -13,10 +13,10 @@ import pytest
 import torch
 from safetensors.torch import save as to_safetensors
 
-from vfi import presets
 from vfi.checkpoint import store, weights
 from vfi.checkpoint.store import State
-from vfi.config import Config
+from vfi.config import presets
+from vfi.config.configs import Config
 from vfi.ema import Ema
 from vfi.errors import CheckpointError
 from vfi.manifest import MANIFEST, write_folder

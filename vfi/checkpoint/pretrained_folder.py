@@ -26,7 +26,8 @@ from torch import Tensor
 
 from vfi.checkpoint.store import CONFIG, MODEL, STATE
 from vfi.checkpoint.weights import read_weights, refuse_differences
-from vfi.config import Config, ConfigError, ModelConfig, validate
+from vfi.config.configs import Config, ConfigError, ModelConfig
+from vfi.config.validation import validate
 from vfi.errors import CheckpointError, JobError
 from vfi.manifest import MANIFEST
 from vfi.model.interpolator import FrameInterpolator

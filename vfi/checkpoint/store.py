@@ -29,7 +29,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from vfi.config import Config, ConfigError
+from vfi.config.configs import Config, ConfigError
 from vfi.data.plan import Position
 from vfi.errors import CheckpointError
 from vfi.manifest import MANIFEST, FolderWriteError, ManifestError, problems, read_manifest, remove_folder, write_folder

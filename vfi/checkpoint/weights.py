@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from vfi.checkpoint.store import EMA, MODEL, OPTIMIZER, STATE, config_of, find, read_config, refuse_damage
-from vfi.config import Config
+from vfi.config.configs import Config
 from vfi.errors import CheckpointError
 from vfi.model.interpolator import FrameInterpolator
 from vfi.records import note

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from vfi.config import DataConfig
+from vfi.config.configs import DataConfig
 
 
 class FrameTooSmallError(ValueError):

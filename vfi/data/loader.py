@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from shards.schema import Index
-from vfi.config import ConfigError, DataConfig, SequenceKind, folder_ratio
+from vfi.config.configs import ConfigError, DataConfig, SequenceKind, folder_ratio
 from vfi.data.augment import (
     FrameTooSmallError,
     apply_change,

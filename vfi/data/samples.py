@@ -16,7 +16,7 @@ import numpy as np
 
 from shards.codecs import decode, decode_flow, header_size
 from shards.schema import Index, ShardEntry, ShardError, frame_members
-from vfi.config import SequenceKind
+from vfi.config.configs import SequenceKind
 from vfi.data.faults import Fault, FaultError, FaultKind, printable
 from vfi.data.storage import ShardFolder, shard_folder
 from vfi.data.tars import Member, TarError, plain_files

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from vfi.config import SequenceKind
+from vfi.config.configs import SequenceKind
 
 _CHANCES = {1: 0.5, 2: 0.25, 4: 0.25}  # divisor of the frames' size -> how often it is drawn
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from vfi.config import ModelConfig
+from vfi.config.configs import ModelConfig
 from vfi.model.convolutions import ConvPReLU, LayerNorm, scaled_conv
 from vfi.model.fusion import fusion_block
 from vfi.model.hyper_connections import residual_mixing, stage_ends

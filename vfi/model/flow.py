@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vfi.config import ModelConfig
+from vfi.config.configs import ModelConfig
 from vfi.model.backbone import level_widths, of_each_frame
 from vfi.model.convolutions import ConvPReLU, ResidualBlock, zero
 from vfi.ops.pointwise import PointwiseModule

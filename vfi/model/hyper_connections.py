@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from vfi.config import ModelConfig
+from vfi.config.configs import ModelConfig
 from vfi.ops.precision import fp32_island
 
 Sublayer = Callable[[Tensor], Iterable[Tensor]]  # [2B, H, W, C] -> the output of each branch, of the same shape

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vfi.config import SCALES, ModelConfig
+from vfi.config.configs import SCALES, ModelConfig
 from vfi.model.backbone import STRIDE, HybridBackbone, of_each_frame
 from vfi.model.flow import FlowNet, Motion
 from vfi.model.refine import MovedFeatures, RefineNet

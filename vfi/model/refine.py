@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import register_pytree_node
 
-from vfi.config import ModelConfig
+from vfi.config.configs import ModelConfig
 from vfi.model.backbone import LEVELS, level_widths, of_each_frame
 from vfi.model.convolutions import ConvPReLU, ResidualBlock, scaled_conv, zero
 from vfi.ops.pointwise import PointwiseModule

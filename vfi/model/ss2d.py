@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vfi.config import ModelConfig
+from vfi.config.configs import ModelConfig
 from vfi.ops.causal_conv1d import causal_conv1d
 from vfi.ops.fused_ss2d import Parameters, Shape, fused_ss2d, ss2d_obstacle
 from vfi.ops.precision import fp32_island

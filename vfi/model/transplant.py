@@ -24,7 +24,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from vfi.config import ModelConfig
+from vfi.config.configs import ModelConfig
 from vfi.model.ss2d import SS2D, Mamba2SS2D
 
 PLANS = ("A", "B", "C")

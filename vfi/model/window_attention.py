@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from vfi.config import ModelConfig
+from vfi.config.configs import ModelConfig
 from vfi.model.convolutions import zero
 from vfi.ops.window_attention import choose_window_attention, import_fused
 

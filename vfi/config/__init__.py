@@ -1,0 +1,1 @@
+"""Settings of a run: their types, presets, validation and command line."""

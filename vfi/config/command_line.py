@@ -1,0 +1,45 @@
+"""The command line of training: flags on top of a preset."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+import tyro
+
+from vfi.config.configs import Config
+from vfi.config.presets import get, override
+from vfi.config.validation import validate
+from vfi.errors import STOPPED
+
+# published flags that mean a value of another one
+ALIASES = {"--use_mhc": ("--mixing", "mhc"), "--no-use_mhc": ("--mixing", "none")}
+_HELP = f"""Train a model on shards; a run folder holds all that comes of it.
+
+SIGTERM, SIGUSR2 and Ctrl-C finish the step, save and end with exit code {STOPPED}; --resume auto goes on from there. A second
+signal ends at once. Other exit codes: 0 done, 1 a bug or a process that hangs or died, 2 a mistake in settings or data.
+torchrun and accelerate launch make 1 of every code but 0."""
+
+
+def from_command_line(argv: Sequence[str] | None = None, prog: str = "vfi.train") -> Config:
+    """Flags -> checked Config. The preset gives every default; `_` and `-` are the same in a flag."""
+    argv = expand_aliases(sys.argv[1:] if argv is None else argv)
+    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    finder.add_argument("--preset", default="small")
+    default = get(finder.parse_known_args(argv)[0].preset)
+    config = tyro.cli(
+        Config, prog=prog, description=_HELP, args=argv, default=default,
+        config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes),
+    )  # fmt: skip
+    config = override(config, preset=default.run.preset)  # as it is spelt here, however it was typed
+    if not config.run.exp_name:
+        config = override(config, exp_name=f"{config.run.preset}_phase{config.model.phase}")
+    validate(config)
+    return config
+
+
+def expand_aliases(argv: Sequence[str]) -> list[str]:
+    """Put what an alias means in its place."""
+    known = {name.replace("-", "_"): meaning for name, meaning in ALIASES.items()}
+    return [part for argument in argv for part in known.get(argument.replace("-", "_"), (argument,))]
