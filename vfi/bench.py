@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from shards.schema import Index
-from vfi.data.loader import evaluation_batches
+from vfi.data.evaluation_loader import evaluation_batches
 from vfi.errors import JobError
 from vfi.frame_sets import open_frames
 from vfi.model.interpolator import MIN_SIZE

@@ -35,7 +35,7 @@ from vfi import profiling, speed, speed_results
 from vfi.adapters import Adapter, Model, distinct_names, load_any
 from vfi.bench import Bench, protocol_bench, shard_bench
 from vfi.config.configs import ModelConfig
-from vfi.data.storage import ShardFolder, cache_at, shard_folder
+from vfi.data.shard_cache import ShardFolder, cache_at, shard_folder
 from vfi.errors import CheckpointError, JobError, clear_errors
 from vfi.frame_sets import find_sets
 from vfi.inference import (

@@ -32,7 +32,8 @@ from shards import codecs, writer
 from shards.schema import SampleMeta, ShardError, read_index
 from vfi.config.configs import DataConfig
 from vfi.data.augment import FrameTooSmallError, apply_change, copy_pixels, draw_change
-from vfi.data.loader import TrainingLoader, evaluation_batches, evenly_spaced
+from vfi.data.evaluation_loader import evaluation_batches, evenly_spaced
+from vfi.data.loader import TrainingLoader
 from vfi.errors import JobError, clear_errors
 from vfi.numerics import set_numerics
 from vfi.records import write_text

@@ -4,7 +4,7 @@
 
 The trial takes two steps of a network of its own, on frames of the run's largest crop, with all that a run holds beside it;
 nothing of it is left behind. So the run is from its first step on the one that --batch_size with the smaller number gives: the
-global batch is the same, and so are the samples of every step (vfi/data/plan.py).
+global batch is the same, and so are the samples of every step (vfi/data/sampler.py).
 """
 
 from __future__ import annotations

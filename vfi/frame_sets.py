@@ -16,8 +16,8 @@ import numpy as np
 from shards import codecs
 from shards.published_sets import ImageSet, key_of, stat_files
 from shards.schema import INDEX_NAME, Index, ShardError, frame_members
-from vfi.data.samples import ShardReader
-from vfi.data.storage import ShardFolder, shard_folder
+from vfi.data.shard_cache import ShardFolder, shard_folder
+from vfi.data.shard_reader import ShardReader
 from vfi.errors import JobError
 from vfi.protocols import PROTOCOLS, Protocol
 

@@ -32,9 +32,10 @@ from vfi.checkpoint.store import SavedPosition, State
 from vfi.config import command_line
 from vfi.config.configs import KNOWN_STEPS, UNTRAINED, Config, ConfigError, accumulation
 from vfi.data.augment import FrameTooSmallError
-from vfi.data.faults import Skipped, Tally
-from vfi.data.loader import FrameBatch, TrainingLoader
-from vfi.data.plan import Position
+from vfi.data.bad_samples import Skipped, Tally
+from vfi.data.batch import FrameBatch
+from vfi.data.loader import TrainingLoader
+from vfi.data.sampler import Position
 from vfi.ema import Ema
 from vfi.errors import CheckpointError, JobError, Stopped, clear_errors
 from vfi.fitting import fit_batch

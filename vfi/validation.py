@@ -10,8 +10,8 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from vfi.config.configs import ConfigError, DataConfig
-from vfi.data.loader import evaluation_batches, evenly_spaced
-from vfi.data.storage import cache_at, shard_folder
+from vfi.data.evaluation_loader import evaluation_batches, evenly_spaced
+from vfi.data.shard_cache import cache_at, shard_folder
 from vfi.metrics import psnr
 from vfi.model.interpolator import MIN_SIZE, FrameInterpolator, Prediction
 from vfi.tracking import Tracker, flow_picture

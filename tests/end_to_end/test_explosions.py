@@ -28,7 +28,7 @@ from warm import finish, start_ranks
 from vfi import train
 from vfi.checkpoint.store import latest, list_checkpoints, read_state
 from vfi.config import command_line
-from vfi.data.plan import START
+from vfi.data.sampler import START
 from vfi.losses import training_losses
 from vfi.recovery import Snapshots
 from vfi.training_state import read_snapshot

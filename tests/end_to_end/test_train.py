@@ -21,7 +21,7 @@ from warm import ON_CPU, ROOT, TORCHRUN, TRAIN, Process, finish, start_ranks
 from vfi import train
 from vfi.checkpoint.store import latest, list_checkpoints, read_state
 from vfi.config import command_line, presets
-from vfi.data.plan import Position
+from vfi.data.sampler import Position
 
 FLAGS = ["--preset", "tiny", "--crop", "64", "--num_workers", "0", "--log_every", "1", "--warmup_steps", "2", "--lr", "2e-4"]
 BY_TORCHRUN = ("--nproc_per_node", "2", "--master_port", "0", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "-m",

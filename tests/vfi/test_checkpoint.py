@@ -15,7 +15,7 @@ import torch
 from vfi.checkpoint import store
 from vfi.checkpoint.store import Found, SavedPosition, State
 from vfi.config import presets
-from vfi.data.plan import Position
+from vfi.data.sampler import Position
 from vfi.errors import CheckpointError
 from vfi.manifest import MANIFEST, write_folder
 

@@ -21,12 +21,14 @@ import torch.nn.functional as F
 from shards.codecs import encode
 from shards.schema import Index, ShardEntry, ShardError, read_index, sha256_of, write_index
 from vfi.config.configs import ConfigError, DataConfig
+from vfi.data import batch as batch_module
 from vfi.data import loader
 from vfi.data.augment import FrameTooSmallError
-from vfi.data.loader import TrainingLoader, evaluation_batches, evenly_spaced
-from vfi.data.plan import START, Position
-from vfi.data.samples import ShardReader, decode_triplet
-from vfi.data.triplets import Triplet
+from vfi.data.evaluation_loader import evaluation_batches, evenly_spaced
+from vfi.data.loader import TrainingLoader
+from vfi.data.sampler import START, Position
+from vfi.data.shard_reader import ShardReader, decode_triplet
+from vfi.data.triplet_sampling import Triplet
 
 CPU = torch.device("cpu")
 
@@ -63,7 +65,7 @@ def test_batches_do_not_depend_on_the_workers(train_shards, workers):
 
 def test_what_is_made_ahead_is_not_written_over_what_is_copied(train_shards, monkeypatch):
     """Loader processes that are as far ahead as they may be, while the trainer still works on what it took."""
-    plain = loader.to_device
+    plain = batch_module.to_device
 
     def slow(*arguments):
         time.sleep(0.03)
@@ -76,16 +78,16 @@ def test_what_is_made_ahead_is_not_written_over_what_is_copied(train_shards, mon
 
 def test_shared_memory_comes_again(monkeypatch):
     """In a loader process, for parts of a stream, and not for frames of an evaluation, which end."""
-    monkeypatch.setattr(loader, "get_worker_info", lambda: "a process")
-    loader._pieces.cache_clear()
-    pieces = [loader._to_be_sent((2, 3), True) for _ in range(13)]
+    monkeypatch.setattr(batch_module, "get_worker_info", lambda: "a process")
+    batch_module._pieces.cache_clear()
+    pieces = [batch_module._to_be_sent((2, 3), True) for _ in range(13)]
     assert all(piece.is_shared() and piece.shape == (2, 3) for piece in pieces)
     addresses = [piece.data_ptr() for piece in pieces]
     assert len(set(addresses)) == 6
     assert addresses[6:] == addresses[:7]
-    others = [loader._to_be_sent((2, 3), False) for _ in range(3)]
+    others = [batch_module._to_be_sent((2, 3), False) for _ in range(3)]
     assert len({piece.data_ptr() for piece in others} - set(addresses)) == 3
-    loader._pieces.cache_clear()
+    batch_module._pieces.cache_clear()
 
 
 def test_ranks_and_accumulation_share_the_same_global_batch(train_shards):

@@ -10,7 +10,7 @@ import pytest
 from shards.codecs import read_image
 from shards.schema import read_index
 from vfi import benchmark_data
-from vfi.data.loader import evaluation_batches
+from vfi.data.evaluation_loader import evaluation_batches
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vfi.data.order import Mixture, PassOrder, interleaved
-from vfi.data.plan import START, Plan, Position
+from vfi.data.sampler import START, Plan, Position
+from vfi.data.shuffle import Mixture, PassOrder, interleaved
 
 
 def order_of(shards, seed=0, number=0, shuffle_shards=8) -> np.ndarray:

@@ -25,9 +25,10 @@ from PIL import Image
 from shards.codecs import encode
 from shards.schema import Index, ShardError, read_index
 from vfi.config.configs import DataConfig
-from vfi.data.faults import Fault, FaultError, FaultRateError, Skipped, Tally, printable
-from vfi.data.loader import TrainingLoader, evaluation_batches
-from vfi.data.samples import ShardReader, decode_triplet, usable_sample
+from vfi.data.bad_samples import Fault, FaultError, FaultRateError, Skipped, Tally, printable
+from vfi.data.evaluation_loader import evaluation_batches
+from vfi.data.loader import TrainingLoader
+from vfi.data.shard_reader import ShardReader, decode_triplet, usable_sample
 
 CPU = torch.device("cpu")
 FRAME = np.random.default_rng(0).integers(0, 256, (72, 80, 3), dtype=np.uint8)

@@ -32,9 +32,10 @@ from vfi import benchmark, train
 from vfi.checkpoint.store import latest
 from vfi.config import command_line
 from vfi.config.configs import ConfigError, DataConfig
-from vfi.data.fetch import MissingError, Patience, StorageError, fetch
-from vfi.data.loader import TrainingLoader, evaluation_batches
-from vfi.data.storage import Cache, RemoteFolder, UnusableShardError, make_room, shard_folder
+from vfi.data.download import MissingError, Patience, StorageError, fetch
+from vfi.data.evaluation_loader import evaluation_batches
+from vfi.data.loader import TrainingLoader
+from vfi.data.shard_cache import Cache, RemoteFolder, UnusableShardError, make_room, shard_folder
 
 CPU = torch.device("cpu")
 IMPATIENT = Patience(attempts=4, first_wait=0.01, longest_wait=0.05, timeout=1.0)
@@ -190,7 +191,7 @@ class Versioned(MemoryFileSystem):
 @pytest.mark.parametrize("protocol", ["memory", "versioned"])
 def test_other_storage_comes_through_fsspec(monkeypatch, train_shards, tmp_path, protocol):
     fsspec.register_implementation("versioned", Versioned, clobber=True)
-    monkeypatch.setattr("vfi.data.fetch._PIECE", 1000)
+    monkeypatch.setattr("vfi.data.download._PIECE", 1000)
     store = fsspec.filesystem(protocol)
     store.put(str(train_shards), "/shards-of-test", recursive=True)
     url = f"{protocol}://shards-of-test"
@@ -277,8 +278,8 @@ def test_progress_is_no_failure(tmp_path):
 
 def test_waits_double_up_to_a_limit(monkeypatch, tmp_path):
     waits: list[float] = []
-    monkeypatch.setattr("vfi.data.fetch.time.sleep", waits.append)
-    monkeypatch.setattr("vfi.data.fetch.random.uniform", lambda low, high: high)
+    monkeypatch.setattr("vfi.data.download.time.sleep", waits.append)
+    monkeypatch.setattr("vfi.data.download.random.uniform", lambda low, high: high)
     with socket.create_server(("127.0.0.1", 0)) as closed:
         port = closed.getsockname()[1]
     with pytest.raises(StorageError, match=rf"http://127\.0\.0\.1:{port}/x could not be fetched in 8 attempts.*refused"):

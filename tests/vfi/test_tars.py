@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vfi.data.tars import Member, TarError, plain_files
+from vfi.data.tar_index import Member, TarError, plain_files
 
 NAMES = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), min_size=1, max_size=180).filter(
     lambda name: name.strip("/. ") and not name.endswith("/")

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from vfi.data.triplets import Triplet, draw_triplet, shrink
+from vfi.data.triplet_sampling import Triplet, draw_triplet, shrink
 
 
 def draws(frames, sequence, count=4000) -> list[Triplet]:

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from vfi.config.configs import Config, ConfigError
-from vfi.data.plan import Position
+from vfi.data.sampler import Position
 from vfi.errors import CheckpointError
 from vfi.manifest import MANIFEST, FolderWriteError, ManifestError, problems, read_manifest, remove_folder, write_folder
 from vfi.records import RecordError, config_from_json, from_object, note, to_json
@@ -52,7 +52,7 @@ class Found(NamedTuple):
 
 
 class SavedPosition(NamedTuple):
-    """Where in the data a run was (see vfi/data/plan.py)."""
+    """Where in the data a run was (see vfi/data/sampler.py)."""
 
     position: Position
     order: str

@@ -1,6 +1,6 @@
 """Which samples does which step see? A pure function of seed, epoch, numbers of samples and global batch.
 
-Each place of a global batch is a *lane*, and `lane_bundle` neighbouring lanes make a bundle. The order of an epoch (order.py)
+Each place of a global batch is a *lane*, and `lane_bundle` neighbouring lanes make a bundle. The order of an epoch (shuffle.py)
 is cut into one part a bundle, and a bundle walks along its part, a sample for each of its lanes a step. A rank
 owns neighbouring lanes, a worker a part of its rank's. So
 
@@ -27,7 +27,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from vfi.data.order import Mixture, PassOrder
+from vfi.data.shuffle import Mixture, PassOrder
 
 _AT_ONCE = 64  # steps that are planned together
 

@@ -17,10 +17,10 @@ import numpy as np
 from shards.codecs import decode, decode_flow, header_size
 from shards.schema import Index, ShardEntry, ShardError, frame_members
 from vfi.config.configs import SequenceKind
-from vfi.data.faults import Fault, FaultError, FaultKind, printable
-from vfi.data.storage import ShardFolder, shard_folder
-from vfi.data.tars import Member, TarError, plain_files
-from vfi.data.triplets import Triplet, middle_triplet
+from vfi.data.bad_samples import Fault, FaultError, FaultKind, printable
+from vfi.data.shard_cache import ShardFolder, shard_folder
+from vfi.data.tar_index import Member, TarError, plain_files
+from vfi.data.triplet_sampling import Triplet, middle_triplet
 
 FLOW_MEMBERS = ("flow_t0.npy", "flow_t1.npy")
 _KNOWN_SHARDS = 1024  # tars whose table of contents a worker remembers (about 100 bytes a member)

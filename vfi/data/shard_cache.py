@@ -29,7 +29,7 @@ from typing import BinaryIO, NamedTuple, Protocol
 from urllib.parse import quote
 
 from shards.schema import INDEX_NAME, Index, ShardEntry, ShardError, parse_index, read_index
-from vfi.data.fetch import PATIENCE, MissingError, Patience, StorageError, fetch
+from vfi.data.download import PATIENCE, MissingError, Patience, StorageError, fetch
 
 _LARGEST_INDEX = 1 << 28  # bytes
 _LONGEST_WAIT = 1800.0  # seconds for another process to fetch a shard, or to give room

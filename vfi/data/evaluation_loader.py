@@ -1,0 +1,94 @@
+"""Batches of whole frames for validation and benchmarks, in the order of the index."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from shards.schema import Index
+from vfi.config.configs import ConfigError
+from vfi.data.batch import FrameBatch, _Part, collate, to_device
+from vfi.data.shard_cache import ShardFolder, shard_folder
+from vfi.data.shard_reader import ShardReader, check_has_middle, decode_triplet
+from vfi.signals import STOPPING
+
+
+def _own_generator() -> torch.Generator:
+    """For the number that a DataLoader draws for its workers: from the global generator it would change what training draws."""
+    return torch.Generator().manual_seed(0)
+
+
+def _outlast_signals(_: int) -> None:
+    """Ctrl-C and the signals of launchers go to the whole group of a process, and those of some clusters to all that it has
+    started: training, told to stop, needs its loader processes for the step that it is in. They end when it does or says so.
+    """
+    os.setpgrp()
+    for number in set(STOPPING) - {signal.SIGTERM}:
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM,))
+    threading.Thread(target=_end_when_told_by, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_when_told_by(parent: int) -> None:
+    """Which ends its loader processes by SIGTERM; by whom a signal comes is not known to handlers."""
+    while signal.sigwaitinfo((signal.SIGTERM,)).si_pid != parent:
+        pass
+    os._exit(0)
+
+
+def check_has_flow(index: Index, folder: ShardFolder) -> None:
+    """Raise ConfigError when no flow is stored beside the samples."""
+    if not index.has_flow:
+        raise ConfigError(
+            f"--distill_weight needs flow stored beside the samples, and {folder} has none: leave it out, or make shards with "
+            f"flow (`python -m shards.synthetic` stores it; shards/schema.py says how a teacher's flow is stored)"
+        )
+
+
+class _Whole(IterableDataset):
+    """Whole frames of the given samples, one a batch, dealt to the workers in turn."""
+
+    def __init__(self, folder: ShardFolder, index: Index, numbers: Sequence[int], with_flow: bool) -> None:
+        self.folder, self.index, self.numbers, self.with_flow = folder, index, numbers, with_flow
+
+    def __iter__(self) -> Iterator[_Part]:
+        worker = get_worker_info()
+        reader = ShardReader(self.folder, self.index, self.with_flow)
+        for number in self.numbers[worker.id :: worker.num_workers] if worker else self.numbers:
+            yield collate([decode_triplet(reader.read(number), self.index, self.with_flow)])
+
+
+def evaluation_batches(
+    folder: str | Path | ShardFolder,
+    device: torch.device,
+    *,
+    numbers: Sequence[int] | None = None,
+    workers: int = 0,
+    with_flow: bool = False,
+) -> Iterator[FrameBatch]:
+    """Whole frames, unchanged, one sample a batch: the samples with these numbers in this order, by default all of a folder."""
+    folder = shard_folder(folder)
+    index = folder.read_index()
+    check_has_middle(index, folder)
+    if with_flow:
+        check_has_flow(index, folder)
+    numbers = range(index.samples) if numbers is None else numbers
+    whole = _Whole(folder, index, numbers, with_flow)
+    loader = DataLoader(
+        whole, batch_size=None, num_workers=min(workers, len(numbers)), generator=_own_generator(),
+        worker_init_fn=_outlast_signals,
+    )  # fmt: skip
+    for batch in loader:
+        yield to_device([batch], device)
+
+
+def evenly_spaced(samples: int, count: int | None) -> list[int]:
+    """`count` sample numbers spread over 0 … samples-1, so that a few of them come from every part of a folder; None: all."""
+    count = samples if count is None else min(count, samples)
+    return [number * samples // count for number in range(count)]
