@@ -19,8 +19,9 @@ from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor
 
 from vfi.checkpoint.store import check, list_checkpoints
+from vfi.distributed.collectives import on_main
 from vfi.manifest import remove_folder
-from vfi.training_state import Snapshot, on_main, read_snapshot
+from vfi.training_state import Snapshot, read_snapshot
 
 Part = tuple[Tensor, tuple[str, ...]]
 """One forward pass: its loss, still on the device, and the keys of its samples."""

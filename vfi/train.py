@@ -36,10 +36,15 @@ from vfi.data.bad_samples import Skipped, Tally
 from vfi.data.batch import FrameBatch
 from vfi.data.loader import TrainingLoader
 from vfi.data.sampler import Position
+from vfi.distributed.collectives import check_agreement, on_main
+from vfi.distributed.gradients import copies, layer_groups, update_ratios
+from vfi.distributed.launcher_checks import asked_precision, idle_gpus, start_accelerator
+from vfi.distributed.select import sharding
+from vfi.distributed.watchdog import Watch
 from vfi.ema import Ema
 from vfi.errors import CheckpointError, JobError, Stopped, clear_errors
 from vfi.fitting import fit_batch
-from vfi.guard import GO, Guard, Verdict, copies, layer_groups, on_its_way, update_ratios
+from vfi.guard import GO, Guard, Verdict, on_its_way
 from vfi.losses import choose_loss, training_losses
 from vfi.meter import Meter
 from vfi.model.execution import compile_parts, recompute
@@ -48,17 +53,14 @@ from vfi.model.interpolator import FrameInterpolator
 from vfi.model.transplant import init_mamba_from_attn, untrained_donor
 from vfi.numerics import refusals_explained, set_numerics
 from vfi.optim import annealing, build_optimizer, carry_over, freeze, learning_rate
-from vfi.processes import asked_precision, idle_gpus, start_accelerator
 from vfi.progress import progress
 from vfi.records import to_json, write_text
 from vfi.recovery import Part, Snapshots, go_back, suspects
 from vfi.run_status import recorded
-from vfi.sharding import sharding
 from vfi.tracking import METRICS, Tracker, environment, versions, write_environment
 from vfi.training_graphs import Recorder, let_segments_grow, record_passes
-from vfi.training_state import Snapshot, check_agreement, gather_random, on_main, read_snapshot, restore, scaler_state
+from vfi.training_state import Snapshot, gather_random, read_snapshot, restore, scaler_state
 from vfi.validation import Score, Validation
-from vfi.watch import Watch
 
 FlowTeacher = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 """img0, img1, timestep -> flow_t0, flow_t1 in pixels, to be distilled (Exp-2e) in place of flow stored in the shards."""

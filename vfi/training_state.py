@@ -12,23 +12,23 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import gather_object
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from vfi.checkpoint.store import EMA, RANDOM, STATE, State, read_random, read_state
 from vfi.checkpoint.weights import read_optimizer, read_weights, refuse_differences
+from vfi.distributed.strategy import Whole
 from vfi.ema import Ema
 from vfi.errors import CheckpointError
 from vfi.guard import Guard
-from vfi.sharding import Whole
 
 
 class Snapshot(NamedTuple):
@@ -174,24 +174,3 @@ def _hex(state: Tensor) -> str:
 
 def _bytes(text: str) -> Tensor:
     return torch.tensor(list(bytes.fromhex(text)), dtype=torch.uint8)
-
-
-def on_main(accelerator: Accelerator, act: Callable[[], object]) -> None:
-    """Let the main process act while the others wait; its CheckpointError is one of all processes."""
-    problem: list[str | None] = [None]
-    if accelerator.is_main_process:
-        try:
-            act()
-        except CheckpointError as error:
-            problem = [str(error)]
-    broadcast_object_list(problem)
-    if problem[0] is not None:
-        raise CheckpointError(problem[0])
-
-
-def check_agreement(accelerator: Accelerator, chosen: Path | None) -> None:
-    """CheckpointError when the processes don't go on from the same checkpoint: one of them could not read what others could."""
-    names: Sequence[str] = gather_object([str(chosen and chosen.name)])
-    if len(set(names)) > 1:
-        each = ", ".join(f"process {rank}: {name}" for rank, name in enumerate(names))
-        raise CheckpointError(f"the processes see other checkpoints ({each}): do all of them read the same folder?")

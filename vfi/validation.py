@@ -12,10 +12,10 @@ from torch import Tensor
 from vfi.config.configs import ConfigError, DataConfig
 from vfi.data.evaluation_loader import evaluation_batches, evenly_spaced
 from vfi.data.shard_cache import cache_at, shard_folder
+from vfi.distributed.watchdog import Watch
 from vfi.metrics import psnr
 from vfi.model.interpolator import MIN_SIZE, FrameInterpolator, Prediction
 from vfi.tracking import Tracker, flow_picture
-from vfi.watch import Watch
 
 
 class Score(NamedTuple):

@@ -14,7 +14,8 @@ from torch import nn
 from vfi.config import presets
 from vfi.config.configs import ConfigError, GuardConfig
 from vfi.config.validation import validate
-from vfi.guard import GO, Guard, copies, gradient_norms, group_of, layer_groups, on_its_way, update_ratios
+from vfi.distributed.gradients import copies, gradient_norms, group_of, layer_groups, update_ratios
+from vfi.guard import GO, Guard, on_its_way
 from vfi.model.interpolator import FrameInterpolator
 
 GROUPS = ("stem", "flow")

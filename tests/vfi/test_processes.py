@@ -11,9 +11,9 @@ import pytest
 import torch
 from accelerate.utils import DistributedType
 
-from vfi import processes
 from vfi.config import presets
 from vfi.config.configs import ConfigError
+from vfi.distributed import launcher_checks
 
 CPU = {"ACCELERATE_USE_CPU": "true"}
 TWO = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
@@ -43,15 +43,15 @@ def asked(monkeypatch):
             given.update(arguments)
             does = {
                 "num_processes": int(variables.get("WORLD_SIZE", "1")),
-                "distributed_type": kinds[processes.asked_sharding()],
+                "distributed_type": kinds[launcher_checks.asked_sharding()],
                 "gradient_accumulation_steps": arguments["gradient_accumulation_steps"],
             }
             return SimpleNamespace(**does | otherwise)
 
         for name, value in variables.items():
             monkeypatch.setenv(name, value)
-        monkeypatch.setattr(processes, "Accelerator", accelerator)
-        processes.start_accelerator(CONFIG)
+        monkeypatch.setattr(launcher_checks, "Accelerator", accelerator)
+        launcher_checks.start_accelerator(CONFIG)
         return given
 
     return start
@@ -124,7 +124,7 @@ def test_refused_on_gpus(asked, gpus, variables, count, bf16, words):
 
 
 def test_zero_without_deepspeed_is_refused(asked, monkeypatch):
-    monkeypatch.setattr(processes.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(launcher_checks.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"ZeRO needs DeepSpeed, which is not installed: pip install -e '\.\[deepspeed\]'"):
         asked(ZERO)
 
@@ -136,7 +136,7 @@ def test_zero_without_deepspeed_is_refused(asked, monkeypatch):
 def test_precision_is_passed_on_only_without_shards(asked, variables, precision, passed_on):
     """With shards DeepSpeed, or accelerate for FSDP, would make halves of the weights, too."""
     given = asked(variables | {"ACCELERATE_MIXED_PRECISION": precision})
-    assert processes.asked_precision() == precision
+    assert launcher_checks.asked_precision() == precision
     assert given["mixed_precision"] == passed_on
 
 
@@ -179,19 +179,19 @@ def test_what_accelerate_does_otherwise_is_noticed(asked, variables, otherwise, 
 
 
 def test_precision_without_a_word_is_the_best_that_the_device_has(monkeypatch, gpus):
-    assert processes.asked_precision() == "no"
+    assert launcher_checks.asked_precision() == "no"
     gpus(1)
-    assert processes.asked_precision() == "bf16"
+    assert launcher_checks.asked_precision() == "bf16"
     gpus(1, bf16=False)
-    assert processes.asked_precision() == "no"
+    assert launcher_checks.asked_precision() == "no"
     gpus(1)
     monkeypatch.setenv("ACCELERATE_USE_CPU", "1")
-    assert processes.asked_precision() == "no"
+    assert launcher_checks.asked_precision() == "no"
 
 
 def test_idle_gpus_are_those_beyond_the_processes(monkeypatch, gpus):
-    assert processes.idle_gpus() == 0
+    assert launcher_checks.idle_gpus() == 0
     gpus(4)
-    assert processes.idle_gpus() == 3
+    assert launcher_checks.idle_gpus() == 3
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    assert processes.idle_gpus() == 0
+    assert launcher_checks.idle_gpus() == 0

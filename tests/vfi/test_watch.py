@@ -14,8 +14,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from vfi.distributed.watchdog import Beat, Watch, hanging
 from vfi.signals import STOPPING, Agreement, StopSignals
-from vfi.watch import Beat, Watch, hanging
 
 CPU = torch.device("cpu")
 SECONDS = 60.0
@@ -86,7 +86,7 @@ def test_a_run_that_moves_is_left_alone(ended):
 
 def test_the_end_is_said_with_the_place_in_the_code():
     code = (
-        "import time, torch; from vfi.watch import Watch\n"
+        "import time, torch; from vfi.distributed.watchdog import Watch\n"
         "def stuck():\n    time.sleep(60)\n"
         "with Watch(torch.device('cpu'), 1.0) as watch:\n    watch.at('the save of step 7')\n    stuck()\n"
     )

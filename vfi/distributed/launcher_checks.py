@@ -35,7 +35,8 @@ def start_accelerator(config: Config) -> Accelerator:
     _refuse_precision(sharding)
     accelerator = Accelerator(
         gradient_accumulation_steps=accumulation(config, world),
-        # with shards the autocast is ours (vfi/sharding.py): DeepSpeed, and FSDP by accelerate, would halve the weights, too
+        # with shards the autocast is ours (vfi/distributed/strategy.py): DeepSpeed, and FSDP by accelerate, would halve the
+        # weights, too
         mixed_precision=asked_precision() if sharding == "none" else "no",
         kwargs_handlers=[_process_group(config, sharding)],
     )
@@ -65,7 +66,7 @@ def idle_gpus() -> int:
 
 
 def _process_group(config: Config, sharding: Sharding) -> InitProcessGroupKwargs:
-    # the time-out is in vain unless the run's own watch fails, which knows better what hangs (vfi/watch.py)
+    # the time-out is in vain unless the run's own watch fails, which knows better what hangs (vfi/distributed/watchdog.py)
     patience = timedelta(minutes=config.run.timeout_minutes + 1)
     if sharding == "zero" and not _on_gpu():  # by itself it takes NCCL, or no processes at all
         return InitProcessGroupKwargs(backend="gloo", timeout=patience)
@@ -138,7 +139,7 @@ def _refuse_zero() -> None:
 
 
 def _refuse_fsdp() -> None:
-    """What of the settings of FSDP would not be done: the shards are cut by vfi/sharding.py, not by accelerate."""
+    """What of the settings of FSDP would not be done: the shards are cut by vfi/distributed/strategy.py, not by accelerate."""
     if os.environ.get("FSDP_VERSION", "1") != "2":
         raise ConfigError("FSDP is supported in its version 2: set fsdp_version: 2, as accelerate_configs/fsdp2.yaml does")
     if "LOCAL_RANK" not in os.environ:

@@ -1,0 +1,1 @@
+"""Training on several processes: launchers, sharding strategies, collectives and the watchdog."""
