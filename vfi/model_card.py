@@ -18,8 +18,8 @@ from pathlib import Path
 from vfi.checkpoint.pretrained_folder import Description, Origin, data_name
 from vfi.config.configs import ModelConfig
 from vfi.errors import JobError
+from vfi.evaluation.results import BASELINES, Results, Row, read_results
 from vfi.inference import LoadedModel
-from vfi.results import BASELINES, Results, Row, read_results
 
 TASK = "video-frame-interpolation"
 # of the hub's identifiers those that suit weights; another licence is `other`, with its name

@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import re
 import shlex
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -33,11 +32,12 @@ from vfi.config import command_line, presets
 from vfi.config.configs import Config, ConfigError, ModelConfig
 from vfi.config.validation import validate
 from vfi.errors import JobError, clear_errors
+from vfi.evaluation.options import parse_size
 from vfi.fitting import TrainingStep
 from vfi.graphs import Graphs
 from vfi.inference import DeviceName, PrecisionName, describe_precision, pick_device, pick_precision, predict
 from vfi.model.backbone import STRIDE, level_widths
-from vfi.model.interpolator import MIN_SIZE, FrameInterpolator
+from vfi.model.interpolator import FrameInterpolator
 from vfi.numerics import set_numerics
 from vfi.ops.ssd import REFERENCE_CHUNK, kernel_obstacle
 from vfi.profiling import FIRST_STAGE_LEVEL, Measured, Rates
@@ -223,17 +223,6 @@ def _check(options: Options) -> None:
         raise JobError("--training measures, and without a GPU that needs --measure")
     if options.json and (options.json.suffix != ".json" or options.json.is_dir()):
         raise JobError(f"--json {options.json} must be a file name that ends in .json")
-
-
-def parse_size(size: str) -> tuple[int, int]:
-    """'HxW' -> (height, width); JobError for anything else, and for sides that the network can't take."""
-    match = re.fullmatch(r"(\d+)x(\d+)", size)
-    if not match:
-        raise JobError(f"--sizes {size!r} is not HEIGHTxWIDTH, such as 736x1280")
-    height, width = int(match[1]), int(match[2])
-    if min(height, width) < MIN_SIZE:
-        raise JobError(f"--sizes {size}: each side must be at least {MIN_SIZE}")
-    return height, width
 
 
 def summarise(options: Options, config: Config, command: str = "") -> Summary:

@@ -24,6 +24,8 @@ from vfi import gates
 from vfi.ablation import ablation_table
 from vfi.config.presets import AblationName
 from vfi.errors import JobError, clear_errors
+from vfi.evaluation.latency_results import Speed, is_speed, read_speed
+from vfi.evaluation.results import Group, ResultError, Results, group_by_data, read_results
 from vfi.records import write_text
 from vfi.report_page import TITLE, Content, about, fact, page
 from vfi.report_tables import (
@@ -36,8 +38,6 @@ from vfi.report_tables import (
     results_table,
     speed_table,
 )
-from vfi.results import Group, ResultError, Results, group_by_data, read_results
-from vfi.speed_results import Speed, is_speed, read_speed
 
 RUNS = Path("runs")
 

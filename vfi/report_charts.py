@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from vfi.charts import Series, labelled_chart, line_chart, scatter_chart, thin
-from vfi.results import FRAME_AVERAGE, Entry, Group
-from vfi.speed_results import Speed, SpeedRow
+from vfi.evaluation.latency_results import Speed, SpeedRow
+from vfi.evaluation.results import FRAME_AVERAGE, Entry, Group
 
 PREFERRED_SIZE = "736x1280"
 """Of the frames whose time stands against quality."""

@@ -14,11 +14,11 @@ from string import Template
 from typing import Any
 
 from vfi.charts import legend
+from vfi.evaluation.latency_results import Speed
+from vfi.evaluation.results import Group
 from vfi.report_charts import charts, run_folder
 from vfi.report_pictures import breakable, legend_of_pictures, samples
 from vfi.report_tables import Cell, Table, clip_table, motion_table, published_table, results_table, speed_table
-from vfi.results import Group
-from vfi.speed_results import Speed
 
 TITLE = "Video frame interpolation: results"
 TEMPLATE = Path(__file__).with_name("report_template.html")

@@ -10,10 +10,10 @@ import statistics
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
+from vfi.evaluation.latency_results import OUT_OF_MEMORY, OWN_PRECISION, Speed
+from vfi.evaluation.published import published_cells
+from vfi.evaluation.results import BASELINES, QUARTERS, Entry, Group, Row, by_clip, by_motion
 from vfi.gates import Verdict
-from vfi.published import published_cells
-from vfi.results import BASELINES, QUARTERS, Entry, Group, Row, by_clip, by_motion
-from vfi.speed_results import OUT_OF_MEMORY, OWN_PRECISION, Speed
 
 _LONG = 30  # signs
 

@@ -19,7 +19,7 @@ from launch import cancel, resubmit, status, submit
 from launch.slurm import states
 from vfi import report, train
 from vfi.checkpoint import store
-from vfi.results import read_results
+from vfi.evaluation.results import read_results
 
 START = Path(__file__).with_name("start_slurm.sh")
 SMALL = ["--gpus_per_node", "0", "--cpus_per_node", "1", "--time", "10", "--setup",

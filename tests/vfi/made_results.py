@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from vfi.results import BASELINES, FRAME_AVERAGE, NEAREST_FRAME, ImageScore, Picture, Results, Row
-from vfi.speed_results import Speed, SpeedRow
+from vfi.evaluation.latency_results import Speed, SpeedRow
+from vfi.evaluation.results import BASELINES, FRAME_AVERAGE, NEAREST_FRAME, ImageScore, Picture, Results, Row
 
 AVERAGE = [(30.0, 0.9), (32.0, 0.92), (28.0, 0.85)]
 NEAREST = [(29.0, 0.8), (30.0, 0.9), (28.5, 0.86)]

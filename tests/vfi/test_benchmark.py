@@ -20,11 +20,11 @@ from vfi import profiling
 from vfi.benchmark import main
 from vfi.checkpoint import store, weights
 from vfi.config import presets
+from vfi.evaluation.results import read_results
+from vfi.evaluation.sample_images import error_map
 from vfi.model.interpolator import FrameInterpolator
 from vfi.motion import estimate
 from vfi.records import to_json
-from vfi.result_pictures import error_map
-from vfi.results import read_results
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -16,14 +16,14 @@ from skimage import data
 from skimage.metrics import peak_signal_noise_ratio
 
 from shards import ucf101, x4k1000fps
-from vfi import bench
 from vfi.benchmark import main
 from vfi.checkpoint import store
 from vfi.config import presets
+from vfi.evaluation import task
+from vfi.evaluation.results import read_results
 from vfi.model.interpolator import FrameInterpolator
 from vfi.records import to_json
 from vfi.report import report
-from vfi.results import read_results
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -155,8 +155,8 @@ def test_a_size_that_was_not_published_is_refused_unless_allowed(model, tmp_path
         folder.mkdir(parents=True)
         for name in ucf101.FRAMES:
             Image.fromarray(photograph(sample)).save(folder / name)
-    small = dataclasses.replace(bench.PROTOCOLS["ucf101"], count=2)
-    monkeypatch.setitem(bench.PROTOCOLS, "ucf101", small)
+    small = dataclasses.replace(task.PROTOCOLS["ucf101"], count=2)
+    monkeypatch.setitem(task.PROTOCOLS, "ucf101", small)
     flags = ("--model", model, "--data", tmp_path / "set", "--out", tmp_path / "r.json", "--protocol", "ucf101")
     assert "sample 0 is 40x56, the frames of UCF101 are 256x256" in refused(capsys, *flags)
     run(*flags, "--allow_partial")

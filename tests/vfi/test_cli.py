@@ -9,7 +9,7 @@ from warm import Process
 from vfi import demo, shipped
 from vfi.cli import JOBS, main
 from vfi.errors import JobError, clear_errors, message_of
-from vfi.results import BASELINES, Results, Row, read_results
+from vfi.evaluation.results import BASELINES, Results, Row, read_results
 
 
 def test_help_lists_every_job_and_loads_none() -> None:

@@ -9,10 +9,10 @@ import pytest
 
 from vfi import gates, report
 from vfi.config import presets
+from vfi.evaluation.latency_results import Speed, SpeedRow
+from vfi.evaluation.results import BASELINES, ImageScore, Results, Row, write_results
 from vfi.records import to_json
-from vfi.results import BASELINES, ImageScore, Results, Row, write_results
 from vfi.run_status import Status
-from vfi.speed_results import Speed, SpeedRow
 
 
 def row(model: str, psnr: float, ssim: float = 0.98, phase: int | None = None, ours: bool = True, ie: float = 1.0) -> Row:

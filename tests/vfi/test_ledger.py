@@ -7,7 +7,7 @@ import json
 import pytest
 
 from vfi.errors import JobError
-from vfi.ledger import Ledger
+from vfi.evaluation.partial_scores import Ledger
 
 SETTINGS = {"data": "a" * 64, "models": {"first": "b" * 64}}
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from recipes import peers
-from vfi.adapters import load_adapter
 from vfi.benchmark import main
 from vfi.errors import JobError
+from vfi.evaluation.external_models import load_adapter
 
 CPU = torch.device("cpu")
 NETWORK = """

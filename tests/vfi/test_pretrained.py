@@ -30,10 +30,10 @@ from vfi.checkpoint import pretrained_folder, store
 from vfi.config import command_line, presets
 from vfi.config.configs import Config
 from vfi.errors import CheckpointError, JobError
+from vfi.evaluation.results import write_results
 from vfi.inference import load
 from vfi.model.interpolator import FrameInterpolator as Network
 from vfi.records import to_json
-from vfi.results import write_results
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -13,10 +13,11 @@ from skimage import data
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from vfi.errors import JobError
+from vfi.evaluation.evaluator import predict_between, score
+from vfi.evaluation.protocols import PROFILES, PROTOCOLS, Padding, Rules
+from vfi.evaluation.published import PUBLISHED
+from vfi.evaluation.task import prepare
 from vfi.metrics import ssim_matlab
-from vfi.protocols import PROFILES, PROTOCOLS, Padding, Rules
-from vfi.published import PUBLISHED
-from vfi.scoring import predict_between, prepare, score
 
 CPU = torch.device("cpu")
 SIZE = (52, 76)

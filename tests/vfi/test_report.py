@@ -15,8 +15,8 @@ from PIL import Image
 
 from vfi import report
 from vfi.charts import Series, labelled_chart, line_chart, log_ticks, nice_ticks, scatter_chart, thin
-from vfi.report import main
-from vfi.results import (
+from vfi.evaluation.latency_results import Speed, write_speed
+from vfi.evaluation.results import (
     BASELINES,
     FRAME_AVERAGE,
     MOST_CLIPS,
@@ -28,7 +28,7 @@ from vfi.results import (
     read_results,
     write_results,
 )
-from vfi.speed_results import Speed, write_speed
+from vfi.report import main
 
 VOID = {"meta", "img", "input", "br", "link", "hr", "wbr"}  # elements of HTML that have no end
 

@@ -11,10 +11,10 @@ import pytest
 from playwright.sync_api import Browser, Locator, Page
 
 from vfi import gates
+from vfi.evaluation.results import FRAME_AVERAGE, NEAREST_FRAME, Results, group_by_data
 from vfi.report import write
 from vfi.report_page import Content
 from vfi.report_tables import from_markdown, gate_table
-from vfi.results import FRAME_AVERAGE, NEAREST_FRAME, Results, group_by_data
 
 ABLATION = "| experiment | what is different | PSNR dB |\n| --- | --- | ---: |\n| Exp-1a | mamba2_only | 25.00 |\n\nA note."
 pytestmark = pytest.mark.browser

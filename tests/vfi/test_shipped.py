@@ -22,8 +22,8 @@ from vfi.checkpoint import pretrained_folder
 from vfi.config import command_line, presets
 from vfi.config.configs import ConfigError
 from vfi.errors import CheckpointError
+from vfi.evaluation.results import read_results
 from vfi.model.interpolator import FrameInterpolator as Network
-from vfi.results import read_results
 from vfi.shipped import FILES, SUMS
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -12,21 +12,21 @@ import pytest
 import torch
 from torch import Tensor
 
-from vfi import speed
-from vfi.adapters import load_any
 from vfi.benchmark import main
 from vfi.checkpoint import store
 from vfi.config import presets
 from vfi.errors import JobError
+from vfi.evaluation import latency
+from vfi.evaluation.external_models import load_any
+from vfi.evaluation.latency import SpeedOptions, make_ask, real_pairs
+from vfi.evaluation.latency_results import Speed, SpeedRow, against, is_speed, read_speed, table, write_speed
+from vfi.evaluation.results import ResultError
 from vfi.graphs import Graphs
 from vfi.inference import load, predict
 from vfi.model.execution import compile_parts
 from vfi.model.interpolator import FrameInterpolator
 from vfi.profiling import WARMUP
 from vfi.records import to_json
-from vfi.results import ResultError
-from vfi.speed import SpeedOptions, make_ask, real_pairs
-from vfi.speed_results import Speed, SpeedRow, against, is_speed, read_speed, table, write_speed
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -65,7 +65,7 @@ def adapters(tmp_path, monkeypatch):
     sys.modules.pop("speed_adapters", None)
     import speed_adapters
 
-    monkeypatch.setattr(speed.time, "perf_counter", lambda: speed_adapters.clock[0])
+    monkeypatch.setattr(latency.time, "perf_counter", lambda: speed_adapters.clock[0])
     yield speed_adapters
     sys.modules.pop("speed_adapters", None)
 
@@ -88,7 +88,7 @@ def runs(tmp_path_factory) -> Path:
 
 def measure(out: Path, *models: object, **changed: object) -> Speed:
     options = SpeedOptions(tuple(map(str, models)), out, device="cpu", sizes=("32x48",), factors=(2,), repeats=2)
-    return speed.speed(dataclasses.replace(options, **changed), "vfi benchmark --speed")
+    return latency.speed(dataclasses.replace(options, **changed), "vfi benchmark --speed")
 
 
 # ---------------------------------------------------------------------------------------------------------------- frames
@@ -264,7 +264,7 @@ def test_a_model_that_runs_out_of_memory_has_a_row_and_the_others_go_on(adapters
 
 def test_memory_that_is_short_later_on_or_for_one_of_ours(runs, adapters, tmp_path, monkeypatch):
     """Words of CUDA itself, in a timed call; any other error is not swallowed."""
-    real = speed.LoadedModel.predict
+    real = latency.LoadedModel.predict
     number = itertools.count(1)
 
     def predict(self, img0, *args):
@@ -272,7 +272,7 @@ def test_memory_that_is_short_later_on_or_for_one_of_ours(runs, adapters, tmp_pa
             raise RuntimeError(words)
         return real(self, img0, *args)
 
-    monkeypatch.setattr(speed.LoadedModel, "predict", predict)
+    monkeypatch.setattr(latency.LoadedModel, "predict", predict)
     words = "CUDA error: out of memory"
     ours, other = measure(tmp_path / "s.json", runs / "still", "speed_adapters:quick").rows
     assert (ours.out_of_memory, ours.ms, ours.ratio) == (True, None, None)
@@ -298,9 +298,9 @@ def test_memory_is_that_of_the_model_alone(monkeypatch):
         calls.append(pair)
         peak[0] = max(peak[0], 300 + (1000 if len(calls) == 1 else 50))
 
-    assert speed._memory(ask, (Frame(), Frame()), 200, torch.device("cuda")) == (150, 175)
+    assert latency._memory(ask, (Frame(), Frame()), 200, torch.device("cuda")) == (150, 175)
     assert len(calls) == 1 + WARMUP
-    assert speed._memory(ask, (Frame(), Frame()), 200, CPU) == (None, None)
+    assert latency._memory(ask, (Frame(), Frame()), 200, CPU) == (None, None)
 
 
 def test_compiled_is_said(runs, tmp_path, monkeypatch):
@@ -510,7 +510,7 @@ def test_on_a_gpu(runs, tmp_path, compiled):
     def found(*names: str) -> dict[tuple[str, int, str], SpeedRow]:
         models, sizes = tuple(str(runs / name) for name in names), ("64x64", "256x256")
         options = SpeedOptions(models, tmp_path / "s.json", device="cuda", sizes=sizes, repeats=5, compile=compiled)
-        return {(row.size, row.factor, row.model): row for row in speed.speed(options).rows}
+        return {(row.size, row.factor, row.model): row for row in latency.speed(options).rows}
 
     together, alone = found("moving", "still"), found("still")
     for (size, factor, name), row in together.items():

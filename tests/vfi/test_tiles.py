@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vfi.config import presets
+from vfi.evaluation.latency import real_pairs
 from vfi.model.interpolator import FrameInterpolator
-from vfi.speed import real_pairs
 from vfi.tiles import OVERLAP, SMALLEST, smaller, spans, tiled
 
 

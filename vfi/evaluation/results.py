@@ -269,3 +269,14 @@ def by_clip(images: Sequence[ImageScore]) -> dict[str, list[int]]:
         if 1 < len(inside) < len(clips):
             groups[f"{folder}__*"] = [number for clip in inside for number in clips[clip]]
     return groups | clips
+
+
+def table(results: Results) -> str:
+    """The rows as aligned text."""
+    average = results.rows[0].psnr
+    width = max(len(row.model) for row in results.rows)
+    lines = [f"{'model':<{width}}  {'PSNR dB':>8}  {'SSIM':>7}  {'IE':>6}  {'gain dB':>8}"]
+    for row in results.rows:
+        gain = f"{row.psnr - average:+8.3f}" if row.model != FRAME_AVERAGE else f"{'':>8}"
+        lines.append(f"{row.model:<{width}}  {row.psnr:8.3f}  {row.ssim:7.4f}  {row.ie:6.3f}  {gain}")
+    return "\n".join([*lines, f"{results.samples} samples of {results.data}"])

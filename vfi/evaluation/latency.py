@@ -6,7 +6,8 @@
 
 A call makes all frames between two: one for twice the frame rate (×2), as the jobs make it, and seven for ×8, where models of
 this project make their features once. Each call is timed from an idle device to its last frame. Several models take turns, one
-call of each in a round, so that heat and clocks touch them alike. Writes a speed file (vfi/speed_results.py), prints its table.
+call of each in a round, so that heat and clocks touch them alike. Writes a speed file (vfi/evaluation/latency_results.py),
+prints its table.
 """
 
 from __future__ import annotations
@@ -28,8 +29,11 @@ from tqdm import tqdm
 from shards.codecs import read_image
 from shards.synthetic_scene import photograph_paths
 from vfi import profiling
-from vfi.adapters import Adapter, Model, distinct_names, is_adapter, load_any
 from vfi.errors import JobError
+from vfi.evaluation.external_models import Adapter, Model, distinct_names, is_adapter, load_any
+from vfi.evaluation.latency_results import OWN_PRECISION, Speed, SpeedRow, write_speed
+from vfi.evaluation.options import parse_size
+from vfi.evaluation.results import check_output
 from vfi.fitting import is_out_of_memory
 from vfi.graphs import Graphs
 from vfi.inference import (
@@ -43,11 +47,8 @@ from vfi.inference import (
 )
 from vfi.model.execution import compile_parts
 from vfi.model.interpolator import FrameInterpolator
-from vfi.model_summary import parse_size
 from vfi.numerics import set_numerics
 from vfi.profiling import WARMUP
-from vfi.results import check_output
-from vfi.speed_results import OWN_PRECISION, Speed, SpeedRow, write_speed
 from vfi.tracking import environment
 
 _PHOTOGRAPHS = ("astronaut.png", "chelsea.png", "motorcycle_left.png")  # a pair of each: no input stays in a cache
@@ -66,7 +67,7 @@ class SpeedOptions:
 
     model: tuple[str, ...]
     """Run folders, checkpoint folders, .safetensors files, `shipped` (the model that comes with the package), or MODULE:FACTORY
-    for a model of another repository (see vfi/adapters.py); the others are compared with the first."""
+    for a model of another repository (see vfi/evaluation/external_models.py); the others are compared with the first."""
     out: Path
     """Speed file to write, a .json."""
     against: Path | None = None

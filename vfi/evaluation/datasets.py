@@ -19,7 +19,7 @@ from shards.schema import INDEX_NAME, Index, ShardError, frame_members
 from vfi.data.shard_cache import ShardFolder, shard_folder
 from vfi.data.shard_reader import ShardReader
 from vfi.errors import JobError
-from vfi.protocols import PROTOCOLS, Protocol
+from vfi.evaluation.protocols import PROTOCOLS, Protocol
 
 _LOSSLESS = ("png", "qoi")
 

@@ -14,19 +14,20 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from shards.schema import Index
 from vfi.data.evaluation_loader import evaluation_batches
 from vfi.errors import JobError
-from vfi.frame_sets import open_frames
+from vfi.evaluation.datasets import open_frames
+from vfi.evaluation.protocols import PROTOCOLS, Prepare, Protocol, Rules
 from vfi.model.interpolator import MIN_SIZE
-from vfi.protocols import PROTOCOLS, Protocol, Rules
-from vfi.scoring import prepare
 
 if TYPE_CHECKING:
-    from vfi.benchmark import Options
+    from vfi.evaluation.options import Options
 
 _PSNR = "-10 log10 of the mean squared error over RGB in 0..1, per image, then the mean over images"
 _SSIM = {
@@ -177,3 +178,22 @@ def _rules(rules: Rules, tta: bool) -> dict[str, str]:
         "flow scale": "each model's own setting" if rules.scale is None else str(rules.scale),
         "times": "by bisecting, from the model's own frames" if rules.recursive else "each directly",
     }
+
+
+def prepare(frame: np.ndarray, how: Prepare, device: torch.device) -> Tensor:
+    """A frame `[H, W, 3]` uint8 as the protocol wants it: `[1, 3, H, W]` float in [0, 1].
+
+    `half size` is the mean over squares of 2x2 pixels, in floats or rounded half up to 8 bits (OpenCV's INTER_AREA for either
+    type); `centre crop` leaves half of each side.
+    """
+    height, width = frame.shape[:2]
+    if how != "as they are" and (height % 4 or width % 4):
+        raise JobError(f"{how} needs sides that are multiples of 4, and a frame has {height}x{width}")
+    if how == "centre crop":
+        frame = frame[height // 4 : -height // 4, width // 4 : -width // 4]
+    image = torch.from_numpy(np.ascontiguousarray(frame)).to(device).permute(2, 0, 1).unsqueeze(0).float()
+    if how.startswith("half size"):
+        image = F.avg_pool2d(image, 2)
+        if how == "half size, rounded":
+            image = (image + 0.5).floor()
+    return image / 255

@@ -15,10 +15,11 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from vfi.bench import Bench, Sample, Target
 from vfi.errors import JobError
+from vfi.evaluation.evaluator import frame_average
+from vfi.evaluation.results import ERROR_WHITE, Picture, Row
+from vfi.evaluation.task import Bench, Sample, Target
 from vfi.motion import flow_picture
-from vfi.results import ERROR_WHITE, Picture, Row
 
 Predict = Callable[[Sample], list[Tensor]]
 """A frame `[1, 3, H, W]` for each target of a sample."""
@@ -97,11 +98,6 @@ class _Saver:
         name = f"{self.rank:06d}_{kind}.png"
         Image.fromarray(image).save(self.folder / name)
         return f"{self.shown_as}/{name}"
-
-
-def frame_average(sample: Sample) -> Tensor:
-    """The mean of both frames."""
-    return (sample.img0 + sample.img1) / 2
 
 
 def to_bytes(image: Tensor) -> np.ndarray:

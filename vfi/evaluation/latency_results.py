@@ -15,8 +15,8 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
+from vfi.evaluation.results import ResultError
 from vfi.records import RecordError, from_object, write_text
-from vfi.results import ResultError
 
 SCHEMA = "vfi-speed"
 VERSION = 1
