@@ -28,7 +28,7 @@ from vfi.comparison import Run, compare
 from vfi.errors import CheckpointError, JobError, clear_errors
 from vfi.evaluation.results import ResultError
 from vfi.graph_files import FILES, USE, WRITERS, refuse_missing
-from vfi.inference import load, predict
+from vfi.inference.loading import load, predict
 from vfi.model.interpolator import MIN_SIZE, FrameInterpolator
 from vfi.model_card import Card, Difference, card, describe_training, use_graph
 from vfi.traceable import trace, traceable

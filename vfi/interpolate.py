@@ -34,9 +34,9 @@ from tqdm import tqdm
 from shards.codecs import read_image
 from shards.schema import IMAGE_EXTENSIONS, ShardError
 from shards.sequence_filter import CUT
-from vfi.between import Between, Settings
 from vfi.errors import CheckpointError, JobError, clear_errors
-from vfi.inference import DeviceName, PrecisionName, describe_precision
+from vfi.inference.engine import Between, Settings
+from vfi.inference.loading import DeviceName, PrecisionName, describe_precision
 from vfi.model.interpolator import MIN_SIZE
 from vfi.partial import Partial, Replay, copy_frames
 from vfi.stream import Care, Counts, FolderInput, FolderOutput, add_frames

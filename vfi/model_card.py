@@ -19,7 +19,7 @@ from vfi.checkpoint.pretrained_folder import Description, Origin, data_name
 from vfi.config.configs import ModelConfig
 from vfi.errors import JobError
 from vfi.evaluation.results import BASELINES, Results, Row, read_results
-from vfi.inference import LoadedModel
+from vfi.inference.loading import LoadedModel
 
 TASK = "video-frame-interpolation"
 # of the hub's identifiers those that suit weights; another licence is `other`, with its name

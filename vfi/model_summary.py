@@ -35,7 +35,7 @@ from vfi.errors import JobError, clear_errors
 from vfi.evaluation.options import parse_size
 from vfi.fitting import TrainingStep
 from vfi.graphs import Graphs
-from vfi.inference import DeviceName, PrecisionName, describe_precision, pick_device, pick_precision, predict
+from vfi.inference.loading import DeviceName, PrecisionName, describe_precision, pick_device, pick_precision, predict
 from vfi.model.backbone import STRIDE, level_widths
 from vfi.model.interpolator import FrameInterpolator
 from vfi.numerics import set_numerics

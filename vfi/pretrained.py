@@ -23,8 +23,8 @@ from torch import Tensor
 from vfi.checkpoint import pretrained_folder
 from vfi.config.configs import SCALES
 from vfi.errors import JobError
-from vfi.frames import Frames, read_pair
-from vfi.inference import DeviceName, LoadedModel, PrecisionName, describe_precision, load, pick_device, pick_precision
+from vfi.inference.array_io import Frames, read_pair
+from vfi.inference.loading import DeviceName, LoadedModel, PrecisionName, describe_precision, load, pick_device, pick_precision
 from vfi.model.interpolator import FrameInterpolator as Network
 from vfi.model_card import card
 from vfi.shipped import SHIPPED
@@ -68,9 +68,9 @@ class FrameInterpolator:
     def __call__(self, img0: Any, img1: Any, timestep: float | Times = 0.5, *, scale: float | None = None) -> Any:
         """The frame at `timestep` between two frames, or a list of frames at several, each like `img0`.
 
-        Frames are arrays [H, W, 3] or tensors [3, H, W], or batches of them (vfi/frames.py has types and ranges). Timesteps
-        lie above 0 (img0) and below 1 (img1). `scale`: flow is estimated at this fraction of the size, 0.5 for 2K, 0.25 for
-        4K; by default as trained. JobError says what of this does not go, what is allowed and what to do.
+        Frames are arrays [H, W, 3] or tensors [3, H, W], or batches of them (vfi/inference/array_io.py has types and ranges).
+        Timesteps lie above 0 (img0) and below 1 (img1). `scale`: flow is estimated at this fraction of the size, 0.5 for 2K,
+        0.25 for 4K; by default as trained. JobError says what of this does not go, what is allowed and what to do.
         """
         times = _times(timestep)
         self._check_scale(scale)

@@ -13,13 +13,13 @@ from made_videos import new_run
 from skimage import data
 from torch import Tensor
 
-from vfi import between
-from vfi.auto_scale import auto_scale, longest_motion
-from vfi.between import GIB, MOVES, STILL, Between, Settings, available_memory, keep_still
 from vfi.errors import JobError
-from vfi.inference import LoadedModel
+from vfi.inference import engine
+from vfi.inference.engine import GIB, MOVES, STILL, Between, Settings, available_memory, keep_still
+from vfi.inference.flow_scale import auto_scale, longest_motion
+from vfi.inference.loading import LoadedModel
+from vfi.inference.tiling import SMALLEST
 from vfi.profiling import count
-from vfi.tiles import SMALLEST
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -101,7 +101,7 @@ def test_scale_follows_from_size_and_motion(size, pixels, scale):
 
 def test_auto_is_decided_pair_by_pair_and_refused_without_flow(run, monkeypatch):
     asked = []
-    monkeypatch.setattr(between, "check_scale", lambda *given: None)
+    monkeypatch.setattr(engine, "check_scale", lambda *given: None)
     monkeypatch.setattr(
         LoadedModel, "predict_several", lambda self, a, b, times, precision, scale: asked.append(scale) or (a + b) / 2
     )
@@ -150,7 +150,7 @@ def test_on_a_cpu_tiles_are_of_a_size_that_fits(run, monkeypatch, capsys):
 
 
 def test_memory_of_a_container_is_no_more_than_its_limit(monkeypatch, tmp_path):
-    monkeypatch.setattr(between, "_CGROUP", tmp_path)
+    monkeypatch.setattr(engine, "_CGROUP", tmp_path)
     whole = available_memory()
     assert whole > 0
     (tmp_path / "memory.current").write_text("1000\n")

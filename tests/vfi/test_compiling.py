@@ -12,10 +12,10 @@ import pytest
 import torch
 from made_videos import new_run
 
-from vfi.between import Between, Settings
 from vfi.config import presets
 from vfi.fitting import TrainingStep
-from vfi.inference import LoadedModel
+from vfi.inference.engine import Between, Settings
+from vfi.inference.loading import LoadedModel
 from vfi.ops import compiling
 from vfi.ops.compiling import compiling_ahead
 

@@ -15,7 +15,7 @@ from vfi import comparison, export, graph_files
 from vfi.checkpoint import store, weights
 from vfi.config import presets
 from vfi.errors import CheckpointError
-from vfi.inference import load, predict
+from vfi.inference.loading import load, predict
 from vfi.model.backbone import of_each_frame
 from vfi.model.interpolator import FrameInterpolator
 from vfi.ops.scan_order import ALL, OPEN_SCANS, SCANS

@@ -11,7 +11,7 @@ from torch import Tensor
 from vfi import graphs
 from vfi.config import presets
 from vfi.graphs import Graphs
-from vfi.inference import predict
+from vfi.inference.loading import predict
 from vfi.model.interpolator import FrameInterpolator
 from vfi.ops import scan_order
 

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from vfi import model_summary, profiling
 from vfi.config import presets
-from vfi.inference import predict
+from vfi.inference.loading import predict
 from vfi.model.interpolator import FrameInterpolator
 from vfi.model_summary import from_command_line, levels, main
 from vfi.profiling import REST, CostCounter, Rates, by_part, count, measure_parts, parameters_by_part, part_of, watch_parts

@@ -10,7 +10,7 @@ import pytest
 from made_videos import call, frames_of, make, new_run, packets_of, pixels, refused, scene, times_of
 from PIL import Image
 
-from vfi.between import Between
+from vfi.inference.engine import Between
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TIMES = [40 * n for n in range(12)]

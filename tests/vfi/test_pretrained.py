@@ -31,7 +31,7 @@ from vfi.config import command_line, presets
 from vfi.config.configs import Config
 from vfi.errors import CheckpointError, JobError
 from vfi.evaluation.results import write_results
-from vfi.inference import load
+from vfi.inference.loading import load
 from vfi.model.interpolator import FrameInterpolator as Network
 from vfi.records import to_json
 

@@ -22,7 +22,7 @@ from vfi.evaluation.latency import SpeedOptions, make_ask, real_pairs
 from vfi.evaluation.latency_results import Speed, SpeedRow, against, is_speed, read_speed, table, write_speed
 from vfi.evaluation.results import ResultError
 from vfi.graphs import Graphs
-from vfi.inference import load, predict
+from vfi.inference.loading import load, predict
 from vfi.model.execution import compile_parts
 from vfi.model.interpolator import FrameInterpolator
 from vfi.profiling import WARMUP

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from vfi.config import presets
 from vfi.evaluation.latency import real_pairs
+from vfi.inference.tiling import OVERLAP, SMALLEST, smaller, spans, tiled
 from vfi.model.interpolator import FrameInterpolator
-from vfi.tiles import OVERLAP, SMALLEST, smaller, spans, tiled
 
 
 @given(st.integers(32, 9000), st.integers(SMALLEST // 64, 40).map(lambda n: 64 * n))

@@ -18,9 +18,9 @@ from made_videos import EVEN, call, frames_of, make, new_run, packets_of, pixels
 
 from shards.color_conversion import to_rgb
 from vfi import interpolate
-from vfi.between import Between
 from vfi.errors import JobError
-from vfi.inference import LoadedModel
+from vfi.inference.engine import Between
+from vfi.inference.loading import LoadedModel
 from vfi.stream import _ahead, _Behind
 from vfi.video import VideoInput, choose_pix_fmt, default_codec
 

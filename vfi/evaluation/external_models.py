@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from vfi.errors import JobError
-from vfi.inference import LoadedModel, load
+from vfi.inference.loading import LoadedModel, load
 
 Interpolate = Callable[[Tensor, Tensor, float, float | None], Tensor]
 

@@ -36,7 +36,7 @@ from vfi.evaluation.options import parse_size
 from vfi.evaluation.results import check_output
 from vfi.fitting import is_out_of_memory
 from vfi.graphs import Graphs
-from vfi.inference import (
+from vfi.inference.loading import (
     DeviceName,
     LoadedModel,
     PrecisionName,

@@ -9,7 +9,7 @@ from pathlib import Path
 from vfi.data.shard_cache import ShardFolder, cache_at, shard_folder
 from vfi.errors import JobError
 from vfi.evaluation.protocols import ProfileName
-from vfi.inference import DeviceName, PrecisionName
+from vfi.inference.loading import DeviceName, PrecisionName
 from vfi.model.interpolator import MIN_SIZE
 
 ALL, SPEED = "all", "--speed"

@@ -24,13 +24,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from vfi.auto_scale import auto_scale
 from vfi.errors import JobError
 from vfi.fitting import is_out_of_memory
-from vfi.inference import DeviceName, LoadedModel, PrecisionName, check_scale, load, pick_device, pick_precision
+from vfi.inference.flow_scale import auto_scale
+from vfi.inference.loading import DeviceName, LoadedModel, PrecisionName, check_scale, load, pick_device, pick_precision
+from vfi.inference.tiling import SMALLEST, smaller, tiled
 from vfi.profiling import count, free_memory
 from vfi.shipped import SHIPPED
-from vfi.tiles import SMALLEST, smaller, tiled
 
 GIB = 2**30
 STILL, MOVES = 1.5 / 255, 4 / 255
@@ -49,7 +49,7 @@ class Settings:
     """Which model, and how it is used."""
 
     model: Path | None = None
-    """What names a model (vfi.inference.load); None: the model that comes with the package."""
+    """What names a model (vfi.inference.loading.load); None: the model that comes with the package."""
     device: DeviceName = "auto"
     precision: PrecisionName = "auto"
     scale: float | str | None = None
