@@ -23,7 +23,7 @@ from typing import Any
 from launch import slurm, snapshot
 from launch.submission import QUEUED, SUBMISSION, Queued, Submission, new_folder, read_queued, write_submission
 from vfi.errors import JobError
-from vfi.records import to_json, write_text
+from vfi.io.dataclass_json import to_json, write_text
 
 
 def cluster() -> types.ModuleType:

@@ -22,7 +22,7 @@ from launch.node.rendezvous_files import last_outcome
 from launch.slurm import JobState
 from launch.submission import QUEUED, SUBMISSION, Submission, read_queued, read_submission, submissions
 from vfi.errors import JobError, clear_errors
-from vfi.records import config_from_json, note
+from vfi.io.dataclass_json import config_from_json, note
 from vfi.run_status import read_status
 
 WAITING = ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "SUSPENDED", "RESIZING", "SIGNALING")

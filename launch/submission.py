@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from vfi.errors import JobError
-from vfi.records import RecordError, from_object, to_json, write_text
+from vfi.io.dataclass_json import RecordError, from_object, to_json, write_text
 
 LAUNCH, SUBMISSION, QUEUED = "launch", "submission.json", "queued.json"
 

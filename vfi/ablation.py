@@ -18,7 +18,7 @@ from vfi.checkpoint.store import CONFIG
 from vfi.config.configs import Config, ConfigError
 from vfi.config.presets import ABLATIONS, AblationName, experiments
 from vfi.errors import JobError
-from vfi.records import config_from_json
+from vfi.io.dataclass_json import config_from_json
 from vfi.run_status import read_status
 from vfi.tracking import METRICS, read_rows
 

@@ -35,8 +35,8 @@ from vfi.data.augment import FrameTooSmallError, apply_change, copy_pixels, draw
 from vfi.data.evaluation_loader import evaluation_batches, evenly_spaced
 from vfi.data.loader import TrainingLoader
 from vfi.errors import JobError, clear_errors
+from vfi.io.dataclass_json import write_text
 from vfi.numerics import set_numerics
-from vfi.records import write_text
 from vfi.tracking import environment
 
 SCHEMA, VERSION = "vfi-data-benchmark", 1

@@ -29,15 +29,15 @@ from vfi.config import presets
 from vfi.config.configs import ModelConfig
 from vfi.errors import JobError, clear_errors
 from vfi.evaluation.results import check_output
+from vfi.io.dataclass_json import write_text
+from vfi.io.text_table import aligned
 from vfi.losses import laplacian_loss
 from vfi.model.ss2d import ss2d
 from vfi.model.window_attention import GatedWindowAttention
-from vfi.model_summary import aligned
 from vfi.numerics import set_numerics
 from vfi.ops.fused import fused_obstacle
 from vfi.ops.ssd import kernel_obstacle
 from vfi.ops.warp import backward_warp
-from vfi.records import write_text
 from vfi.tracking import environment
 
 SCHEMA, VERSION = "vfi-operators", 1

@@ -36,12 +36,13 @@ from vfi.evaluation.options import parse_size
 from vfi.fitting import TrainingStep
 from vfi.graphs import Graphs
 from vfi.inference.loading import DeviceName, PrecisionName, describe_precision, pick_device, pick_precision, predict
+from vfi.io.dataclass_json import write_text
+from vfi.io.text_table import aligned
 from vfi.model.backbone import STRIDE, level_widths
 from vfi.model.interpolator import FrameInterpolator
 from vfi.numerics import set_numerics
 from vfi.ops.ssd import REFERENCE_CHUNK, kernel_obstacle
 from vfi.profiling import FIRST_STAGE_LEVEL, Measured, Rates
-from vfi.records import write_text
 from vfi.tracking import environment
 
 SCHEMA, VERSION = "vfi-model-summary", 3
@@ -566,13 +567,6 @@ def _training_line(training: TrainingSummary) -> str:
     measured = training.measured
     memory = f", {_gib(measured.allocated)} GiB allocated, {_gib(measured.reserved)} reserved" if measured.allocated else ""
     return f"{what} {training.samples_per_s:.1f} samples/s, {measured.ms:.1f} ms a step{memory}"
-
-
-def aligned(rows: Sequence[Sequence[str]]) -> str:
-    """Columns side by side, the first to the left and the others to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in rows)
-    return "\n".join("  ".join(line).rstrip() for line in lines)
 
 
 def markdown(summary: Summary) -> str:

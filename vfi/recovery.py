@@ -20,7 +20,7 @@ from torch import Tensor
 
 from vfi.checkpoint.store import check, list_checkpoints
 from vfi.distributed.collectives import on_main
-from vfi.manifest import remove_folder
+from vfi.io.verified_folder import remove_folder
 from vfi.training_state import Snapshot, read_snapshot
 
 Part = tuple[Tensor, tuple[str, ...]]

@@ -26,7 +26,7 @@ from vfi.config.presets import AblationName
 from vfi.errors import JobError, clear_errors
 from vfi.evaluation.latency_results import Speed, is_speed, read_speed
 from vfi.evaluation.results import Group, ResultError, Results, group_by_data, read_results
-from vfi.records import write_text
+from vfi.io.dataclass_json import write_text
 from vfi.report_page import TITLE, Content, about, fact, page
 from vfi.report_tables import (
     Table,

@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from vfi.errors import Stopped, message_of
-from vfi.records import RecordError, from_object, to_json, write_text
+from vfi.io.dataclass_json import RecordError, from_object, to_json, write_text
 
 STATUS = "status.json"
 STATES = {

@@ -19,7 +19,7 @@ import tyro
 from vfi.checkpoint.store import CONFIG, latest
 from vfi.config.configs import ConfigError
 from vfi.errors import JobError, clear_errors
-from vfi.records import config_from_json
+from vfi.io.dataclass_json import config_from_json
 from vfi.run_status import STATES, age, read_status
 from vfi.tracking import METRICS, read_rows
 

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
+from vfi.io.dataclass_json import write_text
 from vfi.numerics import numerics
-from vfi.records import write_text
 from vfi.versions import package_version, project_version
 
 METRICS, TENSORBOARD, ENVIRONMENT = "metrics.jsonl", "tensorboard", "environment.json"

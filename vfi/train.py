@@ -45,6 +45,7 @@ from vfi.ema import Ema
 from vfi.errors import CheckpointError, JobError, Stopped, clear_errors
 from vfi.fitting import fit_batch
 from vfi.guard import GO, Guard, Verdict, on_its_way
+from vfi.io.dataclass_json import to_json, write_text
 from vfi.losses import choose_loss, training_losses
 from vfi.meter import Meter
 from vfi.model.execution import compile_parts, recompute
@@ -54,7 +55,6 @@ from vfi.model.transplant import init_mamba_from_attn, untrained_donor
 from vfi.numerics import refusals_explained, set_numerics
 from vfi.optim import annealing, build_optimizer, carry_over, freeze, learning_rate
 from vfi.progress import progress
-from vfi.records import to_json, write_text
 from vfi.recovery import Part, Snapshots, go_back, suspects
 from vfi.run_status import recorded
 from vfi.tracking import METRICS, Tracker, environment, versions, write_environment

@@ -24,12 +24,12 @@ from vfi.config import presets
 from vfi.config.configs import Config
 from vfi.errors import JobError, clear_errors
 from vfi.fitting import PRECISIONS, TrainingStep
+from vfi.io.dataclass_json import write_text
 from vfi.launch_search import Found, as_entries, search_step
 from vfi.ops import launches, tuned
 from vfi.ops.fused import fused_obstacle
 from vfi.ops.ssd import import_kernel, kernel_obstacle
 from vfi.profiling import free_memory
-from vfi.records import write_text
 from vfi.tracking import environment
 
 _SHOWN = ("torch", "triton", "mamba-ssm")

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from vfi.config.configs import ConfigError, ModelConfig
-from vfi.records import RecordError, from_object, write_text
+from vfi.io.dataclass_json import RecordError, from_object, write_text
 
 PROFILES = Path(__file__).with_name("memory_profiles.json")
 SCHEMA, VERSION = "vfi-memory-profiles", 1

@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 from launch.submission import LAUNCH
-from vfi.records import from_object, to_json, write_text
+from vfi.io.dataclass_json import from_object, to_json, write_text
 
 _BEGIN, _CURRENT, _PERIOD = "begin.json", "current", 0.5
 

@@ -17,7 +17,7 @@ from warm import TRAIN, Process, finish, start_ranks
 from vfi import checkpoints, runs, train
 from vfi.checkpoint import store
 from vfi.checkpoint.store import latest, list_checkpoints
-from vfi.manifest import MANIFEST, write_folder
+from vfi.io.verified_folder import MANIFEST, write_folder
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 FLAGS = ["--preset", "tiny", "--crop", "64", "--num_workers", "0", "--log_every", "1", "--warmup_steps", "2",

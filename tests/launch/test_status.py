@@ -12,7 +12,7 @@ from launch.slurm import JobState
 from launch.submission import Queued, Submission, new_folder, write_submission
 from vfi.config import presets
 from vfi.errors import JobError
-from vfi.records import to_json
+from vfi.io.dataclass_json import to_json
 from vfi.run_status import Status
 
 

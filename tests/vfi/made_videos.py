@@ -14,8 +14,8 @@ import torch
 from vfi.checkpoint import store
 from vfi.config import presets
 from vfi.interpolate import main
+from vfi.io.dataclass_json import to_json
 from vfi.model.interpolator import FrameInterpolator
-from vfi.records import to_json
 
 SIZE = (48, 64)
 EVEN = [0, 40, 80, 120, 160]

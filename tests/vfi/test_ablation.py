@@ -9,7 +9,7 @@ import pytest
 
 from vfi import report
 from vfi.config import presets
-from vfi.records import to_json
+from vfi.io.dataclass_json import to_json
 from vfi.run_status import Status
 
 

@@ -22,9 +22,9 @@ from vfi.checkpoint import store, weights
 from vfi.config import presets
 from vfi.evaluation.results import read_results
 from vfi.evaluation.sample_images import error_map
+from vfi.io.dataclass_json import to_json
 from vfi.model.interpolator import FrameInterpolator
 from vfi.motion import estimate
-from vfi.records import to_json
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -21,8 +21,8 @@ from vfi.checkpoint import store
 from vfi.config import presets
 from vfi.evaluation import task
 from vfi.evaluation.results import read_results
+from vfi.io.dataclass_json import to_json
 from vfi.model.interpolator import FrameInterpolator
-from vfi.records import to_json
 from vfi.report import report
 
 pytestmark = pytest.mark.usefixtures("one_thread")

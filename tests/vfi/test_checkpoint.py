@@ -17,7 +17,7 @@ from vfi.checkpoint.store import Found, SavedPosition, State
 from vfi.config import presets
 from vfi.data.sampler import Position
 from vfi.errors import CheckpointError
-from vfi.manifest import MANIFEST, write_folder
+from vfi.io.verified_folder import MANIFEST, write_folder
 
 CONFIG = presets.tiny()
 WEIGHTS = {"backbone.weight": torch.arange(6.0).view(2, 3)}

@@ -10,7 +10,7 @@ import pytest
 from vfi.config import command_line, presets
 from vfi.config.configs import Config, ConfigError, RunConfig, accumulation, folder_ratio
 from vfi.config.validation import validate
-from vfi.records import config_from_json, to_json
+from vfi.io.dataclass_json import config_from_json, to_json
 
 
 def parse(line: str) -> Config:

@@ -16,12 +16,12 @@ from vfi.checkpoint import store, weights
 from vfi.config import presets
 from vfi.errors import CheckpointError
 from vfi.inference.loading import load, predict
+from vfi.io.dataclass_json import to_json
 from vfi.model.backbone import of_each_frame
 from vfi.model.interpolator import FrameInterpolator
 from vfi.ops.scan_order import ALL, OPEN_SCANS, SCANS
 from vfi.ops.ssd import ssd_open, ssd_reference
 from vfi.ops.warp import backward_warp
-from vfi.records import to_json
 from vfi.traceable import open_operators, trace, traceable
 
 pytestmark = pytest.mark.usefixtures("one_thread")

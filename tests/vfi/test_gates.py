@@ -11,7 +11,7 @@ from vfi import gates, report
 from vfi.config import presets
 from vfi.evaluation.latency_results import Speed, SpeedRow
 from vfi.evaluation.results import BASELINES, ImageScore, Results, Row, write_results
-from vfi.records import to_json
+from vfi.io.dataclass_json import to_json
 from vfi.run_status import Status
 
 

@@ -11,7 +11,15 @@ from pathlib import Path
 
 import pytest
 
-from vfi.manifest import MANIFEST, FolderWriteError, ManifestError, problems, read_manifest, remove_folder, write_folder
+from vfi.io.verified_folder import (
+    MANIFEST,
+    FolderWriteError,
+    ManifestError,
+    problems,
+    read_manifest,
+    remove_folder,
+    write_folder,
+)
 
 FILES = {"a.bin": b"first" * 1000, "b.json": b"{}", "empty": b""}
 
@@ -125,7 +133,7 @@ def test_an_error_or_interrupt_while_contents_are_made_leaves_what_was_there(fol
 WRITE = """
 import resource, sys
 from pathlib import Path
-from vfi.manifest import FolderWriteError, write_folder
+from vfi.io.verified_folder import FolderWriteError, write_folder
 limit, folder = int(sys.argv[1]), Path(sys.argv[2])
 if limit:
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))

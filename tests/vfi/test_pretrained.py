@@ -32,8 +32,8 @@ from vfi.config.configs import Config
 from vfi.errors import CheckpointError, JobError
 from vfi.evaluation.results import write_results
 from vfi.inference.loading import load
+from vfi.io.dataclass_json import to_json
 from vfi.model.interpolator import FrameInterpolator as Network
-from vfi.records import to_json
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -17,8 +17,8 @@ from vfi.checkpoint import store
 from vfi.checkpoint.store import State
 from vfi.config import presets
 from vfi.errors import Stopped
-from vfi.manifest import MANIFEST
-from vfi.records import to_json
+from vfi.io.dataclass_json import to_json
+from vfi.io.verified_folder import MANIFEST
 from vfi.run_status import STATES, STATUS, age, read_status, recorded
 
 CONFIG = presets.override(presets.tiny(), steps=40, phase=2)

@@ -23,10 +23,10 @@ from vfi.evaluation.latency_results import Speed, SpeedRow, against, is_speed, r
 from vfi.evaluation.results import ResultError
 from vfi.graphs import Graphs
 from vfi.inference.loading import load, predict
+from vfi.io.dataclass_json import to_json
 from vfi.model.execution import compile_parts
 from vfi.model.interpolator import FrameInterpolator
 from vfi.profiling import WARMUP
-from vfi.records import to_json
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

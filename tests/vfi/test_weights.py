@@ -19,10 +19,10 @@ from vfi.config import presets
 from vfi.config.configs import Config
 from vfi.ema import Ema
 from vfi.errors import CheckpointError
-from vfi.manifest import MANIFEST, write_folder
+from vfi.io.dataclass_json import to_json
+from vfi.io.verified_folder import MANIFEST, write_folder
 from vfi.model.interpolator import FrameInterpolator
 from vfi.optim import build_optimizer
-from vfi.records import to_json
 
 CPU = torch.device("cpu")
 

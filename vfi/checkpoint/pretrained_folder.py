@@ -29,9 +29,9 @@ from vfi.checkpoint.weights import read_weights, refuse_differences
 from vfi.config.configs import Config, ConfigError, ModelConfig
 from vfi.config.validation import validate
 from vfi.errors import CheckpointError, JobError
-from vfi.manifest import MANIFEST
+from vfi.io.dataclass_json import RecordError, from_object, note
+from vfi.io.verified_folder import MANIFEST
 from vfi.model.interpolator import FrameInterpolator
-from vfi.records import RecordError, from_object, note
 from vfi.shipped import is_shipped, shipped_model
 from vfi.versions import PROJECT, project_version
 

@@ -9,9 +9,9 @@
         state.json            step, position in the data, PSNR of this step's validation, loss scale, guard, versions
         manifest.json         size and sha256 of each of these
 
-A checkpoint is written beside its place and renamed (manifest.py): one that has its name is complete, and its manifest tells if
-that is still so. The learning rate is a function of the step, the order of samples and augmentation of the position.
-Version 1, before there were manifests, is read as it is: it can't be verified, and that is said.
+A checkpoint is written beside its place and renamed (vfi/io/verified_folder.py): one that has its name is complete, and its
+manifest tells if that is still so. The learning rate is a function of the step, the order of samples and augmentation of the
+position. Version 1, before there were manifests, is read as it is: it can't be verified, and that is said.
 """
 
 from __future__ import annotations
@@ -32,8 +32,16 @@ from torch import Tensor
 from vfi.config.configs import Config, ConfigError
 from vfi.data.sampler import Position
 from vfi.errors import CheckpointError
-from vfi.manifest import MANIFEST, FolderWriteError, ManifestError, problems, read_manifest, remove_folder, write_folder
-from vfi.records import RecordError, config_from_json, from_object, note, to_json
+from vfi.io.dataclass_json import RecordError, config_from_json, from_object, note, to_json
+from vfi.io.verified_folder import (
+    MANIFEST,
+    FolderWriteError,
+    ManifestError,
+    problems,
+    read_manifest,
+    remove_folder,
+    write_folder,
+)
 
 MODEL, EMA, OPTIMIZER, RANDOM = "model.safetensors", "ema.safetensors", "optimizer.pt", "random.json"
 STATE, CONFIG = "state.json", "config.json"

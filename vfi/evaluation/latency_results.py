@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from vfi.evaluation.results import ResultError
-from vfi.records import RecordError, from_object, write_text
+from vfi.io.dataclass_json import RecordError, from_object, write_text
 
 SCHEMA = "vfi-speed"
 VERSION = 1

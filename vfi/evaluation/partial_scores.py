@@ -23,7 +23,7 @@ from typing import IO, Any, Self
 import torch
 
 from vfi.errors import JobError
-from vfi.records import write_text
+from vfi.io.dataclass_json import write_text
 
 _SETTINGS = "settings.json"
 _LONGEST = datetime.timedelta(days=7)  # that a process may wait for the slowest one

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from vfi.errors import JobError
-from vfi.records import RecordError, from_object, write_text
+from vfi.io.dataclass_json import RecordError, from_object, write_text
 
 SCHEMA = "vfi-results"
 VERSION = 3

@@ -22,9 +22,9 @@ from vfi.checkpoint.weights import best_weights, load_model
 from vfi.config.configs import SCALES, Config, RunConfig
 from vfi.errors import CheckpointError, JobError
 from vfi.graphs import Graphs
+from vfi.io.dataclass_json import note
 from vfi.model.interpolator import FrameInterpolator
 from vfi.ops.compiling import compiling_ahead
-from vfi.records import note
 from vfi.shipped import SHIPPED, is_shipped, shipped_model
 
 DeviceName = Literal["auto", "cpu", "cuda"]

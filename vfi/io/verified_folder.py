@@ -20,7 +20,7 @@ import stat
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from vfi.records import RecordError, from_object, to_json
+from vfi.io.dataclass_json import RecordError, from_object, to_json
 
 MANIFEST = "manifest.json"
 _VERSION = 1

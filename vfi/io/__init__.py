@@ -1,0 +1,1 @@
+"""Files of records: dataclasses as JSON, verified folders, and text tables."""
