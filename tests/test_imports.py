@@ -32,7 +32,7 @@ NEVER = {
     "shards.schema": ("shards", "numpy", "PIL"),
     "vfi.config.configs": ("shards", "vfi", "torch"),
     "vfi.ops": ("shards", *(f"vfi.{name}" for name in ("config", "model", "data", "augment", "losses", "metrics", "train"))),
-    "vfi.model": ("shards", "vfi.checkpoint.store", "vfi.metrics", "pathlib", "os", *TRAINING, *JOBS),
+    "vfi.model": ("shards", "vfi.checkpoint.store", "vfi.metrics.image_quality", "pathlib", "os", *TRAINING, *JOBS),
     "vfi.data": ("vfi.model", "accelerate"),
     "vfi.data.augment": ("shards", "vfi.data"),
     "vfi.data.sampler": ("shards", "torch", "vfi.data.loader", "vfi.data.shard_reader"),
@@ -44,7 +44,7 @@ NEVER = {
     "vfi.data.bad_samples": ("torch", "vfi.data.loader", "vfi.data.shard_reader"),
     "vfi.data.tar_index": ("shards", "torch", "vfi"),
     "vfi.losses": ("shards", "vfi.model", "vfi.data", "accelerate"),
-    "vfi.metrics": ("shards", "vfi.model", "vfi.data", "accelerate"),
+    "vfi.metrics.image_quality": ("shards", "vfi.model", "vfi.data", "accelerate"),
     "vfi.optim": ("shards", "vfi.model", "vfi.data", "accelerate"),
     **{job: tuple(other for other in JOBS if other != job) for job in JOBS},
 }

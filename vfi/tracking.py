@@ -73,15 +73,6 @@ class Tracker:
             self.board.close()
 
 
-def flow_picture(flow: Tensor, longest: float) -> Tensor:
-    """`[2, H, W]` in pixels -> `[3, H, W]` in [0, 1]: the hue is the direction, the saturation the length / `longest`."""
-    dx, dy = flow.float().unbind(0)
-    hue = 6 * ((torch.atan2(dy, dx) / (2 * math.pi)) % 1)  # 0 = right = red, 2 = green, 4 = blue
-    colours = ((hue - 3).abs() - 1, 2 - (hue - 2).abs(), 2 - (hue - 4).abs())
-    strength = (torch.hypot(dx, dy) / max(longest, 1e-6)).clamp(max=1)
-    return 1 - strength * (1 - torch.stack(colours).clamp(0, 1))
-
-
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """The rows of a metrics.jsonl; a last line that a kill cut short is dropped."""
     rows = []

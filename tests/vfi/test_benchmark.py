@@ -23,8 +23,8 @@ from vfi.config import presets
 from vfi.evaluation.results import read_results
 from vfi.evaluation.sample_images import error_map
 from vfi.io.dataclass_json import to_json
+from vfi.metrics.motion import estimate
 from vfi.model.interpolator import FrameInterpolator
-from vfi.motion import estimate
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

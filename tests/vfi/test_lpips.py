@@ -15,7 +15,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 from scipy import ndimage
 
 from vfi.errors import JobError
-from vfi.lpips import MIN_SIDE, Lpips, load_lpips
+from vfi.metrics.lpips import MIN_SIDE, Lpips, load_lpips
 
 CPU = torch.device("cpu")
 ALEXNET, LINEAR = "alexnet-owt-7be5be79.pth", "alex.pth"
@@ -219,7 +219,7 @@ def test_damaged_files(folder):
 
 def load_one(folder: Path) -> None:
     """The small file alone: the other takes longer to read."""
-    from vfi import lpips as module
+    from vfi.metrics import lpips as module
 
     shapes = {name: list(tensor.shape) for name, tensor in Lpips().state_dict().items()}
     module._read(folder, module._FILES[1], shapes)

@@ -8,7 +8,7 @@ import torch
 from scipy import ndimage
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
-from vfi.metrics import PSNR_MAX, interpolation_error, psnr, psnr_in, psnr_of_changes, ssim_matlab, ssim_skimage
+from vfi.metrics.image_quality import PSNR_MAX, interpolation_error, psnr, psnr_in, psnr_of_changes, ssim_matlab, ssim_skimage
 
 
 def _pair(height: int, width: int, seed: int = 0, batch: int = 1) -> tuple[np.ndarray, np.ndarray]:

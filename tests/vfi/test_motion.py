@@ -11,7 +11,8 @@ import skimage.registration
 import torch
 from scipy import ndimage
 
-from vfi.motion import LONGER_SIDE, Motion, estimate, flow_picture
+from vfi.metrics.flow_color import flow_picture
+from vfi.metrics.motion import LONGER_SIDE, Motion, estimate
 
 
 def as_tensor(image: np.ndarray) -> torch.Tensor:

@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from vfi import losses, metrics
+from vfi import losses
 from vfi.config.configs import ModelConfig
+from vfi.metrics import image_quality
 from vfi.model import hyper_connections, ss2d
 from vfi.ops import selective_scan, ssd, warp
 
@@ -101,13 +102,13 @@ def test_island(name, dtype, monkeypatch):
 @pytest.mark.parametrize("name", ["psnr", "ssim_matlab"])
 def test_metrics_compute_without_autocast(name, dtype, monkeypatch):
     """Their operators are of those that autocast leaves alone today; so it is seen whether it is off."""
-    inner, seen = getattr(metrics, f"_{name}"), []
+    inner, seen = getattr(image_quality, f"_{name}"), []
 
     def spy(prediction, truth):
         seen.append((torch.is_autocast_enabled("cpu"), prediction.dtype))
         return inner(prediction, truth)
 
-    monkeypatch.setattr(metrics, f"_{name}", spy)
+    monkeypatch.setattr(image_quality, f"_{name}", spy)
     with torch.autocast("cpu", dtype=dtype):
-        getattr(metrics, name)(*torch.rand(2, 1, 3, 16, 16).to(dtype))
+        getattr(image_quality, name)(*torch.rand(2, 1, 3, 16, 16).to(dtype))
     assert seen == [(False, torch.float32)]

@@ -17,7 +17,7 @@ from vfi.evaluation.evaluator import predict_between, score
 from vfi.evaluation.protocols import PROFILES, PROTOCOLS, Padding, Rules
 from vfi.evaluation.published import PUBLISHED
 from vfi.evaluation.task import prepare
-from vfi.metrics import ssim_matlab
+from vfi.metrics.image_quality import ssim_matlab
 
 CPU = torch.device("cpu")
 SIZE = (52, 76)

@@ -9,7 +9,8 @@ import math
 import pytest
 import torch
 
-from vfi.tracking import Tracker, environment, flow_picture, read_environment, write_environment
+from vfi.metrics.flow_color import flow_image
+from vfi.tracking import Tracker, environment, read_environment, write_environment
 
 
 @pytest.mark.parametrize("degrees", [0, 17, 90, 135, 200, 301])
@@ -18,11 +19,11 @@ def test_hue_is_direction_and_saturation_length(degrees, length):
     angle = math.radians(degrees)
     flow = length * torch.tensor([math.cos(angle), math.sin(angle)]).view(2, 1, 1)
     expected = colorsys.hsv_to_rgb(degrees / 360, min(length / 5, 1), 1)
-    assert flow_picture(flow, longest=5.0).flatten().tolist() == pytest.approx(expected, abs=1e-5)
+    assert flow_image(flow, longest=5.0).flatten().tolist() == pytest.approx(expected, abs=1e-5)
 
 
 def test_no_motion_at_all_is_white():
-    assert torch.equal(flow_picture(torch.zeros(2, 3, 4), longest=0.0), torch.ones(3, 3, 4))
+    assert torch.equal(flow_image(torch.zeros(2, 3, 4), longest=0.0), torch.ones(3, 3, 4))
 
 
 def test_a_resumed_run_keeps_what_it_ran_on_before(tmp_path):

@@ -24,14 +24,14 @@ from vfi.evaluation.partial_scores import Ledger
 from vfi.evaluation.protocols import Rules
 from vfi.evaluation.results import BASELINES, FRAME_AVERAGE, ImageScore
 from vfi.evaluation.task import Bench, Sample
-from vfi.metrics import interpolation_error, psnr, psnr_in, psnr_of_changes, ssim_matlab, ssim_skimage
-from vfi.motion import Motion, estimate
+from vfi.metrics.image_quality import interpolation_error, psnr, psnr_in, psnr_of_changes, ssim_matlab, ssim_skimage
+from vfi.metrics.motion import Motion, estimate
 
 Ask = Callable[[Tensor, Tensor, Tensor], Tensor]
 """img0, img1 `[1, 3, H, W]` in [0, 1], timestep `[1]` -> imgt."""
 Step = Callable[[Tensor, Tensor, float], Tensor]
 Lpips = Callable[[Tensor, Tensor], Tensor]
-"""prediction, truth `[1, 3, H, W]` in [0, 1] -> `[1]`; vfi/lpips.py."""
+"""prediction, truth `[1, 3, H, W]` in [0, 1] -> `[1]`; vfi/metrics/lpips.py."""
 
 
 class Way(NamedTuple):

@@ -47,9 +47,10 @@ class Options:
     limit: int | None = None
     """Only the first this many samples."""
     motion: bool = True
-    """Estimate how far things move (vfi/motion.py), for PSNR by motion and of what moves; up to half a second a sample."""
+    """Estimate how far things move (vfi/metrics/motion.py), for PSNR by motion and of what moves; up to half a second a
+    sample."""
     lpips: Path | None = None
-    """Folder with the two published files of LPIPS' weights (see vfi/lpips.py); without it LPIPS is not measured."""
+    """Folder with the two published files of LPIPS' weights (see vfi/metrics/lpips.py); without it LPIPS is not measured."""
     pictures: int = 6
     """Samples that are kept as pictures, spread evenly from the worst to the best gain."""
     workers: int = 2

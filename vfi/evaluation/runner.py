@@ -29,7 +29,7 @@ from vfi.evaluation.results import BASELINES, Results, Row, check_output, table,
 from vfi.evaluation.sample_images import check_folder, draw_pictures
 from vfi.evaluation.task import Bench, protocol_bench, shard_bench
 from vfi.inference.loading import DeviceName, LoadedModel, check_scale, describe_precision, pick_device, pick_precision
-from vfi.lpips import load_lpips
+from vfi.metrics.lpips import load_lpips
 from vfi.model.interpolator import FrameInterpolator
 from vfi.tracking import git_state
 

@@ -19,7 +19,7 @@ from vfi.errors import JobError
 from vfi.evaluation.evaluator import frame_average
 from vfi.evaluation.results import ERROR_WHITE, Picture, Row
 from vfi.evaluation.task import Bench, Sample, Target
-from vfi.motion import flow_picture
+from vfi.metrics.flow_color import flow_picture
 
 Predict = Callable[[Sample], list[Tensor]]
 """A frame `[1, 3, H, W]` for each target of a sample."""

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vfi.config.configs import SCALES
-from vfi.motion import shrunk_grey
+from vfi.metrics.motion import shrunk_grey
 
 REACH = 64.0
 """Pixels, at the scale that is chosen, that nearly all motion stays below: a quarter of the usual crop of 256."""

@@ -2,7 +2,7 @@
 
     motion = estimate(img0, img1)                        # one pair, [1, 3, H, W] in [0, 1]
     motion.length                                        # mean length of the flow, in pixels
-    psnr_in(prediction, truth, motion.moving)            # of vfi.metrics: only where something moves
+    psnr_in(prediction, truth, motion.moving)            # of vfi.metrics.image_quality: only where something moves
     Image.fromarray(flow_picture(flow))                  # any flow [2, H, W] as colours
 
 The flow is iterative Lucas-Kanade on a pyramid (scikit-image's `optical_flow_ilk`; Le Besnerais and Champagnat, ICIP 2005).
@@ -33,10 +33,6 @@ _GREY = (0.299, 0.587, 0.114)
 _RADIUS, _WARPS, _PREFILTER = 7, 5, True
 _NEIGHBOURS = 5  # pixels a side, over which staying is compared with moving: wider, and objects get a margin
 
-# The Middlebury wheel: where its six pure colours lie on a circle of 55 parts, from the right by down, left and up to red again
-_CORNERS = (0, 15, 21, 25, 36, 49, 55)
-_COLOURS = ((1, 0, 0), (1, 1, 0), (0, 1, 0), (0, 1, 1), (0, 0, 1), (1, 0, 1), (1, 0, 0))
-
 
 class Motion(NamedTuple):
     """What moves between two frames, as seen from the first."""
@@ -61,23 +57,6 @@ def estimate(img0: Tensor, img1: Tensor) -> Motion:
     flow = torch.where(_stays(grey0, grey1, flow), 0.0, flow)
     lengths = resize_flow(flow, (img0.shape[2], img0.shape[3])).norm(dim=1, keepdim=True)
     return Motion(lengths.mean().item(), (lengths > MOVING).to(img0.device))
-
-
-def flow_picture(flow: np.ndarray) -> np.ndarray:
-    """A flow as colours: `[2, H, W]` (dx, dy) -> RGB uint8 `[H, W, 3]`.
-
-    The wheel of the Middlebury benchmark (Baker et al., IJCV 2011): the hue is the direction (right is red, down yellow, left
-    cyan to blue, up violet), the saturation is the length, white is no motion. Lengths are relative to the 99th percentile of
-    this flow's, and those beyond it have the full colour: pictures of two flows are of two scales.
-    """
-    dx, dy = flow.astype(np.float64)
-    length = np.hypot(dx, dy)
-    # the smallest number for a flow that is zero in 99 of 100 places, so that the rest shows and nothing is divided by zero
-    saturation = np.minimum(length / max(np.percentile(length, 99), np.finfo(np.float64).tiny), 1)
-    place = (np.arctan2(dy, dx) % (2 * np.pi)) / (2 * np.pi) * _CORNERS[-1]
-    hue = np.stack([np.interp(place, _CORNERS, channel) for channel in zip(*_COLOURS, strict=True)], axis=-1)
-    picture: np.ndarray = np.rint(255 * (1 - saturation[..., None] * (1 - hue))).astype(np.uint8)
-    return picture
 
 
 def shrunk_grey(image: Tensor, longer_side: int) -> Tensor:

@@ -1,0 +1,39 @@
+"""Optical flow as colours."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+# The Middlebury wheel: where its six pure colours lie on a circle of 55 parts, from the right by down, left and up to red again
+_CORNERS = (0, 15, 21, 25, 36, 49, 55)
+_COLOURS = ((1, 0, 0), (1, 1, 0), (0, 1, 0), (0, 1, 1), (0, 0, 1), (1, 0, 1), (1, 0, 0))
+
+
+def flow_image(flow: Tensor, longest: float) -> Tensor:
+    """`[2, H, W]` in pixels -> `[3, H, W]` in [0, 1]: the hue is the direction, the saturation the length / `longest`."""
+    dx, dy = flow.float().unbind(0)
+    hue = 6 * ((torch.atan2(dy, dx) / (2 * math.pi)) % 1)  # 0 = right = red, 2 = green, 4 = blue
+    colours = ((hue - 3).abs() - 1, 2 - (hue - 2).abs(), 2 - (hue - 4).abs())
+    strength = (torch.hypot(dx, dy) / max(longest, 1e-6)).clamp(max=1)
+    return 1 - strength * (1 - torch.stack(colours).clamp(0, 1))
+
+
+def flow_picture(flow: np.ndarray) -> np.ndarray:
+    """A flow as colours: `[2, H, W]` (dx, dy) -> RGB uint8 `[H, W, 3]`.
+
+    The wheel of the Middlebury benchmark (Baker et al., IJCV 2011): the hue is the direction (right is red, down yellow, left
+    cyan to blue, up violet), the saturation is the length, white is no motion. Lengths are relative to the 99th percentile of
+    this flow's, and those beyond it have the full colour: pictures of two flows are of two scales.
+    """
+    dx, dy = flow.astype(np.float64)
+    length = np.hypot(dx, dy)
+    # the smallest number for a flow that is zero in 99 of 100 places, so that the rest shows and nothing is divided by zero
+    saturation = np.minimum(length / max(np.percentile(length, 99), np.finfo(np.float64).tiny), 1)
+    place = (np.arctan2(dy, dx) % (2 * np.pi)) / (2 * np.pi) * _CORNERS[-1]
+    hue = np.stack([np.interp(place, _CORNERS, channel) for channel in zip(*_COLOURS, strict=True)], axis=-1)
+    picture: np.ndarray = np.rint(255 * (1 - saturation[..., None] * (1 - hue))).astype(np.uint8)
+    return picture
