@@ -20,7 +20,7 @@ from vfi import profiling
 from vfi.config.configs import Config, accumulation
 from vfi.errors import JobError
 from vfi.losses import training_losses
-from vfi.model.execution import compile_parts, recompute
+from vfi.model.compile import compile_parts, recompute
 from vfi.model.interpolator import FrameInterpolator
 from vfi.numerics import refusals_explained
 from vfi.ops.compiling import compiling_ahead

@@ -17,13 +17,13 @@ from vfi import train
 from vfi.config import presets
 from vfi.config.configs import ModelConfig
 from vfi.losses import training_losses
-from vfi.model import execution
+from vfi.model import compile as compile_module
 from vfi.model.backbone import LGSBlock
-from vfi.model.execution import compile_parts, recompute
+from vfi.model.compile import compile_parts, recompute
 from vfi.model.flow import FlowStage
 from vfi.model.hyper_connections import MixingRecord, mixing_report, recording
 from vfi.model.interpolator import FrameInterpolator, Prediction
-from vfi.model.refine import RefineNet
+from vfi.model.refinement import RefineNet
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 OPTIM = presets.tiny().optim
@@ -125,12 +125,12 @@ def test_compiled_it_is_the_same_but_for_rounding(name, recomputed, monkeypatch)
 
 def test_the_compilers_own_code_is_the_same_but_for_rounding(monkeypatch):
     """Of an LGS block and a flow stage: that of the whole network takes minutes to compile."""
-    parts = execution._compiled
+    parts = compile_module._compiled
 
     def some(made: FrameInterpolator) -> list[nn.Module]:
         return [*list(parts(made))[:3], made.flow.stages[-1]]
 
-    monkeypatch.setattr(execution, "_compiled", some)
+    monkeypatch.setattr(compile_module, "_compiled", some)
     compare_compiled("mixed, phase 2", recomputed=False)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from vfi.config import presets
 from vfi.config.configs import ModelConfig
 from vfi.model import interpolator
-from vfi.model.fusion import eca_kernel_size
+from vfi.model.channel_attention import eca_kernel_size
 from vfi.model.interpolator import FrameInterpolator
 from vfi.model.ss2d import ss2d
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vfi.config import presets
-from vfi.model import refine
+from vfi.model import refinement
 from vfi.model.interpolator import FrameInterpolator, Prediction
 from vfi.ops.pointwise import Pointwise, choose_pointwise, give_pointwise
 from vfi.ops.warp import backward_warp
@@ -102,7 +102,7 @@ def test_large_frames_are_refined_in_bands(monkeypatch, band):
     frames = torch.rand(2, 2, 3, 48, 64, generator=torch.Generator().manual_seed(0)), torch.tensor([0.5, 0.2])
     with torch.no_grad():
         whole = model(*frames[0], frames[1])
-        monkeypatch.setattr(refine, "_BAND_PIXELS", band)
+        monkeypatch.setattr(refinement, "_BAND_PIXELS", band)
         parts = model(*frames[0], frames[1])
     torch.testing.assert_close(parts.residual, whole.residual, atol=1e-6, rtol=1e-5)
     torch.testing.assert_close(parts.imgt, whole.imgt, atol=1e-6, rtol=1e-5)

@@ -24,7 +24,7 @@ from vfi.evaluation.results import ResultError
 from vfi.graphs import Graphs
 from vfi.inference.loading import load, predict
 from vfi.io.dataclass_json import to_json
-from vfi.model.execution import compile_parts
+from vfi.model.compile import compile_parts
 from vfi.model.interpolator import FrameInterpolator
 from vfi.profiling import WARMUP
 

@@ -12,8 +12,8 @@ from vfi.config import presets
 from vfi.config.configs import ModelConfig
 from vfi.model.backbone import HybridBackbone
 from vfi.model.interpolator import FrameInterpolator
+from vfi.model.matvlm_init import init_mamba_from_attn, matvlm_init_mamba2, untrained_donor
 from vfi.model.ss2d import ss2d
-from vfi.model.transplant import init_mamba_from_attn, matvlm_init_mamba2, untrained_donor
 from vfi.model.window_attention import GatedWindowAttention
 from vfi.ops.scan_order import interleaved_scan
 
@@ -243,7 +243,7 @@ def test_every_block_takes_the_attention_of_its_place(mode):
 
 def test_the_receiver_still_predicts_and_trains():
     model = FrameInterpolator(TINY)
-    report = model.backbone.init_mamba_from_attn(donor_model().state_dict(), "B", 20_000)
+    report = init_mamba_from_attn(model.backbone, donor_model().state_dict(), "B", 20_000)
     assert report.warning is None
     img0, img1 = torch.rand(2, 1, 3, 32, 32)
     (model(img0, img1, torch.tensor([0.5])).imgt - img1).abs().mean().backward()

@@ -219,7 +219,7 @@ class RunConfig:
     the Hugging Face hub (ORG/NAME), whose weights are the first ones. With --resume auto only as long as this run has no
     checkpoint, so that the same command starts a run and goes on with it."""
     matvlm_plan: Literal["off", "A", "B", "C"] = "off"
-    """Start the scan from the attention of --matvlm_donor (MaTVLM): see vfi/model/transplant.py for the plans."""
+    """Start the scan from the attention of --matvlm_donor (MaTVLM): see vfi/model/matvlm_init.py for the plans."""
     matvlm_donor: str = ""
     """Run or checkpoint with the attention (NAME or PATH), or `untrained`: random attention, the control arm."""
     timeout_minutes: float = 20.0

@@ -15,7 +15,7 @@ from vfi.distributed.strategy import MakeOptimizer, Whole, _make_ready, _refuse_
 from vfi.model.backbone import LGSBlock
 from vfi.model.flow import FlowStage
 from vfi.model.interpolator import FrameInterpolator
-from vfi.model.refine import RefineNet
+from vfi.model.refinement import RefineNet
 from vfi.ops.dtensor import is_in_shards
 
 

@@ -45,7 +45,7 @@ from vfi.inference.loading import (
     pick_device,
     pick_precision,
 )
-from vfi.model.execution import compile_parts
+from vfi.model.compile import compile_parts
 from vfi.model.interpolator import FrameInterpolator
 from vfi.numerics import set_numerics
 from vfi.profiling import WARMUP

@@ -8,17 +8,16 @@ VFIMamba; LGS (local-global synergy) block: interleaved scan beside gated window
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
 
 from vfi.config.configs import ModelConfig
-from vfi.model.convolutions import ConvPReLU, LayerNorm, scaled_conv
-from vfi.model.fusion import fusion_block
+from vfi.model.channel_attention import fusion_block
 from vfi.model.hyper_connections import residual_mixing, stage_ends
+from vfi.model.layers import ConvPReLU, LayerNorm, scaled_conv
 from vfi.model.ss2d import ss2d
-from vfi.model.transplant import TransplantReport, init_mamba_from_attn
 from vfi.model.window_attention import GatedWindowAttention
 
 LEVELS = 5
@@ -92,10 +91,6 @@ class HybridBackbone(nn.Module):
             features.append(norm(x).to(x.dtype).permute(0, 3, 1, 2))
             x = x.permute(0, 3, 1, 2)
         return features
-
-    def init_mamba_from_attn(self, donor_state: Mapping[str, Tensor], plan: str, donor_steps: int | None) -> TransplantReport:
-        """Start every scan from the attention of a donor (MaTVLM); see vfi/model/transplant.py."""
-        return init_mamba_from_attn(self, donor_state, plan, donor_steps)
 
 
 def of_each_frame(t: Tensor) -> tuple[Tensor, Tensor]:

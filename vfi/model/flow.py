@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from vfi.config.configs import ModelConfig
 from vfi.model.backbone import level_widths, of_each_frame
-from vfi.model.convolutions import ConvPReLU, ResidualBlock, zero
+from vfi.model.layers import ConvPReLU, ResidualBlock, zero
 from vfi.ops.pointwise import PointwiseModule
 from vfi.ops.warp import backward_warp, resize_flow
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from vfi.config.configs import SCALES, ModelConfig
 from vfi.model.backbone import STRIDE, HybridBackbone, of_each_frame
 from vfi.model.flow import FlowNet, Motion
-from vfi.model.refine import MovedFeatures, RefineNet
+from vfi.model.refinement import MovedFeatures, RefineNet
 from vfi.ops.pointwise import PointwiseModule, choose_pointwise, give_pointwise
 from vfi.ops.warp import backward_warp
 

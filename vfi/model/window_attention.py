@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from vfi.config.configs import ModelConfig
-from vfi.model.convolutions import zero
+from vfi.model.layers import zero
 from vfi.ops.window_attention import choose_window_attention, import_fused
 
 # gate -> logits a head and token

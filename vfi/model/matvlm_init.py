@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from vfi.config.configs import ModelConfig
+from vfi.model.backbone import HybridBackbone
 from vfi.model.ss2d import SS2D, Mamba2SS2D
 
 PLANS = ("A", "B", "C")
@@ -151,8 +152,6 @@ def _copy(part: str, source: str, target: Tensor, donor: Tensor, sources: Sequen
 
 def untrained_donor(config: ModelConfig, seed: int) -> dict[str, Tensor]:
     """Weights of a backbone with random attention that fits `config`: the control arm, which has no knowledge to copy."""
-    from vfi.model.backbone import HybridBackbone  # here, since the backbone offers `init_mamba_from_attn` as a method
-
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         config = dataclasses.replace(config, backbone_mode="gated_attn_only", attention_backend="sdpa")

@@ -13,7 +13,7 @@ from torch.utils._pytree import register_pytree_node
 
 from vfi.config.configs import ModelConfig
 from vfi.model.backbone import LEVELS, level_widths, of_each_frame
-from vfi.model.convolutions import ConvPReLU, ResidualBlock, scaled_conv, zero
+from vfi.model.layers import ConvPReLU, ResidualBlock, scaled_conv, zero
 from vfi.ops.pointwise import PointwiseModule
 from vfi.ops.warp import resize_flow
 

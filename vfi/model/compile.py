@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from vfi.model.backbone import LGSBlock
 from vfi.model.flow import FlowStage
 from vfi.model.interpolator import FrameInterpolator
-from vfi.model.refine import MovedFeatures, RefineNet
+from vfi.model.refinement import MovedFeatures, RefineNet
 from vfi.model.ss2d import SS2D, Mamba2SS2D
 from vfi.model.window_attention import GatedWindowAttention
 from vfi.ops.pointwise import give_pointwise

@@ -7,7 +7,7 @@ import math
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vfi.model.convolutions import Conv
+from vfi.model.layers import Conv
 from vfi.ops.pointwise import PointwiseModule
 
 _BODY_SQUEEZE = 3  # C -> C/3 -> C, as in VFIMamba's CAB
