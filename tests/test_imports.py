@@ -62,7 +62,7 @@ GUARDED = {
             for name in ("activation", "norm", "pyramid", "ss2d", "stack", "warp", "window_attention")
         ),
     },
-    "flash_attn": {"vfi/ops/window_attention.py"},
+    "flash_attn": {"vfi/ops/attention/window_attention.py"},
     "deepspeed": set(),
     "gradio": {"vfi/app.py"},
     "submitit": set(),

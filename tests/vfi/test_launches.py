@@ -86,7 +86,7 @@ def ss2d(dtype: torch.dtype = torch.bfloat16, device: str = "cpu") -> list[Tenso
 
 def attention(dtype: torch.dtype = torch.bfloat16, device: str = "cpu", window: int = 8) -> list[Tensor]:
     """Forward and backward pass, 2 heads of 16, a gate for each."""
-    from vfi.ops.window_attention_kernels import gated_window_attention_fused
+    from vfi.ops.attention.window_attention_kernels import gated_window_attention_fused
 
     projected = torch.randn(2, 5, 11, 98, device=device).to(dtype).requires_grad_()
     y = gated_window_attention_fused(projected, 2, 16, window, 0)

@@ -33,7 +33,7 @@ def differences(number: int) -> list[float]:
     inputs = [torch.empty_like(given, device=CPU, dtype=torch.float32).normal_() for given in operator.inputs]
     with (
         mock.patch("vfi.model.ss2d.ss2d_obstacle", return_value=None),
-        mock.patch("vfi.ops.window_attention.attention_obstacle", return_value=None),
+        mock.patch("vfi.ops.attention.window_attention.attention_obstacle", return_value=None),
         mock.patch.dict("vfi.ops.pyramid_kernels._DEFAULT", BLOCK=4096),  # fewer programs, which are interpreted one by one
         mock.patch("vfi.losses.choose_loss", lambda backend, device: (backend == "fused", "")),
     ):

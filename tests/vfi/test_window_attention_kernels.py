@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from vfi.ops.window_attention import gated_window_attention
+from vfi.ops.attention.window_attention import gated_window_attention
 
 HALF, SINGLE = torch.float16, torch.float32
 # not imported here: the interpreter's process imports this module, too
@@ -59,7 +59,7 @@ def results(function: Callable[..., Tensor], projected: Tensor, grad: Tensor, ca
 
 def relative_errors(case: Case, projected: Tensor, grad: Tensor) -> list[tuple[float, ...]]:
     """Of output and gradient: that of the kernels and that of the plain form, against float64."""
-    kernels = importlib.import_module("vfi.ops.window_attention_kernels")
+    kernels = importlib.import_module("vfi.ops.attention.window_attention_kernels")
     exact = results(plain, projected.double(), grad.double(), case)
     ours = results(kernels.gated_window_attention_fused, projected, grad, case)
     theirs = results(plain, projected, grad, case)
@@ -109,7 +109,7 @@ def test_a_slice_of_a_wider_map_is_read_in_place(interpreter, window):
 
 
 def two_runs(case: Case) -> list[list[Tensor]]:
-    kernels = importlib.import_module("vfi.ops.window_attention_kernels")
+    kernels = importlib.import_module("vfi.ops.attention.window_attention_kernels")
     return [results(kernels.gated_window_attention_fused, *made(case), case) for _ in range(2)]
 
 
@@ -121,7 +121,7 @@ def test_interpreted_runs_are_the_same(interpreter, window):
 
 def gradients_of_odd_strides() -> list[tuple[Tensor, ...]]:
     """Gradients of the projection, by the kernels and the plain form, for gradients of the output that aren't contiguous."""
-    kernels = importlib.import_module("vfi.ops.window_attention_kernels")
+    kernels = importlib.import_module("vfi.ops.attention.window_attention_kernels")
     case = Case(2, 5, 6, 2, 16, 1, 7, 3, SINGLE)
     projected, grad = made(case)
     odd = (grad[:1, :1, :1, :1].expand_as(grad), grad.transpose(1, 2).contiguous().transpose(1, 2))
@@ -135,7 +135,7 @@ def test_gradients_that_are_not_contiguous(interpreter):
 
 
 def test_what_the_kernels_do_not_take():
-    fused = importlib.import_module("vfi.ops.window_attention_kernels").gated_window_attention_fused
+    fused = importlib.import_module("vfi.ops.attention.window_attention_kernels").gated_window_attention_fused
     with pytest.raises(TypeError, match=r"bf16, fp16 or fp32 and was given torch.float64"):
         fused(torch.zeros(1, 4, 4, 98, dtype=torch.float64), 2, 16, 4, 0)
     for channels in (96 + 4, 96 + 1, 64):
@@ -166,7 +166,7 @@ def tf32(allowed: bool) -> Iterator[None]:
 @pytest.mark.parametrize("dtype", [SINGLE, torch.bfloat16, HALF])
 def test_against_float64(monkeypatch, case, dtype):
     """Output and gradient: at most twice the error of the plain form, no place unwritten, the same each time."""
-    kernels = importlib.import_module("vfi.ops.window_attention_kernels")
+    kernels = importlib.import_module("vfi.ops.attention.window_attention_kernels")
     monkeypatch.setattr(torch.Tensor, "new_empty", unwritten)
     case = case._replace(dtype=dtype)
     projected, grad = made(case, "cuda")

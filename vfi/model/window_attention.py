@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from vfi.config.configs import ModelConfig
 from vfi.model.layers import zero
-from vfi.ops.window_attention import choose_window_attention, import_fused
+from vfi.ops.attention.window_attention import choose_window_attention, import_fused
 
 # gate -> logits a head and token
 _GATE_WIDTH = {"headwise": lambda head_dim: 1, "elementwise": lambda head_dim: head_dim, "off": lambda head_dim: 0}

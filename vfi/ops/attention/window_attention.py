@@ -2,7 +2,7 @@
 
 SDPA: partition, attention with a mask, gate, reverse. flash_attn: the tokens of the frame in the order of their windows, as
 sequences of different lengths, so that there is neither padding nor a mask. Both have the same signature. Fused: all of it in
-place in one kernel (vfi/ops/window_attention_kernels.py).
+place in one kernel (vfi/ops/attention/window_attention_kernels.py).
 Source: Swin Transformer (windows, shift, mask), Gated Attention for Large Language Models (gate after SDPA, position G1).
 """
 
@@ -134,7 +134,7 @@ def choose_window_attention(backend: str, device: torch.device, head_dim: int) -
 @functools.cache
 def import_fused() -> FusedWindowAttention:
     """The fused kernels; only what chose them needs Triton."""
-    from vfi.ops.window_attention_kernels import gated_window_attention_fused
+    from vfi.ops.attention.window_attention_kernels import gated_window_attention_fused
 
     return gated_window_attention_fused
 

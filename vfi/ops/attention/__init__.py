@@ -1,0 +1,1 @@
+"""Gated window attention: the reference and its Triton kernels."""
