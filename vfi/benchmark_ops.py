@@ -31,11 +31,11 @@ from vfi.errors import JobError, clear_errors
 from vfi.evaluation.results import check_output
 from vfi.io.dataclass_json import write_text
 from vfi.io.text_table import aligned
-from vfi.losses import laplacian_loss
 from vfi.model.ss2d import ss2d
 from vfi.model.window_attention import GatedWindowAttention
 from vfi.numerics import set_numerics
 from vfi.ops.fused import fused_obstacle
+from vfi.ops.loss.laplacian import laplacian_loss
 from vfi.ops.ssd import kernel_obstacle
 from vfi.ops.warp import backward_warp
 from vfi.tracking import environment

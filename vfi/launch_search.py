@@ -21,11 +21,11 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from vfi.fitting import TrainingStep
-from vfi.losses import choose_loss
 from vfi.model.ss2d import SS2D
 from vfi.model.window_attention import GatedWindowAttention
 from vfi.ops import launches, tuned
 from vfi.ops.compiling import compiling_ahead
+from vfi.ops.loss.laplacian import choose_loss
 from vfi.ops.pointwise import Pointwise, PointwiseModule
 from vfi.profiling import run_ahead
 
@@ -164,9 +164,9 @@ def parts_of(step: TrainingStep) -> list[Part]:
             elif isinstance(module, PointwiseModule) and module.pointwise is not None:
                 after.enter_context(mock.patch.object(module, "pointwise", Pointwise(*map(noted, module.pointwise))))
         if choose_loss(step.config.optim.loss_backend, step.device)[0]:
-            from vfi.ops import pyramid_kernels
+            from vfi.ops.loss import laplacian_kernels
 
-            after.enter_context(mock.patch.object(pyramid_kernels, "pyramid_sizes", noted(pyramid_kernels.pyramid_sizes)))
+            after.enter_context(mock.patch.object(laplacian_kernels, "pyramid_sizes", noted(laplacian_kernels.pyramid_sizes)))
         step(step.make_frames())
     return list(met.values())
 

@@ -46,13 +46,14 @@ from vfi.errors import CheckpointError, JobError, Stopped, clear_errors
 from vfi.fitting import fit_batch
 from vfi.guard import GO, Guard, Verdict, on_its_way
 from vfi.io.dataclass_json import to_json, write_text
-from vfi.losses import choose_loss, training_losses
+from vfi.losses import training_losses
 from vfi.meter import Meter
 from vfi.model.compile import compile_parts, recompute
 from vfi.model.hyper_connections import MixingRecord, annealing_factor, mixing_report, recording, set_annealing
 from vfi.model.interpolator import FrameInterpolator
 from vfi.model.matvlm_init import init_mamba_from_attn, untrained_donor
 from vfi.numerics import refusals_explained, set_numerics
+from vfi.ops.loss.laplacian import choose_loss
 from vfi.optim import annealing, build_optimizer, carry_over, freeze, learning_rate
 from vfi.progress import progress
 from vfi.recovery import Part, Snapshots, go_back, suspects

@@ -16,10 +16,10 @@ from vfi import launch_search, tune_kernels
 from vfi.config import presets
 from vfi.fitting import TrainingStep
 from vfi.launch_search import Found, Part, as_entries, candidates, fastest, parts_of, search
-from vfi.losses import laplacian_loss
 from vfi.model.ss2d import SS2D
 from vfi.model.window_attention import GatedWindowAttention
 from vfi.ops import launches, tuned
+from vfi.ops.loss.laplacian import laplacian_loss
 from vfi.ops.pointwise import give_pointwise
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
@@ -209,8 +209,8 @@ def test_the_loss_is_a_part(monkeypatch):
     def in_torch(images: Tensor, levels: int) -> Tensor:
         return laplacian_loss(images, torch.zeros_like(images[0]), "torch")
 
-    monkeypatch.setattr("vfi.ops.pyramid_kernels.pyramid_sizes", in_torch)
-    for module in ("vfi.losses", "vfi.launch_search"):
+    monkeypatch.setattr("vfi.ops.loss.laplacian_kernels.pyramid_sizes", in_torch)
+    for module in ("vfi.ops.loss.laplacian", "vfi.launch_search"):
         monkeypatch.setattr(f"{module}.choose_loss", lambda backend, device: (backend != "torch", ""))
     step = TrainingStep(presets.override(presets.tiny(), batch_size=2, crop=64), CPU, torch.float32)
     (part,) = [part for part in parts_of(step) if part.run is in_torch]

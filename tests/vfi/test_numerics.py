@@ -11,9 +11,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from vfi import losses
 from vfi.config.configs import ConfigError
 from vfi.numerics import numerics, refusals_explained, set_numerics
+from vfi.ops.loss import laplacian
 from vfi.tracking import environment
 
 ROOT = Path(__file__).parents[2]
@@ -84,7 +84,7 @@ def test_deterministic_padding_is_the_usual_one(shape, sides, mode):
     x = torch.rand(shape, dtype=torch.float64, requires_grad=True)
     usual = F.pad(x, sides, mode)
     set_numerics(deterministic=True)
-    other = losses._padded(x, sides, mode)
+    other = laplacian._padded(x, sides, mode)
     assert torch.equal(usual, other)
     weight = torch.rand_like(usual)
     gradients = [torch.autograd.grad((padded * weight).sum(), x)[0] for padded in (usual, other)]
@@ -105,7 +105,7 @@ def test_loss_is_deterministic_on_a_gpu():
     set_numerics(deterministic=True)
     x = torch.rand(2, 3, 128, 128, device="cuda", requires_grad=True)
     truth = torch.rand_like(x)
-    gradients = [torch.autograd.grad(losses.laplacian_loss(x, truth), x)[0] for _ in range(3)]
+    gradients = [torch.autograd.grad(laplacian.laplacian_loss(x, truth), x)[0] for _ in range(3)]
     assert all(torch.equal(gradient, gradients[0]) for gradient in gradients)
 
 

@@ -34,8 +34,9 @@ def differences(number: int) -> list[float]:
     with (
         mock.patch("vfi.model.ss2d.ss2d_obstacle", return_value=None),
         mock.patch("vfi.ops.attention.window_attention.attention_obstacle", return_value=None),
-        mock.patch.dict("vfi.ops.pyramid_kernels._DEFAULT", BLOCK=4096),  # fewer programs, which are interpreted one by one
-        mock.patch("vfi.losses.choose_loss", lambda backend, device: (backend == "fused", "")),
+        # fewer programs, which are interpreted one by one
+        mock.patch.dict("vfi.ops.loss.laplacian_kernels._DEFAULT", BLOCK=4096),
+        mock.patch("vfi.ops.loss.laplacian.choose_loss", lambda backend, device: (backend == "fused", "")),
     ):
         ours, plain, _ = operator.build(CPU)
         results = []

@@ -11,11 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from vfi import losses
 from vfi.config.configs import ModelConfig
 from vfi.metrics import image_quality
 from vfi.model import hyper_connections, ss2d
 from vfi.ops import selective_scan, ssd, warp
+from vfi.ops.loss import laplacian
 
 
 def ssd_case() -> tuple[Callable[..., Any], list[Tensor]]:
@@ -50,7 +50,7 @@ def resize_case() -> tuple[Callable[..., Any], list[Tensor]]:
 
 
 def loss_case() -> tuple[Callable[..., Any], list[Tensor]]:
-    return losses.laplacian_loss, [torch.rand(1, 3, 64, 64), torch.rand(1, 3, 64, 64)]
+    return laplacian.laplacian_loss, [torch.rand(1, 3, 64, 64), torch.rand(1, 3, 64, 64)]
 
 
 CASES: dict[str, tuple[ModuleType, Callable[[], tuple[Callable[..., Any], list[Tensor]]]]] = {
@@ -62,7 +62,7 @@ CASES: dict[str, tuple[ModuleType, Callable[[], tuple[Callable[..., Any], list[T
     "free mixing": (hyper_connections, functools.partial(mixing_case, "hc")),
     "warp": (warp, warp_case),
     "resized flow": (warp, resize_case),
-    "loss": (losses, loss_case),
+    "loss": (laplacian, loss_case),
 }
 
 

@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from vfi import losses
-from vfi.losses import LEVELS, choose_loss, laplacian_loss
+from vfi.ops.loss import laplacian
+from vfi.ops.loss.laplacian import LEVELS, choose_loss, laplacian_loss
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 Size = tuple[int, ...]
@@ -21,7 +21,7 @@ Size = tuple[int, ...]
 
 def kernels() -> Any:
     """Not imported with this file, which the interpreter's process imports, too."""
-    return importlib.import_module("vfi.ops.pyramid_kernels")
+    return importlib.import_module("vfi.ops.loss.laplacian_kernels")
 
 
 def unwritten(self: Tensor, *size: Any, dtype: torch.dtype | None = None, **rest: Any) -> Tensor:
@@ -89,7 +89,7 @@ def test_the_loss_takes_them_where_they_can_run(monkeypatch, several) -> None:
         assert levels == LEVELS
         return images.flatten(1).sum(1)
 
-    monkeypatch.setattr(losses, "choose_loss", lambda backend, device: (True, ""))
+    monkeypatch.setattr(laplacian, "choose_loss", lambda backend, device: (True, ""))
     monkeypatch.setattr(kernels(), "pyramid_sizes", sizes)
     prediction, truth = torch.rand(*several, 2, 3, 64, 64), torch.rand(2, 3, 64, 64)
     found = laplacian_loss(prediction, truth)

@@ -1,0 +1,1 @@
+"""The Laplacian pyramid loss: the reference and its Triton kernels."""
