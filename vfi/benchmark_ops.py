@@ -169,7 +169,7 @@ def activation(frames: int, C: int, H: int, W: int, residual: bool = False) -> O
     """Bias, skip connection and PReLU."""
 
     def build(device: torch.device) -> Forms:
-        from vfi.ops.activation_kernels import bias_prelu
+        from vfi.ops.pointwise.bias_prelu_kernels import bias_prelu
 
         def plain(x: Tensor, bias: Tensor, slope: Tensor, *rest: Tensor) -> Tensor:
             x = x + bias.view(-1, 1, 1).to(x.dtype)
@@ -197,12 +197,12 @@ def layer_norm(frames: int, H: int, W: int, C: int) -> Operator:
     """Over channels, as autocast has it: in fp32, and back."""
 
     def build(device: torch.device) -> Forms:
-        from vfi.ops import norm_kernels
+        from vfi.ops.pointwise import layer_norm_kernels
 
         def plain(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
             return F.layer_norm(x, (C,), weight, bias).to(x.dtype)
 
-        return Forms(lambda x, weight, bias: norm_kernels.layer_norm(x, weight, bias, 1e-5), plain)
+        return Forms(lambda x, weight, bias: layer_norm_kernels.layer_norm(x, weight, bias, 1e-5), plain)
 
     return Operator("layer norm", (_made(frames, H, W, C), *(_made(C, dtype=torch.float32) for _ in range(2))), build)
 
@@ -211,7 +211,7 @@ def side_by_side(pairs: int, C: int, H: int, W: int) -> Operator:
     """What RefineNet mixes at the finest level: maps from below, shuffled to pixels, features of both frames, the frames."""
 
     def build(device: torch.device) -> Forms:
-        from vfi.ops.stack_kernels import stack_channels
+        from vfi.ops.pointwise.concat_kernels import stack_channels
 
         def plain(below: Tensor, *parts: Tensor) -> Tensor:
             stacked = torch.cat((F.pixel_shuffle(below, 2), *(part.to(below.dtype) for part in parts)), 1)

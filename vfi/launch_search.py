@@ -26,7 +26,7 @@ from vfi.model.window_attention import GatedWindowAttention
 from vfi.ops import launches, tuned
 from vfi.ops.compiling import compiling_ahead
 from vfi.ops.loss.laplacian import choose_loss
-from vfi.ops.pointwise import Pointwise, PointwiseModule
+from vfi.ops.pointwise.dispatch import Pointwise, PointwiseModule
 from vfi.profiling import run_ahead
 
 Key = tuple[str, launches.ShapeClass]

@@ -26,7 +26,7 @@ from vfi.model.interpolator import FrameInterpolator, check_frames
 from vfi.model.ss2d import Mamba2SS2D
 from vfi.model.window_attention import GatedWindowAttention
 from vfi.ops.attention.window_attention import gated_window_attention_open
-from vfi.ops.pointwise import give_pointwise
+from vfi.ops.pointwise.dispatch import give_pointwise
 from vfi.ops.scan_order import ALL, OPEN_SCANS
 from vfi.ops.ssd import ssd_open
 

@@ -29,7 +29,7 @@ class Case(NamedTuple):
 
 
 def fused(*inputs: Tensor | None, **options: bool) -> Tensor:
-    return importlib.import_module("vfi.ops.activation_kernels").bias_prelu(*inputs, **options)
+    return importlib.import_module("vfi.ops.pointwise.bias_prelu_kernels").bias_prelu(*inputs, **options)
 
 
 def plain(x: Tensor, bias: Tensor, slope: Tensor, residual: Tensor | None) -> Tensor:

@@ -26,7 +26,7 @@ def results(function: Any, x: Tensor, weight: Tensor, bias: Tensor, grad: Tensor
 
 def relative_errors(size: tuple[int, ...], dtype: torch.dtype, device: str = "cpu") -> list[tuple[float, float]]:
     """Of output and gradients: that of the kernels and that of plain torch, against float64. Memory begins as NaN."""
-    kernels = importlib.import_module("vfi.ops.norm_kernels")
+    kernels = importlib.import_module("vfi.ops.pointwise.layer_norm_kernels")
     generator = torch.Generator().manual_seed(sum(size))
     x, grad = ((3 + torch.randn(size, generator=generator)).to(device, dtype) for _ in range(2))
     weight, bias = (torch.randn(size[-1:], generator=generator).to(device) for _ in range(2))
@@ -57,7 +57,7 @@ def test_interpreted_against_float64(interpreter, size, dtype):
 
 
 def test_what_it_can_not_take_is_refused() -> None:
-    kernels = importlib.import_module("vfi.ops.norm_kernels")
+    kernels = importlib.import_module("vfi.ops.pointwise.layer_norm_kernels")
     with pytest.raises(TypeError, match=r"given torch\.float64"):
         kernels.layer_norm(torch.zeros(2, 4, dtype=torch.float64), torch.ones(4), torch.ones(4), EPS)
     with pytest.raises(ValueError, match=r"must be \[4\]; given \[3\] and \[4\]"):

@@ -79,7 +79,7 @@ def made(case: Case, device: str = "cpu") -> list[Tensor]:
 
 def both_forms(case: Case, maps: list[Tensor]) -> tuple[Tensor, Tensor]:
     """Stacked by the kernel, and by torch."""
-    kernels = importlib.import_module("vfi.ops.stack_kernels")
+    kernels = importlib.import_module("vfi.ops.pointwise.concat_kernels")
     parts = maps if case.shuffled is None else maps[1:]
     ours = kernels.stack_channels(parts, case.dtype, None if case.shuffled is None else maps[0], case.multiple)
     theirs = torch.cat([*([] if case.shuffled is None else [F.pixel_shuffle(maps[0], 2)]), *parts], dim=1).to(case.dtype)
@@ -181,7 +181,7 @@ def check_extremes() -> None:
 
 def test_every_channel_is_moved_once():
     """3 channels, 40 that so begin within 8, 101 that do not, 8 that are no neighbours, and 6, of 160."""
-    kernels = importlib.import_module("vfi.ops.stack_kernels")
+    kernels = importlib.import_module("vfi.ops.pointwise.concat_kernels")
     last, planes = kernels.Strides(40, 0, 0, 1, 40), kernels.Strides(40, 0, 1, 0, 1)
     rows, eights, owners = kernels.moves((3, 40, 101, 8, 6), (last, last, last, planes, last), 160, True)
     assert [tuple(row) for row in rows] == [(8, 32, 1, 5), (48, 32, 2, 5), (80, 32, 2, 37), (112, 32, 2, 69)]
@@ -196,7 +196,7 @@ def test_every_channel_is_moved_once():
 
 
 def test_what_is_not_taken():
-    stack = importlib.import_module("vfi.ops.stack_kernels").stack_channels
+    stack = importlib.import_module("vfi.ops.pointwise.concat_kernels").stack_channels
     good = torch.zeros(2, 3, 4, 6)
     for parts, dtype, wrong in (
         ([good.double()], SINGLE, "float64"),
@@ -242,7 +242,7 @@ def test_compiled(case):
 @pytest.mark.gpu
 def test_more_than_2_to_the_31_elements():
     """Offsets of 64 bits, in one frame and of frames."""
-    kernels = importlib.import_module("vfi.ops.stack_kernels")
+    kernels = importlib.import_module("vfi.ops.pointwise.concat_kernels")
     small = torch.randn(2, 8, 2, 16, device="cuda", dtype=BRAIN)
     for frames, repeats in ((1, 4096), (2, 2048)):
         wide = channels_last(small[:frames]).repeat(1, 1, repeats, 1024 // 16)
@@ -254,7 +254,7 @@ def test_more_than_2_to_the_31_elements():
 
 @pytest.mark.gpu
 def test_other_sizes_of_frames_are_not_compiled_anew():
-    kernels = importlib.import_module("vfi.ops.stack_kernels")
+    kernels = importlib.import_module("vfi.ops.pointwise.concat_kernels")
     compiled = []
     for size in ((2, 16, 32), (1, 12, 20), (3, 64, 48)):
         check(Case(size, *refine(16, BRAIN), BRAIN), "cuda")

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vfi.model.layers import Conv
-from vfi.ops.pointwise import PointwiseModule
+from vfi.ops.pointwise.dispatch import PointwiseModule
 
 _BODY_SQUEEZE = 3  # C -> C/3 -> C, as in VFIMamba's CAB
 _GATE_SQUEEZE = 30

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from vfi.config.configs import ModelConfig
 from vfi.model.backbone import level_widths, of_each_frame
 from vfi.model.layers import ConvPReLU, ResidualBlock, zero
-from vfi.ops.pointwise import PointwiseModule
+from vfi.ops.pointwise.dispatch import PointwiseModule
 from vfi.ops.warp import backward_warp, resize_flow
 
 STAGE_LEVELS = (4, 3, 2)

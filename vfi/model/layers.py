@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vfi.ops.pointwise import PointwiseModule
+from vfi.ops.pointwise.dispatch import PointwiseModule
 
 _SLOPE = 0.25  # of PReLU below zero, when training starts
 

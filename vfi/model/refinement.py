@@ -14,7 +14,7 @@ from torch.utils._pytree import register_pytree_node
 from vfi.config.configs import ModelConfig
 from vfi.model.backbone import LEVELS, level_widths, of_each_frame
 from vfi.model.layers import ConvPReLU, ResidualBlock, scaled_conv, zero
-from vfi.ops.pointwise import PointwiseModule
+from vfi.ops.pointwise.dispatch import PointwiseModule
 from vfi.ops.warp import resize_flow
 
 _REACH = 4  # rows that a level, and at level 0 the head, look up and down: up to four 3x3 convolutions

@@ -20,13 +20,13 @@ class Pointwise(NamedTuple):
     """The kernels."""
 
     bias_prelu: Callable[..., Tensor]
-    """vfi/ops/activation_kernels.py."""
+    """vfi/ops/pointwise/bias_prelu_kernels.py."""
     stack_channels: Callable[..., Tensor]
-    """vfi/ops/stack_kernels.py."""
+    """vfi/ops/pointwise/concat_kernels.py."""
     backward_warp: Callable[..., Tensor]
     """vfi/ops/warp_kernels.py; PyTorch's in deterministic runs, for the kernels sum up the gradient of `x` in any order."""
     layer_norm: Callable[[Tensor, Tensor, Tensor, float], Tensor]
-    """vfi/ops/norm_kernels.py."""
+    """vfi/ops/pointwise/layer_norm_kernels.py."""
 
 
 class PointwiseModule(nn.Module):
@@ -58,9 +58,9 @@ def choose_pointwise(backend: str, device: torch.device) -> tuple[Pointwise | No
 
 
 def _import() -> Pointwise:
-    from vfi.ops.activation_kernels import bias_prelu
-    from vfi.ops.norm_kernels import layer_norm
-    from vfi.ops.stack_kernels import stack_channels
+    from vfi.ops.pointwise.bias_prelu_kernels import bias_prelu
+    from vfi.ops.pointwise.concat_kernels import stack_channels
+    from vfi.ops.pointwise.layer_norm_kernels import layer_norm
     from vfi.ops.warp_kernels import backward_warp_fused
 
     def warp(x: Tensor, flow: Tensor, top: int | None = None) -> Tensor:

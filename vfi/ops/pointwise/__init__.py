@@ -1,0 +1,1 @@
+"""Operators between the convolutions: their dispatch and Triton kernels."""
