@@ -50,11 +50,11 @@ NEVER = {
 }
 # only these files may touch a package that is not there on every machine
 GUARDED = {
-    "mamba_ssm": {"vfi/ops/ssd.py", "vfi/ops/selective_scan.py"},
-    "selective_scan_cuda": {"vfi/ops/ssd.py"},
+    "mamba_ssm": {"vfi/ops/ssm/ssd.py", "vfi/ops/ssm/selective_scan.py"},
+    "selective_scan_cuda": {"vfi/ops/ssm/ssd.py"},
     "triton": {
         "vfi/ops/compiling.py",
-        "vfi/ops/fused_ss2d.py",
+        "vfi/ops/ssm/fused_ss2d.py",
         "vfi/ops/kernel_math.py",
         "vfi/ops/launches.py",
         *(

@@ -41,7 +41,7 @@ from vfi.io.text_table import aligned
 from vfi.model.backbone import STRIDE, level_widths
 from vfi.model.interpolator import FrameInterpolator
 from vfi.numerics import set_numerics
-from vfi.ops.ssd import REFERENCE_CHUNK, kernel_obstacle
+from vfi.ops.ssm.ssd import REFERENCE_CHUNK, kernel_obstacle
 from vfi.profiling import FIRST_STAGE_LEVEL, Measured, Rates
 from vfi.tracking import environment
 

@@ -27,8 +27,8 @@ from vfi.model.ss2d import Mamba2SS2D
 from vfi.model.window_attention import GatedWindowAttention
 from vfi.ops.attention.window_attention import gated_window_attention_open
 from vfi.ops.pointwise.dispatch import give_pointwise
-from vfi.ops.scan_order import ALL, OPEN_SCANS
-from vfi.ops.ssd import ssd_open
+from vfi.ops.ssm.scan_order import ALL, OPEN_SCANS
+from vfi.ops.ssm.ssd import ssd_open
 
 _TRACED_AT = (2, 3, 80, 96)  # any size would do
 
@@ -56,7 +56,7 @@ def traceable(network: FrameInterpolator) -> TraceableInterpolator:
     """A copy of `network` for tracing; JobError names an operator that has no such form."""
     if network.config.backbone_mode != "gated_attn_only" and network.config.ssm != "mamba2":
         raise JobError(
-            f"--ssm {network.config.ssm} cannot be traced: its operator (vfi/ops/selective_scan.py) is a loop over tokens, "
+            f"--ssm {network.config.ssm} cannot be traced: its operator (vfi/ops/ssm/selective_scan.py) is a loop over tokens, "
             f"whose number changes with the size of the frames. Take --format torch, or a model with --ssm mamba2"
         )
     network = copy.deepcopy(network).to(memory_format=torch.contiguous_format)  # channels-last weights would be saved twice

@@ -28,7 +28,7 @@ from vfi.io.dataclass_json import write_text
 from vfi.launch_search import Found, as_entries, search_step
 from vfi.ops import launches, tuned
 from vfi.ops.fused import fused_obstacle
-from vfi.ops.ssd import import_kernel, kernel_obstacle
+from vfi.ops.ssm.ssd import import_kernel, kernel_obstacle
 from vfi.profiling import free_memory
 from vfi.tracking import environment
 

@@ -19,8 +19,8 @@ from vfi.inference.loading import load, predict
 from vfi.io.dataclass_json import to_json
 from vfi.model.backbone import of_each_frame
 from vfi.model.interpolator import FrameInterpolator
-from vfi.ops.scan_order import ALL, OPEN_SCANS, SCANS
-from vfi.ops.ssd import ssd_open, ssd_reference
+from vfi.ops.ssm.scan_order import ALL, OPEN_SCANS, SCANS
+from vfi.ops.ssm.ssd import ssd_open, ssd_reference
 from vfi.ops.warp import backward_warp
 from vfi.traceable import open_operators, trace, traceable
 
@@ -219,7 +219,7 @@ def test_a_missing_package_is_named(run, tmp_path, capsys, monkeypatch) -> None:
 @pytest.mark.parametrize("kind", ["onnx", "torch_export"])
 def test_an_operator_that_cannot_be_traced_is_named(tmp_path, capsys, kind) -> None:
     message = refused(capsys, make_run(tmp_path / "runs" / "old", ssm="mamba1"), "--out", tmp_path / "new", "--format", kind)
-    assert "--ssm mamba1 cannot be traced: its operator (vfi/ops/selective_scan.py) is a loop over tokens" in message
+    assert "--ssm mamba1 cannot be traced: its operator (vfi/ops/ssm/selective_scan.py) is a loop over tokens" in message
     assert not (tmp_path / "new").exists()
 
 

@@ -15,11 +15,11 @@ from torch import Tensor
 from vfi.config.configs import ModelConfig
 from vfi.model.ss2d import Mamba2SS2D, ss2d
 from vfi.ops import compiling
-from vfi.ops import fused_ss2d as fused
-from vfi.ops.causal_conv1d import causal_conv1d
-from vfi.ops.fused_ss2d import Parameters, Shape, ss2d_obstacle
-from vfi.ops.scan_order import SCANS
-from vfi.ops.ssd import ssd_reference
+from vfi.ops.ssm import fused_ss2d as fused
+from vfi.ops.ssm.causal_conv1d import causal_conv1d
+from vfi.ops.ssm.fused_ss2d import Parameters, Shape, ss2d_obstacle
+from vfi.ops.ssm.scan_order import SCANS
+from vfi.ops.ssm.ssd import ssd_reference
 
 HALF, SINGLE = torch.float16, torch.float32
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")

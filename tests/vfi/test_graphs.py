@@ -13,7 +13,7 @@ from vfi.config import presets
 from vfi.graphs import Graphs
 from vfi.inference.loading import predict
 from vfi.model.interpolator import FrameInterpolator
-from vfi.ops import scan_order
+from vfi.ops.ssm import scan_order
 
 
 class Recorded:

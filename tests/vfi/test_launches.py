@@ -14,7 +14,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from vfi.ops import fused_ss2d, launches, tuned
+from vfi.ops import launches, tuned
+from vfi.ops.ssm import fused_ss2d
 
 CARD = "sm_90, triton 3.6"
 GPU = torch.device("cuda", 0)

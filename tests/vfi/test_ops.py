@@ -13,12 +13,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from vfi.ops import ssd
 from vfi.ops.attention.window_attention import choose_window_attention, gated_window_attention, gated_window_attention_flash
-from vfi.ops.causal_conv1d import causal_conv1d
 from vfi.ops.precision import fp32_island
-from vfi.ops.scan_order import interleaved_merge, interleaved_scan, interleaved_unscan
-from vfi.ops.ssd import choose_ssd, ssd_reference
+from vfi.ops.ssm import ssd
+from vfi.ops.ssm.causal_conv1d import causal_conv1d
+from vfi.ops.ssm.scan_order import interleaved_merge, interleaved_scan, interleaved_unscan
+from vfi.ops.ssm.ssd import choose_ssd, ssd_reference
 
 
 def test_scan_order_of_every_token():

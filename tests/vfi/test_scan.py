@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from vfi.config.configs import ModelConfig, OptimConfig
 from vfi.model import ss2d as ss2d_module
 from vfi.model.ss2d import Mamba1SS2D, Mamba2SS2D, orders_at_once, pairs_at_once, ss2d
-from vfi.ops import scan_order, selective_scan, ssd
-from vfi.ops.scan_order import SCANS, flip_scan, flip_unscan, interleaved_scan, interleaved_unscan
-from vfi.ops.selective_scan import choose_selective_scan, selective_scan_elements, selective_scan_reference
-from vfi.ops.ssd import mamba1_obstacle, ssd_elements
+from vfi.ops.ssm import scan_order, selective_scan, ssd
+from vfi.ops.ssm.scan_order import SCANS, flip_scan, flip_unscan, interleaved_scan, interleaved_unscan
+from vfi.ops.ssm.selective_scan import choose_selective_scan, selective_scan_elements, selective_scan_reference
+from vfi.ops.ssm.ssd import mamba1_obstacle, ssd_elements
 from vfi.optim import build_optimizer
 
 CPU = torch.device("cpu")

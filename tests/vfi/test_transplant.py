@@ -15,7 +15,7 @@ from vfi.model.interpolator import FrameInterpolator
 from vfi.model.matvlm_init import init_mamba_from_attn, matvlm_init_mamba2, untrained_donor
 from vfi.model.ss2d import ss2d
 from vfi.model.window_attention import GatedWindowAttention
-from vfi.ops.scan_order import interleaved_scan
+from vfi.ops.ssm.scan_order import interleaved_scan
 
 CPU = torch.device("cpu")
 DIM, D = 32, 8  # channels, and those of a head: four heads in the donor

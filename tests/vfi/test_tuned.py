@@ -14,7 +14,8 @@ from vfi.config import presets
 from vfi.errors import JobError
 from vfi.fitting import TrainingStep
 from vfi.launch_search import Found
-from vfi.ops import launches, ssd, tuned
+from vfi.ops import launches, tuned
+from vfi.ops.ssm import ssd
 
 triton = pytest.importorskip("triton", reason="triton is not installed: kernels that it tunes can't be made")
 FAST = {"kwargs": {"BLOCK": 64}, "num_warps": 2, "num_stages": 4}

@@ -21,7 +21,7 @@ from vfi.model.ss2d import SS2D, Mamba2SS2D
 from vfi.model.window_attention import GatedWindowAttention
 from vfi.ops.attention.window_attention import gated_window_attention
 from vfi.ops.pointwise.dispatch import give_pointwise
-from vfi.ops.scan_order import Scan
+from vfi.ops.ssm.scan_order import Scan
 
 _VARIANTS = 64  # of the same code: widths, windows shifted or not, crops of a curriculum, frozen or not; by default the ninth
 # would run uncompiled, with a word in the log

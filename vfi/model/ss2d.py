@@ -3,7 +3,7 @@
 The plain form runs one Mamba over four reordered copies of the tokens. `in_proj` and the gate act on each token alone and
 `out_proj` is linear, so here the projection is computed once a pixel, its output is reordered, the gate is applied back in
 place, and the four orders are summed before `out_proj`: the same numbers for a quarter of the projection work. On a
-GPU all that lies between the two projections is one operator (vfi/ops/fused_ss2d.py).
+GPU all that lies between the two projections is one operator (vfi/ops/ssm/fused_ss2d.py).
 Parameters carry the names of `mamba_ssm.Mamba2` and `mamba_ssm.Mamba`, which differ in nothing else here.
 Sources: Mamba-2 (arXiv 2405.21060), Mamba (arXiv 2312.00752), VFIMamba (arXiv 2407.02315).
 """
@@ -20,12 +20,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vfi.config.configs import ModelConfig
-from vfi.ops.causal_conv1d import causal_conv1d
-from vfi.ops.fused_ss2d import Parameters, Shape, fused_ss2d, ss2d_obstacle
 from vfi.ops.precision import fp32_island
-from vfi.ops.scan_order import ALL, SCANS
-from vfi.ops.selective_scan import choose_selective_scan, selective_scan_elements
-from vfi.ops.ssd import choose_ssd, ssd_elements
+from vfi.ops.ssm.causal_conv1d import causal_conv1d
+from vfi.ops.ssm.fused_ss2d import Parameters, Shape, fused_ss2d, ss2d_obstacle
+from vfi.ops.ssm.scan_order import ALL, SCANS
+from vfi.ops.ssm.selective_scan import choose_selective_scan, selective_scan_elements
+from vfi.ops.ssm.ssd import choose_ssd, ssd_elements
 
 # The kernels address the elements of a tensor by int32: the four orders go through them in one call where they fit.
 MAX_ELEMENTS = 2**31

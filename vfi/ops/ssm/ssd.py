@@ -196,7 +196,7 @@ def ssd_elements(L: int, H: int, P: int, G: int, S: int) -> int:
 def choose_ssd(backend: str, device: torch.device, fused_obstacle: Obstacle) -> tuple[SSD | None, str]:
     """The function for a backend name and a line that says what was taken and why; a named backend that can't run raises.
 
-    None for fused, which is more than this recurrence (vfi/ops/fused_ss2d.py); `fused_obstacle` says why it can't run.
+    None for fused, which is more than this recurrence (vfi/ops/ssm/fused_ss2d.py); `fused_obstacle` says why it can't run.
     """
     functions = {"reference": ssd_reference, "mamba_ssm": ssd_mamba_ssm, "fused": None}
     name, choice = choose_kernel("ssd", backend, device, {"fused": fused_obstacle, "mamba_ssm": kernel_obstacle})

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from vfi.ops.precision import fp32_island
-from vfi.ops.ssd import choose_kernel, kernel_obstacle, mamba1_obstacle
+from vfi.ops.ssm.ssd import choose_kernel, kernel_obstacle, mamba1_obstacle
 
 SelectiveScan = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 # States that the reference holds at once, N * L * D * S, in each of about eight tensors: what stays in a CPU's cache is twice

@@ -3,7 +3,7 @@
     sum over orders of RMSNorm(unscan(ssd(silu(conv(scan(x, B, C))), scan(dt))) * silu(z)) * weight
 
 The convolution reads the pixels in the orders by index, and the norm puts the outputs back in place: nothing is reordered for
-its own sake (vfi/ops/ss2d_kernels.py). For the backward pass nothing but the projected pixels is kept; all is computed anew.
+its own sake (vfi/ops/ssm/ss2d_common.py). For the backward pass nothing but the projected pixels is kept; all is computed anew.
 """
 
 from __future__ import annotations
@@ -156,9 +156,9 @@ class _Run:
     """One call: what all kernels are told, and the launches in their order."""
 
     def __init__(self, projected: Tensor, parameters: Parameters, shape: Shape) -> None:
-        from vfi.ops import ss2d_kernels
+        from vfi.ops.ssm import ss2d_bwd_kernels, ss2d_fwd_kernels
 
-        self.kernels = ss2d_kernels
+        self.kernels = vars(ss2d_fwd_kernels) | vars(ss2d_bwd_kernels)
         frames, self.H, self.W, _ = projected.shape
         stride = projected.stride(2)
         if projected.stride() != (self.H * self.W * stride, self.W * stride, stride, 1):
@@ -201,7 +201,7 @@ class _Run:
     def launch(self, name: str, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
         """Run a kernel."""
         asked = {option: value for option, value in self.options(name).items() if (option, value) != ("maxnreg", 0)}
-        getattr(self.kernels, name)[grid](*arguments, **constants, **asked)
+        self.kernels[name][grid](*arguments, **constants, **asked)
 
     @property
     def grid_of_pixels(self) -> tuple[int, int, int, int]:
