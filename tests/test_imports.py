@@ -53,10 +53,10 @@ GUARDED = {
     "mamba_ssm": {"vfi/ops/ssm/ssd.py", "vfi/ops/ssm/selective_scan.py"},
     "selective_scan_cuda": {"vfi/ops/ssm/ssd.py"},
     "triton": {
-        "vfi/ops/compiling.py",
+        "vfi/ops/triton/precompile.py",
         "vfi/ops/ssm/fused_ss2d.py",
-        "vfi/ops/kernel_math.py",
-        "vfi/ops/launches.py",
+        "vfi/ops/triton/math.py",
+        "vfi/ops/triton/launch_config.py",
         *(
             f"vfi/ops/{name}_kernels.py"
             for name in ("activation", "norm", "pyramid", "ss2d", "stack", "warp", "window_attention")

@@ -23,7 +23,7 @@ from vfi.losses import training_losses
 from vfi.model.compile import compile_parts, recompute
 from vfi.model.interpolator import FrameInterpolator
 from vfi.numerics import refusals_explained
-from vfi.ops.compiling import compiling_ahead
+from vfi.ops.triton.precompile import compiling_ahead
 from vfi.optim import build_optimizer
 from vfi.signals import Agreement
 from vfi.training_graphs import Recorder, record_passes

@@ -23,13 +23,13 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from vfi.fitting import TrainingStep
 from vfi.model.ss2d import SS2D
 from vfi.model.window_attention import GatedWindowAttention
-from vfi.ops import launches, tuned
-from vfi.ops.compiling import compiling_ahead
 from vfi.ops.loss.laplacian import choose_loss
 from vfi.ops.pointwise.dispatch import Pointwise, PointwiseModule
+from vfi.ops.triton import launch_config, tuned_configs
+from vfi.ops.triton.precompile import compiling_ahead
 from vfi.profiling import run_ahead
 
-Key = tuple[str, launches.ShapeClass]
+Key = tuple[str, launch_config.ShapeClass]
 """A kernel and its shape class."""
 _VALUES = {"num_warps": (1, 2, 4, 8), "num_stages": (1, 2, 3, 4), "TOKENS": (16, 32, 64), "maxnreg": (0, 128, 168)}
 _FACTORS = (0.25, 0.5, 2)  # of what the code says for other blocks
@@ -50,9 +50,9 @@ class Found(NamedTuple):
     """What came out for a kernel and a shape class."""
 
     kernel: str
-    shape_class: launches.ShapeClass
-    default: launches.Options
-    options: launches.Options
+    shape_class: launch_config.ShapeClass
+    default: launch_config.Options
+    options: launch_config.Options
     """The fastest; `default` where nothing was faster."""
     before: float
     """Milliseconds of its launches in one run, by the default."""
@@ -66,7 +66,7 @@ class Found(NamedTuple):
         return self.kernel, self.shape_class
 
     def __str__(self) -> str:
-        of = ", ".join(map(str, launches.written(self.shape_class)))
+        of = ", ".join(map(str, launch_config.written(self.shape_class)))
         changed = ", ".join(f"{name} {value}" for name, value in self.options.items() if value != self.default[name])
         time = f"{self.before:.4f} ms -> {self.after:.4f} ms with {changed}" if changed else f"{self.before:.4f} ms as it is"
         return f"{self.kernel} ({of}): {time}; {self.tried} tried, {self.skipped} of them can't be taken"
@@ -78,13 +78,13 @@ def search_step(step: TrainingStep, known: Collection[Key]) -> Iterator[Found]:
     yield from search(parts_of(step), known)
 
 
-def as_entries(found: Sequence[Found]) -> tuned.Kernels:
+def as_entries(found: Sequence[Found]) -> tuned_configs.Kernels:
     """What is worth keeping, in the form of the file."""
-    kernels: tuned.Kernels = {}
+    kernels: tuned_configs.Kernels = {}
     for one in found:
         if one.options != one.default:
             chosen = {option: value for option, value in one.options.items() if value}  # 0 is "maxnreg" left to the compiler
-            entry = {"key": launches.written(one.shape_class), "config": chosen}
+            entry = {"key": launch_config.written(one.shape_class), "config": chosen}
             kernels.setdefault(one.kernel, []).append(entry)
     return dict(sorted(kernels.items()))
 
@@ -121,7 +121,7 @@ class Part:
     def milliseconds(self, kernel: str) -> float:
         """Of all launches of a kernel in a run; the median of some runs."""
         sums = []
-        with launches.timed(kernel) as events:
+        with launch_config.timed(kernel) as events:
             for _ in range(_REPEATS):
                 events.clear()
                 run_ahead(self.device, _AHEAD)
@@ -179,13 +179,13 @@ class _Chooser:
     """In the place of `launches.configuration`: what was found or is tried, else what the code says."""
 
     def __init__(self) -> None:
-        self.asked: dict[Key, launches.Options] = {}
+        self.asked: dict[Key, launch_config.Options] = {}
         """What for, and what the code says."""
-        self.taken: dict[Key, launches.Options] = {}
+        self.taken: dict[Key, launch_config.Options] = {}
 
     def __call__(
-        self, kernel: str, shape_class: launches.ShapeClass, default: launches.Options, device: torch.device
-    ) -> launches.Options:
+        self, kernel: str, shape_class: launch_config.ShapeClass, default: launch_config.Options, device: torch.device
+    ) -> launch_config.Options:
         self.asked[kernel, shape_class] = default
         return self.taken.get((kernel, shape_class), default)
 
@@ -193,8 +193,8 @@ class _Chooser:
 def search(parts: Sequence[Part], known: Collection[Key]) -> Iterator[Found]:
     """Search for the kernels of these parts. A kernel is measured in all parts that launch it for its shape class."""
     chooser = _Chooser()
-    defaults, users = dict[Key, launches.Options](), dict[Key, list[Part]]()
-    with mock.patch.object(launches, "configuration", chooser):
+    defaults, users = dict[Key, launch_config.Options](), dict[Key, list[Part]]()
+    with mock.patch.object(launch_config, "configuration", chooser):
         for part in parts:
             chooser.asked = {}
             part()
@@ -209,18 +209,18 @@ def search(parts: Sequence[Part], known: Collection[Key]) -> Iterator[Found]:
             yield found
 
 
-def _search_one(key: Key, default: launches.Options, users: Sequence[Part], chooser: _Chooser) -> Found:
+def _search_one(key: Key, default: launch_config.Options, users: Sequence[Part], chooser: _Chooser) -> Found:
     kernel, _ = key
     wanted = [part() for part in users]
 
-    def measure(options: launches.Options) -> float | None:
+    def measure(options: launch_config.Options) -> float | None:
         chooser.taken[key] = options
         try:
             if not all(part.agrees(part(), results) for part, results in zip(users, wanted, strict=True)):
                 return None
             return sum(part.milliseconds(kernel) for part in users)
         except Exception as error:
-            if not launches.can_not_run(error):
+            if not launch_config.can_not_run(error):
                 raise
             return None
 
@@ -234,10 +234,10 @@ def _search_one(key: Key, default: launches.Options, users: Sequence[Part], choo
 
 
 def fastest(
-    default: launches.Options,
+    default: launch_config.Options,
     values: Callable[[str], Sequence[int]],
-    measure: Callable[[launches.Options], float | None],
-) -> tuple[launches.Options, int, int]:
+    measure: Callable[[launch_config.Options], float | None],
+) -> tuple[launch_config.Options, int, int]:
     """The fastest that is found when one option after the other is changed; how many were tried, and could not be measured."""
     best, least, tried, skipped = default, measure(default), 0, 0
     for option in default:
@@ -260,7 +260,7 @@ def candidates(kernel: str, option: str, default: int) -> list[int]:
     return [value for value in values if (kernel, option, value) not in _NEVER]
 
 
-def _compile_ahead(part: Part, chooser: _Chooser, defaults: dict[Key, launches.Options]) -> None:
+def _compile_ahead(part: Part, chooser: _Chooser, defaults: dict[Key, launch_config.Options]) -> None:
     """Have compiled side by side what is tried of each option alone."""
     if part.device.type != "cuda":
         return

@@ -1,6 +1,6 @@
 """Which configurations of kernels are the fastest on this GPU? JOB: tunes them and keeps what was found.
 
-    vfi tune                                   base, small and tiny; adds this card to vfi/ops/tuned_kernels.json
+    vfi tune                                   base, small and tiny; adds this card to vfi/ops/triton/tuned_kernels.json
     vfi tune --presets base --batch_size 32 --precisions bf16 --out mine.json
 
 Our own kernels (vfi/launch_search.py) run without it with what was fastest on an H100; those of mamba-ssm, if it is installed,
@@ -26,9 +26,9 @@ from vfi.errors import JobError, clear_errors
 from vfi.fitting import PRECISIONS, TrainingStep
 from vfi.io.dataclass_json import write_text
 from vfi.launch_search import Found, as_entries, search_step
-from vfi.ops import launches, tuned
-from vfi.ops.fused import fused_obstacle
 from vfi.ops.ssm.ssd import import_kernel, kernel_obstacle
+from vfi.ops.triton import launch_config, tuned_configs
+from vfi.ops.triton.availability import fused_obstacle
 from vfi.profiling import free_memory
 from vfi.tracking import environment
 
@@ -48,7 +48,7 @@ class Options:
     """Pairs of frames at once; the size does not belong to what a configuration is kept for. Best that of training."""
     crop: int = 256
     """Side of the frames in pixels."""
-    out: Path = tuned.FILE
+    out: Path = tuned_configs.FILE
     """File that the card is added to. What it says there of kernels that are not tuned now stays."""
 
 
@@ -72,8 +72,8 @@ def tune(options: Options) -> Iterator[str]:
     content: dict[str, Any] = {"device": torch.cuda.get_device_name(device)}
     content |= {name: packages[name] for name in _SHOWN if name in packages}
     found: list[Found] = []
-    kernels: tuned.Kernels = {}
-    earlier = tuned.entry(device, options.out, "fused") if options.out.exists() else {}
+    kernels: tuned_configs.Kernels = {}
+    earlier = tuned_configs.entry(device, options.out, "fused") if options.out.exists() else {}
     if not theirs:
         # read when the kernels are imported: what was found earlier is not looked up
         os.environ["TRITON_CACHE_AUTOTUNING"] = "0"
@@ -87,33 +87,33 @@ def tune(options: Options) -> Iterator[str]:
                 for one in search_step(TrainingStep(config, device, precision), {one.key for one in found}):
                     found.append(one)
                     content["fused"] = with_earlier(found, earlier)
-                    write(options.out, tuned.card(device), content)  # each time: whoever stops the job keeps it
+                    write(options.out, tuned_configs.card(device), content)  # each time: whoever stops the job keeps it
                     yield str(one)
                 free_memory()
             if not theirs:
                 kernels = merge(kernels, _tune_mamba_ssm(config, device, precision))
                 content["kernels"] = kernels
-                write(options.out, tuned.card(device), content)
+                write(options.out, tuned_configs.card(device), content)
         faster = sum(one.options != one.default for one in found)
         yield (
             f"{preset}: so far {faster} of {len(found)} configurations of our own kernels are changed, and "
             f"{sum(map(len, kernels.values()))} of {len(kernels)} kernels of mamba-ssm are known"
         )
-    yield f"added to {options.out}: {tuned.card(device)}"
+    yield f"added to {options.out}: {tuned_configs.card(device)}"
 
 
-def _tune_mamba_ssm(config: Config, device: torch.device, precision: torch.dtype) -> tuned.Kernels:
+def _tune_mamba_ssm(config: Config, device: torch.device, precision: torch.dtype) -> tuned_configs.Kernels:
     """By a training step, in which Triton tunes them."""
     step = TrainingStep(presets.override(config, ssd_backend="mamba_ssm"), device, precision)
-    for tuner in tuned.tuners():
+    for tuner in tuned_configs.tuners():
         tuner.cache.clear()
     step(step.make_frames())
     del step
     free_memory()
-    return tuned.found(tuned.tuners())
+    return tuned_configs.found(tuned_configs.tuners())
 
 
-def merge(known: tuned.Kernels, new: tuned.Kernels) -> tuned.Kernels:
+def merge(known: tuned_configs.Kernels, new: tuned_configs.Kernels) -> tuned_configs.Kernels:
     """Both; what was found first stays."""
     merged = {}
     for name in sorted({**known, **new}):
@@ -123,9 +123,9 @@ def merge(known: tuned.Kernels, new: tuned.Kernels) -> tuned.Kernels:
     return merged
 
 
-def with_earlier(found: Sequence[Found], earlier: tuned.Kernels) -> tuned.Kernels:
+def with_earlier(found: Sequence[Found], earlier: tuned_configs.Kernels) -> tuned_configs.Kernels:
     """What was found, and for shape classes that were not searched for what was found earlier."""
-    searched = [(one.kernel, launches.written(one.shape_class)) for one in found]
+    searched = [(one.kernel, launch_config.written(one.shape_class)) for one in found]
     rest = {name: [one for one in entries if (name, one["key"]) not in searched] for name, entries in earlier.items()}
     return merge(as_entries(found), {name: entries for name, entries in rest.items() if entries})
 

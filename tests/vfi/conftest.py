@@ -59,7 +59,7 @@ def compile_for(monkeypatch, tmp_path) -> Callable[[int], Path]:
     from triton.backends.compiler import GPUTarget
     from triton.runtime import driver
 
-    from vfi.ops.compiling import Answers
+    from vfi.ops.triton.precompile import Answers
 
     def choose(architecture: int) -> Path:
         monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))

@@ -16,8 +16,8 @@ from vfi.config import presets
 from vfi.fitting import TrainingStep
 from vfi.inference.engine import Between, Settings
 from vfi.inference.loading import LoadedModel
-from vfi.ops import compiling
-from vfi.ops.compiling import compiling_ahead
+from vfi.ops.triton import precompile
+from vfi.ops.triton.precompile import compiling_ahead
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 
@@ -40,7 +40,7 @@ def kernel():
 
 def test_each_kind_is_compiled_once_and_nothing_is_run(hopper, monkeypatch):
     loaded = []
-    monkeypatch.setattr(compiling, "_load", loaded.append)
+    monkeypatch.setattr(precompile, "_load", loaded.append)
     add, numbers = kernel(), torch.zeros(64)
     tensors = (numbers, numbers[4:], numbers[1:], numbers.half())
     with compiling_ahead(torch.device("cuda", 0)):
@@ -77,8 +77,8 @@ def test_some_may_fail_if_that_is_expected(hopper, blocks):
 
 def test_without_copies_they_are_compiled_when_they_are_loaded(hopper, monkeypatch):
     """A copy that the system ends, for lack of memory, costs time and nothing else."""
-    monkeypatch.setattr(compiling, "_compile", end_this_process)
-    monkeypatch.setattr(compiling, "_load", lambda compile_or_find: compile_or_find())
+    monkeypatch.setattr(precompile, "_compile", end_this_process)
+    monkeypatch.setattr(precompile, "_load", lambda compile_or_find: compile_or_find())
     add = kernel()
     with pytest.warns(UserWarning, match="compiled one by one, which takes longer: A process"):
         launch_all(add, (4, 8, 16))
@@ -97,11 +97,11 @@ def launch_all(add, blocks) -> None:
 
 def test_processes_of_a_machine_share_its_cores(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(16)))
-    assert compiling._cores() == 16
+    assert precompile._cores() == 16
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "5")
-    assert compiling._cores() == 3
+    assert precompile._cores() == 3
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "64")
-    assert compiling._cores() == 1
+    assert precompile._cores() == 1
 
 
 def test_nothing_is_compiled_for_plain_torch():

@@ -14,12 +14,12 @@ from torch import Tensor
 
 from vfi.config.configs import ModelConfig
 from vfi.model.ss2d import Mamba2SS2D, ss2d
-from vfi.ops import compiling
 from vfi.ops.ssm import fused_ss2d as fused
 from vfi.ops.ssm.causal_conv1d import causal_conv1d
 from vfi.ops.ssm.fused_ss2d import Parameters, Shape, ss2d_obstacle
 from vfi.ops.ssm.scan_order import SCANS
 from vfi.ops.ssm.ssd import ssd_reference
+from vfi.ops.triton import precompile
 
 HALF, SINGLE = torch.float16, torch.float32
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
@@ -199,9 +199,9 @@ def test_small_shared_memory_is_enough(compile_for, monkeypatch, head_dim, state
 
     monkeypatch.setattr(fused, "_is_small", lambda device: True)
     monkeypatch.setattr(fused._Run, "launch", launch_largest)
-    monkeypatch.setattr(compiling, "_load", lambda compile_or_find: kernels.append(compile_or_find()))
+    monkeypatch.setattr(precompile, "_load", lambda compile_or_find: kernels.append(compile_or_find()))
     case = Case(1, 9, 11, 2, head_dim, state, "interleaved", SINGLE)
-    with compiling.compiling_ahead(torch.device("cuda", 0)):
+    with precompile.compiling_ahead(torch.device("cuda", 0)):
         results(fused.fused_ss2d, *made(case), case.shape)
     assert {kernel.metadata.name for kernel in kernels} == largest
     assert max(kernel.metadata.shared for kernel in kernels) <= 99 * 1024

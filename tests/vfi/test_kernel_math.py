@@ -15,7 +15,7 @@ def sigmoids(device: str) -> tuple[float, list[float]]:
     import triton
     import triton.language as tl
 
-    from vfi.ops.kernel_math import sigmoid
+    from vfi.ops.triton.math import sigmoid
 
     globals().update(tl=tl, sigmoid=sigmoid)  # where a kernel looks for them
     kernel = triton.jit(_all_sigmoids)

@@ -18,9 +18,9 @@ from vfi.fitting import TrainingStep
 from vfi.launch_search import Found, Part, as_entries, candidates, fastest, parts_of, search
 from vfi.model.ss2d import SS2D
 from vfi.model.window_attention import GatedWindowAttention
-from vfi.ops import launches, tuned
 from vfi.ops.loss.laplacian import laplacian_loss
 from vfi.ops.pointwise.dispatch import give_pointwise
+from vfi.ops.triton import launch_config, tuned_configs
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 CPU = torch.device("cpu")
@@ -31,12 +31,14 @@ CLASS = (torch.bfloat16, 32)
 class MadeUp(Part):
     """Launches one kernel, whose time and results follow from its options by functions."""
 
-    def __init__(self, time: Callable[[launches.Options], float], results: Callable[[launches.Options], list[Tensor]]) -> None:
+    def __init__(
+        self, time: Callable[[launch_config.Options], float], results: Callable[[launch_config.Options], list[Tensor]]
+    ) -> None:
         super().__init__(nn.Identity(), (torch.zeros(1),), torch.float32)
         self.time, self.results = time, results
 
     def __call__(self) -> list[Tensor]:
-        self.options = launches.configuration("kernel", CLASS, DEFAULT, CPU)
+        self.options = launch_config.configuration("kernel", CLASS, DEFAULT, CPU)
         return self.results(self.options)
 
     def milliseconds(self, kernel: str) -> float:
@@ -45,7 +47,7 @@ class MadeUp(Part):
         return self.time(self.options)
 
 
-def same(options: launches.Options) -> list[Tensor]:
+def same(options: launch_config.Options) -> list[Tensor]:
     return [torch.ones(3)]
 
 
@@ -56,7 +58,7 @@ def test_the_fastest_is_found_option_by_option():
     assert str(found) == (
         "kernel (torch.bfloat16, 32): 5.0000 ms -> 2.0000 ms with num_warps 2, num_stages 4; 6 tried, 0 of them can't be taken"
     )
-    assert launches.configuration("kernel", CLASS, DEFAULT, CPU) is DEFAULT  # as before the search
+    assert launch_config.configuration("kernel", CLASS, DEFAULT, CPU) is DEFAULT  # as before the search
 
 
 def test_times_of_all_parts_count():
@@ -83,7 +85,7 @@ def test_what_fails_or_computes_something_else_is_skipped():
 
     errors = {1: CompilationError(None, None, "too many registers"), 2: OutOfResources(300, 227, "shared memory")}
 
-    def results(options: launches.Options) -> list[Tensor]:
+    def results(options: launch_config.Options) -> list[Tensor]:
         if error := errors.get(options["num_stages"]):
             raise error
         if options["num_stages"] == 4:
@@ -96,7 +98,7 @@ def test_what_fails_or_computes_something_else_is_skipped():
 
 
 def test_other_errors_are_not_hidden():
-    def results(options: launches.Options) -> list[Tensor]:
+    def results(options: launch_config.Options) -> list[Tensor]:
         if options["num_warps"] == 8:
             raise RuntimeError("an illegal memory access")
         return [torch.ones(3)]
@@ -128,20 +130,20 @@ def test_candidates():
 
 
 def test_what_was_found_is_read_back(monkeypatch, tmp_path):
-    monkeypatch.setattr(tuned, "FILE", tmp_path / "kernels.json")
-    monkeypatch.setattr(tuned, "card", lambda device: "sm_90, triton 3.6")
+    monkeypatch.setattr(tuned_configs, "FILE", tmp_path / "kernels.json")
+    monkeypatch.setattr(tuned_configs, "card", lambda device: "sm_90, triton 3.6")
     shape_class = (torch.bfloat16, torch.float32, 32, True, "tf32x3")
     fast = {"num_warps": 2, "num_stages": 4}
     found = [
         Found("scan", shape_class, DEFAULT, fast, 2, 1, 5, 0),
         Found("scan", (torch.float32,), DEFAULT, DEFAULT, 2, 2, 5, 0),
     ]
-    tune_kernels.write(tuned.FILE, "sm_90, triton 3.6", {"device": "H100", "fused": as_entries(found)})
-    launches.known.cache_clear()
+    tune_kernels.write(tuned_configs.FILE, "sm_90, triton 3.6", {"device": "H100", "fused": as_entries(found)})
+    launch_config.known.cache_clear()
     try:
-        assert launches.known(torch.device("cuda", 0)) == {("scan", shape_class): fast}
+        assert launch_config.known(torch.device("cuda", 0)) == {("scan", shape_class): fast}
     finally:
-        launches.known.cache_clear()
+        launch_config.known.cache_clear()
 
 
 def test_registers_that_are_left_to_the_compiler_are_not_kept():
@@ -219,10 +221,10 @@ def test_the_loss_is_a_part(monkeypatch):
     assert gradient.shape == (1, 2, 3, 64, 64)
 
 
-def anything_else(default, values, measure) -> tuple[launches.Options, int, int]:
+def anything_else(default, values, measure) -> tuple[launch_config.Options, int, int]:
     """`fastest`, by times that are a thousandth of those measured where options aren't the default."""
 
-    def faster(options: launches.Options) -> float | None:
+    def faster(options: launch_config.Options) -> float | None:
         time = measure(options)
         assert time is None or time > 0
         return time if time is None or options == default else time / 1000
@@ -234,37 +236,37 @@ def anything_else(default, values, measure) -> tuple[launches.Options, int, int]
 def test_gpu_what_is_found_is_used_and_computes_the_same(monkeypatch, tmp_path):
     """The job with few candidates, on tiny. What differs from the code is taken for faster, so that all of it is found."""
     device = torch.device("cuda", torch.cuda.current_device())
-    monkeypatch.setattr(tuned, "FILE", tmp_path / "kernels.json")
-    tuned.FILE.write_text("{}")
+    monkeypatch.setattr(tuned_configs, "FILE", tmp_path / "kernels.json")
+    tuned_configs.FILE.write_text("{}")
     monkeypatch.setattr(launch_search, "_VALUES", {"num_warps": (2, 8), "num_stages": (), "TOKENS": ()})
     monkeypatch.setattr(launch_search, "_FACTORS", (0.5,))
     monkeypatch.setattr(launch_search, "_GAIN", 1000)
     monkeypatch.setattr(launch_search, "_SHORTEST_GAIN", -1000)
     monkeypatch.setattr(launch_search, "fastest", anything_else)
     monkeypatch.setattr(tune_kernels, "kernel_obstacle", lambda device: "mamba-ssm has a test of its own")
-    launches.known.cache_clear()
+    launch_config.known.cache_clear()
     try:
         config = presets.override(presets.tiny(), batch_size=2, crop=128, phase=2)
         parts = parts_of(TrainingStep(config, device, torch.bfloat16))
         plain = [part() for part in parts]
-        job = tune_kernels.Options(presets=("tiny",), precisions=("bf16",), batch_size=2, crop=128, out=tuned.FILE)
+        job = tune_kernels.Options(presets=("tiny",), precisions=("bf16",), batch_size=2, crop=128, out=tuned_configs.FILE)
         lines = list(tune_kernels.tune(job))
         print(*lines, sep="\n")
-        fused: dict[str, list[dict[str, Any]]] = json.loads(tuned.FILE.read_text())[tuned.card(device)]["fused"]
+        fused: dict[str, list[dict[str, Any]]] = json.loads(tuned_configs.FILE.read_text())[tuned_configs.card(device)]["fused"]
 
-        launches.known.cache_clear()
-        taken, configuration = dict[str, launches.Options](), launches.configuration
+        launch_config.known.cache_clear()
+        taken, configuration = dict[str, launch_config.Options](), launch_config.configuration
 
         def note(kernel, shape_class, default, device):
             taken[kernel] = configuration(kernel, shape_class, default, device)
-            (found,) = [one["config"] for one in fused[kernel] if one["key"] == launches.written(shape_class)]
+            (found,) = [one["config"] for one in fused[kernel] if one["key"] == launch_config.written(shape_class)]
             assert taken[kernel] == found != default
             return taken[kernel]
 
-        monkeypatch.setattr(launches, "configuration", note)
+        monkeypatch.setattr(launch_config, "configuration", note)
         for part, wanted in zip(parts, plain, strict=True):
             assert part.agrees(part(), wanted)
         some = {"scan", "scan_gradients", "window_attention_forward", "bias_prelu_backward", "unstack_maps", "pyramid_band"}
         assert some < set(taken) == set(fused)
     finally:
-        launches.known.cache_clear()
+        launch_config.known.cache_clear()

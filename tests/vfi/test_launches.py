@@ -14,8 +14,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from vfi.ops import launches, tuned
 from vfi.ops.ssm import fused_ss2d
+from vfi.ops.triton import launch_config, tuned_configs
 
 CARD = "sm_90, triton 3.6"
 GPU = torch.device("cuda", 0)
@@ -28,33 +28,33 @@ needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, re
 def keep(monkeypatch, tmp_path):
     """`keep(kernel, shape_class, options)`: puts it into a file in place of the one in the tree; the GPU is a CARD."""
     content: dict[str, Any] = {CARD: {"device": "H100", "kernels": {}, "fused": {}}}
-    monkeypatch.setattr(tuned, "FILE", tmp_path / "kernels.json")
-    monkeypatch.setattr(tuned, "card", lambda device: CARD)
+    monkeypatch.setattr(tuned_configs, "FILE", tmp_path / "kernels.json")
+    monkeypatch.setattr(tuned_configs, "card", lambda device: CARD)
 
-    def write(kernel: str, shape_class: launches.ShapeClass, options: launches.Options) -> None:
-        entry = {"key": launches.written(shape_class), "config": options}
+    def write(kernel: str, shape_class: launch_config.ShapeClass, options: launch_config.Options) -> None:
+        entry = {"key": launch_config.written(shape_class), "config": options}
         content[CARD]["fused"].setdefault(kernel, []).append(entry)
-        tuned.FILE.write_text(json.dumps(content))
+        tuned_configs.FILE.write_text(json.dumps(content))
         forget()
 
-    forget = launches.known.cache_clear
+    forget = launch_config.known.cache_clear
     yield write
     forget()
 
 
 def test_a_known_card_has_options_for_its_shape_classes(keep):
     keep("scan", (torch.bfloat16, 32, True, "tf32"), FAST)
-    assert launches.configuration("scan", (torch.bfloat16, 32, True, "tf32"), PLAIN, GPU) == FAST
+    assert launch_config.configuration("scan", (torch.bfloat16, 32, True, "tf32"), PLAIN, GPU) == FAST
     for other in ((torch.float32, 32, True, "tf32"), (torch.bfloat16, 64, True, "tf32"), (torch.bfloat16, 32, True, "tf32x3")):
-        assert launches.configuration("scan", other, PLAIN, GPU) is PLAIN
-    assert launches.configuration("convolve", (torch.bfloat16, 32, True, "tf32"), PLAIN, GPU) is PLAIN
-    assert launches.configuration("scan", (torch.bfloat16, 32, True, "tf32"), PLAIN, torch.device("cpu")) is PLAIN
+        assert launch_config.configuration("scan", other, PLAIN, GPU) is PLAIN
+    assert launch_config.configuration("convolve", (torch.bfloat16, 32, True, "tf32"), PLAIN, GPU) is PLAIN
+    assert launch_config.configuration("scan", (torch.bfloat16, 32, True, "tf32"), PLAIN, torch.device("cpu")) is PLAIN
 
 
 def test_another_card_has_none(keep, monkeypatch):
     keep("scan", (32,), FAST)
-    monkeypatch.setattr(tuned, "card", lambda device: "sm_90, triton 3.7")
-    assert launches.configuration("scan", (32,), PLAIN, GPU) is PLAIN
+    monkeypatch.setattr(tuned_configs, "card", lambda device: "sm_90, triton 3.7")
+    assert launch_config.configuration("scan", (32,), PLAIN, GPU) is PLAIN
 
 
 def test_a_triton_by_another_name_has_none(keep, monkeypatch):
@@ -62,15 +62,15 @@ def test_a_triton_by_another_name_has_none(keep, monkeypatch):
         raise importlib.metadata.PackageNotFoundError("triton")
 
     keep("scan", (32,), FAST)
-    monkeypatch.setattr(tuned, "card", card)
-    assert launches.configuration("scan", (32,), PLAIN, GPU) is PLAIN
+    monkeypatch.setattr(tuned_configs, "card", card)
+    assert launch_config.configuration("scan", (32,), PLAIN, GPU) is PLAIN
 
 
 def test_the_file_is_read_once(keep):
     keep("scan", (32,), FAST)
-    assert launches.configuration("scan", (32,), PLAIN, GPU) == FAST
-    tuned.FILE.unlink()
-    assert launches.configuration("scan", (32,), PLAIN, GPU) == FAST
+    assert launch_config.configuration("scan", (32,), PLAIN, GPU) == FAST
+    tuned_configs.FILE.unlink()
+    assert launch_config.configuration("scan", (32,), PLAIN, GPU) == FAST
 
 
 def ss2d(dtype: torch.dtype = torch.bfloat16, device: str = "cpu") -> list[Tensor]:
@@ -98,7 +98,7 @@ def attention(dtype: torch.dtype = torch.bfloat16, device: str = "cpu", window: 
 _TOKENS = (torch.bfloat16, torch.bfloat16, 16, 16, 64, "tf32")
 _WINDOW = (torch.bfloat16, 8, 16, 1, False)
 # of each kernel: the shape class that the functions above launch it with
-CLASSES: dict[str, dict[str, launches.ShapeClass]] = {
+CLASSES: dict[str, dict[str, launch_config.ShapeClass]] = {
     "ss2d": {
         "convolve": (torch.bfloat16, torch.bfloat16, 2),
         "time_steps": (torch.bfloat16, 64, 2, 2),
@@ -128,15 +128,15 @@ RUNS: dict[str, Callable[..., list[Tensor]]] = {
 
 
 @pytest.fixture
-def asked(monkeypatch) -> dict[str, tuple[launches.ShapeClass, launches.Options]]:
+def asked(monkeypatch) -> dict[str, tuple[launch_config.ShapeClass, launch_config.Options]]:
     """Of each kernel that is launched meanwhile: its shape class, and what its code says."""
-    plain, met = launches.configuration, {}
+    plain, met = launch_config.configuration, {}
 
     def note(kernel, shape_class, default, device):
         met[kernel] = shape_class, default
         return plain(kernel, shape_class, default, device)
 
-    monkeypatch.setattr(launches, "configuration", note)
+    monkeypatch.setattr(launch_config, "configuration", note)
     return met
 
 
@@ -162,8 +162,8 @@ def test_every_kernel_is_launched_with_what_is_known(keep, asked, monkeypatch, o
         assert before[kernel].items() >= {name: value for name, value in default.items() if value}.items()
         assert before[kernel].get("maxnreg") is None  # 0 leaves it to the compiler
         keep(kernel, shape_class, {name: 2 * value or 128 for name, value in default.items()})
-    of_gpu = launches.known(GPU)
-    monkeypatch.setattr(launches, "known", lambda device: of_gpu)  # for the tensors here lie on a CPU
+    of_gpu = launch_config.known(GPU)
+    monkeypatch.setattr(launch_config, "known", lambda device: of_gpu)  # for the tensors here lie on a CPU
     after = launched(RUNS[operator])
     for kernel, (_, default) in asked.items():
         assert after[kernel].items() >= {name: 2 * value or 128 for name, value in default.items()}.items()
@@ -171,7 +171,7 @@ def test_every_kernel_is_launched_with_what_is_known(keep, asked, monkeypatch, o
 
 def with_other_blocks(operator: str) -> tuple[list[Tensor], list[Tensor], int]:
     """Results as the code says and with half of its blocks, and how many kernels have blocks."""
-    plain, kernels = launches.configuration, set()
+    plain, kernels = launch_config.configuration, set()
 
     def halved(kernel, shape_class, default, device):
         sizes = {name: value // 2 or 1 for name, value in default.items() if name[0].isupper()}
@@ -181,7 +181,7 @@ def with_other_blocks(operator: str) -> tuple[list[Tensor], list[Tensor], int]:
     results = []
     for choose in (plain, halved):
         torch.manual_seed(0)
-        with mock.patch.object(launches, "configuration", choose):
+        with mock.patch.object(launch_config, "configuration", choose):
             results.append(RUNS[operator](torch.float16))  # bf16 can't be interpreted
     return *results, len(kernels)
 

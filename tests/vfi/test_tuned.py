@@ -14,8 +14,8 @@ from vfi.config import presets
 from vfi.errors import JobError
 from vfi.fitting import TrainingStep
 from vfi.launch_search import Found
-from vfi.ops import launches, tuned
 from vfi.ops.ssm import ssd
+from vfi.ops.triton import launch_config, tuned_configs
 
 triton = pytest.importorskip("triton", reason="triton is not installed: kernels that it tunes can't be made")
 FAST = {"kwargs": {"BLOCK": 64}, "num_warps": 2, "num_stages": 4}
@@ -58,7 +58,7 @@ def call(tuner, width: int = 16) -> dict[str, object]:
 
 
 def test_what_was_kept_is_taken_without_measuring(tuner):
-    assert tuned.fill(tuned.tuners(), {"fn": [{"key": KEY, "config": FAST}]}) == 1
+    assert tuned_configs.fill(tuned_configs.tuners(), {"fn": [{"key": KEY, "config": FAST}]}) == 1
     assert call(tuner)["BLOCK"] == 64
     assert tuner.best_config.pre_hook is not None  # it is the kernel's own configuration, with all that belongs to it
     assert not tuner.measured
@@ -68,28 +68,28 @@ def test_what_was_kept_is_taken_without_measuring(tuner):
 
 def test_what_was_found_can_be_kept(tuner):
     assert call(tuner)["BLOCK"] == 32  # by the times above
-    (known,) = tuned.found(tuned.tuners())["fn"]
+    (known,) = tuned_configs.found(tuned_configs.tuners())["fn"]
     assert known == {"key": KEY, "config": FAST | {"kwargs": {"BLOCK": 32}}}
     assert json.loads(json.dumps(known)) == known
 
 
 def test_a_configuration_that_the_kernel_does_not_have_is_left_out(tuner):
     for wrong in ({"kwargs": {"BLOCK": 128}}, {"num_warps": 4}, {"num_stages": 3}):
-        assert tuned.fill(tuned.tuners(), {"fn": [{"key": KEY, "config": FAST | wrong}]}) == 0
-    assert tuned.fill(tuned.tuners(), {"another": [{"key": KEY, "config": FAST}]}) == 0
+        assert tuned_configs.fill(tuned_configs.tuners(), {"fn": [{"key": KEY, "config": FAST | wrong}]}) == 0
+    assert tuned_configs.fill(tuned_configs.tuners(), {"another": [{"key": KEY, "config": FAST}]}) == 0
     call(tuner)
     assert len(tuner.measured) == 2
 
 
 def test_the_file_goes_by_generation_and_compiler(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(tuned.importlib.metadata, "version", lambda name: "3.6.1")
+    monkeypatch.setattr(tuned_configs.importlib.metadata, "version", lambda name: "3.6.1")
     path = tmp_path / "kernels.json"
     path.write_text(json.dumps({"sm_80, triton 3.6": {"kernels": {"a": []}}}))
     tune_kernels.write(path, "sm_90, triton 3.6", {"device": "H100", "kernels": {"b": []}})
-    assert tuned.entry(torch.device("cuda"), path) == {"b": []}
-    monkeypatch.setattr(tuned.importlib.metadata, "version", lambda name: "3.7.0")
-    assert tuned.entry(torch.device("cuda"), path) == {}
+    assert tuned_configs.entry(torch.device("cuda"), path) == {"b": []}
+    monkeypatch.setattr(tuned_configs.importlib.metadata, "version", lambda name: "3.7.0")
+    assert tuned_configs.entry(torch.device("cuda"), path) == {}
     assert set(json.loads(path.read_text())) == {"sm_80, triton 3.6", "sm_90, triton 3.6"}
 
 
@@ -111,7 +111,7 @@ def test_what_was_found_first_stays():
 
 
 def test_the_file_in_the_tree_can_be_read():
-    for card, content in json.loads(tuned.FILE.read_text()).items():
+    for card, content in json.loads(tuned_configs.FILE.read_text()).items():
         assert card.startswith("sm_")
         assert content["device"]
         for known in content["kernels"].values():
@@ -137,7 +137,7 @@ def without_mamba_ssm(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "H100")
-    monkeypatch.setattr(tuned, "card", lambda device: "sm_90, triton 3.6")
+    monkeypatch.setattr(tuned_configs, "card", lambda device: "sm_90, triton 3.6")
     monkeypatch.setattr(tune_kernels, "environment", lambda device: {"packages": {"torch": "2.11.0", "rich": "14.0.0"}})
     monkeypatch.setattr(tune_kernels, "free_memory", lambda: None)
     monkeypatch.setattr(tune_kernels, "fused_obstacle", lambda device: None)
@@ -197,7 +197,7 @@ def test_what_is_not_tuned_now_stays(without_mamba_ssm, monkeypatch, tmp_path):
     assert asked == [torch.bfloat16]
     fused = json.loads(path.read_text())["sm_90, triton 3.6"]["fused"]
     assert fused == {"carry_states": other, "scan": [entry(["torch.bfloat16", 32], 2), both[1]]}
-    assert launches.written(full) == both[1]["key"]
+    assert launch_config.written(full) == both[1]["key"]
 
 
 def test_without_any_kernels_there_is_nothing_to_tune(without_mamba_ssm, monkeypatch):
@@ -210,8 +210,8 @@ def test_without_any_kernels_there_is_nothing_to_tune(without_mamba_ssm, monkeyp
 @pytest.mark.parametrize("preset", ["tiny", "base"])
 def test_on_a_card_that_is_known_nothing_is_measured(preset, monkeypatch):
     device = torch.device("cuda")
-    if not tuned.entry(device):
-        pytest.skip(f"{tuned.card(device)} is not in {tuned.FILE.name}")
+    if not tuned_configs.entry(device):
+        pytest.skip(f"{tuned_configs.card(device)} is not in {tuned_configs.FILE.name}")
     if reason := ssd.kernel_obstacle(device):
         pytest.skip(reason)
     ssd.import_kernel.cache_clear()

@@ -24,7 +24,7 @@ from vfi.errors import CheckpointError, JobError
 from vfi.graphs import Graphs
 from vfi.io.dataclass_json import note
 from vfi.model.interpolator import FrameInterpolator
-from vfi.ops.compiling import compiling_ahead
+from vfi.ops.triton.precompile import compiling_ahead
 from vfi.shipped import SHIPPED, is_shipped, shipped_model
 
 DeviceName = Literal["auto", "cpu", "cuda"]

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from vfi.ops import launches
+from vfi.ops.triton import launch_config
 from vfi.ops.warp import check_flow
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -75,14 +75,14 @@ class _Fused(torch.autograd.Function):
         return None if d_x is None else d_x.to(grad.dtype), d_flow
 
 
-def _options(kernel: Any, given: Tensor, elements: int, *gradients: bool) -> launches.Options:
+def _options(kernel: Any, given: Tensor, elements: int, *gradients: bool) -> launch_config.Options:
     """How a kernel runs; the code's choice are programs of about so many `elements`."""
     shape_class, default = _tiles(given.shape[-1], given.dtype, elements)
-    return launches.configuration(kernel.__name__, (*shape_class, *gradients), default, given.device)
+    return launch_config.configuration(kernel.__name__, (*shape_class, *gradients), default, given.device)
 
 
 @functools.cache
-def _tiles(C: int, dtype: torch.dtype, elements: int) -> tuple[launches.ShapeClass, launches.Options]:
+def _tiles(C: int, dtype: torch.dtype, elements: int) -> tuple[launch_config.ShapeClass, launch_config.Options]:
     """As many channels at a time as leave few lanes without one, and a rectangle of pixels that together are `elements`.
 
     Where pixels do not start at multiples of 16 bytes, every element needs registers for its own four addresses: two a thread.
@@ -95,7 +95,7 @@ def _tiles(C: int, dtype: torch.dtype, elements: int) -> tuple[launches.ShapeCla
     return (dtype, channels, in_vectors), default
 
 
-def _launch(kernel: Any, options: launches.Options, given: Tensor, flow: Tensor, *others: Tensor | int | None) -> None:
+def _launch(kernel: Any, options: launch_config.Options, given: Tensor, flow: Tensor, *others: Tensor | int | None) -> None:
     """Runs a kernel over all pixels. `given`: `[B, H, W, C]` of the flow's size, contiguous as all others but the flow."""
     B, H, W, C = given.shape
     down, across = triton.cdiv(H, options["ROWS"]), triton.cdiv(W, options["COLUMNS"])

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vfi.ops.fused import fused_obstacle
+from vfi.ops.triton.availability import fused_obstacle
 
 FUSED_WIDTHS = (16, 32, 64)  # of a head
 FusedWindowAttention = Callable[[Tensor, int, int, int, int], Tensor]

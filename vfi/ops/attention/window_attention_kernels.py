@@ -18,8 +18,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from vfi.ops import launches
-from vfi.ops.kernel_math import LOG2_E, sigmoid
+from vfi.ops.triton import launch_config
+from vfi.ops.triton.math import LOG2_E, sigmoid
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -122,7 +122,7 @@ def _launch(
     default = {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages}
     if kernel is not window_attention_backward:  # which has a whole window
         default["TOKENS"] = tiles.tokens
-    options = launches.configuration(kernel.__name__, shape_class, default, maps[0].device)
+    options = launch_config.configuration(kernel.__name__, shape_class, default, maps[0].device)
     tokens = options.get("TOKENS", tiles.tokens)
     pixels = [_pixels(t) for t in maps]
     strides = [t.stride(0) for t in pixels]

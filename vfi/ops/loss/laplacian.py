@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vfi.ops.fused import takes_fused
 from vfi.ops.precision import fp32_island
+from vfi.ops.triton.availability import takes_fused
 
 LEVELS = 5
 

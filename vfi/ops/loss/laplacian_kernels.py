@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from vfi.ops import launches
+from vfi.ops.triton import launch_config
 
 _DEFAULT = {"BLOCK": 512, "num_warps": 4}  # pixels of a program
 _SIZES = ("H", "W", "h", "w", "images", "blocks", "first")  # a kernel is compiled once for all of them
@@ -97,11 +97,11 @@ class _PyramidSizes(torch.autograd.Function):
         return coarse.view(ctx.shape), None
 
 
-def _options(kernel: Any, given: Tensor) -> launches.Options:
-    return launches.configuration(kernel.__name__, (), _DEFAULT, given.device)
+def _options(kernel: Any, given: Tensor) -> launch_config.Options:
+    return launch_config.configuration(kernel.__name__, (), _DEFAULT, given.device)
 
 
-def _blocks(shape: tuple[int, int] | torch.Size, options: launches.Options) -> int:
+def _blocks(shape: tuple[int, int] | torch.Size, options: launch_config.Options) -> int:
     return math.ceil(shape[0] * shape[1] / options["BLOCK"])
 
 

@@ -17,8 +17,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from vfi.ops import launches
-from vfi.ops.fused import multiprocessors
+from vfi.ops.triton import launch_config
+from vfi.ops.triton.availability import multiprocessors
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # 54 registers on an H100: nine programs a multiprocessor, each with 64 bytes of each map a thread under way
@@ -105,11 +105,11 @@ class Tile(NamedTuple):
     """A multiprocessor, in the backward pass."""
 
 
-def _tile(kernel: Any, x: Tensor, residual: Tensor | None, default: launches.Options) -> Tile:
+def _tile(kernel: Any, x: Tensor, residual: Tensor | None, default: launch_config.Options) -> Tile:
     """Of a launch."""
     C = x.shape[1]
     channels, vector = _in_a_row(C, x.dtype)
-    options = launches.configuration(kernel.__name__, (x.dtype, channels, vector, residual is not None), default, x.device)
+    options = launch_config.configuration(kernel.__name__, (x.dtype, channels, vector, residual is not None), default, x.device)
     rows = max(1, options["num_warps"] * 32 * vector // channels)
     return Tile(channels, -(-C // channels), rows, options["TOGETHER"], options["num_warps"], options.get("PROGRAMS", 0))
 

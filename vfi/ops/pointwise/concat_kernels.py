@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from vfi.ops import launches
+from vfi.ops.triton import launch_config
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # of a program: pixels, one for each thread, so that a thread has all 8 channels that it puts together; channels, about
@@ -135,7 +135,7 @@ def _launch(kernel: Any, stacked: Tensor, maps: Sequence[Tensor | None], widths:
     rows, eights, owners = moves(tuple(widths), strides, channels, keep_zeros=kernel is stack_maps)
     shuffled = first_is_shuffled and maps[0] is not None
     shape_class, name = (stacked.dtype, channels, shuffled), kernel.__name__
-    options = launches.configuration(name, shape_class, _DEFAULT[name], stacked.device)
+    options = launch_config.configuration(name, shape_class, _DEFAULT[name], stacked.device)
     pixels, shares = options["PIXELS"], -(-channels // options["CHANNELS"])
     blocks = -(-H * W // pixels)
     with torch.cuda.device_of(stacked):

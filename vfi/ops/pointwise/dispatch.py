@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from vfi.ops.fused import takes_fused
+from vfi.ops.triton.availability import takes_fused
 from vfi.ops.warp import backward_warp
 
 

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from vfi.ops import launches
+from vfi.ops.triton import launch_config
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _PROGRAMS = 1024  # of the backward pass: each leaves a sum for every parameter
@@ -61,11 +61,11 @@ class _LayerNorm(torch.autograd.Function):
         return dx, d_weight.to(weight.dtype), d_bias.to(bias.dtype), None
 
 
-def _tile(kernel: Any, x: Tensor) -> launches.Options:
+def _tile(kernel: Any, x: Tensor) -> launch_config.Options:
     """Rows of a program, about 2048 numbers, and the channels of a row up to a power of two."""
     channels = triton.next_power_of_2(x.shape[-1])
     default = {"ROWS": max(1, 2048 // channels), "num_warps": 4}
-    return launches.configuration(kernel.__name__, (x.dtype, channels), default, x.device) | {"CHANNELS": channels}
+    return launch_config.configuration(kernel.__name__, (x.dtype, channels), default, x.device) | {"CHANNELS": channels}
 
 
 @triton.jit

@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from vfi.ops import launches
-from vfi.ops.fused import fused_obstacle, multiprocessors
+from vfi.ops.triton import launch_config
+from vfi.ops.triton.availability import fused_obstacle, multiprocessors
 
 HEAD_DIMS, STATES = (16, 32, 64), (16, 32, 64, 128)
 """Widths of a head and of a state that the kernels have tiles for."""
@@ -26,7 +26,7 @@ _FULL = 8  # programs for each multiprocessor that keep a GPU busy; fewer sequen
 _SHORTEST = 4  # chunks in a segment
 
 
-# Blocks and warps where a card is not known better (vfi/ops/launches.py): the fastest of those measured on an H100.
+# Blocks and warps where a card is not known better (vfi/ops/triton/launch_config.py): the fastest of those measured on an H100.
 _LAUNCH: dict[str, dict[str, int]] = {
     "convolve": {"BLOCK": 32, "WIDTH": 128, "num_warps": 4},
     "time_steps": {"num_warps": 4},
@@ -187,7 +187,7 @@ class _Run:
         """Memory for what a kernel writes."""
         return torch.empty(size, dtype=dtype, device=self.projected.device)
 
-    def options(self, name: str) -> launches.Options:
+    def options(self, name: str) -> launch_config.Options:
         """Blocks, warps and stages of a kernel."""
         default = _LAUNCH.get(name)
         if default is None:
@@ -196,7 +196,7 @@ class _Run:
             # not 1 for the scan, which Triton 3.6 then compiles into reads of memory that is not there
             default = {"num_warps": warps, "num_stages": min(stages, 2 if name == "scan" else 1) if self.wide else stages}
             default |= {"maxnreg": 0} if name in _FEWER_REGISTERS else {}
-        return launches.configuration(name, self.shape_classes[name], default, self.projected.device)
+        return launch_config.configuration(name, self.shape_classes[name], default, self.projected.device)
 
     def launch(self, name: str, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
         """Run a kernel."""
@@ -363,7 +363,7 @@ class _Run:
 @functools.cache
 def _shape_classes(
     pixels: torch.dtype, dot: torch.dtype, precision: str, chunk: int, shape: Shape
-) -> dict[str, launches.ShapeClass]:
+) -> dict[str, launch_config.ShapeClass]:
     """What the fastest options of each kernel depend on: what it is compiled for, but for forms of it that hardly differ."""
     heads, width = _power_of_two(shape.heads), _power_of_two(shape.inner)
     return {

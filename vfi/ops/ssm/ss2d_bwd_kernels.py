@@ -5,8 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from vfi.ops.kernel_math import sigmoid
 from vfi.ops.ssm.ss2d_common import EPSILON, TAPS, _kernel, _places, _tokens, _x
+from vfi.ops.triton.math import sigmoid
 
 
 @_kernel

@@ -25,7 +25,7 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from vfi.ops.kernel_math import sigmoid
+from vfi.ops.triton.math import sigmoid
 
 TAPS = tl.constexpr(4)  # of the causal convolution
 EPSILON = tl.constexpr(1e-5)  # of the norm

@@ -5,8 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from vfi.ops.kernel_math import LOG2_E, sigmoid
 from vfi.ops.ssm.ss2d_common import EPSILON, TAPS, _at_spot, _kernel, _places, _rows, _softplus, _tokens, _x
+from vfi.ops.triton.math import LOG2_E, sigmoid
 
 
 @triton.jit

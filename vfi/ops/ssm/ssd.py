@@ -22,8 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vfi.ops import tuned
 from vfi.ops.precision import fp32_island
+from vfi.ops.triton import tuned_configs
 
 SSD = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 Obstacle = Callable[[torch.device], str | None]  # why kernels can't run on a device; None where they can
@@ -152,14 +152,15 @@ def ssd_mamba_ssm(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Ten
 
 @functools.cache
 def import_kernel() -> Callable[..., Tensor]:
-    """mamba_ssm's function, whose kernels know what is fastest on this card if that was measured (vfi/ops/tuned.py)."""
+    """mamba_ssm's function, whose kernels know what is fastest on this card if that was measured
+    (vfi/ops/triton/tuned_configs.py)."""
     # Read when the kernels are defined: what their tuning finds, for minutes, is kept beside the compiled kernels.
     os.environ.setdefault("TRITON_CACHE_AUTOTUNING", "1")
     with _bare_package("mamba_ssm"):
         from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
 
     if torch.cuda.is_available():
-        tuned.fill(tuned.tuners(), tuned.entry(torch.device("cuda", torch.cuda.current_device())))
+        tuned_configs.fill(tuned_configs.tuners(), tuned_configs.entry(torch.device("cuda", torch.cuda.current_device())))
     return mamba_chunk_scan_combined
 
 
@@ -201,8 +202,10 @@ def choose_ssd(backend: str, device: torch.device, fused_obstacle: Obstacle) -> 
     functions = {"reference": ssd_reference, "mamba_ssm": ssd_mamba_ssm, "fused": None}
     name, choice = choose_kernel("ssd", backend, device, {"fused": fused_obstacle, "mamba_ssm": kernel_obstacle})
     if name == "mamba_ssm":
-        known = "kernels tuned" if tuned.entry(device) else "the first step tunes kernels; `vfi tune` keeps what is found"
-        choice += f"; {tuned.card(device)}: {known}"
+        known = (
+            "kernels tuned" if tuned_configs.entry(device) else "the first step tunes kernels; `vfi tune` keeps what is found"
+        )
+        choice += f"; {tuned_configs.card(device)}: {known}"
     return functions[name], choice
 
 

@@ -24,7 +24,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from vfi.ops.launches import can_not_run
+from vfi.ops.triton.launch_config import can_not_run
 
 Compile = Callable[[], Any]
 

@@ -1,4 +1,4 @@
-"""Can kernels of our own run on a device? The same for all of them: vfi/ops/*_kernels.py."""
+"""Can kernels of our own run on a device? The same for all of them: vfi/ops/*/*_kernels.py."""
 
 from __future__ import annotations
 

@@ -5,8 +5,8 @@
 
 A configuration (sizes of blocks, warps, stages) was measured with one compiler for one generation of cards, for a shape class:
 the values that Triton's tuning goes by, such as the width of a head, and the types of all tensors. The file is made by
-`vfi tune`, and has those of our own kernels, too (vfi/ops/launches.py). It counts for the version of Triton that it was made
-with: another one may need more memory for the same blocks.
+`vfi tune`, and has those of our own kernels, too (vfi/ops/triton/launch_config.py). It counts for the version of Triton that it
+was made with: another one may need more memory for the same blocks.
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@
     scan[grid](x, ..., **options)
 
 What is known stands in tuned_kernels.json under "fused": {kernel: [{"key": shape class, "config": options}]}, for the card and
-the compiler that it was measured with (vfi/ops/tuned.py); `vfi tune` makes it. A shape class has what a kernel is compiled for:
-types, the width of a head, the size of a state; not the size of the frames. The file is read once a process.
+the compiler that it was measured with (vfi/ops/triton/tuned_configs.py); `vfi tune` makes it. A shape class has what a kernel
+is compiled for: types, the width of a head, the size of a state; not the size of the frames. The file is read once a process.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from unittest import mock
 
 import torch
 
-from vfi.ops import tuned
+from vfi.ops.triton import tuned_configs
 
 Options = dict[str, int]
 """BLOCK, num_warps …: by the name under which a launch is given them."""
@@ -39,7 +39,7 @@ def known(device: torch.device) -> dict[tuple[str, ShapeClass], Options]:
     if device.type != "cuda":
         return {}
     try:
-        kernels = tuned.entry(device, tuned.FILE, "fused")
+        kernels = tuned_configs.entry(device, tuned_configs.FILE, "fused")
     except importlib.metadata.PackageNotFoundError:  # a nightly build of Triton, by another name
         return {}
     return {(name, _read(one["key"])): one["config"] for name, entries in kernels.items() for one in entries}

@@ -1,0 +1,1 @@
+"""What all Triton kernels share: availability, launch configurations, compilation and mathematics."""
