@@ -37,7 +37,7 @@ from vfi.numerics import set_numerics
 from vfi.ops.loss.laplacian import laplacian_loss
 from vfi.ops.ssm.ssd import kernel_obstacle
 from vfi.ops.triton.availability import fused_obstacle
-from vfi.ops.warp import backward_warp
+from vfi.ops.warp.warp import backward_warp
 from vfi.tracking import environment
 
 SCHEMA, VERSION = "vfi-operators", 1
@@ -186,7 +186,7 @@ def warp(frames: int, C: int, H: int, W: int) -> Operator:
     """Features moved by a flow, of a pixel or so and another one for each pixel."""
 
     def build(device: torch.device) -> Forms:
-        from vfi.ops.warp_kernels import backward_warp_fused
+        from vfi.ops.warp.warp_kernels import backward_warp_fused
 
         return Forms(backward_warp_fused, backward_warp)
 

@@ -21,7 +21,7 @@ from vfi.model.backbone import of_each_frame
 from vfi.model.interpolator import FrameInterpolator
 from vfi.ops.ssm.scan_order import ALL, OPEN_SCANS, SCANS
 from vfi.ops.ssm.ssd import ssd_open, ssd_reference
-from vfi.ops.warp import backward_warp
+from vfi.ops.warp.warp import backward_warp
 from vfi.traceable import open_operators, trace, traceable
 
 pytestmark = pytest.mark.usefixtures("one_thread")

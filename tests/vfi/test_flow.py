@@ -12,7 +12,7 @@ from vfi.config import presets
 from vfi.config.configs import ModelConfig
 from vfi.model.flow import FlowNet, Motion
 from vfi.model.interpolator import FrameInterpolator
-from vfi.ops.warp import backward_warp
+from vfi.ops.warp.warp import backward_warp
 
 TINY = dataclasses.replace(presets.tiny().model, phase=2)
 HALF = torch.tensor([0.5])

@@ -14,7 +14,7 @@ from vfi.config import presets
 from vfi.model import refinement
 from vfi.model.interpolator import FrameInterpolator, Prediction
 from vfi.ops.pointwise.dispatch import Pointwise, choose_pointwise, give_pointwise
-from vfi.ops.warp import backward_warp
+from vfi.ops.warp.warp import backward_warp
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 

@@ -14,9 +14,9 @@ from torch import Tensor
 from vfi.config.configs import ModelConfig
 from vfi.metrics import image_quality
 from vfi.model import hyper_connections, ss2d
-from vfi.ops import warp
 from vfi.ops.loss import laplacian
 from vfi.ops.ssm import selective_scan, ssd
+from vfi.ops.warp import warp
 
 
 def ssd_case() -> tuple[Callable[..., Any], list[Tensor]]:

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from vfi.ops.warp import backward_warp, resize_flow
+from vfi.ops.warp.warp import backward_warp, resize_flow
 
 
 def warp_by_pixel(x, flow):

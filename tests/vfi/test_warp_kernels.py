@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from vfi.ops.warp import _backward_warp, backward_warp
+from vfi.ops.warp.warp import _backward_warp, backward_warp
 
 HALF, SINGLE = torch.float16, torch.float32
 # not imported here: the interpreter's process imports this module, too
@@ -28,7 +28,7 @@ class Case(NamedTuple):
 
 
 def fused(x: Tensor, flow: Tensor, top: int | None = None) -> Tensor:
-    return importlib.import_module("vfi.ops.warp_kernels").backward_warp_fused(x, flow, top)
+    return importlib.import_module("vfi.ops.warp.warp_kernels").backward_warp_fused(x, flow, top)
 
 
 def made(case: Case, device: str = "cpu") -> tuple[Tensor, Tensor, Tensor]:

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vfi.ops.warp import backward_warp, resize_flow
+from vfi.ops.warp.warp import backward_warp, resize_flow
 
 MOVING = 1.0
 """A pixel moves if its flow is longer than this, in pixels of the full frame."""

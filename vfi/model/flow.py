@@ -17,7 +17,7 @@ from vfi.config.configs import ModelConfig
 from vfi.model.backbone import level_widths, of_each_frame
 from vfi.model.layers import ConvPReLU, ResidualBlock, zero
 from vfi.ops.pointwise.dispatch import PointwiseModule
-from vfi.ops.warp import backward_warp, resize_flow
+from vfi.ops.warp.warp import backward_warp, resize_flow
 
 STAGE_LEVELS = (4, 3, 2)
 _WIDTHS = {4: 12, 3: 8, 2: 4}  # channels of a stage, times F

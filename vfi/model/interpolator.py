@@ -21,7 +21,7 @@ from vfi.model.backbone import STRIDE, HybridBackbone, of_each_frame
 from vfi.model.flow import FlowNet, Motion
 from vfi.model.refinement import MovedFeatures, RefineNet
 from vfi.ops.pointwise.dispatch import PointwiseModule, choose_pointwise, give_pointwise
-from vfi.ops.warp import backward_warp
+from vfi.ops.warp.warp import backward_warp
 
 MIN_SIZE = 32
 

@@ -15,7 +15,7 @@ from vfi.config.configs import ModelConfig
 from vfi.model.backbone import LEVELS, level_widths, of_each_frame
 from vfi.model.layers import ConvPReLU, ResidualBlock, scaled_conv, zero
 from vfi.ops.pointwise.dispatch import PointwiseModule
-from vfi.ops.warp import resize_flow
+from vfi.ops.warp.warp import resize_flow
 
 _REACH = 4  # rows that a level, and at level 0 the head, look up and down: up to four 3x3 convolutions
 _BAND_PIXELS = 2**20  # of a pair, at level 0: half as many as 1080p has, which is still refined as a whole

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from vfi.ops.triton.availability import takes_fused
-from vfi.ops.warp import backward_warp
+from vfi.ops.warp.warp import backward_warp
 
 
 class Pointwise(NamedTuple):
@@ -24,7 +24,8 @@ class Pointwise(NamedTuple):
     stack_channels: Callable[..., Tensor]
     """vfi/ops/pointwise/concat_kernels.py."""
     backward_warp: Callable[..., Tensor]
-    """vfi/ops/warp_kernels.py; PyTorch's in deterministic runs, for the kernels sum up the gradient of `x` in any order."""
+    """vfi/ops/warp/warp_kernels.py; PyTorch's in deterministic runs, for the kernels sum up the gradient of `x` in any
+    order."""
     layer_norm: Callable[[Tensor, Tensor, Tensor, float], Tensor]
     """vfi/ops/pointwise/layer_norm_kernels.py."""
 
@@ -61,7 +62,7 @@ def _import() -> Pointwise:
     from vfi.ops.pointwise.bias_prelu_kernels import bias_prelu
     from vfi.ops.pointwise.concat_kernels import stack_channels
     from vfi.ops.pointwise.layer_norm_kernels import layer_norm
-    from vfi.ops.warp_kernels import backward_warp_fused
+    from vfi.ops.warp.warp_kernels import backward_warp_fused
 
     def warp(x: Tensor, flow: Tensor, top: int | None = None) -> Tensor:
         return (backward_warp if torch.are_deterministic_algorithms_enabled() else backward_warp_fused)(x, flow, top)

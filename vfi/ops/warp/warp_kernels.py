@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from vfi.ops.triton import launch_config
-from vfi.ops.warp import check_flow
+from vfi.ops.warp.warp import check_flow
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 

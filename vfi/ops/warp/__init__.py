@@ -1,0 +1,1 @@
+"""Backward warping: the reference and its Triton kernels."""
