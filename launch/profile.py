@@ -25,13 +25,13 @@ import tyro
 
 from launch.memory.batch_size import Card, identify
 from launch.memory.model import GIB, PROFILES, Entry, Fit, Point, Precision, add, fit_points, read_profiles
-from vfi import profiling
 from vfi.config import presets
 from vfi.config.configs import Config, ConfigError
 from vfi.config.validation import validate
 from vfi.errors import JobError, clear_errors
 from vfi.fitting import PRECISIONS, TrainingStep, is_out_of_memory
 from vfi.numerics import numerics, set_numerics
+from vfi.profiling import costs, timing
 from vfi.tracking import environment
 from vfi.training_graphs import let_segments_grow
 
@@ -232,16 +232,16 @@ def measure(config: Config, precision: Precision) -> Point | None:
         if not is_out_of_memory(error):
             raise
     finally:
-        profiling.free_memory()
+        costs.free_memory()
         torch.compiler.reset()  # or a second batch would be compiled for any one
     return None
 
 
 def _measure(step: TrainingStep, config: Config, device: torch.device) -> Point:
-    first = profiling.measure(step, step.make_frames, device, repeats=1)
+    first = timing.measure(step, step.make_frames, device, repeats=1)
     assert first.allocated is not None
     frames = step.make_frames()
-    profiling.free_memory()
+    costs.free_memory()
     torch.cuda.reset_peak_memory_stats(device)
     step(frames)
     reserved = torch.cuda.max_memory_reserved(device)

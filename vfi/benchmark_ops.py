@@ -24,7 +24,6 @@ import torch.nn.functional as F
 import tyro
 from torch import Tensor, nn
 
-from vfi import profiling
 from vfi.config import presets
 from vfi.config.configs import ModelConfig
 from vfi.errors import JobError, clear_errors
@@ -38,6 +37,7 @@ from vfi.ops.loss.laplacian import laplacian_loss
 from vfi.ops.ssm.ssd import kernel_obstacle
 from vfi.ops.triton.availability import fused_obstacle
 from vfi.ops.warp.warp import backward_warp
+from vfi.profiling import timing
 from vfi.tracking import environment
 
 SCHEMA, VERSION = "vfi-operators", 1
@@ -113,7 +113,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)
     set_numerics()
-    gbs = profiling.measure_rates(device, _HALF).gbs
+    gbs = timing.measure_rates(device, _HALF).gbs
     rows = []
     told = environment(device) | {"command": shlex.join(["vfi", "operators", *arguments]), "gbs": gbs}
     for operator in chosen:
@@ -240,10 +240,10 @@ def measure(operator: Operator, device: torch.device, gbs: float) -> Row:
     costs = []
     for function in (ours, plain):
         with torch.no_grad():
-            forward = profiling.milliseconds(functools.partial(_run, function, inputs, ()), device)
+            forward = timing.milliseconds(functools.partial(_run, function, inputs, ()), device)
         leaves = [*(given.requires_grad_() for given in inputs), *weights]
         both = functools.partial(_run, function, inputs, leaves)
-        costs.append(Cost(forward, profiling.milliseconds(both, device), peak_bytes(both, device)))
+        costs.append(Cost(forward, timing.milliseconds(both, device), peak_bytes(both, device)))
     read, written = sum(given.nbytes for given in inputs), _run(ours, inputs, ()).nbytes
     floor, both_floor = (1e-6 * nbytes / gbs for nbytes in (read + written, 3 * read + 2 * written))
     size = "×".join(map(str, operator.inputs[0].shape))

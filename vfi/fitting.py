@@ -16,7 +16,6 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from vfi import profiling
 from vfi.config.configs import Config, accumulation
 from vfi.errors import JobError
 from vfi.losses import training_losses
@@ -25,6 +24,7 @@ from vfi.model.interpolator import FrameInterpolator
 from vfi.numerics import refusals_explained
 from vfi.ops.triton.precompile import compiling_ahead
 from vfi.optim import build_optimizer
+from vfi.profiling import costs
 from vfi.signals import Agreement
 from vfi.training_graphs import Recorder, record_passes
 
@@ -86,7 +86,7 @@ def fits(config: Config, device: torch.device, precision: torch.dtype, processes
         done = False
     else:
         done = True
-    profiling.free_memory()  # not before here: the error holds on to its frames, and they to their tensors
+    costs.free_memory()  # not before here: the error holds on to its frames, and they to their tensors
     if config.compute.compile:
         torch.compiler.reset()  # or what comes next would be compiled for any batch, not for its own
     return done

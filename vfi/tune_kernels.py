@@ -3,9 +3,9 @@
     vfi tune                                   base, small and tiny; adds this card to vfi/ops/triton/tuned_kernels.json
     vfi tune --presets base --batch_size 32 --precisions bf16 --out mine.json
 
-Our own kernels (vfi/launch_search.py) run without it with what was fastest on an H100; those of mamba-ssm, if it is installed,
-are tuned by Triton, without it in the first step, each time that a job starts on a machine without Triton's cache. The file
-belongs into the repository: whoever has such a card, and the same minor version of Triton, need not tune again.
+Our own kernels (vfi/profiling/kernel_search.py) run without it with what was fastest on an H100; those of mamba-ssm, if it is
+installed, are tuned by Triton, without it in the first step, each time that a job starts on a machine without Triton's cache.
+The file belongs into the repository: whoever has such a card, and the same minor version of Triton, need not tune again.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from vfi.config.configs import Config
 from vfi.errors import JobError, clear_errors
 from vfi.fitting import PRECISIONS, TrainingStep
 from vfi.io.dataclass_json import write_text
-from vfi.launch_search import Found, as_entries, search_step
 from vfi.ops.ssm.ssd import import_kernel, kernel_obstacle
 from vfi.ops.triton import launch_config, tuned_configs
 from vfi.ops.triton.availability import fused_obstacle
-from vfi.profiling import free_memory
+from vfi.profiling.costs import free_memory
+from vfi.profiling.kernel_search import Found, as_entries, search_step
 from vfi.tracking import environment
 
 _SHOWN = ("torch", "triton", "mamba-ssm")

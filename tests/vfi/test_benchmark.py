@@ -16,7 +16,6 @@ from scipy import ndimage
 from skimage.metrics import peak_signal_noise_ratio
 
 from shards import synthetic
-from vfi import profiling
 from vfi.benchmark import main
 from vfi.checkpoint import store, weights
 from vfi.config import presets
@@ -25,6 +24,7 @@ from vfi.evaluation.sample_images import error_map
 from vfi.io.dataclass_json import to_json
 from vfi.metrics.motion import estimate
 from vfi.model.interpolator import FrameInterpolator
+from vfi.profiling import costs
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -113,7 +113,7 @@ def test_what_results_say_about_model_and_data(data, runs, tmp_path) -> None:
     results = read_results(out)
     (row,) = results.models
     assert (row.step, row.preset, row.phase) == (7, "tiny", 1)
-    counted = profiling.count(FrameInterpolator(presets.tiny().model).eval(), 1, (40, 52), torch.float32)
+    counted = costs.count(FrameInterpolator(presets.tiny().model).eval(), 1, (40, 52), torch.float32)
     assert row.macs == sum(counted.macs.values()) > 1e6
     assert [other.macs for other in results.rows[:2]] == [None, None]
     assert row.parameters == sum(p.numel() for p in FrameInterpolator(presets.tiny().model).parameters())

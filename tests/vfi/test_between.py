@@ -19,7 +19,7 @@ from vfi.inference.engine import GIB, MOVES, STILL, Between, Settings, available
 from vfi.inference.flow_scale import auto_scale, longest_motion
 from vfi.inference.loading import LoadedModel
 from vfi.inference.tiling import SMALLEST
-from vfi.profiling import count
+from vfi.profiling.costs import count
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

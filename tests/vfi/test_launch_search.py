@@ -12,15 +12,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from vfi import launch_search, tune_kernels
+from vfi import tune_kernels
 from vfi.config import presets
 from vfi.fitting import TrainingStep
-from vfi.launch_search import Found, Part, as_entries, candidates, fastest, parts_of, search
 from vfi.model.ss2d import SS2D
 from vfi.model.window_attention import GatedWindowAttention
 from vfi.ops.loss.laplacian import laplacian_loss
 from vfi.ops.pointwise.dispatch import give_pointwise
 from vfi.ops.triton import launch_config, tuned_configs
+from vfi.profiling import kernel_search
+from vfi.profiling.kernel_search import Found, Part, as_entries, candidates, fastest, parts_of, search
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 CPU = torch.device("cpu")
@@ -177,15 +178,15 @@ def searched_between_convolutions() -> list[Found]:
     give_pointwise(step.model, importlib.import_module("vfi.ops.pointwise.dispatch")._import())
     small = [part for part in parts_of(step) if part.tensors[0].numel() <= 2**13 and not isinstance(part.run, nn.Module)]
     parts = list({(part.run, len(part.tensors)): part for part in small}.values())  # with and without a residual …
-    chooser = launch_search._Chooser()
+    chooser = kernel_search._Chooser()
 
     def milliseconds(part: Part, kernel: str) -> float:
         return float(sum(sum(options.values()) for (name, _), options in chooser.taken.items() if name == kernel))
 
     with (
-        mock.patch.object(launch_search, "_Chooser", return_value=chooser),
+        mock.patch.object(kernel_search, "_Chooser", return_value=chooser),
         mock.patch.object(Part, "milliseconds", milliseconds),
-        mock.patch.multiple(launch_search, _FACTORS=(0.5, 2), _VALUES={"num_warps": (2, 8)}),
+        mock.patch.multiple(kernel_search, _FACTORS=(0.5, 2), _VALUES={"num_warps": (2, 8)}),
     ):
         return list(search(parts, known=()))
 
@@ -212,7 +213,7 @@ def test_the_loss_is_a_part(monkeypatch):
         return laplacian_loss(images, torch.zeros_like(images[0]), "torch")
 
     monkeypatch.setattr("vfi.ops.loss.laplacian_kernels.pyramid_sizes", in_torch)
-    for module in ("vfi.ops.loss.laplacian", "vfi.launch_search"):
+    for module in ("vfi.ops.loss.laplacian", "vfi.profiling.kernel_search"):
         monkeypatch.setattr(f"{module}.choose_loss", lambda backend, device: (backend != "torch", ""))
     step = TrainingStep(presets.override(presets.tiny(), batch_size=2, crop=64), CPU, torch.float32)
     (part,) = [part for part in parts_of(step) if part.run is in_torch]
@@ -238,11 +239,11 @@ def test_gpu_what_is_found_is_used_and_computes_the_same(monkeypatch, tmp_path):
     device = torch.device("cuda", torch.cuda.current_device())
     monkeypatch.setattr(tuned_configs, "FILE", tmp_path / "kernels.json")
     tuned_configs.FILE.write_text("{}")
-    monkeypatch.setattr(launch_search, "_VALUES", {"num_warps": (2, 8), "num_stages": (), "TOKENS": ()})
-    monkeypatch.setattr(launch_search, "_FACTORS", (0.5,))
-    monkeypatch.setattr(launch_search, "_GAIN", 1000)
-    monkeypatch.setattr(launch_search, "_SHORTEST_GAIN", -1000)
-    monkeypatch.setattr(launch_search, "fastest", anything_else)
+    monkeypatch.setattr(kernel_search, "_VALUES", {"num_warps": (2, 8), "num_stages": (), "TOKENS": ()})
+    monkeypatch.setattr(kernel_search, "_FACTORS", (0.5,))
+    monkeypatch.setattr(kernel_search, "_GAIN", 1000)
+    monkeypatch.setattr(kernel_search, "_SHORTEST_GAIN", -1000)
+    monkeypatch.setattr(kernel_search, "fastest", anything_else)
     monkeypatch.setattr(tune_kernels, "kernel_obstacle", lambda device: "mamba-ssm has a test of its own")
     launch_config.known.cache_clear()
     try:

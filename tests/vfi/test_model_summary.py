@@ -13,12 +13,14 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from vfi import model_summary, profiling
+from vfi import model_summary
 from vfi.config import presets
 from vfi.inference.loading import predict
 from vfi.model.interpolator import FrameInterpolator
 from vfi.model_summary import from_command_line, levels, main
-from vfi.profiling import REST, CostCounter, Rates, by_part, count, measure_parts, parameters_by_part, part_of, watch_parts
+from vfi.profiling import timing
+from vfi.profiling.costs import REST, CostCounter, by_part, count, parameters_by_part, part_of, watch_parts
+from vfi.profiling.timing import Rates, measure_parts
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -261,7 +263,7 @@ def test_half_precision_needs_less() -> None:
 
 
 def test_roofline_takes_the_slower_of_arithmetic_and_memory() -> None:
-    assert profiling.roofline_ms([(10**9, 10**3), (10, 10**9)], tflops=2, gbs=500) == pytest.approx(1 + 2)
+    assert timing.roofline_ms([(10**9, 10**3), (10, 10**9)], tflops=2, gbs=500) == pytest.approx(1 + 2)
 
 
 # ---------------------------------------------------------------------------------------------------------------- levels
@@ -357,23 +359,23 @@ def test_time_is_the_median_and_the_inputs_rotate(monkeypatch) -> None:
         made.append((torch.rand(1),))
         return made[-1]
 
-    monkeypatch.setattr(profiling.time, "perf_counter", lambda: readings[0])
-    measured = profiling.measure(step, make, CPU, repeats=7)
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: readings[0])
+    measured = timing.measure(step, make, CPU, repeats=7)
     assert measured.ms == pytest.approx(1)
-    assert len(seen) == profiling.WARMUP + 7
+    assert len(seen) == timing.WARMUP + 7
     assert [frames[0].item() for frames in seen[-3:]] != [made[0][0].item()] * 3
     assert {frames[0].item() for frames in seen} == {frames[0].item() for frames in made}
 
 
 def test_a_call_alone_takes_the_median_without_the_first_ones(monkeypatch) -> None:
-    now, takes = [0.0], iter([*[100.0] * profiling.WARMUP, 1.0, 9.0, 3.0])
-    monkeypatch.setattr(profiling, "_clock", lambda device: (lambda: now[0], lambda start, end: end - start))
-    monkeypatch.setattr(profiling, "_CACHE_BYTES", 1)
+    now, takes = [0.0], iter([*[100.0] * timing.WARMUP, 1.0, 9.0, 3.0])
+    monkeypatch.setattr(timing, "_clock", lambda device: (lambda: now[0], lambda start, end: end - start))
+    monkeypatch.setattr(timing, "_CACHE_BYTES", 1)
 
     def call() -> None:
         now[0] += next(takes)
 
-    assert profiling.milliseconds(call, CPU, repeats=3) == 3
+    assert timing.milliseconds(call, CPU, repeats=3) == 3
     assert next(takes, None) is None
 
 
@@ -382,7 +384,7 @@ def test_the_parts_take_the_time_of_the_whole(model, monkeypatch) -> None:
     readings = itertools.count()
     frames = (*torch.rand(2, 1, 3, 64, 64), torch.tensor([0.5]))
     with monkeypatch.context() as patched:
-        patched.setattr(profiling.time, "perf_counter", lambda: next(readings) / 1000)
+        patched.setattr(timing.time, "perf_counter", lambda: next(readings) / 1000)
         parts = measure_parts(model, lambda given: model(*given), lambda: frames, CPU, repeats=3)
     assert sum(parts.values()) == pytest.approx(next(readings) / 3 - 1)
     assert parts["stride 8 ss2d"] == parts["stride 8 attention"] == pytest.approx(2)  # one call in each of two blocks
@@ -402,7 +404,7 @@ def test_floors_are_what_must_be_moved_or_multiplied(model) -> None:
     slow_memory, slow_products = Rates(1e9, 2), Rates(3, 1e9)
 
     def floor(rates: Rates, training: bool) -> float:
-        return profiling.floors_ms(cost, rates, training)["stride 8 attention"]
+        return timing.floors_ms(cost, rates, training)["stride 8 attention"]
 
     assert floor(slow_memory, False) == pytest.approx(1e3 * (2 * places + 4 * weights) / 2e9)
     assert floor(slow_memory, True) == pytest.approx(1e3 * (5 * places + 12 * weights) / 2e9)
@@ -417,10 +419,10 @@ def test_rates_are_of_a_copy_and_of_a_product(monkeypatch) -> None:
         found = make()
         step(found)
         assert not (found[0].dtype == torch.uint8 and (found[0] != found[1]).any())
-        return profiling.Measured(4.0 if found[0].dtype == torch.uint8 else 2.0)
+        return timing.Measured(4.0 if found[0].dtype == torch.uint8 else 2.0)
 
-    monkeypatch.setattr(profiling, "measure", measure)
-    rates = profiling.measure_rates(CPU, torch.float32)
+    monkeypatch.setattr(timing, "measure", measure)
+    rates = timing.measure_rates(CPU, torch.float32)
     assert rates.gbs == pytest.approx(2 * 2**26 / 4e-3 / 1e9)
     assert rates.tflops == pytest.approx(2 * 256**3 / 2e-3 / 1e12)
 
@@ -430,8 +432,8 @@ def test_parts_of_a_training_step_are_measured_one_by_one(model, monkeypatch) ->
     frames = (*torch.rand(2, 1, 3, 64, 64), torch.tensor([0.5]))
     readings = itertools.count()
     with monkeypatch.context() as patched:
-        patched.setattr(profiling.time, "perf_counter", lambda: next(readings) / 1000)
-        parts = profiling.measure_training_parts(
+        patched.setattr(timing.time, "perf_counter", lambda: next(readings) / 1000)
+        parts = timing.measure_training_parts(
             model, lambda given: model(*given).imgt.sum().backward(), frames, CPU, torch.float32, repeats=2
         )
     assert [parts[part].ms for part in ("stride 8 ss2d", "stride 16 attention")] == pytest.approx([2, 2])
@@ -451,13 +453,13 @@ def test_plain_operators_stand_beside_the_fused_ones(monkeypatch, capsys, tmp_pa
         measured.append(model.config)
         return {"refine": 3.0 if model.config.pointwise_backend == "torch" else 1.0}
 
-    def training_parts(model, *_: object) -> dict[str, profiling.Measured]:
+    def training_parts(model, *_: object) -> dict[str, timing.Measured]:
         (ms,) = parts(model).values()
-        return {"refine": profiling.Measured(ms, 2**20 if ms == 1 else 2**22)}
+        return {"refine": timing.Measured(ms, 2**20 if ms == 1 else 2**22)}
 
-    monkeypatch.setattr(profiling, "measure_parts", parts)
-    monkeypatch.setattr(profiling, "measure_training_parts", training_parts)
-    monkeypatch.setattr(profiling, "measure", lambda *_: profiling.Measured(1.0))
+    monkeypatch.setattr(timing, "measure_parts", parts)
+    monkeypatch.setattr(timing, "measure_training_parts", training_parts)
+    monkeypatch.setattr(timing, "measure", lambda *_: timing.Measured(1.0))
     out = tmp_path / "tiny.json"
     flags = "--preset tiny --sizes 64x64 --device cpu --measure --training --plain --no-count"
     main([*flags.split(), "--assume_tflops", "1", "--assume_gbs", "1", "--json", str(out)])

@@ -10,8 +10,9 @@ from unittest import mock
 import pytest
 import torch
 
-from vfi import benchmark_ops, profiling
+from vfi import benchmark_ops
 from vfi.benchmark_ops import Cost, Operator, all_operators, main
+from vfi.profiling import timing
 
 CPU = torch.device("cpu")
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
@@ -74,12 +75,12 @@ def a_gpu(monkeypatch):
         return next(times)
 
     monkeypatch.setattr(benchmark_ops, "fused_obstacle", lambda device: None)
-    monkeypatch.setattr(profiling, "milliseconds", milliseconds)
+    monkeypatch.setattr(timing, "milliseconds", milliseconds)
     nbytes = iter([2**20, 10 * 2**20])
     monkeypatch.setattr(benchmark_ops, "peak_bytes", lambda call, device: next(nbytes))
     monkeypatch.setattr(benchmark_ops, "_run", lambda function, inputs, leaves: inputs[0])
     monkeypatch.setattr(benchmark_ops, "all_operators", lambda: [double])
-    monkeypatch.setattr(profiling, "measure_rates", lambda device, precision: profiling.Rates(1.0, 2e-3))
+    monkeypatch.setattr(timing, "measure_rates", lambda device, precision: timing.Rates(1.0, 2e-3))
 
 
 def test_what_is_measured_is_told(a_gpu, capsys, tmp_path):

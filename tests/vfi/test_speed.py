@@ -26,7 +26,7 @@ from vfi.inference.loading import load, predict
 from vfi.io.dataclass_json import to_json
 from vfi.model.compile import compile_parts
 from vfi.model.interpolator import FrameInterpolator
-from vfi.profiling import WARMUP
+from vfi.profiling.timing import WARMUP
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

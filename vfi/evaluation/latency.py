@@ -28,7 +28,6 @@ from tqdm import tqdm
 
 from shards.codecs import read_image
 from shards.synthetic_scene import photograph_paths
-from vfi import profiling
 from vfi.errors import JobError
 from vfi.evaluation.external_models import Adapter, Model, distinct_names, is_adapter, load_any
 from vfi.evaluation.latency_results import OWN_PRECISION, Speed, SpeedRow, write_speed
@@ -48,7 +47,8 @@ from vfi.inference.loading import (
 from vfi.model.compile import compile_parts
 from vfi.model.interpolator import FrameInterpolator
 from vfi.numerics import set_numerics
-from vfi.profiling import WARMUP
+from vfi.profiling import costs
+from vfi.profiling.timing import WARMUP
 from vfi.tracking import environment
 
 _PHOTOGRAPHS = ("astronaut.png", "chelsea.png", "motorcycle_left.png")  # a pair of each: no input stays in a cache
@@ -231,7 +231,7 @@ def _measure(
             asks[one.name], memory[one.name] = ask(), found
     times = _alternate(asks, [(img0.to(device), img1.to(device)) for img0, img1 in pairs], options.repeats, device)
     asks.clear()  # and their graphs
-    profiling.free_memory()
+    costs.free_memory()
     size = "{}x{}".format(*pairs[0][0].shape[2:])
     rows = [_row(one, size, factor, precision, options.compile, times.get(one.name)) for one in contenders]
     for number, row in enumerate(rows):
@@ -284,7 +284,7 @@ def if_it_fits(call: Callable[[], T]) -> T | None:
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
-    profiling.free_memory()  # not before here: the error holds on to its frames, and they to their tensors
+    costs.free_memory()  # not before here: the error holds on to its frames, and they to their tensors
     return None
 
 
@@ -297,10 +297,10 @@ def _memory(ask: Ask, pair: Pair, others: int, device: torch.device) -> tuple[in
     """
     if device.type != "cuda":
         return None, None
-    profiling.free_memory()
+    costs.free_memory()
     img0, img1 = (frame.to(device) for frame in pair)
     ask(img0, img1)
-    profiling.free_memory()
+    costs.free_memory()
     torch.cuda.reset_peak_memory_stats(device)
     for _ in range(WARMUP):  # with CUDA graphs: without one, recorded, and replayed
         ask(img0, img1)

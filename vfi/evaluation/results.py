@@ -74,7 +74,7 @@ class Row:
     psnr_of_changes: float | None = None
     """Temporal consistency: PSNR of the changes from frame to frame, for sets with several truths between two frames."""
     macs: int | None = None
-    """Multiply-accumulates of one frame of the first sample's size, as vfi/profiling.py counts them."""
+    """Multiply-accumulates of one frame of the first sample's size, as vfi/profiling/costs.py counts them."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,7 +16,6 @@ import torch
 from tqdm import tqdm
 
 from shards.schema import ShardError
-from vfi import profiling
 from vfi.config.configs import ModelConfig
 from vfi.errors import JobError
 from vfi.evaluation.datasets import find_sets
@@ -31,6 +30,7 @@ from vfi.evaluation.task import Bench, protocol_bench, shard_bench
 from vfi.inference.loading import DeviceName, LoadedModel, check_scale, describe_precision, pick_device, pick_precision
 from vfi.metrics.lpips import load_lpips
 from vfi.model.interpolator import FrameInterpolator
+from vfi.profiling import costs
 from vfi.tracking import git_state
 
 
@@ -209,7 +209,7 @@ def _macs(model: Model | None, bench: Bench, precision: torch.dtype) -> int | No
 
 @functools.cache  # it takes a second, and the models of a table are often of one size
 def _macs_of(config: ModelConfig, height: int, width: int, precision: torch.dtype) -> int:
-    return sum(profiling.count(FrameInterpolator(config, "cpu").eval(), 1, (height, width), precision).macs.values())
+    return sum(costs.count(FrameInterpolator(config, "cpu").eval(), 1, (height, width), precision).macs.values())
 
 
 def _environment(device: torch.device, precision: torch.dtype, world: int, command: str) -> dict[str, str]:

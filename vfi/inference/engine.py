@@ -29,7 +29,7 @@ from vfi.fitting import is_out_of_memory
 from vfi.inference.flow_scale import auto_scale
 from vfi.inference.loading import DeviceName, LoadedModel, PrecisionName, check_scale, load, pick_device, pick_precision
 from vfi.inference.tiling import SMALLEST, smaller, tiled
-from vfi.profiling import count, free_memory
+from vfi.profiling.costs import count, free_memory
 from vfi.shipped import SHIPPED
 
 GIB = 2**30

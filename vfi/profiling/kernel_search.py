@@ -27,7 +27,7 @@ from vfi.ops.loss.laplacian import choose_loss
 from vfi.ops.pointwise.dispatch import Pointwise, PointwiseModule
 from vfi.ops.triton import launch_config, tuned_configs
 from vfi.ops.triton.precompile import compiling_ahead
-from vfi.profiling import run_ahead
+from vfi.profiling.timing import run_ahead
 
 Key = tuple[str, launch_config.ShapeClass]
 """A kernel and its shape class."""
