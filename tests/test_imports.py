@@ -68,7 +68,7 @@ GUARDED = {
     "submitit": set(),
     "onnx": set(),
     "onnxscript": set(),
-    "onnxruntime": {"vfi/graph_files.py"},
+    "onnxruntime": {"vfi/release/graph_formats.py"},
 }
 
 

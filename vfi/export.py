@@ -24,14 +24,13 @@ from shards.schema import ShardError
 from vfi.checkpoint import pretrained_folder
 from vfi.checkpoint.pretrained_folder import CARD, Description, Dtype, describe
 from vfi.checkpoint.store import newest_run
-from vfi.comparison import Run, compare
 from vfi.errors import CheckpointError, JobError, clear_errors
 from vfi.evaluation.results import ResultError
-from vfi.graph_files import FILES, USE, WRITERS, refuse_missing
 from vfi.inference.loading import load, predict
 from vfi.model.interpolator import MIN_SIZE, FrameInterpolator
-from vfi.model_card import Card, Difference, card, describe_training, use_graph
-from vfi.traceable import trace, traceable
+from vfi.release.graph_formats import FILES, USE, WRITERS, Run, compare, refuse_missing
+from vfi.release.model_card import Card, Difference, card, describe_training, use_graph
+from vfi.release.traceable import trace, traceable
 
 Format = Literal["torch", "torch_export", "onnx"]
 

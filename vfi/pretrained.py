@@ -26,7 +26,7 @@ from vfi.errors import JobError
 from vfi.inference.array_io import Frames, read_pair
 from vfi.inference.loading import DeviceName, LoadedModel, PrecisionName, describe_precision, load, pick_device, pick_precision
 from vfi.model.interpolator import FrameInterpolator as Network
-from vfi.model_card import card
+from vfi.release.model_card import card
 from vfi.shipped import SHIPPED
 
 Times = Sequence[float] | np.ndarray | Tensor

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from vfi import comparison, export, graph_files
+from vfi import export
 from vfi.checkpoint import store, weights
 from vfi.config import presets
 from vfi.errors import CheckpointError
@@ -22,7 +22,8 @@ from vfi.model.interpolator import FrameInterpolator
 from vfi.ops.ssm.scan_order import ALL, OPEN_SCANS, SCANS
 from vfi.ops.ssm.ssd import ssd_open, ssd_reference
 from vfi.ops.warp.warp import backward_warp
-from vfi.traceable import open_operators, trace, traceable
+from vfi.release import graph_formats
+from vfi.release.traceable import open_operators, trace, traceable
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -32,7 +33,7 @@ CPU = torch.device("cpu")
 @pytest.fixture(autouse=True)
 def small_frames(monkeypatch) -> None:
     """The job compares on larger ones."""
-    monkeypatch.setattr(comparison, "CASES", ((1, 64, 96), (2, 45, 52)))
+    monkeypatch.setattr(graph_formats, "CASES", ((1, 64, 96), (2, 45, 52)))
 
 
 def random_network(**changes) -> FrameInterpolator:
@@ -77,7 +78,7 @@ def differences_of_card(folder: Path) -> list[tuple[str, float]]:
 def test_weights_are_exported_without_a_difference(run, tmp_path, capsys) -> None:
     call(run, "--out", tmp_path / "new", "--licence", "mit", "--trained_on", "Vimeo 90K", "X4K")
     out = capsys.readouterr().out
-    assert [away for _, away in told(out)] == [0] * len(comparison.CASES)
+    assert [away for _, away in told(out)] == [0] * len(graph_formats.CASES)
     assert differences_of_card(tmp_path / "new") == told(out)
     assert re.search(r"new: some at step 4, EMA weights, torch, fp32, \d+\.\d MB\n$", out)
     exported, original = load(tmp_path / "new", CPU), load(run, CPU)
@@ -96,9 +97,9 @@ def test_half_the_bytes_are_near_and_say_how_far(run, tmp_path, capsys) -> None:
     assert {tensor.dtype for tensor in stored.values() if tensor.is_floating_point()} == {torch.float16}
     exported, original = load(tmp_path / "new", CPU), load(run, CPU)
     assert {parameter.dtype for parameter in exported.model.parameters()} == {torch.float32}
-    for (frames, away), (batch, height, width) in zip(lines, comparison.CASES, strict=True):
+    for (frames, away), (batch, height, width) in zip(lines, graph_formats.CASES, strict=True):
         assert frames == f"{batch} of {width}x{height}"
-        img0, img1 = comparison.moving_photographs(batch, height, width)
+        img0, img1 = graph_formats.moving_photographs(batch, height, width)
         times = torch.linspace(0.25, 0.5, batch)
         one, other = (predict(model.model, img0, img1, times, torch.float32) for model in (exported, original))
         assert away == pytest.approx(255 * (one - other).abs().max().item(), rel=0.01)
@@ -211,7 +212,7 @@ def test_what_fails_leaves_nothing(run, tmp_path, capsys, monkeypatch) -> None:
 
 
 def test_a_missing_package_is_named(run, tmp_path, capsys, monkeypatch) -> None:
-    monkeypatch.setattr(graph_files, "_NEEDED", ("onnx", "no_such_package"))
+    monkeypatch.setattr(graph_formats, "_NEEDED", ("onnx", "no_such_package"))
     message = refused(capsys, run, "--out", tmp_path / "new", "--format", "onnx")
     assert message == "error: --format onnx needs no_such_package: pip install -e '.[onnx]'"
 
@@ -301,11 +302,11 @@ def traced():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", graph_files.WRITERS)
+@pytest.mark.parametrize("kind", graph_formats.WRITERS)
 def test_a_graph_is_of_any_size(traced, tmp_path, kind) -> None:
     ordinary, program = traced
-    run = graph_files.WRITERS[kind](tmp_path, program)
-    assert [path.name for path in tmp_path.iterdir()] == [graph_files.FILES[kind]]
+    run = graph_formats.WRITERS[kind](tmp_path, program)
+    assert [path.name for path in tmp_path.iterdir()] == [graph_formats.FILES[kind]]
     for batch, height, width in ((1, 32, 32), (3, 9, 33), (1, 70, 71)):
         img0, img1 = torch.rand(2, batch, 3, height, width)
         timestep = torch.linspace(0.3, 0.6, batch)
@@ -321,21 +322,21 @@ class CrossFade(nn.Module):
         return torch.lerp(img0, img1, timestep.view(-1, 1, 1, 1))
 
 
-@pytest.mark.parametrize("kind", graph_files.WRITERS)
+@pytest.mark.parametrize("kind", graph_formats.WRITERS)
 def test_the_difference_is_that_of_the_file(run, tmp_path, capsys, monkeypatch, kind) -> None:
     """Of a graph that is something else, so that it is not small."""
     monkeypatch.setattr(export, "traceable", lambda _: CrossFade())
     call(run, "--out", tmp_path / "new", "--format", kind)
     lines = told(capsys.readouterr().out)
     network = load(run, CPU).model
-    for (_, away), case in zip(lines, comparison.CASES, strict=True):
-        frames, timestep = comparison.moving_photographs(*case), torch.linspace(0.25, 0.5, case[0])
+    for (_, away), case in zip(lines, graph_formats.CASES, strict=True):
+        frames, timestep = graph_formats.moving_photographs(*case), torch.linspace(0.25, 0.5, case[0])
         truth = predict(network, *frames, timestep, torch.float32)
         assert away == pytest.approx(255 * (CrossFade()(*frames, timestep) - truth).abs().max().item(), rel=0.01)
         assert away > 2
     folder = tmp_path / "new"
     assert differences_of_card(folder) == lines
-    file = graph_files.FILES[kind]
+    file = graph_formats.FILES[kind]
     assert sorted(path.name for path in folder.iterdir()) == sorted(["README.md", "config.json", file])
     assert file in (folder / "README.md").read_text()
     with pytest.raises(

@@ -2,7 +2,7 @@
 
     model.safetensors   weights, in fp32 or fp16
     config.json         the architecture, where the weights come from, and which version of the project wrote it
-    README.md           the card (vfi/model_card.py)
+    README.md           the card (vfi/release/model_card.py)
 
 Reading executes nothing that is in there: settings are checked field by field, weights are safetensors; of a model on the hub
 no other file is even fetched. Hub, cache, revisions, HF_TOKEN and HF_HUB_OFFLINE are those of the library huggingface_hub.

@@ -1,0 +1,1 @@
+"""Handing a model to others: its card and its graphs in other formats."""
