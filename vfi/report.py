@@ -20,15 +20,15 @@ from typing import Any
 
 import tyro
 
-from vfi import gates
-from vfi.ablation import ablation_table
 from vfi.config.presets import AblationName
 from vfi.errors import JobError, clear_errors
 from vfi.evaluation.latency_results import Speed, is_speed, read_speed
 from vfi.evaluation.results import Group, ResultError, Results, group_by_data, read_results
 from vfi.io.dataclass_json import write_text
-from vfi.report_page import TITLE, Content, about, fact, page
-from vfi.report_tables import (
+from vfi.reporting import acceptance
+from vfi.reporting.ablation import ablation_table
+from vfi.reporting.html_page import TITLE, Content, about, fact, page
+from vfi.reporting.tables import (
     Table,
     clip_table,
     from_markdown,
@@ -54,8 +54,8 @@ class Options:
     """Add the table of the experiments Exp-1…, Exp-2… or Exp-3…; without any files it is printed."""
     output_dir: Path = RUNS
     """Folder of the runs, for --ablation and --gate."""
-    gate: gates.GateName | None = None
-    """Also check the thresholds of a phase (vfi/gates.py); exit code 1 when one is not passed."""
+    gate: acceptance.GateName | None = None
+    """Also check the thresholds of a phase (vfi/reporting/acceptance.py); exit code 1 when one is not passed."""
 
 
 @clear_errors(ResultError)
@@ -73,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise JobError("--out is missing: give a folder for report.md and report.html")
     results, speeds = read(options.results)
     found = list(results.values()), list(speeds.values()), options.output_dir
-    verdicts = gates.check(options.gate, *found) if options.gate else []
+    verdicts = acceptance.check(options.gate, *found) if options.gate else []
     content = Content(
         group_by_data(results),
         speeds,
@@ -83,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for path in write(content, options.out):
         print(path)
     if options.gate:
-        print("\n".join(gates.lines(options.gate, verdicts)))
+        print("\n".join(acceptance.lines(options.gate, verdicts)))
         if not all(verdict.passed for verdict in verdicts):
             sys.exit(1)
 

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from vfi import gates, report
+from vfi import report
 from vfi.config import presets
 from vfi.evaluation.latency_results import Speed, SpeedRow
 from vfi.evaluation.results import BASELINES, ImageScore, Results, Row, write_results
 from vfi.io.dataclass_json import to_json
+from vfi.reporting import acceptance
 from vfi.run_status import Status
 
 
@@ -60,14 +61,14 @@ def runs(tmp_path) -> Path:
     return tmp_path / "runs"
 
 
-def one(name: gates.GateName, which: str, *given, **also) -> gates.Verdict:
+def one(name: acceptance.GateName, which: str, *given, **also) -> acceptance.Verdict:
     """The verdict on one gate of a phase, by its name."""
-    return next(verdict for verdict in gates.check(name, *given, **also) if str(verdict.gate) == which)
+    return next(verdict for verdict in acceptance.check(name, *given, **also) if str(verdict.gate) == which)
 
 
 def test_what_is_reached_is_passed(runs):
-    verdicts = gates.check("phase1", GOOD, FAST, runs)
-    assert gates.lines("phase1", verdicts) == [
+    verdicts = acceptance.check("phase1", GOOD, FAST, runs)
+    assert acceptance.lines("phase1", verdicts) == [
         "gate phase1: 6 of 6 passed",
         "passed: vimeo90k PSNR at least 35 dB: ours has 35.00 (target 35.5)",
         "passed: vimeo90k SSIM at least 0.975: ours has 0.9800",
@@ -79,8 +80,8 @@ def test_what_is_reached_is_passed(runs):
 
 
 def test_nothing_that_was_not_measured_is_passed_and_each_says_how():
-    for name in gates.GATES:
-        for verdict in gates.check(name, []):
+    for name in acceptance.GATES:
+        for verdict in acceptance.check(name, []):
             assert not verdict.passed
             assert verdict.why.startswith("not measured")
             assert "vfi benchmark" in verdict.why or "launch.submit" in verdict.why
@@ -96,17 +97,19 @@ def test_nothing_that_was_not_measured_is_passed_and_each_says_how():
     ids=["too low", "another profile", "a part", "another set", "of another repository"],
 )  # fmt: skip
 def test_anything_else_is_not(changed, why):
-    first = gates.check("phase1", [changed, GOOD[1]])[0]
+    first = acceptance.check("phase1", [changed, GOOD[1]])[0]
     assert not first.passed
     assert why in first.why
 
 
 def test_what_no_published_model_reaches_is_said():
-    verdicts = gates.check("phase2", [results("snu_film_extreme", row("ours", 25.9, 0.9))])
+    verdicts = acceptance.check("phase2", [results("snu_film_extreme", row("ours", 25.9, 0.9))])
     missed = {str(verdict.gate): verdict.why for verdict in verdicts if not verdict.passed}
     assert missed["snu_film_extreme PSNR at least 26 dB"] == "ours has 25.90; no published model passes it (best: 25.79)"
     assert missed["snu_film_hard PSNR at least 30 dB"] == "not measured: vfi benchmark --protocol snu_film_hard"
-    benchmarks = {name: {gate for gate in found if isinstance(gate, gates.Threshold)} for name, found in gates.GATES.items()}
+    benchmarks = {
+        name: {gate for gate in found if isinstance(gate, acceptance.Threshold)} for name, found in acceptance.GATES.items()
+    }
     assert benchmarks["phase2"] < benchmarks["phase3"]
 
 

@@ -14,7 +14,6 @@ import pytest
 from PIL import Image
 
 from vfi import report
-from vfi.charts import Series, labelled_chart, line_chart, log_ticks, nice_ticks, scatter_chart, thin
 from vfi.evaluation.latency_results import Speed, write_speed
 from vfi.evaluation.results import (
     BASELINES,
@@ -29,6 +28,7 @@ from vfi.evaluation.results import (
     write_results,
 )
 from vfi.report import main
+from vfi.reporting.svg import Series, labelled_chart, line_chart, log_ticks, nice_ticks, scatter_chart, thin
 
 VOID = {"meta", "img", "input", "br", "link", "hr", "wbr"}  # elements of HTML that have no end
 

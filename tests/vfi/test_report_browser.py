@@ -10,11 +10,11 @@ import made_results as made
 import pytest
 from playwright.sync_api import Browser, Locator, Page
 
-from vfi import gates
 from vfi.evaluation.results import FRAME_AVERAGE, NEAREST_FRAME, Results, group_by_data
 from vfi.report import write
-from vfi.report_page import Content
-from vfi.report_tables import from_markdown, gate_table
+from vfi.reporting import acceptance
+from vfi.reporting.html_page import Content
+from vfi.reporting.tables import from_markdown, gate_table
 
 ABLATION = "| experiment | what is different | PSNR dB |\n| --- | --- | ---: |\n| Exp-1a | mamba2_only | 25.00 |\n\nA note."
 pytestmark = pytest.mark.browser
@@ -32,7 +32,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     content = Content(
         group_by_data({path: results, folder / "other.json": made.results("other", sha="b" * 64, data="shards/other")}),
         {folder / "speed.json": speed},
-        gate_table("phase2", gates.check("phase2", [results], [speed])),
+        gate_table("phase2", acceptance.check("phase2", [results], [speed])),
         from_markdown("Ablation phase1", ABLATION),
     )
     return write(content, folder / "out")[1]
@@ -192,7 +192,7 @@ def test_other_tables_sort_too(page: Page) -> None:
     gate.get_by_role("button", name="Verdict").click()
     verdicts = _column(gate, "Verdict")
     assert verdicts == sorted(verdicts)
-    assert len(verdicts) == len(gates.GATES["phase2"])
+    assert len(verdicts) == len(acceptance.GATES["phase2"])
 
 
 def test_everything_is_reached_by_keyboard_and_shows_its_focus(page: Page) -> None:

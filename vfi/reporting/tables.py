@@ -13,7 +13,7 @@ from typing import NamedTuple
 from vfi.evaluation.latency_results import OUT_OF_MEMORY, OWN_PRECISION, Speed
 from vfi.evaluation.published import published_cells
 from vfi.evaluation.results import BASELINES, QUARTERS, Entry, Group, Row, by_clip, by_motion
-from vfi.gates import Verdict
+from vfi.reporting.acceptance import Verdict
 
 _LONG = 30  # signs
 
@@ -153,7 +153,7 @@ def gate_table(name: str, verdicts: Sequence[Verdict]) -> Table:
 
 
 def from_markdown(label: str, text: str) -> Table:
-    """A Markdown table without escaped signs, as vfi/ablation.py makes it, and the lines after it as notes."""
+    """A Markdown table without escaped signs, as vfi/reporting/ablation.py makes it, and the lines after it as notes."""
     lines = text.splitlines()
     head, rules, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
     are_words = [number > 0 and not rule.endswith(":") for number, rule in enumerate(rules)]

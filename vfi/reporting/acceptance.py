@@ -12,10 +12,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from vfi.ablation import mean_psnr
 from vfi.evaluation.latency_results import OUT_OF_MEMORY, Speed, SpeedRow
 from vfi.evaluation.published import PUBLISHED
 from vfi.evaluation.results import Results, Row
+from vfi.reporting.ablation import mean_psnr
 
 GateName = Literal["phase1", "phase2", "phase3"]
 _PROFILES = ("vfimamba", "ema")

@@ -9,9 +9,9 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from vfi.charts import Series, labelled_chart, line_chart, scatter_chart, thin
 from vfi.evaluation.latency_results import Speed, SpeedRow
 from vfi.evaluation.results import FRAME_AVERAGE, Entry, Group
+from vfi.reporting.svg import Series, labelled_chart, line_chart, scatter_chart, thin
 
 PREFERRED_SIZE = "736x1280"
 """Of the frames whose time stands against quality."""

@@ -1,7 +1,7 @@
 """What does the report's page hold? All that was found -> the text of one HTML file that needs nothing beside it.
 
-Pictures are embedded, charts are inline SVG (vfi/charts.py), style and script come from report_template.html. All text that
-comes from files is escaped.
+Pictures are embedded, charts are inline SVG (vfi/reporting/svg.py), style and script come from report_template.html. All text
+that comes from files is escaped.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from vfi.charts import legend
 from vfi.evaluation.latency_results import Speed
 from vfi.evaluation.results import Group
-from vfi.report_charts import charts, run_folder
-from vfi.report_pictures import breakable, legend_of_pictures, samples
-from vfi.report_tables import Cell, Table, clip_table, motion_table, published_table, results_table, speed_table
+from vfi.reporting.charts import charts, run_folder
+from vfi.reporting.images import breakable, legend_of_pictures, samples
+from vfi.reporting.svg import legend
+from vfi.reporting.tables import Cell, Table, clip_table, motion_table, published_table, results_table, speed_table
 
 TITLE = "Video frame interpolation: results"
 TEMPLATE = Path(__file__).with_name("report_template.html")

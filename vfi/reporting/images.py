@@ -13,7 +13,7 @@ from typing import NamedTuple
 from PIL import Image, UnidentifiedImageError
 
 from vfi.evaluation.results import ERROR_WHITE, FRAME_AVERAGE, ImageScore, Picture, ResultError, Results
-from vfi.report_tables import gain_cell
+from vfi.reporting.tables import gain_cell
 
 EMBEDDED_SIDE = 640
 """Pictures with a longer side are shrunk to it."""
