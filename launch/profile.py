@@ -29,9 +29,11 @@ from vfi.config import presets
 from vfi.config.configs import Config, ConfigError
 from vfi.config.validation import validate
 from vfi.errors import JobError, clear_errors
-from vfi.fitting import PRECISIONS, TrainingStep, is_out_of_memory
-from vfi.numerics import numerics, set_numerics
-from vfi.profiling import costs, timing
+from vfi.fitting import PRECISIONS, TrainingStep
+from vfi.profiling import timing
+from vfi.runtime import memory
+from vfi.runtime.memory import is_out_of_memory
+from vfi.runtime.numerics import numerics, set_numerics
 from vfi.tracking import environment
 from vfi.training_graphs import let_segments_grow
 
@@ -232,7 +234,7 @@ def measure(config: Config, precision: Precision) -> Point | None:
         if not is_out_of_memory(error):
             raise
     finally:
-        costs.free_memory()
+        memory.free_memory()
         torch.compiler.reset()  # or a second batch would be compiled for any one
     return None
 
@@ -241,7 +243,7 @@ def _measure(step: TrainingStep, config: Config, device: torch.device) -> Point:
     first = timing.measure(step, step.make_frames, device, repeats=1)
     assert first.allocated is not None
     frames = step.make_frames()
-    costs.free_memory()
+    memory.free_memory()
     torch.cuda.reset_peak_memory_stats(device)
     step(frames)
     reserved = torch.cuda.max_memory_reserved(device)

@@ -32,7 +32,7 @@ from launch.submission import LAUNCH, SUBMISSION, Submission, next_folder, read_
 from shards.schema import ShardError
 from vfi.config.configs import ConfigError
 from vfi.errors import JobError, clear_errors
-from vfi.io.dataclass_json import note
+from vfi.runtime.logging import note
 
 _SHOWN = 3  # jobs of which it is said how to follow each
 

@@ -26,7 +26,7 @@ import tyro
 from shards.schema import ShardError
 from vfi.app_work import COMPARE, Made, Work, compared
 from vfi.errors import CheckpointError, JobError, clear_errors
-from vfi.inference.loading import DeviceName, PrecisionName
+from vfi.runtime.device import DeviceName, PrecisionName
 
 INSTALL = "pip install -e '.[app]'"
 MAX_UPLOAD = "1gb"

@@ -29,8 +29,8 @@ from shards.frame_sources import VideoFrame
 from shards.sequence_filter import is_cut
 from vfi import interpolate
 from vfi.errors import JobError, message_of
-from vfi.inference.loading import DeviceName, PrecisionName, describe_precision
 from vfi.interpolate import between_for, check_sizes, convert
+from vfi.runtime.device import DeviceName, PrecisionName, describe_precision
 from vfi.video import Encoding, VideoInput, VideoOutput
 
 MAX_FRAMES = 900

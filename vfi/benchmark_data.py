@@ -36,7 +36,7 @@ from vfi.data.evaluation_loader import evaluation_batches, evenly_spaced
 from vfi.data.loader import TrainingLoader
 from vfi.errors import JobError, clear_errors
 from vfi.io.dataclass_json import write_text
-from vfi.numerics import set_numerics
+from vfi.runtime.numerics import set_numerics
 from vfi.tracking import environment
 
 SCHEMA, VERSION = "vfi-data-benchmark", 1

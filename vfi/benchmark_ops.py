@@ -32,12 +32,12 @@ from vfi.io.dataclass_json import write_text
 from vfi.io.text_table import aligned
 from vfi.model.ss2d import ss2d
 from vfi.model.window_attention import GatedWindowAttention
-from vfi.numerics import set_numerics
 from vfi.ops.loss.laplacian import laplacian_loss
 from vfi.ops.ssm.ssd import kernel_obstacle
 from vfi.ops.triton.availability import fused_obstacle
 from vfi.ops.warp.warp import backward_warp
 from vfi.profiling import timing
+from vfi.runtime.numerics import set_numerics
 from vfi.tracking import environment
 
 SCHEMA, VERSION = "vfi-operators", 1

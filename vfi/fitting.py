@@ -21,17 +21,16 @@ from vfi.errors import JobError
 from vfi.losses import training_losses
 from vfi.model.compile import compile_parts, recompute
 from vfi.model.interpolator import FrameInterpolator
-from vfi.numerics import refusals_explained
 from vfi.ops.triton.precompile import compiling_ahead
 from vfi.optim import build_optimizer
-from vfi.profiling import costs
-from vfi.signals import Agreement
+from vfi.runtime import memory
+from vfi.runtime.memory import is_out_of_memory
+from vfi.runtime.numerics import refusals_explained
+from vfi.runtime.stop_signals import Agreement
 from vfi.training_graphs import Recorder, record_passes
 
 _HEADROOM = 256 * 2**20  # bytes that stay free beside a step: batches under way, metrics, fragmentation
 PRECISIONS = {"no": torch.float32, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-# what else than torch.OutOfMemoryError says so: CUDA itself, Triton, cuBLAS, cuDNN
-_OUT_OF_MEMORY = ("out of memory", "STATUS_ALLOC_FAILED", "DEVICE_ALLOCATION_FAILED")
 
 
 def fit_batch(config: Config, accelerator: Accelerator, sharding: str, say: Callable[[str], None]) -> Config | None:
@@ -86,15 +85,10 @@ def fits(config: Config, device: torch.device, precision: torch.dtype, processes
         done = False
     else:
         done = True
-    costs.free_memory()  # not before here: the error holds on to its frames, and they to their tensors
+    memory.free_memory()  # not before here: the error holds on to its frames, and they to their tensors
     if config.compute.compile:
         torch.compiler.reset()  # or what comes next would be compiled for any batch, not for its own
     return done
-
-
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """Was the device's memory full? Libraries below torch have words of their own for that."""
-    return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in _OUT_OF_MEMORY)
 
 
 def rehearse(config: Config, device: torch.device, precision: torch.dtype, processes: int) -> None:

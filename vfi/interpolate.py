@@ -36,9 +36,9 @@ from shards.schema import IMAGE_EXTENSIONS, ShardError
 from shards.sequence_filter import CUT
 from vfi.errors import CheckpointError, JobError, clear_errors
 from vfi.inference.engine import Between, Settings
-from vfi.inference.loading import DeviceName, PrecisionName, describe_precision
 from vfi.model.interpolator import MIN_SIZE
 from vfi.partial import Partial, Replay, copy_frames
+from vfi.runtime.device import DeviceName, PrecisionName, describe_precision
 from vfi.stream import Care, Counts, FolderInput, FolderOutput, add_frames
 from vfi.timeline import Multiply, Rate, Timeline
 from vfi.video import Encoding, VideoInput, VideoOutput

@@ -33,18 +33,20 @@ from vfi.config.validation import validate
 from vfi.errors import JobError, clear_errors
 from vfi.evaluation.options import parse_size
 from vfi.fitting import TrainingStep
-from vfi.graphs import Graphs
-from vfi.inference.loading import DeviceName, PrecisionName, describe_precision, pick_device, pick_precision, predict
+from vfi.inference.loading import predict
 from vfi.io.dataclass_json import write_text
 from vfi.model.backbone import STRIDE, level_widths
 from vfi.model.interpolator import FrameInterpolator
-from vfi.numerics import set_numerics
 from vfi.ops.ssm.ssd import REFERENCE_CHUNK, kernel_obstacle
 from vfi.profiling import costs, timing
 from vfi.profiling.costs import FIRST_STAGE_LEVEL
 from vfi.profiling.summary_schema import Level, SizeSummary, Summary, TrainingSummary
 from vfi.profiling.summary_text import markdown, text
 from vfi.profiling.timing import Measured, Rates
+from vfi.runtime import memory
+from vfi.runtime.cuda_graphs import Graphs
+from vfi.runtime.device import DeviceName, PrecisionName, describe_precision, pick_device, pick_precision
+from vfi.runtime.numerics import set_numerics
 from vfi.tracking import environment
 
 SCHEMA, VERSION = "vfi-model-summary", 3
@@ -182,7 +184,7 @@ def summarise(options: Options, config: Config, command: str = "") -> Summary:
         told |= {"choices": model.choices()}
         sizes = [_measure(model, options, size, device, precision) for size in sizes]
         del model
-        costs.free_memory()
+        memory.free_memory()
         training = _measure_training(config, options, device, precision) if options.training else None
         if options.plain:
             sizes, training = _with_plain(config, options, sizes, training, device, precision)
@@ -205,7 +207,7 @@ def _with_plain(
     model = FrameInterpolator(plain, device).eval()
     found = [_if_it_fits(partial(_parts, model, options, size, device, precision)) for size in sizes]
     del model
-    costs.free_memory()
+    memory.free_memory()
     sizes = [
         dataclasses.replace(size, plain_parts_ms=parts, plain_out_of_memory=parts is None)
         for size, parts in zip(sizes, found, strict=True)
@@ -334,7 +336,7 @@ def _if_it_fits(measure: Callable[[], T]) -> T | None:
         return measure()
     except torch.OutOfMemoryError:
         pass  # the error holds on to its frames, and they to their tensors, until here
-    costs.free_memory()
+    memory.free_memory()
     return None
 
 

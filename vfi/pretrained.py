@@ -24,9 +24,10 @@ from vfi.checkpoint import pretrained_folder
 from vfi.config.configs import SCALES
 from vfi.errors import JobError
 from vfi.inference.array_io import Frames, read_pair
-from vfi.inference.loading import DeviceName, LoadedModel, PrecisionName, describe_precision, load, pick_device, pick_precision
+from vfi.inference.loading import LoadedModel, load
 from vfi.model.interpolator import FrameInterpolator as Network
 from vfi.release.model_card import card
+from vfi.runtime.device import DeviceName, PrecisionName, describe_precision, pick_device, pick_precision
 from vfi.shipped import SHIPPED
 
 Times = Sequence[float] | np.ndarray | Tensor

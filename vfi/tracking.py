@@ -21,8 +21,8 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from vfi.io.dataclass_json import write_text
-from vfi.numerics import numerics
-from vfi.versions import package_version, project_version
+from vfi.runtime.numerics import numerics
+from vfi.runtime.versions import package_version, project_version
 
 METRICS, TENSORBOARD, ENVIRONMENT = "metrics.jsonl", "tensorboard", "environment.json"
 _PACKAGES = ("torch", "accelerate", "webdataset", "triton", "mamba-ssm", "numpy", "av", "simplejpeg", "safetensors")

@@ -52,12 +52,12 @@ from vfi.model.compile import compile_parts, recompute
 from vfi.model.hyper_connections import MixingRecord, annealing_factor, mixing_report, recording, set_annealing
 from vfi.model.interpolator import FrameInterpolator
 from vfi.model.matvlm_init import init_mamba_from_attn, untrained_donor
-from vfi.numerics import refusals_explained, set_numerics
 from vfi.ops.loss.laplacian import choose_loss
 from vfi.optim import annealing, build_optimizer, carry_over, freeze, learning_rate
 from vfi.progress import progress
 from vfi.recovery import Part, Snapshots, go_back, suspects
 from vfi.run_status import recorded
+from vfi.runtime.numerics import refusals_explained, set_numerics
 from vfi.tracking import METRICS, Tracker, environment, versions, write_environment
 from vfi.training_graphs import Recorder, let_segments_grow, record_passes
 from vfi.training_state import Snapshot, gather_random, read_snapshot, restore, scaler_state

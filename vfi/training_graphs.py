@@ -24,8 +24,8 @@ from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 from torch.utils._pytree import tree_map_only
 
-from vfi.graphs import Reads
 from vfi.model.interpolator import FrameInterpolator, Prediction, Stage
+from vfi.runtime.cuda_graphs import Reads
 
 _WARM_UP = 3  # passes before the recorded one: kernels are compiled and chosen, and memory settles
 _ALLOCATORS = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")  # read by torch when the first tensor of a GPU is made

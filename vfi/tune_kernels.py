@@ -28,8 +28,8 @@ from vfi.io.dataclass_json import write_text
 from vfi.ops.ssm.ssd import import_kernel, kernel_obstacle
 from vfi.ops.triton import launch_config, tuned_configs
 from vfi.ops.triton.availability import fused_obstacle
-from vfi.profiling.costs import free_memory
 from vfi.profiling.kernel_search import Found, as_entries, search_step
+from vfi.runtime.memory import free_memory
 from vfi.tracking import environment
 
 _SHOWN = ("torch", "triton", "mamba-ssm")

@@ -32,7 +32,7 @@ from launch.preflight import newest_step
 from launch.submission import Submission, read_submission
 from vfi.errors import STOPPED
 
-_PERIOD = 0.3  # seconds between two looks; a signal must be passed on within a second (vfi/signals.py)
+_PERIOD = 0.3  # seconds between two looks; a signal must be passed on within a second (vfi/runtime/stop_signals.py)
 _BEGINNING = 300.0  # seconds for node 0 to begin
 _SILENCE = 60.0  # seconds after which a node that does not tell how it ended is gone
 _GRACE = 45.0  # seconds for processes to notice that others have failed, and to say so

@@ -17,7 +17,7 @@ from warm import TORCHRUN, TRAIN, Process, finish, start_ranks
 from vfi import train
 from vfi.checkpoint.store import latest
 from vfi.errors import STOPPED
-from vfi.signals import STOPPING
+from vfi.runtime.stop_signals import STOPPING
 
 FLAGS = ["--preset", "tiny", "--crop", "64", "--log_every", "2", "--warmup_steps", "2", "--lr", "2e-4"]
 

@@ -15,11 +15,13 @@ from torch import Tensor
 
 from vfi.errors import JobError
 from vfi.inference import engine
-from vfi.inference.engine import GIB, MOVES, STILL, Between, Settings, available_memory, keep_still
+from vfi.inference.engine import GIB, MOVES, STILL, Between, Settings, keep_still
 from vfi.inference.flow_scale import auto_scale, longest_motion
 from vfi.inference.loading import LoadedModel
 from vfi.inference.tiling import SMALLEST
 from vfi.profiling.costs import count
+from vfi.runtime import memory
+from vfi.runtime.memory import available_memory
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -150,7 +152,7 @@ def test_on_a_cpu_tiles_are_of_a_size_that_fits(run, monkeypatch, capsys):
 
 
 def test_memory_of_a_container_is_no_more_than_its_limit(monkeypatch, tmp_path):
-    monkeypatch.setattr(engine, "_CGROUP", tmp_path)
+    monkeypatch.setattr(memory, "_CGROUP", tmp_path)
     whole = available_memory()
     assert whole > 0
     (tmp_path / "memory.current").write_text("1000\n")

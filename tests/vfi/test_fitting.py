@@ -14,7 +14,8 @@ from vfi import fitting, train
 from vfi.checkpoint.store import latest
 from vfi.config import presets
 from vfi.config.configs import ConfigError, accumulation
-from vfi.fitting import TrainingStep, is_out_of_memory, with_smaller_batch
+from vfi.fitting import TrainingStep, with_smaller_batch
+from vfi.runtime.memory import is_out_of_memory
 
 FLAGS = ["--preset", "tiny", "--crop", "64", "--num_workers", "0", "--log_every", "1", "--warmup_steps", "2", "--lr", "2e-4",
          "--steps", "2"]  # fmt: skip

@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from vfi import graphs
 from vfi.config import presets
-from vfi.graphs import Graphs
 from vfi.inference.loading import predict
 from vfi.model.interpolator import FrameInterpolator
 from vfi.ops.ssm import scan_order
+from vfi.runtime import cuda_graphs
+from vfi.runtime.cuda_graphs import Graphs
 
 
 class Recorded:
@@ -30,8 +30,8 @@ class Recorded:
 @pytest.fixture
 def on_cpu(monkeypatch):
     """Graphs are made of frames on a CPU, too."""
-    monkeypatch.setattr(graphs, "_pays", lambda frames: frames.shape[0] * frames.shape[2] * frames.shape[3] <= 64)
-    monkeypatch.setattr(graphs, "_Graph", Recorded)
+    monkeypatch.setattr(cuda_graphs, "_pays", lambda frames: frames.shape[0] * frames.shape[2] * frames.shape[3] <= 64)
+    monkeypatch.setattr(cuda_graphs, "_Graph", Recorded)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
     memory(monkeypatch, cached=0, free=1)
 

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 
 from vfi.config.configs import ConfigError
-from vfi.numerics import numerics, refusals_explained, set_numerics
 from vfi.ops.loss import laplacian
+from vfi.runtime.numerics import numerics, refusals_explained, set_numerics
 from vfi.tracking import environment
 
 ROOT = Path(__file__).parents[2]
@@ -97,7 +97,7 @@ def test_nothing_else_sets_them():
         r"(cudnn\.\w+|allow_tf32|fp32_precision)\s*=[^=]|use_deterministic_algorithms\(|set_float32_matmul_precision\(|CUBLAS_"
     )
     found = [str(path.relative_to(ROOT)) for path in sorted((ROOT / "vfi").rglob("*.py")) if setting.search(path.read_text())]
-    assert found == ["vfi/numerics.py"]
+    assert found == ["vfi/runtime/numerics.py"]
 
 
 @pytest.mark.gpu

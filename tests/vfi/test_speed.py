@@ -21,12 +21,12 @@ from vfi.evaluation.external_models import load_any
 from vfi.evaluation.latency import SpeedOptions, make_ask, real_pairs
 from vfi.evaluation.latency_results import Speed, SpeedRow, against, is_speed, read_speed, table, write_speed
 from vfi.evaluation.results import ResultError
-from vfi.graphs import Graphs
 from vfi.inference.loading import load, predict
 from vfi.io.dataclass_json import to_json
 from vfi.model.compile import compile_parts
 from vfi.model.interpolator import FrameInterpolator
 from vfi.profiling.timing import WARMUP
+from vfi.runtime.cuda_graphs import Graphs
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

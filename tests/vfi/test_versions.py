@@ -7,9 +7,10 @@ from importlib import metadata
 import numpy
 import pytest
 
-from vfi import tracking, versions
+from vfi import tracking
 from vfi.checkpoint import pretrained_folder
 from vfi.config import presets
+from vfi.runtime import versions
 
 
 def test_installed_packages_have_the_version_that_they_state():

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from vfi.distributed.watchdog import Beat, Watch, hanging
-from vfi.signals import STOPPING, Agreement, StopSignals
+from vfi.runtime.stop_signals import STOPPING, Agreement, StopSignals
 
 CPU = torch.device("cpu")
 SECONDS = 60.0

@@ -29,11 +29,12 @@ from vfi.checkpoint.weights import read_weights, refuse_differences
 from vfi.config.configs import Config, ConfigError, ModelConfig
 from vfi.config.validation import validate
 from vfi.errors import CheckpointError, JobError
-from vfi.io.dataclass_json import RecordError, from_object, note
+from vfi.io.dataclass_json import RecordError, from_object
 from vfi.io.verified_folder import MANIFEST
 from vfi.model.interpolator import FrameInterpolator
+from vfi.runtime.logging import note
+from vfi.runtime.versions import PROJECT, project_version
 from vfi.shipped import is_shipped, shipped_model
-from vfi.versions import PROJECT, project_version
 
 SCHEMA, VERSION = "vfi-model", 1
 CARD = "README.md"

@@ -32,7 +32,7 @@ from torch import Tensor
 from vfi.config.configs import Config, ConfigError
 from vfi.data.sampler import Position
 from vfi.errors import CheckpointError
-from vfi.io.dataclass_json import RecordError, config_from_json, from_object, note, to_json
+from vfi.io.dataclass_json import RecordError, config_from_json, from_object, to_json
 from vfi.io.verified_folder import (
     MANIFEST,
     FolderWriteError,
@@ -42,6 +42,7 @@ from vfi.io.verified_folder import (
     remove_folder,
     write_folder,
 )
+from vfi.runtime.logging import note
 
 MODEL, EMA, OPTIMIZER, RANDOM = "model.safetensors", "ema.safetensors", "optimizer.pt", "random.json"
 STATE, CONFIG = "state.json", "config.json"

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from vfi.checkpoint.store import EMA, MODEL, OPTIMIZER, STATE, config_of, find, read_config, refuse_damage
 from vfi.config.configs import Config
 from vfi.errors import CheckpointError
-from vfi.io.dataclass_json import note
 from vfi.model.interpolator import FrameInterpolator
+from vfi.runtime.logging import note
 
 PARTS = ("flow.teacher", "backbone", "flow", "refine")  # of the network, the longest name first
 

@@ -16,7 +16,7 @@ from vfi.config.configs import ConfigError
 from vfi.data.batch import FrameBatch, _Part, collate, to_device
 from vfi.data.shard_cache import ShardFolder, shard_folder
 from vfi.data.shard_reader import ShardReader, check_has_middle, decode_triplet
-from vfi.signals import STOPPING
+from vfi.runtime.stop_signals import STOPPING
 
 
 def _own_generator() -> torch.Generator:

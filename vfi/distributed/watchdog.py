@@ -26,7 +26,7 @@ from typing import NamedTuple, NoReturn, Self
 import torch
 import torch.distributed as dist
 
-from vfi.signals import Agreement, StopSignals
+from vfi.runtime.stop_signals import Agreement, StopSignals
 
 _PERIOD = 0.5  # seconds between two looks
 _LISTEN = 8  # looks at the others before one is named: who is alive writes at each

@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -33,22 +33,14 @@ from vfi.evaluation.external_models import Adapter, Model, distinct_names, is_ad
 from vfi.evaluation.latency_results import OWN_PRECISION, Speed, SpeedRow, write_speed
 from vfi.evaluation.options import parse_size
 from vfi.evaluation.results import check_output
-from vfi.fitting import is_out_of_memory
-from vfi.graphs import Graphs
-from vfi.inference.loading import (
-    DeviceName,
-    LoadedModel,
-    PrecisionName,
-    check_scale,
-    describe_precision,
-    pick_device,
-    pick_precision,
-)
+from vfi.inference.loading import LoadedModel, check_scale
 from vfi.model.compile import compile_parts
 from vfi.model.interpolator import FrameInterpolator
-from vfi.numerics import set_numerics
-from vfi.profiling import costs
 from vfi.profiling.timing import WARMUP
+from vfi.runtime.cuda_graphs import Graphs
+from vfi.runtime.device import DeviceName, PrecisionName, describe_precision, pick_device, pick_precision
+from vfi.runtime.memory import free_memory, if_it_fits
+from vfi.runtime.numerics import set_numerics
 from vfi.tracking import environment
 
 _PHOTOGRAPHS = ("astronaut.png", "chelsea.png", "motorcycle_left.png")  # a pair of each: no input stays in a cache
@@ -58,7 +50,6 @@ Pair = tuple[Tensor, Tensor]
 """img0, img1: `[1, 3, H, W]` in [0, 1]."""
 Ask = Callable[[Tensor, Tensor], object]
 """One call: img0, img1 -> all frames between."""
-T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,7 +159,7 @@ def _choices(model: LoadedModel | Adapter) -> list[str]:
 
 def _settings(options: SpeedOptions, device: torch.device, precision: torch.dtype) -> dict[str, Any]:
     """How it is measured, for people."""
-    graphs = "for this project's models, where they pay (vfi/graphs.py)" if device.type == "cuda" else "none"
+    graphs = "for this project's models, where they pay (vfi/runtime/cuda_graphs.py)" if device.type == "cuda" else "none"
     return {
         "precision": describe_precision(precision),
         "TF32": options.tf32,
@@ -231,7 +222,7 @@ def _measure(
             asks[one.name], memory[one.name] = ask(), found
     times = _alternate(asks, [(img0.to(device), img1.to(device)) for img0, img1 in pairs], options.repeats, device)
     asks.clear()  # and their graphs
-    costs.free_memory()
+    free_memory()
     size = "{}x{}".format(*pairs[0][0].shape[2:])
     rows = [_row(one, size, factor, precision, options.compile, times.get(one.name)) for one in contenders]
     for number, row in enumerate(rows):
@@ -277,17 +268,6 @@ def make_ask(
     return lambda img0, img1: fresh.predict_several(img0, img1, moments, precision, scale)
 
 
-def if_it_fits(call: Callable[[], T]) -> T | None:
-    """What the call gives; None, and its memory given back, where the device has not enough of it."""
-    try:
-        return call()
-    except RuntimeError as error:
-        if not is_out_of_memory(error):
-            raise
-    costs.free_memory()  # not before here: the error holds on to its frames, and they to their tensors
-    return None
-
-
 def _memory(ask: Ask, pair: Pair, others: int, device: torch.device) -> tuple[int | None, int | None]:
     """(allocated, reserved): the peak in bytes of calls as they are timed, as if the model were alone; None on a CPU.
 
@@ -297,10 +277,10 @@ def _memory(ask: Ask, pair: Pair, others: int, device: torch.device) -> tuple[in
     """
     if device.type != "cuda":
         return None, None
-    costs.free_memory()
+    free_memory()
     img0, img1 = (frame.to(device) for frame in pair)
     ask(img0, img1)
-    costs.free_memory()
+    free_memory()
     torch.cuda.reset_peak_memory_stats(device)
     for _ in range(WARMUP):  # with CUDA graphs: without one, recorded, and replayed
         ask(img0, img1)

@@ -9,8 +9,8 @@ from pathlib import Path
 from vfi.data.shard_cache import ShardFolder, cache_at, shard_folder
 from vfi.errors import JobError
 from vfi.evaluation.protocols import ProfileName
-from vfi.inference.loading import DeviceName, PrecisionName
 from vfi.model.interpolator import MIN_SIZE
+from vfi.runtime.device import DeviceName, PrecisionName
 
 ALL, SPEED = "all", "--speed"
 

@@ -27,10 +27,11 @@ from vfi.evaluation.protocols import PROTOCOLS
 from vfi.evaluation.results import BASELINES, Results, Row, check_output, table, write_results
 from vfi.evaluation.sample_images import check_folder, draw_pictures
 from vfi.evaluation.task import Bench, protocol_bench, shard_bench
-from vfi.inference.loading import DeviceName, LoadedModel, check_scale, describe_precision, pick_device, pick_precision
+from vfi.inference.loading import LoadedModel, check_scale
 from vfi.metrics.lpips import load_lpips
 from vfi.model.interpolator import FrameInterpolator
 from vfi.profiling import costs
+from vfi.runtime.device import DeviceName, describe_precision, pick_device, pick_precision
 from vfi.tracking import git_state
 
 

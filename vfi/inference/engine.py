@@ -18,18 +18,18 @@ from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
-import psutil
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
 from vfi.errors import JobError
-from vfi.fitting import is_out_of_memory
 from vfi.inference.flow_scale import auto_scale
-from vfi.inference.loading import DeviceName, LoadedModel, PrecisionName, check_scale, load, pick_device, pick_precision
+from vfi.inference.loading import LoadedModel, check_scale, load
 from vfi.inference.tiling import SMALLEST, smaller, tiled
-from vfi.profiling.costs import count, free_memory
+from vfi.profiling.costs import count
+from vfi.runtime.device import DeviceName, PrecisionName, pick_device, pick_precision
+from vfi.runtime.memory import available_memory, free_memory, is_out_of_memory
 from vfi.shipped import SHIPPED
 
 GIB = 2**30
@@ -39,7 +39,6 @@ _AROUND = 9  # side of what has to stand still with it
 _FADE = 5
 _OUTSIDE = 0.75 * GIB  # of a GPU, what CUDA and the code of kernels take beside tensors: 0.7 GiB on an H100
 _AMPLE = 2**15  # bytes a pixel, several times what the largest preset takes: with so many nothing needs to be estimated
-_CGROUP = Path("/sys/fs/cgroup")
 
 Images = list[np.ndarray]
 
@@ -223,16 +222,6 @@ def keep_still(made: Tensor, img0: Tensor, img1: Tensor, times: Tensor) -> Tenso
     weight = ((MOVES - change) / (MOVES - STILL)).clamp(0, 1)
     weight = F.avg_pool2d(weight, _FADE, 1, _FADE // 2, count_include_pad=False)
     return made + weight * (torch.lerp(img0, img1, times.view(-1, 1, 1, 1)) - made)
-
-
-def available_memory() -> float:
-    """Bytes that are free on this machine, or below the limit of the container that this process is in."""
-    free = float(psutil.virtual_memory().available)
-    try:
-        limit, used = ((_CGROUP / name).read_text().strip() for name in ("memory.max", "memory.current"))
-    except OSError:  # no container, or one of another kind
-        return free
-    return free if limit == "max" else min(free, float(limit) - float(used))
 
 
 class _Clock:

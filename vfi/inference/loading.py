@@ -11,7 +11,7 @@ import dataclasses
 import hashlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Literal, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -21,14 +21,12 @@ from vfi.checkpoint.store import EMA, MODEL, find, read_step
 from vfi.checkpoint.weights import best_weights, load_model
 from vfi.config.configs import SCALES, Config, RunConfig
 from vfi.errors import CheckpointError, JobError
-from vfi.graphs import Graphs
-from vfi.io.dataclass_json import note
 from vfi.model.interpolator import FrameInterpolator
 from vfi.ops.triton.precompile import compiling_ahead
+from vfi.runtime.cuda_graphs import Graphs
+from vfi.runtime.device import _autocast
+from vfi.runtime.logging import note
 from vfi.shipped import SHIPPED, is_shipped, shipped_model
-
-DeviceName = Literal["auto", "cpu", "cuda"]
-PrecisionName = Literal["auto", "fp32", "bf16"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,27 +101,6 @@ class LoadedModel:
         return digest.hexdigest()
 
 
-def pick_device(name: DeviceName) -> torch.device:
-    """auto: the GPU if there is one. Raises JobError for `cuda` on a machine without one."""
-    if name == "cuda" and not torch.cuda.is_available():
-        raise JobError("--device cuda: no CUDA GPU is usable here; take --device cpu or auto")
-    if name == "cpu" or not torch.cuda.is_available():
-        return torch.device("cpu")
-    return torch.device("cuda", torch.cuda.current_device())
-
-
-def pick_precision(name: PrecisionName, device: torch.device) -> torch.dtype:
-    """Type of the matrix products: auto is bf16 on a GPU that computes in it, fp32 elsewhere. Weights stay as they are."""
-    if name == "auto":
-        return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported(False) else torch.float32
-    return torch.bfloat16 if name == "bf16" else torch.float32
-
-
-def describe_precision(precision: torch.dtype) -> str:
-    """What results and messages call a precision."""
-    return "bf16 autocast" if precision == torch.bfloat16 else "fp32"
-
-
 def predict(
     model: nn.Module,
     img0: Tensor,
@@ -147,10 +124,6 @@ def predict(
         if graphs is None:
             return forward(img0, img1, timestep)
         return graphs(forward, img0, img1, timestep, kind=(precision, scale))
-
-
-def _autocast(device: torch.device, precision: torch.dtype) -> torch.autocast:
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision == torch.bfloat16)
 
 
 def check_scale(scale: float | None, models: Iterable[LoadedModel]) -> None:

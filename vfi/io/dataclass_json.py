@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import sys
 import types
 import typing
 from collections.abc import Callable
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from vfi.config.configs import Config, ConfigError
+from vfi.runtime.logging import note
 
 _UNIONS = (types.UnionType, typing.Union)
 
@@ -35,11 +35,6 @@ def write_text(path: Path, text: str) -> None:
 def to_json(record: Any) -> str:
     """The text of a dataclass as JSON, for a file."""
     return json.dumps(dataclasses.asdict(record), indent=1) + "\n"
-
-
-def note(text: str) -> None:
-    """Tell the user something that is no error; on stderr, since stdout is for results."""
-    print(f"note: {text}", file=sys.stderr)
 
 
 def config_from_json(text: str, where: str = "config.json", say: Callable[[str], None] = note) -> Config:

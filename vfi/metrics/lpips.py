@@ -110,8 +110,8 @@ class Lpips(nn.Module):
     def forward(self, prediction: Tensor, truth: Tensor) -> Tensor:
         """`[B, 3, H, W]` in [0, 1] twice -> `[B]`, from 0; symmetric. ValueError for other shapes and sides below MIN_SIDE.
 
-        In the type of the weights, fp32, whatever autocast says. On a GPU the convolutions run in TF32 where vfi.numerics was
-        told to allow it. Values are taken as they are: neither rounded nor clamped.
+        In the type of the weights, fp32, whatever autocast says. On a GPU the convolutions run in TF32 where
+        vfi.runtime.numerics was told to allow it. Values are taken as they are: neither rounded nor clamped.
         """
         if prediction.shape != truth.shape or prediction.ndim != 4 or prediction.shape[1] != 3:
             raise ValueError(f"expected two tensors [B, 3, H, W], got {tuple(prediction.shape)} and {tuple(truth.shape)}")

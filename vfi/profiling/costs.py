@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import gc
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -266,13 +265,6 @@ def _watch_traffic(model: nn.Module, precision: torch.dtype) -> Iterator[dict[st
     ]
     with _registered(handles):
         yield traffic
-
-
-def free_memory() -> None:
-    """Give back what a failed measurement left behind."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def receptive_fields(levels: Sequence[nn.Module]) -> list[int]:

@@ -44,7 +44,7 @@ class SizeSummary:
     out_of_memory: bool = False
     measured: Measured | None = None
     graph_ms: float | None = None
-    """As the jobs run it: by a CUDA graph where that pays (vfi/graphs.py)."""
+    """As the jobs run it: by a CUDA graph where that pays (vfi/runtime/cuda_graphs.py)."""
     parts_ms: dict[str, float] | None = None
     floors_ms: dict[str, float] | None = None
     plain_parts_ms: dict[str, float] | None = None
