@@ -34,7 +34,7 @@ from vfi.profiling import timing
 from vfi.runtime import memory
 from vfi.runtime.memory import is_out_of_memory
 from vfi.runtime.numerics import numerics, set_numerics
-from vfi.tracking import environment
+from vfi.tracking.environment import environment
 from vfi.training_graphs import let_segments_grow
 
 TOLERANCE = 0.05

@@ -23,8 +23,8 @@ from launch.slurm import JobState
 from launch.submission import QUEUED, SUBMISSION, Submission, read_queued, read_submission, submissions
 from vfi.errors import JobError, clear_errors
 from vfi.io.dataclass_json import config_from_json
-from vfi.run_status import read_status
 from vfi.runtime.logging import note
+from vfi.tracking.run_status import read_status
 
 WAITING = ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "SUSPENDED", "RESIZING", "SIGNALING")
 """States of a job that goes on by itself."""

@@ -21,7 +21,7 @@ TRAINING = (
     "vfi.train",
     "vfi.losses",
     "vfi.optim",
-    "vfi.tracking",
+    "vfi.tracking.tracker",
     "accelerate",
     "torch.distributed",
 )

@@ -37,7 +37,7 @@ from vfi.data.loader import TrainingLoader
 from vfi.errors import JobError, clear_errors
 from vfi.io.dataclass_json import write_text
 from vfi.runtime.numerics import set_numerics
-from vfi.tracking import environment
+from vfi.tracking.environment import environment
 
 SCHEMA, VERSION = "vfi-data-benchmark", 1
 LOOSE = "loose png"

@@ -38,7 +38,7 @@ from vfi.ops.triton.availability import fused_obstacle
 from vfi.ops.warp.warp import backward_warp
 from vfi.profiling import timing
 from vfi.runtime.numerics import set_numerics
-from vfi.tracking import environment
+from vfi.tracking.environment import environment
 
 SCHEMA, VERSION = "vfi-operators", 1
 _HALF = torch.bfloat16

@@ -20,7 +20,7 @@ import tyro
 
 from vfi.checkpoint.store import check, is_verifiable, list_checkpoints, newest_run, read_state
 from vfi.errors import CheckpointError, JobError, clear_errors
-from vfi.run_status import age
+from vfi.tracking.run_status import age
 
 
 @dataclasses.dataclass(frozen=True)

@@ -47,7 +47,7 @@ from vfi.runtime import memory
 from vfi.runtime.cuda_graphs import Graphs
 from vfi.runtime.device import DeviceName, PrecisionName, describe_precision, pick_device, pick_precision
 from vfi.runtime.numerics import set_numerics
-from vfi.tracking import environment
+from vfi.tracking.environment import environment
 
 SCHEMA, VERSION = "vfi-model-summary", 3
 _SCAN_ORDERS = 4

@@ -20,8 +20,9 @@ from vfi.checkpoint.store import CONFIG, latest
 from vfi.config.configs import ConfigError
 from vfi.errors import JobError, clear_errors
 from vfi.io.dataclass_json import config_from_json
-from vfi.run_status import STATES, age, read_status
-from vfi.tracking import METRICS, read_rows
+from vfi.tracking.environment import METRICS
+from vfi.tracking.run_status import STATES, age, read_status
+from vfi.tracking.tracker import read_rows
 
 
 @dataclasses.dataclass(frozen=True)

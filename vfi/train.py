@@ -56,9 +56,10 @@ from vfi.ops.loss.laplacian import choose_loss
 from vfi.optim import annealing, build_optimizer, carry_over, freeze, learning_rate
 from vfi.progress import progress
 from vfi.recovery import Part, Snapshots, go_back, suspects
-from vfi.run_status import recorded
 from vfi.runtime.numerics import refusals_explained, set_numerics
-from vfi.tracking import METRICS, Tracker, environment, versions, write_environment
+from vfi.tracking.environment import METRICS, environment, versions, write_environment
+from vfi.tracking.run_status import recorded
+from vfi.tracking.tracker import Tracker
 from vfi.training_graphs import Recorder, let_segments_grow, record_passes
 from vfi.training_state import Snapshot, gather_random, read_snapshot, restore, scaler_state
 from vfi.validation import Score, Validation

@@ -30,7 +30,7 @@ from vfi.ops.triton import launch_config, tuned_configs
 from vfi.ops.triton.availability import fused_obstacle
 from vfi.profiling.kernel_search import Found, as_entries, search_step
 from vfi.runtime.memory import free_memory
-from vfi.tracking import environment
+from vfi.tracking.environment import environment
 
 _SHOWN = ("torch", "triton", "mamba-ssm")
 

@@ -16,7 +16,7 @@ from vfi.distributed.watchdog import Watch
 from vfi.metrics.flow_color import flow_image
 from vfi.metrics.image_quality import psnr
 from vfi.model.interpolator import MIN_SIZE, FrameInterpolator, Prediction
-from vfi.tracking import Tracker
+from vfi.tracking.tracker import Tracker
 
 
 class Score(NamedTuple):

@@ -13,7 +13,7 @@ from launch.submission import Queued, Submission, new_folder, write_submission
 from vfi.config import presets
 from vfi.errors import JobError
 from vfi.io.dataclass_json import to_json
-from vfi.run_status import Status
+from vfi.tracking.run_status import Status
 
 
 def write_run(folder: Path, job_id: str, nodes: int = 2, **changed: object) -> None:

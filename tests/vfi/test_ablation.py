@@ -10,7 +10,7 @@ import pytest
 from vfi import report
 from vfi.config import presets
 from vfi.io.dataclass_json import to_json
-from vfi.run_status import Status
+from vfi.tracking.run_status import Status
 
 
 def write_run(folder: Path, preset: str, seed: int, psnr: list[float], state: str = "finished", **changed: object) -> None:

@@ -13,7 +13,7 @@ from vfi.evaluation.latency_results import Speed, SpeedRow
 from vfi.evaluation.results import BASELINES, ImageScore, Results, Row, write_results
 from vfi.io.dataclass_json import to_json
 from vfi.reporting import acceptance
-from vfi.run_status import Status
+from vfi.tracking.run_status import Status
 
 
 def row(model: str, psnr: float, ssim: float = 0.98, phase: int | None = None, ours: bool = True, ie: float = 1.0) -> Row:

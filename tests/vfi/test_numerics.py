@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from vfi.config.configs import ConfigError
 from vfi.ops.loss import laplacian
 from vfi.runtime.numerics import numerics, refusals_explained, set_numerics
-from vfi.tracking import environment
+from vfi.tracking.environment import environment
 
 ROOT = Path(__file__).parents[2]
 

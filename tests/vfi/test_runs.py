@@ -19,7 +19,7 @@ from vfi.config import presets
 from vfi.errors import Stopped
 from vfi.io.dataclass_json import to_json
 from vfi.io.verified_folder import MANIFEST
-from vfi.run_status import STATES, STATUS, age, read_status, recorded
+from vfi.tracking.run_status import STATES, STATUS, age, read_status, recorded
 
 CONFIG = presets.override(presets.tiny(), steps=40, phase=2)
 
@@ -141,7 +141,7 @@ def test_a_run_is_running_until_it_ends(tmp_path):
 
 def test_a_killed_run_is_seen_to_be_killed(tmp_path):
     code = (
-        "import sys, time; from pathlib import Path; from vfi.run_status import recorded\n"
+        "import sys, time; from pathlib import Path; from vfi.tracking.run_status import recorded\n"
         "with recorded(Path(sys.argv[1]), 40, lambda: 3): print('in', flush=True); time.sleep(60)"
     )
     process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True)

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from vfi.metrics.flow_color import flow_image
-from vfi.tracking import Tracker, environment, read_environment, write_environment
+from vfi.tracking.environment import environment, read_environment, write_environment
+from vfi.tracking.tracker import Tracker
 
 
 @pytest.mark.parametrize("degrees", [0, 17, 90, 135, 200, 301])

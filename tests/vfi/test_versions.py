@@ -7,10 +7,10 @@ from importlib import metadata
 import numpy
 import pytest
 
-from vfi import tracking
 from vfi.checkpoint import pretrained_folder
 from vfi.config import presets
 from vfi.runtime import versions
+from vfi.tracking import environment
 
 
 def test_installed_packages_have_the_version_that_they_state():
@@ -35,7 +35,7 @@ def not_installed(monkeypatch):
 def test_a_checkout_that_is_not_installed_says_unknown(not_installed):
     assert versions.project_version() == "unknown"
     assert pretrained_folder.this_version() == "vfi-training-stack unknown"
-    assert tracking.versions()["project"] == "unknown"
+    assert environment.versions()["project"] == "unknown"
     origin = pretrained_folder.Origin("run", "tiny", 1, averaged=False)
     description = pretrained_folder.describe(presets.tiny().model, origin, "fp16")
     assert description.written_by == "vfi-training-stack unknown"

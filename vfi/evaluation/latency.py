@@ -41,7 +41,7 @@ from vfi.runtime.cuda_graphs import Graphs
 from vfi.runtime.device import DeviceName, PrecisionName, describe_precision, pick_device, pick_precision
 from vfi.runtime.memory import free_memory, if_it_fits
 from vfi.runtime.numerics import set_numerics
-from vfi.tracking import environment
+from vfi.tracking.environment import environment
 
 _PHOTOGRAPHS = ("astronaut.png", "chelsea.png", "motorcycle_left.png")  # a pair of each: no input stays in a cache
 _MOTION = (1 / 90, 1 / 45)  # of height and width: 8 and 28 pixels at 736x1280

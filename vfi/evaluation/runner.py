@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import datetime
 import functools
 import os
-import platform
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -31,8 +29,8 @@ from vfi.inference.loading import LoadedModel, check_scale
 from vfi.metrics.lpips import load_lpips
 from vfi.model.interpolator import FrameInterpolator
 from vfi.profiling import costs
-from vfi.runtime.device import DeviceName, describe_precision, pick_device, pick_precision
-from vfi.tracking import git_state
+from vfi.runtime.device import DeviceName, pick_device, pick_precision
+from vfi.tracking.environment import _environment
 
 
 def benchmark_all(options: Options, command: str = "") -> bool:
@@ -211,29 +209,3 @@ def _macs(model: Model | None, bench: Bench, precision: torch.dtype) -> int | No
 @functools.cache  # it takes a second, and the models of a table are often of one size
 def _macs_of(config: ModelConfig, height: int, width: int, precision: torch.dtype) -> int:
     return sum(costs.count(FrameInterpolator(config, "cpu").eval(), 1, (height, width), precision).macs.values())
-
-
-def _environment(device: torch.device, precision: torch.dtype, world: int, command: str) -> dict[str, str]:
-    """What the numbers were made with, for people."""
-    return {
-        "device": _hardware(device),
-        "processes": str(world),
-        "precision": describe_precision(precision),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "git": git_state(),
-        "command": command,
-        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-    }
-
-
-def _hardware(device: torch.device) -> str:
-    if device.type == "cuda":
-        return f"{torch.cuda.get_device_name(device)} (CUDA {torch.version.cuda})"
-    names = [line.partition(":")[2].strip() for line in _cpu_facts() if line.startswith("model name")]
-    return f"CPU {names[0] if names else platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
-
-
-def _cpu_facts() -> list[str]:
-    facts = Path("/proc/cpuinfo")
-    return facts.read_text().splitlines() if facts.is_file() else []

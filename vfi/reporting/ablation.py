@@ -19,8 +19,9 @@ from vfi.config.configs import Config, ConfigError
 from vfi.config.presets import ABLATIONS, AblationName, experiments
 from vfi.errors import JobError
 from vfi.io.dataclass_json import config_from_json
-from vfi.run_status import read_status
-from vfi.tracking import METRICS, read_rows
+from vfi.tracking.environment import METRICS
+from vfi.tracking.run_status import read_status
+from vfi.tracking.tracker import read_rows
 
 _COMPARED_WITH = {"phase1": "Exp-1c", "phase2": "Exp-2c", "phase3": "Exp-3a"}
 _OF_EACH_RUN = {"preset", "exp_name", "seed", "resume", "start_from", "output_dir", "batch_size", "num_workers"}

@@ -6,13 +6,8 @@ tensorboard/    the same as curves, and pictures of the validation
 
 from __future__ import annotations
 
-import functools
 import json
 import math
-import platform
-import subprocess
-import sys
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +16,7 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from vfi.io.dataclass_json import write_text
-from vfi.runtime.numerics import numerics
-from vfi.runtime.versions import package_version, project_version
-
-METRICS, TENSORBOARD, ENVIRONMENT = "metrics.jsonl", "tensorboard", "environment.json"
-_PACKAGES = ("torch", "accelerate", "webdataset", "triton", "mamba-ssm", "numpy", "av", "simplejpeg", "safetensors")
+from vfi.tracking.environment import METRICS, TENSORBOARD
 
 
 class Tracker:
@@ -85,65 +76,3 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
             break
         rows.append(row)
     return rows
-
-
-def environment(device: torch.device) -> dict[str, Any]:
-    """What a run ran on: command, versions, hardware, state of the source."""
-    return {
-        "command": sys.argv,
-        "python": platform.python_version(),
-        "packages": {name: version for name in _PACKAGES if (version := package_version(name))},
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine(),
-        **_gpu_versions(device.type == "cuda"),
-        **numerics(),
-        "git": git_state(),
-    }
-
-
-def _gpu_versions(used: bool) -> dict[str, Any]:
-    """Of what lies between torch and a GPU, where one is used."""
-    driver = Path("/sys/module/nvidia/version")
-    return {
-        "cuda": torch.version.cuda if used else None,
-        "cudnn": torch.backends.cudnn.version() if used else None,
-        "nccl": ".".join(map(str, torch.cuda.nccl.version())) if used and torch.distributed.is_nccl_available() else None,
-        "driver": driver.read_text().strip() if used and driver.exists() else None,
-    }
-
-
-def write_environment(run_folder: Path, now: dict[str, Any]) -> None:
-    """Write environment.json: what the run runs on now and, of its earlier starts, when they were and what was different."""
-    path, always = run_folder / ENVIRONMENT, ("started", "from_step")
-    now = {"started": datetime.now(UTC).isoformat(timespec="seconds"), **now}
-    before = read_environment(path)
-    starts = [before | start for start in before.pop("earlier", [])] + ([before] if before else [])
-    earlier = [{name: value for name, value in start.items() if name in always or value != now.get(name)} for start in starts]
-    write_text(path, json.dumps(now | {"earlier": earlier}, indent=1) + "\n")
-
-
-def read_environment(path: Path) -> dict[str, Any]:
-    """What an environment.json holds; nothing where there is none that can be read."""
-    try:
-        content = json.loads(path.read_text())
-    except (FileNotFoundError, json.JSONDecodeError):
-        return {}
-    return content if isinstance(content, dict) else {}
-
-
-def versions() -> dict[str, str]:
-    """Versions of what a checkpoint depends on."""
-    return {"torch": torch.__version__, "project": project_version(), "git": git_state()}
-
-
-@functools.cache
-def git_state() -> str:
-    """Commit of the source, with '+changes' when files differ from it; 'unknown' outside a git checkout."""
-    here = Path(__file__).parent
-    try:
-        commit = subprocess.run(
-            ["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=True
-        ).stdout.strip()
-        changes = subprocess.run(["git", "status", "--porcelain"], cwd=here, capture_output=True, text=True, check=True).stdout
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return commit + ("+changes" if changes else "")

@@ -1,0 +1,1 @@
+"""Records of a run: metrics, TensorBoard, environment and status."""
