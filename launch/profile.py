@@ -29,13 +29,13 @@ from vfi.config import presets
 from vfi.config.configs import Config, ConfigError
 from vfi.config.validation import validate
 from vfi.errors import JobError, clear_errors
-from vfi.fitting import PRECISIONS, TrainingStep
 from vfi.profiling import timing
 from vfi.runtime import memory
 from vfi.runtime.memory import is_out_of_memory
 from vfi.runtime.numerics import numerics, set_numerics
 from vfi.tracking.environment import environment
-from vfi.training_graphs import let_segments_grow
+from vfi.training.cuda_graphs import let_segments_grow
+from vfi.training.synthetic_step import PRECISIONS, TrainingStep
 
 TOLERANCE = 0.05
 """Relative error of the formula above which it is said that it does not describe the measurements."""

@@ -27,6 +27,7 @@ from accelerate.utils import patch_environment
 from vfi import train
 from vfi.checkpoint.store import list_checkpoints
 from vfi.model import flow
+from vfi.training import trainer as trainer_module
 
 RANK = int(os.environ["RANK"])
 
@@ -97,7 +98,7 @@ def copy_run(source: Path, target: Path, step: int) -> None:
 @contextlib.contextmanager
 def faults(steps: set[int]):
     """In these steps, the first time that they come, the gradient of the last process is made no number."""
-    optimise, losses = train.Trainer.optimise, train.training_losses
+    optimise, losses = trainer_module.Trainer.optimise, trainer_module.training_losses
 
     def faulty_losses(*arguments):
         found = losses(*arguments)
@@ -108,17 +109,17 @@ def faults(steps: set[int]):
         due = trainer.step + 1 in steps
         steps.discard(trainer.step + 1)
         if due and int(os.environ["WORLD_SIZE"]) - 1 == RANK:
-            train.training_losses = faulty_losses
+            trainer_module.training_losses = faulty_losses
         try:
             return optimise(trainer, meter)
         finally:
-            train.training_losses = losses
+            trainer_module.training_losses = losses
 
-    train.Trainer.optimise = faulty_optimise
+    trainer_module.Trainer.optimise = faulty_optimise
     try:
         yield
     finally:
-        train.Trainer.optimise = optimise
+        trainer_module.Trainer.optimise = optimise
 
 
 if __name__ == "__main__":

@@ -36,8 +36,9 @@ from accelerate.utils import extract_model_from_parallel
 from safetensors.torch import load_file
 
 from shards import synthetic
-from vfi import train, validation
+from vfi import train
 from vfi.checkpoint import store
+from vfi.training import trainer, validation
 
 STEPS, SAVE_EVERY, VAL_EVERY = 12, 3, 4
 FLAGS = ["--preset", "tiny", "--width", "2", "--head_dim", "8", "--crop", "64", "--num_workers", "0", "--log_every", "1",
@@ -127,7 +128,7 @@ def _live(argv: list[str], log: Path, pipe: int, moment: Moment | None) -> None:
 
             return wrapped
 
-        train.Trainer.optimise = told("step", train.Trainer.optimise)
+        trainer.Trainer.optimise = told("step", trainer.Trainer.optimise)
         validation.Validation.run = told("validation", validation.Validation.run)
         store.save = told("save", store.save)
         train.main(argv)

@@ -19,8 +19,8 @@ JOBS = (
 TRAINING = (
     "vfi.data",
     "vfi.train",
-    "vfi.losses",
-    "vfi.optim",
+    "vfi.training.losses",
+    "vfi.training.optimizer",
     "vfi.tracking.tracker",
     "accelerate",
     "torch.distributed",
@@ -43,9 +43,9 @@ NEVER = {
     "vfi.data.download": ("torch", "vfi.data.loader", "vfi.data.shard_reader", "vfi.data.shard_cache", "vfi.config.configs"),
     "vfi.data.bad_samples": ("torch", "vfi.data.loader", "vfi.data.shard_reader"),
     "vfi.data.tar_index": ("shards", "torch", "vfi"),
-    "vfi.losses": ("shards", "vfi.model", "vfi.data", "accelerate"),
+    "vfi.training.losses": ("shards", "vfi.model", "vfi.data", "accelerate"),
     "vfi.metrics.image_quality": ("shards", "vfi.model", "vfi.data", "accelerate"),
-    "vfi.optim": ("shards", "vfi.model", "vfi.data", "accelerate"),
+    "vfi.training.optimizer": ("shards", "vfi.model", "vfi.data", "accelerate"),
     **{job: tuple(other for other in JOBS if other != job) for job in JOBS},
 }
 # only these files may touch a package that is not there on every machine

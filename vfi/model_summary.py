@@ -32,7 +32,6 @@ from vfi.config.configs import Config, ConfigError, ModelConfig
 from vfi.config.validation import validate
 from vfi.errors import JobError, clear_errors
 from vfi.evaluation.options import parse_size
-from vfi.fitting import TrainingStep
 from vfi.inference.loading import predict
 from vfi.io.dataclass_json import write_text
 from vfi.model.backbone import STRIDE, level_widths
@@ -48,6 +47,7 @@ from vfi.runtime.cuda_graphs import Graphs
 from vfi.runtime.device import DeviceName, PrecisionName, describe_precision, pick_device, pick_precision
 from vfi.runtime.numerics import set_numerics
 from vfi.tracking.environment import environment
+from vfi.training.synthetic_step import TrainingStep
 
 SCHEMA, VERSION = "vfi-model-summary", 3
 _SCAN_ORDERS = 4

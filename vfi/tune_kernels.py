@@ -23,7 +23,6 @@ import tyro
 from vfi.config import presets
 from vfi.config.configs import Config
 from vfi.errors import JobError, clear_errors
-from vfi.fitting import PRECISIONS, TrainingStep
 from vfi.io.dataclass_json import write_text
 from vfi.ops.ssm.ssd import import_kernel, kernel_obstacle
 from vfi.ops.triton import launch_config, tuned_configs
@@ -31,6 +30,7 @@ from vfi.ops.triton.availability import fused_obstacle
 from vfi.profiling.kernel_search import Found, as_entries, search_step
 from vfi.runtime.memory import free_memory
 from vfi.tracking.environment import environment
+from vfi.training.synthetic_step import PRECISIONS, TrainingStep
 
 _SHOWN = ("torch", "triton", "mamba-ssm")
 

@@ -29,9 +29,10 @@ from vfi import train
 from vfi.checkpoint.store import latest, list_checkpoints, read_state
 from vfi.config import command_line
 from vfi.data.sampler import START
-from vfi.losses import training_losses
-from vfi.recovery import Snapshots
-from vfi.training_state import read_snapshot
+from vfi.training import trainer
+from vfi.training.divergence import Snapshots
+from vfi.training.losses import training_losses
+from vfi.training.state import read_snapshot
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 FLAGS = ["--preset", "tiny", "--width", "2", "--head_dim", "8", "--backbone_mode", "gated_attn_only", "--crop", "64",
@@ -61,14 +62,14 @@ torch.save(trainer.network.state_dict(), sys.argv[1] + os.environ["RANK"])
 torch.distributed.destroy_process_group()
 """  # of two processes, in the forward pass of the number CALL
 
-Fault = Callable[[train.Trainer], None]
+Fault = Callable[[trainer.Trainer], None]
 
 
 @pytest.fixture
 def inject(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """inject(fault, steps …): call `fault(trainer)` after the backward pass of these steps, each time that they come by."""
     faults: dict[int, Fault] = {}
-    plain = train.Trainer.optimise
+    plain = trainer.Trainer.optimise
 
     def optimise(trainer, meter):
         found = plain(trainer, meter)
@@ -76,7 +77,7 @@ def inject(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
             fault(trainer)
         return found
 
-    monkeypatch.setattr(train.Trainer, "optimise", optimise)
+    monkeypatch.setattr(trainer.Trainer, "optimise", optimise)
     return lambda fault, *steps: faults.update(dict.fromkeys(steps, fault))
 
 
@@ -84,30 +85,30 @@ def inject(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 def spoil(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """spoil(steps …, img0=nan): fill a frame of the batches of these steps, each time that they come by."""
     fills: dict[int, dict[str, float]] = {}
-    plain = train.Trainer.forward
+    plain = trainer.Trainer.forward
 
     def forward(trainer, batch, step):
         changed = {name: torch.full_like(getattr(batch, name), value) for name, value in fills.get(step, {}).items()}
         return plain(trainer, batch._replace(**changed), step)
 
-    monkeypatch.setattr(train.Trainer, "forward", forward)
+    monkeypatch.setattr(trainer.Trainer, "forward", forward)
     return lambda *steps, **frames: fills.update(dict.fromkeys(steps, frames))
 
 
-def blow_up_layer(trainer: train.Trainer) -> None:
+def blow_up_layer(trainer: trainer.Trainer) -> None:
     """Multiply the weights of the last layer by 1000, and add 10 to what it gives."""
     with torch.no_grad():
         trainer.network.refine.head.weight.mul_(1e3)
         trainer.network.refine.head.bias.add_(10)
 
 
-def blow_up_gradient(trainer: train.Trainer) -> None:
+def blow_up_gradient(trainer: trainer.Trainer) -> None:
     """Multiply the gradient of one stage by a million million."""
     for parameter in trainer.groups["stage1"]:
         parameter.grad.mul_(1e12)
 
 
-def step_up_rate(trainer: train.Trainer) -> None:
+def step_up_rate(trainer: trainer.Trainer) -> None:
     """Raise the learning rate, from now on and also after a roll-back."""
     optim = trainer.config.optim
     raised = dataclasses.replace(optim, lr=TOO_HIGH * optim.lr, lr_min=TOO_HIGH * optim.lr_min)
@@ -130,7 +131,7 @@ def floored_losses(*arguments: object) -> dict[str, torch.Tensor]:
 def run(tmp_path, train_shards, val_shards, monkeypatch):
     """run(name, flags …) -> the run's folder, in which a run may be there already."""
 
-    monkeypatch.setattr(train, "training_losses", floored_losses)
+    monkeypatch.setattr(trainer, "training_losses", floored_losses)
 
     def start(name: str, *flags: object, out: Path = tmp_path) -> Path:
         guarded = [] if "--no-guard" in flags else GUARDED
@@ -146,7 +147,7 @@ def undisturbed(tmp_path_factory, train_shards, val_shards) -> Path:
     """60 steps with the guard, all of them saved."""
     out = tmp_path_factory.mktemp("runs")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "training_losses", floored_losses)
+        patch.setattr(trainer, "training_losses", floored_losses)
         train.main([*FLAGS, *GUARDED, "--data_path", str(train_shards), "--val_path", str(val_shards), "--output_dir", str(out),
                     "--exp_name", "undisturbed", "--steps", "60", "--save_every", "1"])  # fmt: skip
     return out / "undisturbed"
@@ -228,7 +229,7 @@ def test_a_batch_that_is_not_finite_is_skipped_and_named(undisturbed, run, spoil
     disturbed = run(part_of(undisturbed, 30, tmp_path / "nan"), "--steps", 60, "--save_every", 1, "--resume", "auto")
     (event,) = rows(disturbed, "skip")
     config = command_line.from_command_line([*FLAGS, "--data_path", str(train_shards)])
-    loader = train.TrainingLoader(config.data, 0, torch.device("cpu"), accumulation=1)
+    loader = trainer.TrainingLoader(config.data, 0, torch.device("cpu"), accumulation=1)
     batch = next(itertools.islice(loader.batches(START), 31, None))
     assert event["step"] == 32
     assert event["samples"] == list(batch.keys)
@@ -338,7 +339,7 @@ def test_checkpoints_of_ruined_weights_are_left_out_and_removed(undisturbed, run
     # and what was done survives a resume
     again = run("saved", "--steps", 62, "--resume", "auto", "--save_every", 2)
     optim = command_line.from_command_line(FLAGS).optim
-    assert [row["lr"] for row in rows(again, "train")[-2:]] == [train.learning_rate(step, 62, optim) / 2 for step in (60, 61)]
+    assert [row["lr"] for row in rows(again, "train")[-2:]] == [trainer.learning_rate(step, 62, optim) / 2 for step in (60, 61)]
     assert read_state(latest(again).path).guard["roll_backs"] == 1
 
 
@@ -453,13 +454,13 @@ def test_a_state_that_its_own_step_ruined_is_not_gone_back_to(undisturbed, run, 
 @pytest.fixture
 def noisy(monkeypatch: pytest.MonkeyPatch) -> None:
     """The loss depends on the random numbers of torch, numpy and Python."""
-    plain = train.training_losses
+    plain = trainer.training_losses
 
     def noisy_losses(*arguments):
         factor = 1 + 0.1 * torch.rand(()) + 0.1 * random.random() + 0.1 * float(np.random.rand())
         return {name: factor * loss for name, loss in plain(*arguments).items()}
 
-    monkeypatch.setattr(train, "training_losses", noisy_losses)
+    monkeypatch.setattr(trainer, "training_losses", noisy_losses)
 
 
 def timeless(run: Path) -> list[dict]:
@@ -523,7 +524,7 @@ def test_inf_on_one_process_is_skipped_by_both_which_stay_equal(tmp_path, train_
     finish(start_ranks(2, INF_ON_ONE, tmp_path / "rank", *flags, CALL="3"))
     (event,) = rows(two, "skip")
     config = command_line.from_command_line([*FLAGS, "--data_path", str(train_shards)])
-    loader = train.TrainingLoader(config.data, 0, torch.device("cpu"), accumulation=1, rank=1, world=2)
+    loader = trainer.TrainingLoader(config.data, 0, torch.device("cpu"), accumulation=1, rank=1, world=2)
     assert event["step"] == 3
     assert "loss inf" in event["why"][0]
     assert event["samples"] == list(next(itertools.islice(loader.batches(START), 2, None)).keys)
@@ -538,7 +539,7 @@ def test_inf_on_one_process_is_skipped_by_both_which_stay_equal(tmp_path, train_
 def brighter(run, monkeypatch: pytest.MonkeyPatch) -> None:
     """The truth is a little brighter than the frames: something to learn within few steps. The loss has no floor."""
     monkeypatch.setattr(
-        train, "training_losses", lambda prediction, imgt, *rest: training_losses(prediction, imgt + 0.05, *rest)
+        trainer, "training_losses", lambda prediction, imgt, *rest: training_losses(prediction, imgt + 0.05, *rest)
     )
 
 

@@ -19,6 +19,7 @@ from vfi.checkpoint.store import latest
 from vfi.checkpoint.weights import load_model
 from vfi.config import command_line, presets
 from vfi.config.configs import Config
+from vfi.training import trainer as trainer_module
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 FLAGS = ["--preset", "tiny", "--width", "2", "--head_dim", "8", "--crop", "64", "--num_workers", "0", "--log_every", "1",
@@ -121,7 +122,7 @@ def test_frozen_backbone_does_not_move_until_it_thaws(first, thawed):
 def test_frozen_means_no_gradient_and_norms_in_eval(first, tmp_path, train_shards):
     config = command_line.from_command_line([*FLAGS, "--data_path", str(train_shards), "--phase", "2", "--freeze_backbone", "1",
                                         "--steps", "9", "--resume", str(first), "--output_dir", str(tmp_path)])  # fmt: skip
-    trainer = train.Trainer(config)
+    trainer = trainer_module.Trainer(config)
     trainer.train_mode()
     assert not trainer.network.backbone.training
     assert trainer.network.refine.training
@@ -190,7 +191,7 @@ def test_distillation_from_the_shards_and_from_a_callable(tmp_path, train_shards
         return command_line.from_command_line([*FLAGS, *map(str, flags), "--output_dir", str(tmp_path), "--exp_name", name])
 
     config = settings("called")
-    loader = train.TrainingLoader(config.data, config.run.seed, torch.device("cpu"), accumulation=1, with_flow=True)
+    loader = trainer_module.TrainingLoader(config.data, config.run.seed, torch.device("cpu"), accumulation=1, with_flow=True)
     known = {batch.img0.sum().item(): (batch.flow_t0, batch.flow_t1) for batch, _ in zip(loader.batches(), range(2))}  # noqa: B905
     train.train(config, lambda img0, _img1, _timestep: known[img0.sum().item()])
     train.train(settings("other"), lambda img0, _img1, _timestep: (torch.zeros_like(img0[:, :2]),) * 2)
@@ -240,14 +241,14 @@ def test_annealing_does_not_fall_back_in_the_next_phase(tmp_path, train_shards, 
 
 def test_gradient_that_is_no_number_is_never_saved(tmp_path, train_shards, monkeypatch, capsys):
     """The loss is finite, its gradient is not: the weights of this step are lost, those of the last checkpoint are kept."""
-    plain: Callable = train.training_losses
+    plain: Callable = trainer_module.training_losses
 
     def broken(prediction, imgt, *rest):
         losses = plain(prediction, imgt, *rest)
         hurt = (prediction.residual * 0).abs().sqrt().sum()  # 0, with an infinite slope times 0
         return losses | {"loss": losses["loss"] + hurt}
 
-    monkeypatch.setattr(train, "training_losses", broken)
+    monkeypatch.setattr(trainer_module, "training_losses", broken)
     message = refused(capsys, "--data_path", train_shards, "--steps", 1, "--log_every", 5, "--output_dir", tmp_path,
                       "--exp_name", "nan", "--no-guard")  # fmt: skip
     assert "the norm of the gradient nan at step 1" in message
@@ -261,13 +262,13 @@ def test_auto_says_that_it_starts_from_scratch(tmp_path, train_shards, capsys):
 
 def test_curriculum_trains_on_growing_crops(tmp_path, train_shards, monkeypatch):
     sizes = []
-    plain: Callable = train.training_losses
+    plain: Callable = trainer_module.training_losses
 
     def spy(prediction, imgt, *rest):
         sizes.append(imgt.shape[-1])
         return plain(prediction, imgt, *rest)
 
-    monkeypatch.setattr(train, "training_losses", spy)
+    monkeypatch.setattr(trainer_module, "training_losses", spy)
     run(tmp_path, "grown", "--data_path", train_shards, "--phase", 3, "--curriculum", "--curriculum_crops", 64, 64, 64,
         "--curriculum_T", 3, "--steps", 2)  # fmt: skip
     assert sizes == [64, 64]

@@ -18,6 +18,7 @@ from vfi import checkpoints, runs, train
 from vfi.checkpoint import store
 from vfi.checkpoint.store import latest, list_checkpoints
 from vfi.io.verified_folder import MANIFEST, write_folder
+from vfi.training import trainer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 FLAGS = ["--preset", "tiny", "--crop", "64", "--num_workers", "0", "--log_every", "1", "--warmup_steps", "2",
@@ -58,14 +59,14 @@ def rows(folder: Path, event: str) -> list[dict]:
 @pytest.fixture(scope="module")
 def noisy():
     """Training whose loss depends on the random numbers of torch, numpy and Python."""
-    plain = train.training_losses
+    plain = trainer.training_losses
 
     def noisy_losses(*arguments):
         factor = 1 + 0.3 * torch.rand(()) + 0.3 * random.random() + 0.3 * float(np.random.rand())
         return {name: factor * loss for name, loss in plain(*arguments).items()}
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "training_losses", noisy_losses)
+        patch.setattr(trainer, "training_losses", noisy_losses)
         yield
 
 
@@ -284,11 +285,11 @@ def test_the_best_checkpoint_is_kept_and_listed(tmp_path, train_shards, val_shar
     scores = iter([31.0, 33.0, 32.0, 29.0, float("nan")])
 
     def score(self, network, accelerator, tracker, watch, step, in_step):
-        found = train.Score(step, next(scores), 30.0)
+        found = trainer.Score(step, next(scores), 30.0)
         tracker.log(found.step, "val", psnr=found.psnr, average_psnr=30.0, samples=1)
         return found
 
-    monkeypatch.setattr(train.Validation, "run", score)
+    monkeypatch.setattr(trainer.Validation, "run", score)
     folder = run(tmp_path, "best", "--data_path", train_shards, "--val_path", val_shards, "--steps", 5, "--save_every", 1,
                  "--val_every", 1, "--keep_last", 2)  # fmt: skip
     assert {found.step: store.read_state(found.path).psnr for found in list_checkpoints(folder)} == {

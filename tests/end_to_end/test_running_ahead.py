@@ -14,9 +14,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from vfi import optim, train
+from vfi import train
 from vfi.checkpoint.store import EMA, MODEL, list_checkpoints
 from vfi.checkpoint.weights import read_optimizer
+from vfi.training import optimizer, trainer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 FLAGS = ["--preset", "tiny", "--width", "2", "--head_dim", "8", "--backbone_mode", "gated_attn_only", "--mixing", "mhc",
@@ -26,7 +27,7 @@ FLAGS = ["--preset", "tiny", "--width", "2", "--head_dim", "8", "--backbone_mode
 NOT_A_NUMBER, LARGE, BLOWN_UP = (23, 24), (26, 27, 28), 32
 
 
-def disturb(trainer: train.Trainer, step: int, broken: set[int]) -> None:
+def disturb(trainer: trainer.Trainer, step: int, broken: set[int]) -> None:
     """Change the gradient, or once the weights, of the steps above: by more than any step does by itself, on any processor."""
     if step in NOT_A_NUMBER:
         next(trainer.network.parameters()).grad.fill_(math.nan)
@@ -44,7 +45,7 @@ def trained(tmp_path, train_shards, monkeypatch):
     """trained(name, waits) -> run folder, and the number of forward passes."""
 
     def run(name: str, waits: bool, *flags: str) -> tuple[Path, int]:
-        optimise, forward, passes, broken = train.Trainer.optimise, train.Trainer.forward, [], set[int]()
+        optimise, forward, passes, broken = trainer.Trainer.optimise, trainer.Trainer.forward, [], set[int]()
 
         def disturbed(trainer, meter):
             found = optimise(trainer, meter)
@@ -56,14 +57,14 @@ def trained(tmp_path, train_shards, monkeypatch):
             return forward(trainer, batch, step)
 
         def fused(model, config):
-            groups = optim.build_optimizer(model, config).param_groups
+            groups = optimizer.build_optimizer(model, config).param_groups
             return torch.optim.AdamW([group | {"fused": True} for group in groups], lr=config.lr)
 
         with monkeypatch.context() as patch:
-            patch.setattr(train, "_waits_for", lambda device: not waits)
-            patch.setattr(train, "build_optimizer", fused)
-            patch.setattr(train.Trainer, "optimise", disturbed)
-            patch.setattr(train.Trainer, "forward", counted)
+            patch.setattr(trainer, "_waits_for", lambda device: not waits)
+            patch.setattr(trainer, "build_optimizer", fused)
+            patch.setattr(trainer.Trainer, "optimise", disturbed)
+            patch.setattr(trainer.Trainer, "forward", counted)
             train.main([*FLAGS, *flags, "--data_path", str(train_shards), "--output_dir", str(tmp_path), "--exp_name", name])
         return tmp_path / name, len(passes)
 

@@ -10,10 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from vfi import train, validation
+from vfi import train
 from vfi.checkpoint import store
 from vfi.checkpoint.store import list_checkpoints
 from vfi.errors import STOPPED
+from vfi.training import trainer, validation
 
 FLAGS = ["--preset", "tiny", "--crop", "64", "--num_workers", "0", "--log_every", "1", "--warmup_steps", "2", "--batch_size",
          "2", "--steps", "7", "--save_every", "4", "--val_every", "4", "--ema", "0.9", "--resume", "auto"]  # fmt: skip
@@ -53,8 +54,8 @@ def signal_in(monkeypatch: pytest.MonkeyPatch, place: object, name: str, call: i
 
 # where the signal comes, and after which steps there are checkpoints and validations then
 MOMENTS = {
-    "in a step": (train, "training_losses", 3, signal.SIGTERM, [3], []),
-    "in the step that is validated": (train, "training_losses", 4, signal.SIGINT, [4], []),
+    "in a step": (trainer, "training_losses", 3, signal.SIGTERM, [3], []),
+    "in the step that is validated": (trainer, "training_losses", 4, signal.SIGINT, [4], []),
     "in a validation": (validation, "psnr", 3, signal.SIGUSR2, [4], []),
     "in a save": (store, "save", 1, signal.SIGTERM, [4, 5], [4]),
     "in the last validation": (validation, "psnr", 13, signal.SIGTERM, [4, 7], [4]),
@@ -85,7 +86,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(moment, undisturbed, tmp_path, train_
 
 
 def test_a_stopped_dry_run_leaves_nothing(tmp_path, train_shards, val_shards, monkeypatch):
-    signal_in(monkeypatch, train, "training_losses", 2, signal.SIGINT)
+    signal_in(monkeypatch, trainer, "training_losses", 2, signal.SIGINT)
     with pytest.raises(SystemExit) as stop:
         train.main([*FLAGS, "--data_path", str(train_shards), "--output_dir", str(tmp_path), "--dry_run"])
     assert stop.value.code == 130

@@ -22,6 +22,7 @@ from vfi import train
 from vfi.checkpoint.store import latest, list_checkpoints, read_state
 from vfi.config import command_line, presets
 from vfi.data.sampler import Position
+from vfi.training import trainer
 
 FLAGS = ["--preset", "tiny", "--crop", "64", "--num_workers", "0", "--log_every", "1", "--warmup_steps", "2", "--lr", "2e-4"]
 BY_TORCHRUN = ("--nproc_per_node", "2", "--master_port", "0", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "-m",
@@ -135,7 +136,7 @@ def test_stopped_run_goes_on_bit_for_bit(undisturbed, tmp_path, train_shards, va
         assert one == other
 
 
-def seen_by(loader: train.TrainingLoader, position: Position, steps: int) -> list[str]:
+def seen_by(loader: trainer.TrainingLoader, position: Position, steps: int) -> list[str]:
     return [key for batch in itertools.islice(loader.batches(position), steps) for key in batch.keys]
 
 
@@ -157,16 +158,16 @@ def test_two_processes_killed_within_an_epoch_go_on_as_one(tmp_path, train_shard
     assert (epoch, global_batch, steps) == (latest(run).step // 6, 4, latest(run).step % 6)
 
     config = command_line.from_command_line([*FLAGS, *map(str, flags), "--batch_size", "2"])
-    loaders = [train.TrainingLoader(config.data, 0, torch.device("cpu"), accumulation=1, rank=r, world=2) for r in range(2)]
+    loaders = [trainer.TrainingLoader(config.data, 0, torch.device("cpu"), accumulation=1, rank=r, world=2) for r in range(2)]
     before = [key for loader in loaders for key in seen_by(loader, Position(epoch), steps)]
     after: list[str] = []
-    plain = train.Trainer.flow_to_learn
+    plain = trainer.Trainer.flow_to_learn
 
     def spy(trainer, batch):
         after.extend(batch.keys)
         return plain(trainer, batch)
 
-    monkeypatch.setattr(train.Trainer, "flow_to_learn", spy)
+    monkeypatch.setattr(trainer.Trainer, "flow_to_learn", spy)
     run_here(*flags, "--batch_size", 5, "--epochs", epoch + 1)
     rest = 22 - 4 * steps
     assert f"the global batch was 4 and is 5: what epoch {epoch} has not seen yet is dealt anew" in capsys.readouterr().out
@@ -310,7 +311,7 @@ def test_existing_run_is_not_overwritten(capsys, undisturbed, train_shards):
 
 
 def test_loss_that_is_no_number_ends_the_run(capsys, tmp_path, train_shards, monkeypatch):
-    monkeypatch.setattr(train, "training_losses", lambda prediction, *_: {"loss": prediction.imgt.sum() * float("nan")})
+    monkeypatch.setattr(trainer, "training_losses", lambda prediction, *_: {"loss": prediction.imgt.sum() * float("nan")})
     message = refused(capsys, "--data_path", train_shards, "--batch_size", 4, "--steps", 2, "--output_dir", tmp_path,
                       "--exp_name", "nan", "--no-guard")  # fmt: skip
     assert "the loss is nan, the norm of the gradient nan at step 1; the last good checkpoint is none" in message

@@ -15,10 +15,10 @@ from launch import profile
 from launch.memory.batch_size import choose_batch
 from launch.memory.model import GIB, PROFILES, Point, add, read_profiles
 from launch.profile import Gpu, Options, OwnProcess, main
-from vfi import training_graphs
 from vfi.config import presets
 from vfi.config.configs import Config, ConfigError
 from vfi.errors import JobError
+from vfi.training import cuda_graphs
 
 A100 = Gpu("NVIDIA A100-SXM4-80GB", 79.2, True, {"torch": "2.11.0"})
 
@@ -156,7 +156,7 @@ def test_memory_of_graphs_is_that_of_training(monkeypatch, out, flags):
     """Its segments grow, which is decided before the process that measures starts."""
     found = []
     monkeypatch.setattr(profile.torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(training_graphs.os, "environ", {})
+    monkeypatch.setattr(cuda_graphs.os, "environ", {})
     monkeypatch.setattr(profile, "OwnProcess", lambda: found.append(dict(os.environ)) or OwnProcess())
     monkeypatch.setattr(OwnProcess, "do", lambda *_: None)
     monkeypatch.setattr(profile, "profile", lambda *_: None)

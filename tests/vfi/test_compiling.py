@@ -13,11 +13,11 @@ import torch
 from made_videos import new_run
 
 from vfi.config import presets
-from vfi.fitting import TrainingStep
 from vfi.inference.engine import Between, Settings
 from vfi.inference.loading import LoadedModel
 from vfi.ops.triton import precompile
 from vfi.ops.triton.precompile import compiling_ahead
+from vfi.training.synthetic_step import TrainingStep
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from vfi.ema import Ema
+from vfi.training.ema import Ema
 
 
 def layers() -> nn.Sequential:

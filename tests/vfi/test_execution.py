@@ -16,7 +16,6 @@ from torch._dynamo.utils import counters
 from vfi import train
 from vfi.config import presets
 from vfi.config.configs import ModelConfig
-from vfi.losses import training_losses
 from vfi.model import compile as compile_module
 from vfi.model.backbone import LGSBlock
 from vfi.model.compile import compile_parts, recompute
@@ -24,6 +23,8 @@ from vfi.model.flow import FlowStage
 from vfi.model.hyper_connections import MixingRecord, mixing_report, recording
 from vfi.model.interpolator import FrameInterpolator, Prediction
 from vfi.model.refinement import RefineNet
+from vfi.training import trainer
+from vfi.training.losses import training_losses
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 OPTIM = presets.tiny().optim
@@ -298,7 +299,7 @@ def test_training_takes_them_as_asked(tmp_path, train_shards, monkeypatch):
     for flags, expected in ((("--compile", "--checkpointing"), ["compile_parts", "recompute"]), ((), [])):
         asked: list[str] = []
         for change in ("compile_parts", "recompute"):
-            monkeypatch.setattr(train, change, spy(asked, change))
+            monkeypatch.setattr(trainer, change, spy(asked, change))
         train.main(["--preset", "tiny", "--width", "2", "--head_dim", "8", "--crop", "64", "--num_workers", "0", "--steps", "1",
                     "--batch_size", "1", "--data_path", str(train_shards), "--output_dir", str(tmp_path), "--exp_name",
                     f"run{len(flags)}", *flags])  # fmt: skip

@@ -10,12 +10,14 @@ import torch
 from safetensors.torch import load_file
 from warm import TRAIN, finish, start_ranks
 
-from vfi import fitting, train
+from vfi import train
 from vfi.checkpoint.store import latest
 from vfi.config import presets
 from vfi.config.configs import ConfigError, accumulation
-from vfi.fitting import TrainingStep, with_smaller_batch
 from vfi.runtime.memory import is_out_of_memory
+from vfi.training import auto_batch_size
+from vfi.training.auto_batch_size import with_smaller_batch
+from vfi.training.synthetic_step import TrainingStep
 
 FLAGS = ["--preset", "tiny", "--crop", "64", "--num_workers", "0", "--log_every", "1", "--warmup_steps", "2", "--lr", "2e-4",
          "--steps", "2"]  # fmt: skip
@@ -45,7 +47,7 @@ def full_above(monkeypatch):
             step(self, frames)
 
         monkeypatch.setattr(TrainingStep, "__call__", limited)
-        monkeypatch.setattr(fitting, "can_try", lambda device: True)
+        monkeypatch.setattr(auto_batch_size, "can_try", lambda device: True)
         return tried
 
     return set_limit
@@ -160,9 +162,9 @@ def test_what_torch_says_it_can_not_do_repeatably_stays_a_clear_error(full_above
     def fail(*_: object) -> None:
         raise RuntimeError("foo_cuda does not have a deterministic implementation, but you set …")
 
-    monkeypatch.setattr(fitting, "rehearse", fail)
+    monkeypatch.setattr(auto_batch_size, "rehearse", fail)
     with pytest.raises(ConfigError, match="--deterministic is impossible"):
-        fitting.fits(presets.tiny(), torch.device("cpu"), torch.float32, 1)
+        auto_batch_size.fits(presets.tiny(), torch.device("cpu"), torch.float32, 1)
 
 
 ONE_RANK_FULL = """
@@ -198,7 +200,7 @@ def test_a_batch_beyond_the_gpu_is_halved_until_it_fits(tmp_path):
     free, _ = torch.cuda.mem_get_info(device)
     held = torch.empty(int(free - 3 * 2**30), dtype=torch.uint8, device=device)
     batches = [1024 // 2**halvings for halvings in range(11)]
-    results = [fitting.fits(presets.override(config, batch_size=batch), device, torch.float32, 1) for batch in batches]
+    results = [auto_batch_size.fits(presets.override(config, batch_size=batch), device, torch.float32, 1) for batch in batches]
     del held
     assert not results[0]
     assert results[-1]

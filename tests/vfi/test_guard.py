@@ -15,8 +15,8 @@ from vfi.config import presets
 from vfi.config.configs import ConfigError, GuardConfig
 from vfi.config.validation import validate
 from vfi.distributed.gradients import copies, gradient_norms, group_of, layer_groups, update_ratios
-from vfi.guard import GO, Guard, on_its_way
 from vfi.model.interpolator import FrameInterpolator
+from vfi.training.gradient_monitor import GO, Guard, on_its_way
 
 GROUPS = ("stem", "flow")
 

@@ -24,7 +24,7 @@ from vfi.model.hyper_connections import (
     sinkhorn,
 )
 from vfi.model.interpolator import FrameInterpolator
-from vfi.optim import decays
+from vfi.training.optimizer import decays
 
 TINY = presets.tiny().model
 CPU = torch.device("cpu")

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from vfi import tune_kernels
 from vfi.config import presets
-from vfi.fitting import TrainingStep
 from vfi.model.ss2d import SS2D
 from vfi.model.window_attention import GatedWindowAttention
 from vfi.ops.loss.laplacian import laplacian_loss
@@ -22,6 +21,7 @@ from vfi.ops.pointwise.dispatch import give_pointwise
 from vfi.ops.triton import launch_config, tuned_configs
 from vfi.profiling import kernel_search
 from vfi.profiling.kernel_search import Found, Part, as_entries, candidates, fastest, parts_of, search
+from vfi.training.synthetic_step import TrainingStep
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 CPU = torch.device("cpu")

@@ -8,9 +8,9 @@ import scipy.ndimage
 import torch
 
 from vfi.config.configs import OptimConfig
-from vfi.losses import end_point_error, teacher_loss, training_losses
 from vfi.model.interpolator import Prediction, Stage
 from vfi.ops.loss.laplacian import laplacian_loss
+from vfi.training.losses import end_point_error, teacher_loss, training_losses
 
 TAPS = np.array([1, 4, 6, 4, 1]) / 16
 

@@ -8,8 +8,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from vfi import meter as measured
-from vfi.meter import Meter
+from vfi.training import throughput as measured
+from vfi.training.throughput import Meter
 
 CPU = torch.device("cpu")
 NORM = torch.tensor(2.0)

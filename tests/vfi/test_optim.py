@@ -11,7 +11,7 @@ import torch
 from vfi.config import presets
 from vfi.config.configs import OptimConfig
 from vfi.model.interpolator import FrameInterpolator
-from vfi.optim import Muon, annealing, build_optimizer, carry_over, freeze, learning_rate, orthogonalized
+from vfi.training.optimizer import Muon, annealing, build_optimizer, carry_over, freeze, learning_rate, orthogonalized
 
 
 def test_groups_hold_every_parameter_once():

@@ -25,7 +25,7 @@ from huggingface_hub import metadata_load
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from vfi import FrameInterpolator, interpolate, train
+from vfi import FrameInterpolator, interpolate
 from vfi.checkpoint import pretrained_folder, store
 from vfi.config import command_line, presets
 from vfi.config.configs import Config
@@ -34,6 +34,7 @@ from vfi.evaluation.results import write_results
 from vfi.inference.loading import load
 from vfi.io.dataclass_json import to_json
 from vfi.model.interpolator import FrameInterpolator as Network
+from vfi.training import trainer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -565,11 +566,11 @@ def test_a_folder_goes_before_the_hub(hub, saved) -> None:
 # training goes on from it
 
 
-def begun(start: str | Path, tmp_path: Path, shards: Path, *flags: object) -> train.Trainer:
+def begun(start: str | Path, tmp_path: Path, shards: Path, *flags: object) -> trainer.Trainer:
     """A training that starts from there."""
     words = ["--preset", "tiny", "--phase", 2, "--data_path", shards, "--num_workers", 0, "--crop", 64, "--steps", 1,
              "--output_dir", tmp_path / "runs", "--start_from", start, *flags]  # fmt: skip
-    return train.Trainer(command_line.from_command_line(list(map(str, words))))
+    return trainer.Trainer(command_line.from_command_line(list(map(str, words))))
 
 
 @pytest.mark.parametrize("where", ["a folder", "the hub"])

@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from vfi.progress import progress
+from vfi.training.progress_bar import progress
 
 
 class _Terminal(io.StringIO):

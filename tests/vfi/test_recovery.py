@@ -11,8 +11,8 @@ from torch import Tensor
 
 from vfi.checkpoint.store import EMA, MODEL, RANDOM, State, list_checkpoints, save
 from vfi.config import presets
-from vfi.recovery import Snapshots, go_back
-from vfi.training_state import Snapshot, read_snapshot
+from vfi.training.divergence import Snapshots, go_back
+from vfi.training.state import Snapshot, read_snapshot
 
 ONE = SimpleNamespace(is_main_process=True, device=torch.device("cpu"), num_processes=1, process_index=0)
 

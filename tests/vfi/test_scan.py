@@ -18,7 +18,7 @@ from vfi.ops.ssm import scan_order, selective_scan, ssd
 from vfi.ops.ssm.scan_order import SCANS, flip_scan, flip_unscan, interleaved_scan, interleaved_unscan
 from vfi.ops.ssm.selective_scan import choose_selective_scan, selective_scan_elements, selective_scan_reference
 from vfi.ops.ssm.ssd import mamba1_obstacle, ssd_elements
-from vfi.optim import build_optimizer
+from vfi.training.optimizer import build_optimizer
 
 CPU = torch.device("cpu")
 SMALL = {"d_state": 16, "head_dim": 8, "expand": 2}

@@ -16,7 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from launch import preflight
-from vfi import FrameInterpolator, benchmark, interpolate, shipped, train
+from vfi import FrameInterpolator, benchmark, interpolate, shipped
 from vfi.app_work import Work
 from vfi.checkpoint import pretrained_folder
 from vfi.config import command_line, presets
@@ -25,6 +25,7 @@ from vfi.errors import CheckpointError
 from vfi.evaluation.results import read_results
 from vfi.model.interpolator import FrameInterpolator as Network
 from vfi.shipped import FILES, SUMS
+from vfi.training import trainer as trainer_module
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -145,7 +146,7 @@ def test_a_benchmark_takes_it_by_name(folder, val_shards, tmp_path) -> None:
 @pytest.mark.parametrize("flag", ["--start_from", "--resume"])
 def test_training_starts_from_it(folder, train_shards, tmp_path, flag, capsys) -> None:
     words = ["--preset", "tiny", "--phase", 2, "--data_path", train_shards, "--num_workers", 0, "--crop", 64, "--steps", 1]
-    trainer = train.Trainer(command_line.from_command_line([*map(str, words), flag, "shipped"]))
+    trainer = trainer_module.Trainer(command_line.from_command_line([*map(str, words), flag, "shipped"]))
     weights = load_file(folder / "model.safetensors")
     for name, tensor in trainer.network.state_dict().items():
         assert tensor.dtype == torch.float32

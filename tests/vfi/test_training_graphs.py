@@ -16,11 +16,12 @@ from typing import Any
 import pytest
 import torch
 
-from vfi import train, training_graphs
+from vfi import train
 from vfi.config import configs, presets
-from vfi.losses import training_losses
 from vfi.model.interpolator import FrameInterpolator
-from vfi.training_graphs import Recorder, let_segments_grow, record_passes
+from vfi.training import cuda_graphs, trainer
+from vfi.training.cuda_graphs import Recorder, let_segments_grow, record_passes
+from vfi.training.losses import training_losses
 
 CUDA = torch.device("cuda")
 
@@ -152,7 +153,7 @@ def test_a_run_is_the_same(flags, bad, tmp_path, train_shards, val_shards, monke
     def run(name: str, *more: str) -> list[dict[str, Any]]:
         places = ["--data_path", str(train_shards), "--val_path", str(val_shards), "--output_dir", str(tmp_path)]
         with monkeypatch.context() as patched:
-            patched.setattr(train, "training_losses", failing(train.training_losses, bad))
+            patched.setattr(trainer, "training_losses", failing(trainer.training_losses, bad))
             train.main([*RUN, *places, "--exp_name", name, *more])
         return [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
 
@@ -197,9 +198,9 @@ def test_it_is_for_a_gpu(tmp_path, train_shards, capsys):
 
 @pytest.mark.parametrize("said", [{}, {"PYTORCH_ALLOC_CONF": "backend:native"}, {"PYTORCH_CUDA_ALLOC_CONF": ""}])
 def test_what_the_environment_says_of_memory_stays(monkeypatch, said):
-    monkeypatch.setattr(training_graphs.os, "environ", dict(said))
+    monkeypatch.setattr(cuda_graphs.os, "environ", dict(said))
     let_segments_grow()
-    assert training_graphs.os.environ == (said or {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"})
+    assert cuda_graphs.os.environ == (said or {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"})
 
 
 @pytest.mark.gpu
@@ -207,7 +208,7 @@ def test_segments_grow():
     """In a new process: it counts before the first tensor."""
     told = """
 import torch
-from vfi.training_graphs import let_segments_grow
+from vfi.training.cuda_graphs import let_segments_grow
 let_segments_grow()
 torch.zeros(1, device="cuda")
 print([segment["is_expandable"] for segment in torch.cuda.memory_snapshot()])

@@ -15,7 +15,7 @@ import torch
 from vfi.checkpoint.store import State, save
 from vfi.config import presets
 from vfi.errors import CheckpointError
-from vfi.training_state import random_state, read_snapshot, restore, scaler_state, set_random_state
+from vfi.training.state import random_state, read_snapshot, restore, scaler_state, set_random_state
 
 
 def draws(device: torch.device) -> list[float]:

@@ -12,10 +12,10 @@ import torch
 from vfi import tune_kernels
 from vfi.config import presets
 from vfi.errors import JobError
-from vfi.fitting import TrainingStep
 from vfi.ops.ssm import ssd
 from vfi.ops.triton import launch_config, tuned_configs
 from vfi.profiling.kernel_search import Found
+from vfi.training.synthetic_step import TrainingStep
 
 triton = pytest.importorskip("triton", reason="triton is not installed: kernels that it tunes can't be made")
 FAST = {"kwargs": {"BLOCK": 64}, "num_warps": 2, "num_stages": 4}

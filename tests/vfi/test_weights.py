@@ -17,12 +17,12 @@ from vfi.checkpoint import store, weights
 from vfi.checkpoint.store import State
 from vfi.config import presets
 from vfi.config.configs import Config
-from vfi.ema import Ema
 from vfi.errors import CheckpointError
 from vfi.io.dataclass_json import to_json
 from vfi.io.verified_folder import MANIFEST, write_folder
 from vfi.model.interpolator import FrameInterpolator
-from vfi.optim import build_optimizer
+from vfi.training.ema import Ema
+from vfi.training.optimizer import build_optimizer
 
 CPU = torch.device("cpu")
 

@@ -14,7 +14,7 @@ from typing import Literal
 SequenceKind = Literal["middle", "random_time", "random_gap"]
 SCALES = (1.0, 0.5, 0.25)
 UNTRAINED = "untrained"  # a --matvlm_donor
-KNOWN_STEPS = 20  # fewer give no median to judge a loss or a gradient by (vfi/guard.py)
+KNOWN_STEPS = 20  # fewer give no median to judge a loss or a gradient by (vfi/training/gradient_monitor.py)
 
 
 class ConfigError(ValueError):
@@ -169,7 +169,7 @@ class OptimConfig:
 
 @dataclasses.dataclass(frozen=True)
 class GuardConfig:
-    """What watches over the gradient, and what it does before weights are lost: see vfi/guard.py."""
+    """What watches over the gradient, and what it does before weights are lost: see vfi/training/gradient_monitor.py."""
 
     guard: bool = True
     """Watch the gradient norm of each layer group and react in stages; without it, a loss that is no number ends the run."""

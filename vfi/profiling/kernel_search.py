@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from vfi.fitting import TrainingStep
 from vfi.model.ss2d import SS2D
 from vfi.model.window_attention import GatedWindowAttention
 from vfi.ops.loss.laplacian import choose_loss
@@ -28,6 +27,7 @@ from vfi.ops.pointwise.dispatch import Pointwise, PointwiseModule
 from vfi.ops.triton import launch_config, tuned_configs
 from vfi.ops.triton.precompile import compiling_ahead
 from vfi.profiling.timing import run_ahead
+from vfi.training.synthetic_step import TrainingStep
 
 Key = tuple[str, launch_config.ShapeClass]
 """A kernel and its shape class."""

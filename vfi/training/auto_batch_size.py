@@ -14,23 +14,16 @@ from collections.abc import Callable
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
 
 from vfi.config.configs import Config, accumulation
 from vfi.errors import JobError
-from vfi.losses import training_losses
-from vfi.model.compile import compile_parts, recompute
-from vfi.model.interpolator import FrameInterpolator
-from vfi.ops.triton.precompile import compiling_ahead
-from vfi.optim import build_optimizer
 from vfi.runtime import memory
 from vfi.runtime.memory import is_out_of_memory
 from vfi.runtime.numerics import refusals_explained
 from vfi.runtime.stop_signals import Agreement
-from vfi.training_graphs import Recorder, record_passes
+from vfi.training.synthetic_step import PRECISIONS, TrainingStep
 
 _HEADROOM = 256 * 2**20  # bytes that stay free beside a step: batches under way, metrics, fragmentation
-PRECISIONS = {"no": torch.float32, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def fit_batch(config: Config, accelerator: Accelerator, sharding: str, say: Callable[[str], None]) -> Config | None:
@@ -100,56 +93,6 @@ def rehearse(config: Config, device: torch.device, precision: torch.dtype, proce
     for _ in range(2):
         step(step.make_frames())
     del spare
-
-
-class TrainingStep:
-    """Forward, loss, backward and AdamW of a new network: `step(step.make_frames())`. Frames are random, of the largest crop.
-
-    `accumulating`: the gradient of earlier batches is in memory, too; `weights`: bytes.
-    """
-
-    def __init__(self, config: Config, device: torch.device, precision: torch.dtype, accumulating: bool = False) -> None:
-        self.config, self.device, self.precision, self.accumulating = config, device, precision, accumulating
-        self.model = FrameInterpolator(config.model, device).train()
-        if config.compute.compile:
-            compile_parts(self.model)
-        if config.compute.checkpointing:
-            recompute(self.model)
-        self.recorder: Recorder | None = None
-        self.optimizer = build_optimizer(self.model, config.optim)
-        self.weights = sum(parameter.nbytes for parameter in self.model.parameters())
-
-    def make_frames(self) -> tuple[Tensor, ...]:
-        """img0, imgt, img1, timestep."""
-        batch, crop = self.config.data.batch_size, self.config.data.largest_crop
-        frames = torch.rand(3, batch, 3, crop, crop, device=self.device)
-        return (*frames, torch.rand(batch, device=self.device) * 0.8 + 0.1)
-
-    def compile_ahead(self) -> None:
-        """Have the fused kernels compiled side by side, where they are taken, and not one after the other in the first step.
-
-        Of the step nothing is left: its numbers mean nothing. mamba-ssm's kernels must not be met in it, for they are tuned by
-        running them, nor --compile, which launches them by itself.
-        """
-        if self.config.compute.compile or not self.model.all_fused:
-            return
-        with compiling_ahead(self.device):
-            self.loss(self.make_frames()).backward()
-        self.optimizer.zero_grad(set_to_none=True)
-
-    def __call__(self, frames: tuple[Tensor, ...]) -> None:
-        if self.config.compute.cuda_graphs and self.recorder is None:
-            self.recorder = record_passes(self.model)  # not before kernels were compiled ahead, for which nothing must run
-        self.loss(frames).backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=not self.accumulating)
-
-    def loss(self, frames: tuple[Tensor, ...]) -> Tensor:
-        """The training loss of a forward pass."""
-        img0, imgt, img1, timestep = frames
-        with torch.autocast(self.device.type, self.precision, enabled=self.precision != torch.float32):
-            prediction = self.model(img0, img1, timestep, imgt)
-            return training_losses(prediction, imgt, self.config.optim)["loss"]
 
 
 def _nothing_fits(config: Config, device: torch.device) -> str:

@@ -21,8 +21,9 @@ from torch import Tensor
 from vfi.checkpoint.store import check, list_checkpoints
 from vfi.distributed.collectives import on_main
 from vfi.io.verified_folder import remove_folder
-from vfi.training_state import Snapshot, read_snapshot
+from vfi.training.state import Snapshot, read_snapshot
 
+_ANNEALING_RISE = 0.1  # of what is left to the identity, each time that the guard sees an explosion building
 Part = tuple[Tensor, tuple[str, ...]]
 """One forward pass: its loss, still on the device, and the keys of its samples."""
 
@@ -101,3 +102,7 @@ def _remove_after(run_folder: Path, step: int) -> None:
     for checkpoint in reversed(list_checkpoints(run_folder)):
         if checkpoint.step > step:
             remove_folder(checkpoint.path)
+
+
+class TrainingError(RuntimeError):
+    """Training can't go on; the message says at which step and why."""

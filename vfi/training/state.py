@@ -5,7 +5,8 @@
     read_snapshot(checkpoint)       # the same from disk, where checkpoint.py has written it
     restore(accelerator, snapshot, shards, ema, guard, say)
 
-Every process takes part in each of these calls. How weights and optimizer are spread over processes is sharding.py's.
+Every process takes part in each of these calls. How weights and optimizer are spread over processes is
+vfi/distributed/strategy.py's.
 """
 
 from __future__ import annotations
@@ -26,9 +27,9 @@ from torch.utils._pytree import tree_map_only
 from vfi.checkpoint.store import EMA, RANDOM, STATE, State, read_random, read_state
 from vfi.checkpoint.weights import read_optimizer, read_weights, refuse_differences
 from vfi.distributed.strategy import Whole
-from vfi.ema import Ema
 from vfi.errors import CheckpointError
-from vfi.guard import Guard
+from vfi.training.ema import Ema
+from vfi.training.gradient_monitor import Guard
 
 
 class Snapshot(NamedTuple):

@@ -1,0 +1,632 @@
+"""One training run: every step from a batch to a checkpoint."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple, NoReturn
+
+import psutil
+import torch
+from accelerate.utils import gather_object, set_seed
+from torch import Tensor
+from tqdm import tqdm
+
+from vfi.checkpoint import pretrained_folder, store, weights
+from vfi.checkpoint.store import SavedPosition, State
+from vfi.config.configs import KNOWN_STEPS, UNTRAINED, Config, ConfigError, accumulation
+from vfi.data.bad_samples import Skipped, Tally
+from vfi.data.batch import FrameBatch
+from vfi.data.loader import TrainingLoader
+from vfi.data.sampler import Position
+from vfi.distributed.collectives import check_agreement, on_main
+from vfi.distributed.gradients import copies, layer_groups, update_ratios
+from vfi.distributed.launcher_checks import asked_precision, idle_gpus, start_accelerator
+from vfi.distributed.select import sharding
+from vfi.distributed.watchdog import Watch
+from vfi.errors import CheckpointError, Stopped
+from vfi.io.dataclass_json import to_json, write_text
+from vfi.model.compile import compile_parts, recompute
+from vfi.model.hyper_connections import MixingRecord, annealing_factor, mixing_report, recording, set_annealing
+from vfi.model.interpolator import FrameInterpolator
+from vfi.model.matvlm_init import init_mamba_from_attn, untrained_donor
+from vfi.ops.loss.laplacian import choose_loss
+from vfi.runtime.numerics import set_numerics
+from vfi.tracking.environment import METRICS, environment, versions, write_environment
+from vfi.tracking.tracker import Tracker
+from vfi.training.auto_batch_size import fit_batch
+from vfi.training.cuda_graphs import Recorder, let_segments_grow, record_passes
+from vfi.training.divergence import _ANNEALING_RISE, Part, Snapshots, TrainingError, go_back, suspects
+from vfi.training.ema import Ema
+from vfi.training.gradient_monitor import GO, Guard, Verdict, on_its_way
+from vfi.training.losses import training_losses
+from vfi.training.optimizer import annealing, build_optimizer, carry_over, freeze, learning_rate
+from vfi.training.progress_bar import progress
+from vfi.training.state import Snapshot, gather_random, read_snapshot, restore, scaler_state
+from vfi.training.throughput import Meter
+from vfi.training.validation import Score, Validation
+
+FlowTeacher = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+"""img0, img1, timestep -> flow_t0, flow_t1 in pixels, to be distilled (Exp-2e) in place of flow stored in the shards."""
+DEFAULT_EPOCHS = {1: 300, 2: 200, 3: 100}  # by phase
+_FAULTS_SHOWN = 5  # on the screen, a row of metrics
+
+
+class Move(NamedTuple):
+    """What became of a step; tensors are on the device."""
+
+    verdict: Verdict
+    norm: Tensor
+    """Of the whole gradient, before clipping."""
+    norms: Tensor
+    """[groups] of each layer group's gradient."""
+    ratios: Tensor
+    """[groups] norm of the change / norm of the weights; zeros where it was not measured, or nothing moved."""
+
+
+class Trainer:
+    """One run: everything that a step needs, built from a Config."""
+
+    def __init__(self, config: Config, flow_teacher: FlowTeacher | None = None) -> None:
+        self.flow_teacher = flow_teacher
+        self.config, self.run, self.data = config, config.run, config.data
+        if not self.data.data_path:
+            raise ConfigError("--data_path is missing: give a shard folder (see `python -m shards.synthetic --help`)")
+        self.folder = Path(self.run.output_dir) / self.run.exp_name
+        self.start_from = self._resume_point()
+        if config.compute.cuda_graphs:
+            let_segments_grow()
+        self.accelerator = start_accelerator(config)
+        self.shards = sharding(self.accelerator)
+        self.accumulation = self.accelerator.gradient_accumulation_steps
+        device, rank, world = self.accelerator.device, self.accelerator.process_index, self.accelerator.num_processes
+        set_numerics(config.compute.tf32, config.compute.deterministic)
+        self.distils = config.optim.distill_weight > 0
+        self.loader = TrainingLoader(
+            self.data, self.run.seed, device, accumulation=self.accumulation, rank=rank, world=world,
+            with_flow=self.distils and flow_teacher is None,
+        )  # fmt: skip
+        self.validation = Validation(self.data) if self.data.val_path else None
+        self.watch = Watch(device, self.run.timeout_minutes * 60, signals=not self.run.dry_run)
+        self._fit_batch()
+        # from one to the next, the guard has seen whether trouble began before the one
+        self.snapshots = Snapshots(max(KNOWN_STEPS, config.guard.guard_window // 4 + 1))
+        self.can_keep_snapshots = config.guard.guard and config.guard.guard_roll_backs > 0 and self.shards.name == "none"
+        self._build(self._read_resumed())
+        self.tracker = Tracker(self.folder, self.step, self.accelerator.is_main_process)
+        if self.data.batch_size != config.data.batch_size:
+            numbers = {"batch_size": self.data.batch_size, "accumulation": self.accumulation}
+            self.tracker.log(self.step, "batch", asked=config.data.batch_size, **numbers)
+        self.tally, self.skipped = Tally(), Skipped(self.data.max_fault_rate, self.loader.plan.samples)
+
+    def _fit_batch(self) -> None:
+        """Work on fewer samples at once and accumulate more of them, where a GPU can't hold --batch_size."""
+        smaller = fit_batch(self.config, self.accelerator, self.shards.name, self.say)
+        if smaller is None:
+            return
+        self.config, self.data = smaller, smaller.data
+        self.accumulation = accumulation(smaller, self.accelerator.num_processes)
+        self.accelerator.gradient_accumulation_steps = self.accumulation
+        self.loader.regroup(self.data.batch_size, self.accumulation)
+
+    def _read_resumed(self) -> Snapshot | None:
+        """Read the checkpoint from which this very run is resumed, if it is, and say which ones are damaged."""
+        check_agreement(self.accelerator, self.start_from)
+        for line in self.found:
+            self.say(line)
+        return read_snapshot(self.start_from) if self.going_on and self.start_from else None
+
+    def _build(self, snapshot: Snapshot | None) -> None:
+        """Network, optimizer and place in the data, those of `snapshot` or of a start; also after a roll-back."""
+        config = self.config
+        set_seed(self.run.seed)
+        self.network = FrameInterpolator(config.model, self.accelerator.device)
+        self.choices = [*self.network.choices(), choose_loss(config.optim.loss_backend, self.accelerator.device)[1]]
+        self.step = self._load_own(snapshot) if snapshot else self._load()
+        self.least_annealing = annealing_factor(self.network)  # read once: every reading waits for the device
+        if config.run.matvlm_plan != "off" and snapshot is None:
+            self._transplant()
+        saved = self._saved_position(snapshot)
+        # the checkpoint of the last frozen step is one of a frozen backbone: it thaws with the step after it
+        self.frozen = config.optim.freeze_backbone > 0 and saved.position <= Position(config.optim.freeze_backbone)
+        self.position = self._position(saved)
+        self.batches = self.loader.batches(self.position)
+        self.upcoming: FrameBatch | None = None
+        self.begun: dict[str, Tensor] | None = None
+        epochs = self.run.epochs or DEFAULT_EPOCHS[config.model.phase]
+        self.total = self.run.steps or self.step + self.loader.plan.steps_until(self.position, epochs)
+        if self.frozen and self.start_from is None:
+            raise ConfigError(
+                f"--freeze_backbone {config.optim.freeze_backbone} would keep a backbone as it is that was never trained: "
+                f"add --resume with the run of an earlier phase"
+            )
+        if self.frozen:
+            freeze(self.network.backbone)
+        self.parameters = sum(parameter.numel() for parameter in self.network.parameters())
+        if config.compute.compile:
+            compile_parts(self.network)
+        if config.compute.checkpointing:
+            recompute(self.network)
+        self.recorder = self._record() if config.compute.cuda_graphs else None
+        self.shards.settle(config, self.frozen)
+        self.model, self.optimizer = self.shards.prepare(self.network, lambda model: build_optimizer(model, config.optim))
+        self.ema = Ema(self.network, config.optim.ema) if config.optim.ema else None
+        self.score: Score | None = None
+        self.groups = layer_groups(self.network)
+        self.guard = Guard(self.groups, config.guard) if config.guard.guard else None
+        if snapshot is not None:
+            restore(self.accelerator, snapshot, self.shards, self.ema, self.guard, self.say)
+
+    def _record(self) -> Recorder:
+        """Have the network's passes recorded; ConfigError where they can't be."""
+        device = self.accelerator.device.type
+        if device != "cuda":
+            raise ConfigError(f"--cuda_graphs is for a CUDA GPU, and this trains on {device}: leave it out")
+        if self.shards.name != "none":
+            raise ConfigError(f"--cuda_graphs needs weights that stay where they are, and {self.shards.name} moves them")
+        return record_passes(self.network)
+
+    def _resume_point(self) -> Path | None:
+        """The checkpoint to start from, verified; refuses to mix two runs in one folder."""
+        self.going_on, self.found = False, list[str]()
+        auto, newest = self.run.resume == "auto", store.latest(self.folder)
+        if newest and not auto:
+            raise ConfigError(
+                f"{self.folder} already holds a run at step {newest.step}: go on with it by --resume auto, "
+                f"or give another --exp_name"
+            )
+        if newest:
+            path, self.found = store.newest_whole(self.folder)
+            self.going_on = True
+            return path
+        first = self.run.start_from or ("" if auto else self.run.resume)
+        if not first:
+            return None
+        if folder := pretrained_folder.find(first, Path(self.run.output_dir)):
+            return folder
+        path, self.found = store.find_whole(first, self.run.output_dir)
+        return path
+
+    def _load_own(self, snapshot: Snapshot) -> int:
+        """Load the weights of this very run; return the step that they are of."""
+        self.say(f"going on from the weights of {snapshot.place} (step {snapshot.state.step})")
+        if snapshot.path is None:
+            self.network.load_state_dict(snapshot.weights)
+            return snapshot.state.step
+        different = self._compare_models(store.read_config(snapshot.path, self.say))
+        try:
+            weights.refuse_differences(self.network.state_dict(), snapshot.weights, snapshot.path)
+        except CheckpointError as error:
+            raise CheckpointError(f"{error}. Settings that differ: {different or 'none'}") from error
+        self.network.load_state_dict(snapshot.weights)
+        return snapshot.state.step
+
+    def _compare_models(self, theirs: Config) -> str:
+        """Return the settings of the model that differ from those of the weights, and say them."""
+        different = weights.compare_models(self.config, theirs)
+        if different:
+            self.say(f"settings of the model that differ from that run's: {different}")
+        return different
+
+    def _load(self) -> int:
+        """Load the first weights, if they are given; return 0, the step to go on from."""
+        if self.start_from is None:
+            if self.run.resume == "auto":
+                self.say(f"no checkpoint in {self.folder}: starting from scratch")
+            return 0
+        if pretrained_folder.is_model_folder(self.start_from):
+            described = pretrained_folder.read_description(self.start_from, self.say)
+            step, theirs = described.origin.step, Config(model=described.model)
+        else:
+            step, theirs = store.read_step(self.start_from), store.read_config(self.start_from, self.say)
+        self.say(f"starting from the weights of {self.start_from} (step {step})")
+        different = self._compare_models(theirs)
+        try:
+            for line in weights.load_parts(self.network, self.start_from):
+                self.say(line)
+            if factor := annealing_factor(self.network):
+                self.say(f"the mixing's annealing factor starts at {factor:.3g}, under which these weights were trained")
+        except CheckpointError as error:
+            raise CheckpointError(f"{error}. Settings that differ: {different or 'none'}") from error
+        return 0
+
+    def _saved_position(self, snapshot: Snapshot | None) -> SavedPosition:
+        """Where in the data the run was that goes on; without a word on it, where so many of these steps lead."""
+        plan = self.loader.plan
+        saved = snapshot.state.position if snapshot else None
+        return saved or SavedPosition(plan.at_step(self.step), plan.order)
+
+    def _position(self, saved: SavedPosition) -> Position:
+        """Where in the data to go on, and a word where that is not as if the run had never stopped."""
+        plan, (epoch, done) = self.loader.plan, saved.position
+        if saved.order != plan.order:
+            self.say(
+                f"the folders, or settings that the order of samples depends on (--seed, --mixed_ratio, --shuffle_shards, "
+                f"--lane_bundle, --remainder), are not those of the checkpoint: epoch {epoch} starts anew"
+            )
+            return Position(epoch)
+        if done and done[-1][0] != plan.global_batch:
+            self.say(
+                f"the global batch was {done[-1][0]} and is {plan.global_batch}: what epoch {epoch} has not seen yet is dealt "
+                f"anew, {plan.steps_left(saved.position)} steps"
+            )
+        return plan.settled(saved.position)
+
+    def _transplant(self) -> None:
+        """Start the scan from a donor's attention (MaTVLM), and say what was copied."""
+        if self.run.matvlm_donor == UNTRAINED:
+            donor, steps = untrained_donor(self.config.model, self.run.seed + 1), 0
+        else:
+            path = store.find(self.run.matvlm_donor, self.run.output_dir)
+            heads = self.config.model.head_dim, store.read_config(path).model.head_dim
+            if heads[0] != heads[1]:  # it can't always be seen from the weights
+                raise ConfigError(f"--head_dim is {heads[0]}, that of --matvlm_donor {path} is {heads[1]}: take the donor's")
+            donor, steps = weights.read_weights(path), store.read_step(path)
+        try:
+            self.say(str(init_mamba_from_attn(self.network.backbone, donor, self.run.matvlm_plan, steps)))
+        except ValueError as error:
+            raise ConfigError(f"--matvlm_donor {self.run.matvlm_donor}: {error}") from error
+
+    def say(self, text: str) -> None:
+        """Print on the main process, above the progress bar."""
+        if self.accelerator.is_main_process:
+            tqdm.write(text)
+            sys.stdout.flush()  # in a log it would stay behind what stderr says, and be lost with a kill
+
+    def describe(self) -> None:
+        """Say what is about to happen, and write config.json and environment.json."""
+        device, world = self.accelerator.device, self.accelerator.num_processes
+        size = f"{self.parameters / 1e6:.2f} M parameters"
+        self.say(f"run {self.folder}: preset {self.run.preset}, phase {self.config.model.phase}, {size}")
+        where = device.type if self.shards.name == "none" else f"{device.type} in shards ({self.shards.name})"
+        self.say(
+            f"{world} process{'es' * (world > 1)} on {where}, precision {asked_precision()}, "
+            f"global batch {self.loader.plan.global_batch} = {self.data.batch_size} * {world} * {self.accumulation} accumulated"
+        )
+        plan = self.loader.plan
+        epochs = self.epoch + (self.total - self.step) / plan.steps_per_epoch
+        mixed = " of a mixture" if len(self.data.data_path) > 1 else ""
+        self.say(f"{plan.samples} samples{mixed}, {plan.steps_per_epoch} steps an epoch, {epochs:.1f} epochs")
+        for choice in self.choices:
+            self.say(choice)
+        if self.guard and self.shards.name != "none":
+            self.say(
+                "weights are in shards: the guard keeps no state in memory and goes back to checkpoints alone (--save_every)"
+            )
+        if idle_gpus():
+            self.say(f"{idle_gpus()} more GPUs are visible and not used: accelerate_configs/ddp.yaml uses several")
+        if self.accelerator.is_main_process:
+            write_text(self.folder / store.CONFIG, to_json(self.config))
+            content = environment(device) | {"processes": world, "precision": asked_precision(), "sharding": self.shards.name}
+            write_environment(self.folder, content | {"choices": self.choices, "from_step": self.step})
+
+    def fit(self) -> None:
+        """Train to the last step; log, validate and save on the way."""
+        self.describe()
+        meter = Meter(self.loader.plan.global_batch)
+        self.train_mode()
+        bar = progress(self.step, self.total, self.accelerator.is_main_process)
+        with contextlib.closing(self.tracker), self.watch, bar:
+            self.catch_up()
+            self.keep_snapshot()
+            first = self.step
+            while self.step < self.total:
+                self.train_step(meter, bar)
+                if self.step == first + 1:
+                    self.tracker.log(self.step, "start", seconds=round(time.time() - psutil.Process().create_time(), 1))
+
+    def catch_up(self) -> None:
+        """Validate now if the run was stopped before it could, at the step that it goes on from."""
+        due = self.validation is not None and (self.step % self.run.val_every == 0 or self.step >= self.total)
+        missing = self.going_on and due and not self.tracker.has(self.step, "val")
+        if self.watch.agreement.any(missing, at_once=True) and not self.validate():
+            self.end_early()
+
+    def train_step(self, meter: Meter, bar: tqdm) -> None:
+        """One optimiser step and whatever is due after it."""
+        if self.frozen and self.position.epoch >= self.config.optim.freeze_backbone:
+            self.thaw()
+        if self.config.optim.mhc_anneal:
+            planned = annealing(self.step, self.total, self.config.optim)
+            set_annealing(self.network, max(planned, self.least_annealing))  # it never falls: weights learnt under it
+        last = self.step + 1 == self.total
+        due = (self.step + 1) % self.run.log_every == 0 or last
+        watching: contextlib.AbstractContextManager[dict[str, MixingRecord]]
+        watching = recording(self.network) if due else contextlib.nullcontext({})
+        with watching as records:
+            losses, parts = self.optimise(meter)
+        move = self.move(losses["loss"], measured=due)
+        self.step += 1
+        self.position = self.loader.plan.after(self.position)
+        if move.verdict.action != "go":
+            self.respond(move.verdict, parts)
+        if move.verdict.action == "roll_back":
+            meter.restart()
+            bar.n = self.step
+            bar.refresh()
+            return
+        meter.add(losses, move.verdict.moves)
+        bar.update()
+        if due:
+            mean = self.accelerator.reduce(meter.mean_losses(), reduction="mean")
+            hidden = self.recorder.hidden if self.recorder else 0
+            row = meter.read(mean, move.norm, hidden) | {"lr": self.rate(self.step - 1), "epoch": self.epoch}
+            row |= self.by_group("grad", move.norms)
+            row |= self.by_group("update", move.ratios) if self.shards.measures_updates else {}
+            row |= {f"mixing_{name}": value for name, value in mixing_report(records).items()}
+            self.check_finite(row["loss"], row["grad_norm"])
+            bar.set_postfix(loss=f"{row['loss']:.4f}", samples_s=f"{row['samples_per_s']:.1f}", refresh=False)
+            self.tracker.log(self.step, "train", **row)
+            self.report_faults()
+        validating = self.validation is not None and (self.step % self.run.val_every == 0 or last)
+        saving = self.step % self.run.save_every == 0 or last
+        stopping = self.watch.stop(at_once=validating or saving)
+        if validating or saving or stopping:
+            with meter.paused():
+                stopping = stopping or (validating and not self.validate())
+                if saving or stopping:
+                    self.save(losses["loss"], move.norm)
+        self.keep_snapshot()
+        if stopping:
+            self.end_early()
+
+    def validate(self) -> bool:
+        """Measure the network on all processes and log it; False where one was told to stop meanwhile."""
+        assert self.validation is not None
+        with self.ema.in_place() if self.ema else contextlib.nullcontext():
+            self.score = self.validation.run(
+                self.network, self.accelerator, self.tracker, self.watch, self.step, self.shards.in_step
+            )
+        self.train_mode()
+        if self.score:
+            self.say(f"{self.score}{', EMA weights' if self.ema else ''}")
+        return self.score is not None
+
+    def end_early(self) -> NoReturn:
+        """Say that a signal ended the run, whose last step is saved."""
+        text = f"stopped after step {self.step} of {self.total} ({self.watch.reason}): --resume auto goes on from there"
+        self.tracker.log(self.step, "stop", why=[self.watch.reason])
+        self.say(text)
+        raise Stopped(text)
+
+    def train_mode(self) -> None:
+        """Training mode, but for a frozen backbone."""
+        self.model.train()
+        if self.frozen:
+            self.network.backbone.eval()
+
+    def thaw(self) -> None:
+        """Train the backbone from now on: a new optimizer, which goes on with what the old one knows of the other parts."""
+        self.say(f"step {self.step}: the backbone trains from now on")
+        self.frozen = False
+        old = self.optimizer.optimizer
+        freeze(self.network.backbone, frozen=False)
+        optimizer = build_optimizer(self.network, self.config.optim)
+        carry_over(old, optimizer)
+        self.model, self.optimizer = self.shards.renew(self.network, optimizer)
+
+    @property
+    def epoch(self) -> float:
+        """Epochs seen so far."""
+        return self.loader.plan.epochs_at(self.position)
+
+    def rate(self, step: int) -> float:
+        """Learning rate of a step."""
+        return learning_rate(step, self.total, self.config.optim) * (self.guard.rate_factor if self.guard else 1)
+
+    def optimise(self, meter: Meter) -> tuple[dict[str, Tensor], list[Part]]:
+        """The gradient of one step over `accumulation` batches -> mean losses, still on the device, and what they come from."""
+        means: dict[str, Tensor] = {}
+        parts: list[Part] = []
+        for _ in range(self.accumulation):
+            if self.upcoming is None:
+                self.fetch(meter, self.step + 1)
+            batch, self.upcoming = self.upcoming, None
+            assert batch is not None
+            self.tally.add(len(batch.keys), batch.faults)
+            with self.shards.accumulate():
+                losses, self.begun = self.begun or self.forward(batch, self.step + 1), None
+                self.watch.at(f"the backward pass of step {self.step + 1}")
+                self.shards.backward(losses["loss"])
+            parts.append((losses["loss"].detach(), batch.keys))
+            for name, loss in losses.items():
+                means[name] = means.get(name, 0) + loss.detach() / self.accumulation
+            of_this_step = len(parts) < self.accumulation
+            if of_this_step or self.step + 1 < self.total:
+                self.fetch(meter, self.step + 1 if of_this_step else self.step + 2)
+        return means, parts
+
+    def forward(self, batch: FrameBatch, step: int) -> dict[str, Tensor]:
+        """The losses of a batch in that step."""
+        self.watch.at(f"the forward pass of step {step}")
+        prediction = self.model(batch.img0, batch.img1, batch.timestep, batch.imgt)
+        return training_losses(prediction, batch.imgt, self.config.optim, self.flow_to_learn(batch))
+
+    def fetch(self, meter: Meter, step: int) -> None:
+        """Have the next batch at hand, while a GPU is still busy with the one before."""
+        self.watch.at(f"the wait for data of step {step}")
+        with meter.waiting(self.accelerator.device):
+            self.upcoming = next(self.batches)
+
+    def move(self, loss: Tensor, measured: bool) -> Move:
+        """Judge the gradient and, if it may, let the optimizer change the weights; `measured`: by how much, too."""
+        self.watch.at(f"the update of step {self.step + 1}")
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.rate(self.step)
+        norms = self.shards.gradient_norms(self.groups)
+        norm, ratios = torch.linalg.vector_norm(norms), torch.zeros_like(norms)
+        longest = self.config.optim.clip_norm or math.inf
+        verdict = self.judge(loss, norms, norm, longest) if self.guard else GO
+        if verdict.action != "go":
+            self.begun = None
+        if verdict.moves:
+            before = copies(self.groups) if measured and self.shards.measures_updates else None
+            if self.begun:
+                self.shards.forget()
+            else:
+                self.shards.step(norm, min(longest, verdict.clip_norm))
+            if self.ema and not self.optimizer.step_was_skipped:
+                self.ema.update()
+            if before:
+                ratios = update_ratios(self.groups, before)
+        else:
+            self.shards.drop()
+        return Move(verdict, norm, norms, ratios)
+
+    def judge(self, loss: Tensor, norms: Tensor, norm: Tensor, longest: float) -> Verdict:
+        """What the guard says of this step, from the same numbers on all processes.
+
+        Reading them, the program waits for the device, which would then wait for the program. So, where possible, the step of
+        the optimizer is tried, and the next forward pass is begun, before: see `may_run_ahead`.
+        """
+        assert self.guard is not None
+        scaler = self.accelerator.scaler
+        seen = self.accelerator.reduce(torch.cat((loss.reshape(1), norms)), reduction="mean")
+        if self.upcoming and self.may_run_ahead():
+            arrived = on_its_way(seen)
+            self.shards.try_step(norm, longest, self.guard.doubts(seen))
+            self.begun = self.forward(self.upcoming, self.step + 2)
+            seen = arrived()
+        return self.guard.judge(self.step + 1, seen, scaler.get_scale() if scaler else 1.0)
+
+    def may_run_ahead(self) -> bool:
+        """May the next forward pass begin before the guard has seen the numbers of this step?
+
+        Where nothing else comes between or is different in the next step. A step that is not as usual is left undone on the
+        device and that forward pass thrown away: the run is to the bit what it would be with waiting.
+        """
+        this, run = self.step + 1, self.run
+        due = (run.log_every, run.save_every, run.val_every, self.snapshots.every)
+        special = this + 1 == self.total or any(step % every == 0 for every in due for step in (this, this + 1))
+        changes = self.frozen or annealing(this, self.total, self.config.optim) > 0
+        able = self.accumulation == 1 and self.shards.can_try and _waits_for(self.accelerator.device)
+        return able and not special and not changes
+
+    def by_group(self, kind: str, values: Tensor) -> dict[str, float]:
+        """One number a layer group -> entries of a row."""
+        return {f"{kind}_{name}": value for name, value in zip(self.groups, values.tolist(), strict=True)}
+
+    def respond(self, verdict: Verdict, parts: list[Part]) -> None:
+        """Do what the guard wants beside the step itself, and write it down; TrainingError where training can't go on."""
+        assert self.guard is not None
+        step, samples = self.step, suspects(parts)
+        numbers: dict[str, float] = {}
+        if verdict.action == "watch":
+            numbers["clip_norm"] = verdict.clip_norm
+        if verdict.building and self.config.model.mixing != "none":
+            numbers["annealing"] = self.raise_annealing()
+        if verdict.action == "roll_back":
+            numbers = self.roll_back(verdict) | {"from_step": step}
+        self.tracker.log(self.step, verdict.action, why=[verdict.why], samples=samples, **numbers)
+        if verdict.action != "watch" or self.guard.in_a_row == 1:
+            given = "".join(f", {name} {value:.3g}" for name, value in numbers.items())
+            self.say(f"step {step}: {verdict.action}{given}: {verdict.why}; samples {', '.join(samples[:_FAULTS_SHOWN])} …")
+        if verdict.action == "stop":
+            self.give_up(verdict.why, f"the run went back {self.guard.roll_backs} times, as --guard_roll_backs allows")
+
+    def raise_annealing(self) -> float:
+        """Bring the residual mixing a tenth of the way nearer to the identity, for good -> the annealing factor."""
+        now = annealing_factor(self.network)
+        set_annealing(self.network, now + _ANNEALING_RISE * (1 - now))
+        self.least_annealing = annealing_factor(self.network)
+        return self.least_annealing
+
+    def roll_back(self, verdict: Verdict) -> dict[str, float]:
+        """Go back to the last good state, with a lower rate from now on -> what has changed, for the log."""
+        self.watch.at(f"going back from step {self.step}")
+        former, snapshot = self.guard, go_back(self.accelerator, self.folder, verdict.began, self.snapshots)
+        if snapshot is None:
+            where = "in memory or as a checkpoint" if self.can_keep_snapshots else "as a checkpoint"
+            self.give_up(verdict.why, f"there is no good state from before step {verdict.began} to go back to, {where}")
+        self.accelerator.free_memory()
+        raised = self.least_annealing
+        self._build(snapshot)
+        self.least_annealing = max(self.least_annealing, raised)  # it was raised for good
+        set_annealing(self.network, self.least_annealing)
+        assert self.guard is not None
+        assert former is not None
+        self.guard.go_on_after(former)
+        self.train_mode()
+        self.keep_snapshot()
+        numbers = {"roll_backs": self.guard.roll_backs, "rate_factor": self.guard.rate_factor}
+        return numbers | {"from_memory": float(snapshot.path is None)}
+
+    def give_up(self, why: str, more: str) -> NoReturn:
+        """End training where the guard knows no further."""
+        raise TrainingError(
+            f"step {self.step}: {why}; {more}. What was done, and the samples concerned, are in {self.folder / METRICS}. "
+            f"Try a lower --lr or a longer --warmup_steps"
+        )
+
+    def flow_to_learn(self, batch: FrameBatch) -> tuple[Tensor, Tensor] | None:
+        """Flow from outside that the flow stages are to learn from: the callable's, else the shards'; None without."""
+        if not self.distils:
+            return None
+        if self.flow_teacher is not None:
+            with torch.no_grad():
+                return self.flow_teacher(batch.img0, batch.img1, batch.timestep)
+        assert batch.flow_t0 is not None
+        assert batch.flow_t1 is not None
+        return batch.flow_t0, batch.flow_t1
+
+    def check_finite(self, loss: float, norm: float) -> None:
+        """TrainingError when loss or gradient are no numbers any more, before such weights are saved.
+
+        Both are the same on all processes: all of them stop. With a guard such a step was not taken.
+        """
+        finite = math.isfinite(loss) and (math.isfinite(norm) or self.optimizer.step_was_skipped)  # by the loss scaler
+        if self.guard is None and not finite:
+            raise TrainingError(
+                f"the loss is {loss}, the norm of the gradient {norm} at step {self.step}; the last good checkpoint is "
+                f"{store.latest(self.folder) or 'none'}. Try a lower --lr or a longer --warmup_steps"
+            )
+
+    def report_faults(self) -> None:
+        """Name the samples that any process has skipped since the last row, and stop when they are too many."""
+        fresh = self.skipped.add(gather_object([self.tally]))
+        self.tally = Tally()
+        if not fresh:
+            return
+        named = [f"{fault.kind}: {fault.where}: {fault.why}" + f" ({n} times)" * (n > 1) for fault, n in fresh.items()]
+        self.tracker.log(self.step, "fault", named=named, **self.skipped.numbers())
+        self.say(f"step {self.step}: skipped {fresh.total()} samples that can't be used, {self.skipped.rate:.2%} so far")
+        for name in named[:_FAULTS_SHOWN]:
+            self.say(f"  {name}")
+        if len(named) > _FAULTS_SHOWN:
+            self.say(f"  … all {len(named)} are named in {self.folder / METRICS}")
+        self.skipped.check(next(iter(fresh)))
+
+    def save(self, loss: Tensor, norm: Tensor) -> None:
+        """Write a checkpoint on the main process while the others wait."""
+        # the loss is that of before the step: a gradient that is no number shows in the norm alone, which all processes share
+        self.check_finite(self.accelerator.reduce(loss, reduction="mean").item(), norm.item())
+        _, state, model, optimizer, ema, random = self.take_snapshot()
+        write = functools.partial(store.save, keep_last=self.run.keep_last, keep_best=self.run.keep_best)
+        with self.watch.on_main(f"the save of step {self.step}"):
+            on_main(self.accelerator, lambda: write(self.folder, state, self.config, model, optimizer, ema=ema, random=random))
+
+    def take_snapshot(self) -> Snapshot:
+        """Return everything that the run needs to go on from here; its tensors are those that train."""
+        (epoch, done), order = self.position, self.loader.plan.order
+        model, optimizer = self.shards.weights(), self.shards.optimizer_state()
+        ema, updates = (self.shards.gathered(self.ema.weights()), self.ema.updates) if self.ema else (None, 0)
+        psnr = self.score.psnr if self.score and self.score.step == self.step and math.isfinite(self.score.psnr) else None
+        guard = self.guard.state_dict() if self.guard else {}
+        state = State(self.step, epoch, done, order, psnr, updates, scaler_state(self.accelerator), guard, versions())
+        return Snapshot(None, state, model, optimizer, ema, gather_random(self.accelerator))
+
+    def keep_snapshot(self) -> None:
+        """Keep this step in memory, where it is due: what a roll-back costs does not depend on --save_every."""
+        if self.guard and self.can_keep_snapshots and self.snapshots.should_keep(self.step, self.guard.first_doubtful_step()):
+            self.watch.at(f"the copy in memory of step {self.step}")
+            self.snapshots.keep(self.take_snapshot())
+
+
+def _waits_for(device: torch.device) -> bool:
+    """Does the device work on while the program goes on, until its numbers are read?"""
+    return device.type == "cuda"
