@@ -24,9 +24,9 @@ from typing import Any
 import tyro
 
 from shards.schema import ShardError
-from vfi.app_work import COMPARE, Made, Work, compared
 from vfi.errors import CheckpointError, JobError, clear_errors
 from vfi.runtime.device import DeviceName, PrecisionName
+from vfi.video.app_session import COMPARE, Made, Work, compared
 
 INSTALL = "pip install -e '.[app]'"
 MAX_UPLOAD = "1gb"

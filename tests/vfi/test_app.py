@@ -21,9 +21,10 @@ from PIL import Image
 from playwright.sync_api import Browser, Locator, Page
 
 from shards.schema import ShardError
-from vfi import app, app_work
-from vfi.app_work import COMPARE, Made, Moment, Work, compared
+from vfi import app
 from vfi.errors import JobError
+from vfi.video import app_session
+from vfi.video.app_session import COMPARE, Made, Moment, Work, compared
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -221,13 +222,13 @@ def test_bad_videos_are_one_line_and_leave_nothing(work, inputs, name, message):
 
 
 def test_what_is_too_large_is_told_with_the_command(work, inputs, monkeypatch):
-    monkeypatch.setattr(app_work, "MAX_FRAMES", FRAMES - 1)
+    monkeypatch.setattr(app_session, "MAX_FRAMES", FRAMES - 1)
     with pytest.raises(JobError, match=r"3 frames .*vfi interpolate clip.mp4 -o out.mp4 --slowmo 4"):
         work.video(inputs / "clip.mp4", True, 4, _ignore)
-    monkeypatch.setattr(app_work, "MAX_VIDEO", (HEIGHT, WIDTH - 1))
+    monkeypatch.setattr(app_session, "MAX_VIDEO", (HEIGHT, WIDTH - 1))
     with pytest.raises(JobError, match=r"frames of 64x48 .* up to 63x48.*vfi interpolate clip.mp4 -o out.mp4 --multiplier 2"):
         work.video(inputs / "clip.mp4", False, 2, _ignore)
-    monkeypatch.setattr(app_work, "MAX_IMAGE", (HEIGHT, WIDTH - 1))
+    monkeypatch.setattr(app_session, "MAX_IMAGE", (HEIGHT, WIDTH - 1))
     with pytest.raises(JobError, match=r"images of 64x48 .* up to 63x48.*vfi interpolate a.png b.png -o between.png"):
         work.images(inputs / "a.png", inputs / "b.png", 0.5, 0, _ignore)
 

@@ -11,7 +11,8 @@ from PIL import Image
 
 from vfi import shipped
 from vfi.checkpoint import weights
-from vfi.interpolate import frames_of, main
+from vfi.interpolate import main
+from vfi.video.convert import frames_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

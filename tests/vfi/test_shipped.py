@@ -17,7 +17,6 @@ from safetensors.torch import load_file
 
 from launch import preflight
 from vfi import FrameInterpolator, benchmark, interpolate, shipped
-from vfi.app_work import Work
 from vfi.checkpoint import pretrained_folder
 from vfi.config import command_line, presets
 from vfi.config.configs import ConfigError
@@ -26,6 +25,7 @@ from vfi.evaluation.results import read_results
 from vfi.model.interpolator import FrameInterpolator as Network
 from vfi.shipped import FILES, SUMS
 from vfi.training import trainer as trainer_module
+from vfi.video.app_session import Work
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

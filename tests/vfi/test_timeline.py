@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vfi.timeline import Multiply, Rate
+from vfi.video.timeline import Multiply, Rate
 
 BASES = st.sampled_from([Fraction(1, 25), Fraction(1, 90_000), Fraction(1001, 30_000), Fraction(1, 1000), Fraction(1, 12_800)])
 TIMES = st.lists(st.integers(1, 400), min_size=0, max_size=8).flatmap(

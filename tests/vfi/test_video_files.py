@@ -21,8 +21,8 @@ from vfi import interpolate
 from vfi.errors import JobError
 from vfi.inference.engine import Between
 from vfi.inference.loading import LoadedModel
-from vfi.stream import _ahead, _Behind
-from vfi.video import VideoInput, choose_pix_fmt, default_codec
+from vfi.video.container import VideoInput, choose_pix_fmt, default_codec
+from vfi.video.prefetch import _ahead, _Behind
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -27,11 +27,10 @@ from shards.codecs import read_image
 from shards.color_conversion import from_rgb, to_rgb
 from shards.frame_sources import VideoFrame
 from shards.sequence_filter import is_cut
-from vfi import interpolate
 from vfi.errors import JobError, message_of
-from vfi.interpolate import between_for, check_sizes, convert
 from vfi.runtime.device import DeviceName, PrecisionName, describe_precision
-from vfi.video import Encoding, VideoInput, VideoOutput
+from vfi.video.container import Encoding, VideoInput, VideoOutput
+from vfi.video.convert import Options, between_for, check_sizes, convert
 
 MAX_FRAMES = 900
 """Of a video: half a minute at 30 frames per second."""
@@ -69,7 +68,7 @@ class Work:
 
     def __init__(self, model: Path | None, device: DeviceName, precision: PrecisionName, folder: Path) -> None:
         self.folder, self.results = folder, folder / "results"
-        self.settings = interpolate.Options((), folder, model, device=device, precision=precision)
+        self.settings = Options((), folder, model, device=device, precision=precision)
         self.model = between_for(self.settings)
         self.closed, self.busy = threading.Event(), threading.Lock()
 

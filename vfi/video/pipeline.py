@@ -2,9 +2,9 @@
 
     counts = add_frames(source, sink, Multiply(2), between, Care())
 
-`source` and `sink` are videos (vfi/video.py) or folders of frames; `between(img0, img1, timesteps)` begins with the frames
-between two, and gives what waits for them. Reading, converting, the model, and writing go on at the same time. Frames of the
-input go out as they came; a scene cut is not blended, and where two frames are the same nothing is computed.
+`source` and `sink` are videos (vfi/video/container.py) or folders of frames; `between(img0, img1, timesteps)` begins with the
+frames between two, and gives what waits for them. Reading, converting, the model, and writing go on at the same time. Frames of
+the input go out as they came; a scene cut is not blended, and where two frames are the same nothing is computed.
 """
 
 from __future__ import annotations
@@ -13,60 +13,26 @@ import contextlib
 import dataclasses
 import functools
 import os
-import queue
-import threading
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from fractions import Fraction
-from pathlib import Path
-from types import TracebackType
-from typing import Any, Protocol, Self, TypeVar
 
 import av
 import numpy as np
-from PIL import Image
 
-from shards.codecs import read_image
-from shards.color_conversion import Colours, from_rgb, to_planes, to_rgb
+from shards.color_conversion import from_rgb, to_planes
 from shards.frame_sources import VideoFrame
 from shards.sequence_filter import CUT, is_cut, is_duplicate
 from vfi.errors import JobError
-from vfi.timeline import Moment, Timeline
+from vfi.video.interfaces import Sink, Source
+from vfi.video.prefetch import _ahead, _Behind
+from vfi.video.timeline import Moment, Timeline
 
 Between = Callable[[np.ndarray, np.ndarray, Sequence[Fraction]], Callable[[], list[np.ndarray]]]
 """Two frames `[H, W, 3]` uint8 or uint16, timesteps -> what waits for the frames there, of the same kind."""
-T = TypeVar("T")
-_AHEAD = 4  # frames read beforehand, or pairs waiting to be written
 _CONVERTING = 8  # threads for it: a frame of 4K takes one of them longer than a fast model
 _MOST_REPEATS = 4  # in a row that are dropped: a longer one is no pulldown but a picture that stands still
-
-
-class Source(Protocol):
-    """Where frames come from."""
-
-    colours: Colours
-    base: Fraction
-    """Seconds that a frame's `pts` counts."""
-    rate: Fraction
-    """Frames per second, on average."""
-
-    def read(self) -> Iterator[av.VideoFrame | av.Packet]:
-        """Frames in order of time, and packets of what else there is."""
-
-
-class Sink(Protocol):
-    """Where frames go."""
-
-    pix_fmt: str
-    done: int
-    """Frames that it holds already, from a conversion that was stopped: it takes the first so many for these."""
-
-    def write(self, frame: av.VideoFrame, pts: int) -> None:
-        """Take a frame."""
-
-    def copy(self, packet: av.Packet) -> None:
-        """Take a packet."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -234,113 +200,3 @@ class _Work:
 def _same(before: _Shown, after: _Shown) -> bool:
     """To the last bit? Most are told apart by their thumbnails."""
     return np.array_equal(before.thumbnail, after.thumbnail) and np.array_equal(before.image, after.image)
-
-
-def _ahead(items: Iterator[T]) -> Generator[T]:
-    """The same, some of which are got beforehand by a thread."""
-    waiting: queue.Queue[tuple[bool, Any]] = queue.Queue(_AHEAD)
-    stop = threading.Event()
-
-    def put(item: tuple[bool, Any]) -> None:
-        while not stop.is_set():
-            try:
-                return waiting.put(item, timeout=0.1)
-            except queue.Full:
-                continue
-
-    def work() -> None:
-        try:
-            for item in items:
-                put((True, item))
-                if stop.is_set():
-                    return
-        except BaseException as error:  # noqa: BLE001 (raised again where the items are taken)
-            put((False, error))
-        else:
-            put((False, None))
-
-    thread = threading.Thread(target=work, daemon=True)
-    thread.start()
-    try:
-        while True:
-            more, item = waiting.get()
-            if not more:
-                if item is not None:
-                    raise item
-                return
-            yield item
-    finally:
-        stop.set()
-        thread.join()
-
-
-class _Behind:
-    """Work on a sink that a thread does while one goes on. What goes wrong there is raised at the next call, or at the end."""
-
-    def __init__(self, sink: Sink) -> None:
-        self.sink = sink
-        self.waiting: queue.Queue[Callable[[], None] | None] = queue.Queue(_AHEAD)
-        self.error: BaseException | None = None
-        self.thread = threading.Thread(target=self._work, daemon=True)
-
-    def __enter__(self) -> Self:
-        self.thread.start()
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.waiting.put(None)
-        self.thread.join()
-        if kind is None and self.error is not None:
-            raise self.error
-
-    def put(self, work: Callable[[], None]) -> None:
-        """Something to be done soon."""
-        if self.error is not None:
-            raise self.error
-        self.waiting.put(work)
-
-    def _work(self) -> None:
-        while (work := self.waiting.get()) is not None:
-            if self.error is None:
-                try:
-                    work()
-                except BaseException as error:  # noqa: BLE001 (raised again where work is given)
-                    self.error = error
-
-
-class FolderInput:
-    """Image files as frames, in the order given, all of one size."""
-
-    colours = Colours()
-
-    def __init__(self, paths: Sequence[Path], fps: Fraction) -> None:
-        self.paths, self.rate, self.base = paths, fps, 1 / fps
-        self.expected = len(paths)
-
-    def read(self) -> Iterator[av.VideoFrame | av.Packet]:
-        """Each as it is needed."""
-        for number, path in enumerate(self.paths):
-            frame = av.VideoFrame.from_ndarray(read_image(path), format="rgb24")
-            frame.pts, frame.time_base = number, self.base
-            yield frame
-
-
-class FolderOutput:
-    """A folder of numbered PNG files: 00000000.png …; `done`: so many are there."""
-
-    pix_fmt = "rgb24"
-
-    def __init__(self, folder: Path, colours: Colours, done: int = 0) -> None:
-        self.folder, self.colours, self.done, self.count = folder, colours, done, 0
-
-    def write(self, frame: av.VideoFrame, pts: int) -> None:
-        """The next file, unless it is there."""
-        if self.count < self.done:
-            self.count += 1
-            return
-        image = to_rgb(frame, self.colours)
-        Image.fromarray(image).save(self.folder / f"{self.count:08d}.png", compress_level=1)
-        self.count += 1
-
-    def copy(self, packet: av.Packet) -> None:
-        """Nothing but frames can be kept in a folder."""

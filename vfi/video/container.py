@@ -42,7 +42,7 @@ from shards.color_conversion import (
 )
 from shards.schema import ShardError
 from vfi.errors import JobError
-from vfi.partial import Replay
+from vfi.video.resume import Replay
 
 _KEPT = ("audio", "subtitle")
 _USUAL = {

@@ -1,0 +1,1 @@
+"""Videos and folders of frames, converted to more frames."""

@@ -1,0 +1,278 @@
+"""Convert a video or a folder of frames to one with more frames or a slower one."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import os
+import re
+import time
+from collections.abc import Callable, Mapping
+from fractions import Fraction
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+from PIL import Image, UnidentifiedImageError
+from tqdm import tqdm
+
+from shards.schema import IMAGE_EXTENSIONS
+from shards.sequence_filter import CUT
+from vfi.errors import JobError
+from vfi.inference.engine import Between, Settings
+from vfi.model.interpolator import MIN_SIZE
+from vfi.runtime.device import DeviceName, PrecisionName, describe_precision
+from vfi.video.container import Encoding, VideoInput, VideoOutput
+from vfi.video.folder import FolderInput, FolderOutput
+from vfi.video.pipeline import Care, Counts, add_frames
+from vfi.video.resume import Partial, Replay, copy_frames
+from vfi.video.timeline import Multiply, Rate, Timeline
+
+DEFAULT_FPS = 15.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Each field is a flag of the job."""
+
+    inputs: tyro.conf.Positional[tuple[Path, ...]]
+    """Videos, folders of frames, or two images."""
+    out: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
+    """Video or folder to write; for two images the image; for several videos a folder."""
+    model: Path | None = None
+    """Run folder, checkpoint folder, weights file, folder of `vfi export`, or ORG/NAME on the Hugging Face hub; by default
+    `shipped`, the model that comes with the package."""
+    multiplier: int | None = None
+    """So many times as many frames; the default is 2."""
+    fps: float | None = None
+    """So many frames per second, evenly spaced, in place of a multiplier; 23.976, 29.97, 59.94 are the fractions of 1001."""
+    slowmo: int | None = None
+    """So many times as slow, at the same frame rate; without sound and subtitles."""
+    timestep: float | None = None
+    """Where the new image lies: above 0 (the first) and below 1 (the second), by default 0.5. For two images."""
+    input_fps: float | None = None
+    """Frames per second of a folder of frames, by default 15."""
+    scene_cut: float = CUT
+    """How much must change between two frames to be a scene cut, which is not blended; 0: nothing is one."""
+    drop_duplicates: bool = False
+    """Leave out frames that repeat the one before, as in animation or after pulldown."""
+    allow_damaged: bool = False
+    """Take what comes before the damage of a damaged video."""
+    tta: bool = False
+    """Take the mean with the prediction of the frames turned by 180 degrees; twice the time."""
+    codec: str = ""
+    """Encoder of the video, such as libx265, libsvtav1, prores_ks; by default H.264, for more than 8 bits H.265."""
+    crf: int | None = None
+    """Quality of the encoder: lower is better; by default 14 to 24, hard to tell from the original."""
+    encoder_preset: str = ""
+    """What the encoder spends on a smaller file, in its own words: ultrafast to veryslow for H.264 (by default veryfast with
+    subme=1) and H.265 (medium), 0 (smallest) to 13 (fastest) for libsvtav1."""
+    pix_fmt: str = ""
+    """Pixel format of the video, such as yuv420p10le; by default that of the input."""
+    scale: float | Literal["auto"] | None = None
+    """Flow is estimated at this fraction of the frames' size: 1, 0.5 (for 2K), 0.25 (4K), or auto, from the size and from what
+    moves, pair by pair; by default as trained."""
+    keep_still: bool = True
+    """What is the same in two frames is so between them, too: captions, backgrounds."""
+    tile: int | None = None
+    """Make frames in overlapping tiles of at most this side; by default whole, and in tiles where memory is too small."""
+    max_memory: float | None = None
+    """Take at most so many GiB (of the GPU, or of this machine); by default what is free."""
+    resume: bool = False
+    """Go on with what is left of a conversion that was stopped, NAME_partial; without one, start."""
+    precision: PrecisionName = "auto"
+    """auto is bf16 autocast on a GPU that has it, fp32 on the CPU."""
+    device: DeviceName = "auto"
+    """auto takes a GPU if there is one."""
+
+
+def between_for(options: Options) -> Between:
+    """The model, as the options have it."""
+    return Between(Settings(**{field.name: getattr(options, field.name) for field in dataclasses.fields(Settings)}))
+
+
+def _timeline(options: Options) -> Timeline:
+    """A new one for each video, since it counts."""
+    given = {"--multiplier": options.multiplier, "--fps": options.fps, "--slowmo": options.slowmo}
+    named = [f"{name} {value}" for name, value in given.items() if value is not None]
+    if len(named) > 1:
+        raise JobError(f"{' and '.join(named)} don't go together: take one of them")
+    for name in ("--multiplier", "--slowmo"):
+        if (value := given[name]) is not None and not 2 <= value <= 64:
+            raise JobError(f"{name} {value} must lie between 2 and 64")
+    if options.fps is not None:
+        if not 0.1 <= options.fps <= 1000:
+            raise JobError(f"--fps {options.fps} must lie between 0.1 and 1000")
+        return Rate(_fraction(options.fps))
+    return Multiply(options.slowmo, slower=True) if options.slowmo else Multiply(options.multiplier or 2)
+
+
+def _fraction(fps: float) -> Fraction:
+    """The rate that is meant: 29.97 is 30000 / 1001."""
+    ntsc = Fraction(round(fps * 1.001) * 1000, 1001)
+    return ntsc if ntsc and abs(float(ntsc) - fps) < 0.005 and fps != round(fps) else Fraction(fps).limit_denominator(1001)
+
+
+def convert(options: Options, path: Path, out: Path, model: Between, tick: Callable[[], object] = lambda: None) -> str:
+    """One video or folder of frames -> one of either kind, and a line about it. `tick` is called for each frame read."""
+    line, partial, temporary = _timeline(options), Partial.of(out), _temporary(out)
+    facts = functools.partial(_facts, options, path, model)  # of all weights: for when it is stopped, or goes on
+    done = _done(options, partial, facts)
+    with contextlib.ExitStack() as stack:
+        stack.callback(_remove, temporary)
+        source, size = _open(options, path, stack)
+        sink = _create(options, temporary, source, size, line, stack, partial.path, done)
+        bar = stack.enter_context(tqdm(total=source.expected, unit="frame", desc=path.name, disable=None))
+        care = Care(options.scene_cut, options.drop_duplicates)
+        began, busy = time.perf_counter(), model.seconds
+        try:
+            counts = add_frames(source, sink, line, model.start, care, lambda: (bar.update(), tick()))
+        except KeyboardInterrupt:
+            if isinstance(sink, VideoOutput):
+                sink.close()
+            if sink.count >= done:
+                partial.keep(temporary, facts(), sink.count)
+                tqdm.write(f"stopped: what was done is {partial.path}; --resume goes on with it")
+            raise
+        if isinstance(sink, VideoOutput):
+            sink.close()
+        temporary.replace(out)
+    partial.remove()
+    seconds = time.perf_counter() - began
+    return _described(out, source, counts, line, model) + _pace(counts, seconds, model.seconds - busy)
+
+
+def _facts(options: Options, path: Path, model: Between) -> dict[str, Any]:
+    """What a result depends on."""
+    elsewhere = ("inputs", "out", "model", "device", "tile", "max_memory", "resume", "timestep")
+    flags = {name: value for name, value in dataclasses.asdict(options).items() if name not in elsewhere}
+    size = path.stat().st_size if path.is_file() else len(frames_of(path))
+    return {"input": path.name, "input_size": size, "weights": model.loaded.fingerprint()[:16], **flags}
+
+
+def _done(options: Options, partial: Partial, facts: Callable[[], dict[str, Any]]) -> int:
+    """Frames that are there already."""
+    if not options.resume:
+        if partial.path.exists():
+            raise JobError(
+                f"{partial.path} is there, from a conversion that was stopped: --resume goes on with it; "
+                f"to start anew, move it away"
+            )
+        return 0
+    done = partial.frames(facts())
+    tqdm.write(
+        f"{partial.path}: {done} frames are done" if done else f"{partial.path} is not there: this starts at the first frame"
+    )
+    return done
+
+
+def _open(options: Options, path: Path, stack: contextlib.ExitStack) -> tuple[VideoInput | FolderInput, tuple[int, int]]:
+    """The frames, and their (height, width)."""
+    if not path.is_dir():
+        if options.input_fps is not None:
+            raise JobError(f"--input_fps {options.input_fps} is for a folder of frames: {path} has a rate of its own")
+        video = stack.enter_context(VideoInput(path, options.allow_damaged))
+        _check_size(path, (video.height, video.width))
+        return video, (video.height, video.width)
+    fps = DEFAULT_FPS if options.input_fps is None else options.input_fps
+    if not 0.1 <= fps <= 1000:
+        raise JobError(f"--input_fps {fps} must lie between 0.1 and 1000")
+    paths = frames_of(path)
+    sizes = {one: _size_of(one) for one in paths}
+    check_sizes(sizes)
+    height, width = sizes[paths[0]]
+    return FolderInput(paths, _fraction(fps)), (height, width)
+
+
+def _create(
+    options: Options, path: Path, source: VideoInput | FolderInput, size: tuple[int, int], line: Timeline,
+    stack: contextlib.ExitStack, partial: Path, done: int,
+) -> VideoOutput | FolderOutput:  # fmt: skip
+    """Where the frames go; the first so many are in `partial`."""
+    encoding = Encoding(options.codec, options.crf, options.encoder_preset, options.pix_fmt)
+    if not path.suffix:
+        if encoding != Encoding():
+            raise JobError("--codec, --crf, --encoder_preset and --pix_fmt are for a video: frames are written as PNG")
+        if done:
+            copy_frames(partial, path)
+        else:
+            path.mkdir()
+        return FolderOutput(path, source.colours, done)
+    video = source if isinstance(source, VideoInput) else None
+    base = line.start(0, source.base)
+    begun = stack.enter_context(contextlib.closing(Replay(partial, done))) if done else None
+    sink = VideoOutput(path, video, size, base, line.rate(source.rate), encoding, line.slowdown, begun)
+    stack.callback(sink.give_up)
+    for reason in sink.left_out:
+        tqdm.write(f"left out: {reason}")
+    return sink
+
+
+def _described(out: Path, source: VideoInput | FolderInput, counts: Counts, line: Timeline, model: Between) -> str:
+    rates = (
+        f"{counts.written} frames at {float(line.rate(source.rate)):g} per second from {counts.read} at {float(source.rate):g}"
+    )
+    notes = [f"{counts.cuts} scene cuts"] if counts.cuts else []
+    notes += [f"{counts.dropped} duplicates left out"] if counts.dropped else []
+    notes += [source.damage] if isinstance(source, VideoInput) and source.damage else []
+    return ", ".join([f"{out}: {rates}", *notes, _made_by(model)])
+
+
+def _pace(counts: Counts, seconds: float, model: float) -> str:
+    """How fast it was, and what one waited for: the three go on at the same time, and one of them is the slowest."""
+    shares = {"reading": counts.reading, "model": model, "writing": counts.writing}
+    parts = ", ".join(f"{name} {part / seconds:.0%}" for name, part in shares.items())
+    return f"; {counts.written / seconds:.3g} frames/s ({parts} of the time)"
+
+
+def frames_of(folder: Path) -> list[Path]:
+    """The image files of a folder in the order of their names, frame2 before frame10; JobError for fewer than two."""
+    paths = [path for path in folder.iterdir() if path.suffix.lower() in IMAGE_EXTENSIONS and not path.name.startswith(".")]
+    if len(paths) < 2:
+        raise JobError(f"{folder} holds {len(paths)} images; two or more are needed ({', '.join(sorted(IMAGE_EXTENSIONS))})")
+    return sorted(paths, key=lambda path: [(int(n or 0), text) for text, n in re.findall(r"(\D*)(\d*)", path.name)])
+
+
+def _size_of(path: Path) -> tuple[int, int]:
+    """(height, width), read from the head of the file alone."""
+    try:
+        with Image.open(path) as image:
+            return image.height, image.width
+    except (OSError, UnidentifiedImageError) as error:
+        raise JobError(f"{path} cannot be read as an image: {error}") from error
+
+
+def check_sizes(sizes: Mapping[Path, tuple[int, ...]]) -> None:
+    """All frames of one size, and large enough."""
+    first, (height, width) = next(iter(sizes.items()))
+    for path, size in sizes.items():
+        if size != (height, width):
+            raise JobError(
+                f"frames must be of one size: {first} is {width}x{height} and {path} is {size[1]}x{size[0]} (width x height)"
+            )
+    _check_size(first, (height, width))
+
+
+def _check_size(path: Path, size: tuple[int, int]) -> None:
+    if min(size) < MIN_SIZE:
+        raise JobError(f"{path} is {size[1]}x{size[0]} (width x height): each side must be at least {MIN_SIZE}")
+
+
+def _temporary(out: Path) -> Path:
+    """Where a file is written before it gets its name; the extension stays, since writers go by it."""
+    return out.with_name(f".{out.stem}_{os.getpid()}{out.suffix}")
+
+
+def _remove(path: Path) -> None:
+    """Of a result that was not finished; one that was has another name by now."""
+    if path.is_dir():
+        for file in path.iterdir():
+            file.unlink()
+        path.rmdir()
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _made_by(model: Between) -> str:
+    return f"by {model.loaded.name} at step {model.loaded.step} ({model.device.type}, {describe_precision(model.precision)})"
