@@ -16,7 +16,7 @@ from vfi.ops.loss import laplacian
 from vfi.runtime.numerics import numerics, refusals_explained, set_numerics
 from vfi.tracking.environment import environment
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture(autouse=True)

@@ -372,7 +372,7 @@ def test_against_another_run():
 
 @pytest.mark.parametrize("name", ["h100", "h100_4k"])
 def test_stored_runs_can_be_compared_with(name):
-    stored = read_speed(Path(__file__).parents[2] / "docs" / "speed" / f"{name}.json")
+    stored = read_speed(Path(__file__).parents[3] / "docs" / "speed" / f"{name}.json")
     lines = against(stored, stored).splitlines()
     assert len(lines) == 1 + len(stored.rows)
     assert all(line.split()[-2:] == ["1.00x", "1.00x"] for line in lines[1:])

@@ -31,7 +31,7 @@ from launch.memory.model import (
 from vfi.config import presets
 from vfi.config.configs import Config, ConfigError
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 # bytes of a training step of `small`, phase 1, bf16, in plain torch, counted from the shapes of all its tensors: (crop, batch)
 COUNTED = {
     (128, 1): 399462142, (128, 2): 680487746, (128, 8): 2382587738, (128, 24): 6921534904,

@@ -65,7 +65,7 @@ SWITCHES = [
 ELSEWHERE = {
     "width": "the size of everything",
     "depths": "the number of blocks",
-    "ssd_precision": "shows under autocast only: test_model.py",
+    "ssd_precision": "shows under autocast only: test_interpolator.py",
     "ssd_backend": "the same numbers by another program: test_ops.py",
     "pointwise_backend": "the same numbers by another program: test_pointwise.py",
     "attention_backend": "the same numbers by another program: test_ops.py",
