@@ -13,12 +13,11 @@ from vfi import cli
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"```(\w*)\n(.*?)```", TEXT, flags=re.DOTALL)
 
 
 def tree_paths() -> list[str]:
     """Paths of the block under 'The tree', by indentation."""
-    block = next(body for _, body in BLOCKS if body.startswith("README.md"))
+    block = next(body for _, body in blocks_of(TEXT) if body.startswith("README.md"))
     parents: list[str] = []
     paths = []
     for line in block.splitlines():
@@ -40,10 +39,15 @@ def test_tree_lists_what_each_package_holds_and_nothing_else():
     assert modules | folders == {path for path in paths if path.startswith(packages) and path.rstrip("/") not in packages}
 
 
-def commands() -> list[list[str]]:
+def blocks_of(text: str) -> list[tuple[str, str]]:
+    """Language and body of each fenced block."""
+    return re.findall(r"```(\w*)\n(.*?)```", text, flags=re.DOTALL)
+
+
+def commands(blocks: list[tuple[str, str]]) -> list[list[str]]:
     """Words of every command line of the bash blocks, without comments and environment settings."""
     found = []
-    for kind, body in BLOCKS:
+    for kind, body in blocks:
         if kind == "bash":
             for line in body.replace("\\\n", " ").splitlines():
                 words = [word for word in shlex.split(line, comments=True) if not re.match(r"^[A-Z_]+=", word)]
@@ -61,19 +65,21 @@ def module_of(words: list[str]) -> tuple[str, list[str]] | None:
     return None
 
 
-def test_readme_shows_every_job():
-    shown = {started[0] for words in commands() if (started := module_of(words))}
+def test_readme_and_docs_show_every_job():
+    pages = [TEXT, *(path.read_text() for path in sorted((ROOT / "docs").glob("*.md")))]
+    everywhere = [words for page in pages for words in commands(blocks_of(page))]
+    shown = {started[0] for words in everywhere if (started := module_of(words))}
     jobs = {path.stem for path in (ROOT / "shards").glob("*.py") if 'if __name__ == "__main__"' in path.read_text()}
     assert shown >= {f"shards.{job}" for job in jobs} >= {"shards.video", "shards.verify"}
     assert shown >= {cli.module_of(job) for job in cli.JOBS if job != "demo"}
-    assert ["make", "demo"] in commands()
-    assert ["make", "test"] in commands()
+    assert ["make", "demo"] in commands(blocks_of(TEXT))
+    assert ["make", "test"] in commands(blocks_of(TEXT))
 
 
 def cases() -> dict[str, set[str]]:
     """Module -> flags that the README gives it."""
     flags: dict[str, set[str]] = {}
-    for words in commands():
+    for words in commands(blocks_of(TEXT)):
         if started := module_of(words):
             module, arguments = started
             flags.setdefault(module, set()).update(word for word in arguments if re.match(r"^-{1,2}[a-z]", word))
@@ -94,7 +100,7 @@ def test_flags_are_known(module, flags, capsys):
 
 def test_make_targets_exist():
     makefile = (ROOT / "Makefile").read_text()
-    for words in commands():
+    for words in commands(blocks_of(TEXT)):
         if words[0] == "make":
             assert re.search(rf"^{words[1]}:", makefile, flags=re.MULTILINE)
 
