@@ -47,18 +47,19 @@ TOO_HIGH = 1e6  # times a good rate: one step moves every weight by hundreds
 INF_ON_ONE = """
 import os, sys
 import torch
-from vfi import presets, train
-plain, calls = train.training_losses, 0
+from vfi.config.command_line import from_command_line
+from vfi.training import trainer
+plain, calls = trainer.training_losses, 0
 def losses(*arguments):
     global calls
     calls += 1
     found = plain(*arguments)
     hit = calls == int(os.environ["CALL"]) and os.environ["RANK"] == "1"
     return {name: loss * torch.inf for name, loss in found.items()} if hit else found
-train.training_losses = losses
-trainer = train.Trainer(presets.from_command_line(sys.argv[2:]))
-trainer.fit()
-torch.save(trainer.network.state_dict(), sys.argv[1] + os.environ["RANK"])
+trainer.training_losses = losses
+run = trainer.Trainer(from_command_line(sys.argv[2:]))
+run.fit()
+torch.save(run.network.state_dict(), sys.argv[1] + os.environ["RANK"])
 torch.distributed.destroy_process_group()
 """  # of two processes, in the forward pass of the number CALL
 

@@ -20,7 +20,8 @@ FLAGS = ["--preset", "tiny", "--crop", "64", "--num_workers", "0", "--log_every"
 SLEEPS = """
 import os, sys, time
 from vfi import train
-losses, calls = train.training_losses, 0
+from vfi.training import trainer
+losses, calls = trainer.training_losses, 0
 def slow(*arguments):
     global calls
     calls += 1
@@ -28,7 +29,7 @@ def slow(*arguments):
         time.sleep(300)
     return losses(*arguments)
 if os.environ["HANGS"]:
-    train.training_losses = slow
+    trainer.training_losses = slow
 train.main(sys.argv[1:])
 """
 

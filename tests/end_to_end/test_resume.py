@@ -360,9 +360,10 @@ def test_a_full_disk_ends_the_run_and_keeps_the_last_checkpoint(again, tmp_path,
 RANKS = """
 import os, random, sys
 from vfi import train
-plain, rank = train.training_losses, int(os.environ["RANK"])
+from vfi.training import trainer
+plain, rank = trainer.training_losses, int(os.environ["RANK"])
 draw = lambda: [random.random() for _ in range(1 + rank)][-1]
-train.training_losses = lambda *a: {name: (1 + draw()) * loss for name, loss in plain(*a).items()}
+trainer.training_losses = lambda *a: {name: (1 + draw()) * loss for name, loss in plain(*a).items()}
 train.main(sys.argv[1:])
 """
 

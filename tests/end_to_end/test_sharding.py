@@ -1,6 +1,6 @@
 """Two processes with shards of weights, gradients or optimizer train as with whole ones, and their checkpoints are whole.
 
-All runs are those of two launches, by the configs of FSDP2 and of ZeRO-3 (tests/job_list.py); DDP and the other stages of ZeRO
+All runs are those of two launches, by the configs of FSDP2 and of ZeRO-3 (tests/end_to_end/job_list.py); DDP and the other stages of ZeRO
 differ from them in one variable. ZeRO, on a CPU, must not be told of it by ACCELERATE_USE_CPU.
 """
 
@@ -91,7 +91,7 @@ class Jobs:
         listed = self.out / f"{config}.json"
         listed.write_text(json.dumps(list(self.listed.values())))
         command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", f"accelerate_configs/{config}.yaml",
-                   "--mixed_precision", "no", "--num_processes", "2", "--main_process_port", "0", "tests/job_list.py",
+                   "--mixed_precision", "no", "--num_processes", "2", "--main_process_port", "0", "tests/end_to_end/job_list.py",
                    str(listed)]  # fmt: skip
         settings = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""} | environment
         done = subprocess.run(command, cwd=ROOT, env=settings, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,

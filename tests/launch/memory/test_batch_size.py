@@ -378,4 +378,4 @@ def test_a_login_node_needs_no_torch():
 def test_the_file_is_part_of_the_package():
     settings = (ROOT / "setup.cfg").read_text()
     assert PROFILES.suffix == ".json"
-    assert "launch = *.json" in settings
+    assert "launch.memory = *.json" in settings

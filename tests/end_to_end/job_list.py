@@ -1,6 +1,6 @@
 """Several trainings one after another in the same processes: a launch of its own would cost each of them many seconds.
 
-    accelerate launch --config_file CONFIG --num_processes 2 tests/job_list.py JOBS.json
+    accelerate launch --config_file CONFIG --num_processes 2 tests/end_to_end/job_list.py JOBS.json
 
 Each entry of JOBS.json is a Job. What became of them goes into JOBS.json.rank0, .rank1 …, a list of [exit code, last line on
 stderr]; exit code 0 is a training that was done.

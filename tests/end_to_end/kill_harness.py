@@ -1,6 +1,6 @@
 """Is a run that is killed again and again still the same run? Kills training with SIGKILL at random moments and resumes it.
 
-    python tests/kill_harness.py --times 100
+    python tests/end_to_end/kill_harness.py --times 100
 
 Moments: while a run starts, within a step, a validation or a save, and before a random file operation of a save. After each
 kill the newest checkpoint must be whole; at the end of a run its last checkpoint must hold the bits of an undisturbed run, and
