@@ -96,6 +96,7 @@ class Trainer:
         self._fit_batch()
         # from one to the next, the guard has seen whether trouble began before the one
         self.snapshots = Snapshots(max(KNOWN_STEPS, config.guard.guard_window // 4 + 1))
+        self.raised_annealing = 0.0  # by the guard, for good
         self.can_keep_snapshots = config.guard.guard and config.guard.guard_roll_backs > 0 and self.shards.name == "none"
         self._build(self._read_resumed())
         self.tracker = Tracker(self.folder, self.step, self.accelerator.is_main_process)
@@ -533,7 +534,7 @@ class Trainer:
         """Bring the residual mixing a tenth of the way nearer to the identity, for good -> the annealing factor."""
         now = annealing_factor(self.network)
         set_annealing(self.network, now + _ANNEALING_RISE * (1 - now))
-        self.least_annealing = annealing_factor(self.network)
+        self.least_annealing = self.raised_annealing = annealing_factor(self.network)
         return self.least_annealing
 
     def roll_back(self, verdict: Verdict) -> dict[str, float]:
@@ -544,9 +545,9 @@ class Trainer:
             where = "in memory or as a checkpoint" if self.can_keep_snapshots else "as a checkpoint"
             self.give_up(verdict.why, f"there is no good state from before step {verdict.began} to go back to, {where}")
         self.accelerator.free_memory()
-        raised = self.least_annealing
         self._build(snapshot)
-        self.least_annealing = max(self.least_annealing, raised)  # it was raised for good
+        # what the schedule has raised is to fall again: other weights were learnt under it
+        self.least_annealing = max(self.least_annealing, self.raised_annealing)
         set_annealing(self.network, self.least_annealing)
         assert self.guard is not None
         assert former is not None
