@@ -1,4 +1,5 @@
 """Cancel the jobs of runs; a running training saves before it stops.
+
     python -m launch.cancel first phase1_Exp-1a_seed0
     python -m launch.cancel --all --output_dir /data/runs
 

@@ -1,4 +1,5 @@
 """Submit runs to a cluster.
+
     python -m launch.submit --preset small --phase 1 --nodes 2 --gpus_per_node 8 --gpu a100 --time 24:00:00 \\
         -- --data_path SHARDS/train --val_path SHARDS/val --global_batch 256
     python -m launch.submit … --dry_run -- …            print the batch script, queue nothing

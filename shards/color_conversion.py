@@ -168,7 +168,7 @@ def measure_chroma_location(frame: av.VideoFrame) -> str:
         for plane, values in zip(small.planes, (128, 128, 64 + 4 * number), strict=True):
             _samples(plane, 8)[:] = values
         red = to_planes(small, Colours(BT601, full_range=True))[0].astype(np.float64)
-        found = ((red - 128) / 1.402 + 128 - 64) / 4  # the chroma sample that is seen at each pixel
+        found = ((red - 128) / 1.402 + 128 - 64) / 4  # index of the chroma sample at each pixel
         offset = np.indices((side, side))[axis] - 2 * found
         offsets.append(round(2 * float(offset[8:-8, 8:-8].mean())) / 2)
     return _LOCATIONS[offsets[0], offsets[1]]
@@ -243,7 +243,7 @@ def _linear(count: int, gain: float, offset: float, top: int) -> np.ndarray:
 
 
 def _from_limited(chroma: bool, white: int, bits: int, full_range: bool) -> np.ndarray:
-    """Return a table from 16 bits of limited range, made of RGB whose white was taken to be `white`, to planes of a video."""
+    """Return a table from 16 bits of limited range, converted from RGB with `white` as its white, to samples of a video."""
     correction = white / 65_535
     zero, span = (128, 224) if chroma else (16, 219)
     top = 2**bits - 1

@@ -162,7 +162,7 @@ def _clip_name(options: Options, number: int) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class _Material:
-    """The photographs of a job: what the index says of them, their files, and what can't be used."""
+    """The photographs of a job: their description in the index, their files, and faults of unusable ones."""
 
     source: Any
     paths: tuple[Path, ...]

@@ -209,7 +209,7 @@ class Piece:
     clip: Clip
     stem: str
     starts: tuple[int, ...]
-    entry: Entry | None  # where to start reading, in a long video
+    entry: Entry | None  # seek point to start reading at, in a long video
 
 
 def _piece(clip: Clip, stem: str, starts: list[int], found: Found) -> Piece:

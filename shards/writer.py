@@ -49,7 +49,7 @@ from shards.schema import (
 
 PLAN_NAME = ".plan.json"
 SAMPLES_PER_SHARD = 256
-_PACKAGES = ("numpy", "pillow", "simplejpeg", "qoi", "av")  # what the bytes of a frame depend on
+_PACKAGES = ("numpy", "pillow", "simplejpeg", "qoi", "av")  # packages that the bytes of a frame depend on
 _OURS = re.compile(rf"shard-\d{{6}}\.tar|\.shard-\d{{6}}\.tar\.part|{re.escape(PLAN_NAME)}(\.\d+)?|\.?{INDEX_NAME}(\.\d+)?")
 _KEY = re.compile(r"[A-Za-z0-9_-]{1,80}")  # 80: with its extension it fits the 100 bytes of a ustar name
 

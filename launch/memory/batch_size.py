@@ -1,4 +1,5 @@
 """Choose the largest batch that fits a GPU, from memory_profiles.json, to which `python -m launch.profile` adds measurements.
+
     choice = choose_batch(config, gpu="a100-80gb", processes=8, precision="bf16")
     choice.device_batch, choice.accumulation, choice.why
     config = choice.applied_to(config)
