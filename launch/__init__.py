@@ -1,1 +1,1 @@
-"""How does a run reach a cluster? It starts processes and needs no torch."""
+"""Submission of runs to a cluster. The package starts processes and does not need torch."""

@@ -1,9 +1,9 @@
-"""How is a run stopped? JOB: takes its job out of the queue; training that runs saves first.
+"""Cancel the jobs of runs; a running training saves before it stops.
 
     python -m launch.cancel first phase1_Exp-1a_seed0
     python -m launch.cancel --all --output_dir /data/runs
 
-It goes on by `python -m launch.resubmit NAME`.
+`python -m launch.resubmit NAME` resumes a cancelled run.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ from vfi.errors import JobError, clear_errors
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Each field is a flag of the job."""
+    """Flags of the command, one per field."""
 
     names: tyro.conf.Positional[tuple[str, ...]] = ()
-    """Runs."""
+    """Names of the runs to cancel."""
     all: bool = False
-    """All runs of --output_dir that wait or run."""
+    """Cancel all runs in --output_dir that are queued or running."""
     output_dir: Path = Path("runs")
-    """Folder of all runs."""
+    """Folder that holds all runs."""
 
 
 @clear_errors()
 def main(argv: Sequence[str] | None = None) -> None:
-    """The job: cancel what waits or runs, and say so."""
+    """Run the command: cancel the runs that are queued or running, and print their names."""
     options = tyro.cli(Options, prog="python -m launch.cancel", description=__doc__, args=argv)
     if bool(options.names) == options.all:
         raise JobError("name the runs to cancel, or give --all")
@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     slurm.cancel([run.job_id for run in runs if run.submission.cluster == "slurm"])
     for run in runs:
         if run.submission.cluster == "local" and is_controller(run.job_id, run.submission):
-            os.kill(int(run.job_id), signal.SIGTERM)  # it passes it on, and training saves
+            os.kill(int(run.job_id), signal.SIGTERM)  # submitit's controller forwards the signal, and training saves
         print(f"cancelled: {run.name} (job {run.job_id}, {run.state})")
     if not runs:
         print("none of them waits or runs")

@@ -1,8 +1,8 @@
-"""How does a job get into a queue? Through submitit; with the batch script that it writes, without queueing, for --dry_run.
+"""Queue jobs through submitit, or print the batch script that it writes (--dry_run).
 
 slurm    sbatch, from a login node
-local    processes of this machine, in the background
-debug    here and now, in this process
+local    background processes on this machine
+debug    immediately, in this process
 """
 
 from __future__ import annotations
@@ -31,7 +31,10 @@ _PYTHON_LINES = ("export PYTHONPATH={code}${{PYTHONPATH:+:$PYTHONPATH}}", "expor
 
 
 def minutes(time: str) -> int:
-    """A time limit as Slurm writes it -> minutes, rounded up: 90, 90:00, 24:00:00, 2-12, 2-12:30, 2-12:30:00."""
+    """Convert a time limit in Slurm's notation (90, 90:00, 24:00:00, 2-12, 2-12:30, 2-12:30:00) to minutes, rounded up.
+
+    Raises JobError for any other notation and for less than a minute.
+    """
     found = _TIME.fullmatch(time)
     if not found:
         raise JobError(f"--time {time!r} is no time limit: give minutes (90), hours (24:00:00) or days and hours (2-12:00:00)")
@@ -47,7 +50,7 @@ def minutes(time: str) -> int:
 
 
 def script(folder: Path, code: Path, parameters: dict[str, Any], tasks: int = 1) -> str:
-    """The batch script of a job, or of an array of so many tasks, as sbatch gets it."""
+    """Return the batch script that sbatch gets for a job, or for an array of `tasks` tasks."""
     command = f"{shlex.quote(sys.executable)} -u -m {_PACKAGE_PATH} {shlex.quote(str(folder))}"
     count: dict[str, Any] = {"map_count": tasks} if tasks > 1 else {}
     return str(_make_sbatch_string(command=command, folder=folder, **_running(code, parameters), **count))
@@ -56,9 +59,10 @@ def script(folder: Path, code: Path, parameters: dict[str, Any], tasks: int = 1)
 def submit(
     cluster: ClusterName, folder: Path, code: Path, parameters: dict[str, Any], submissions: Sequence[Path]
 ) -> list[str]:
-    """Queue one job, or an array, of submission.json files, run from `code` -> their job ids; JobError when it is refused.
+    """Queue one job, or an array, that executes submission.json files with the packages in `code`; return the job ids.
 
-    With `debug` they have run when this returns, and the exit code of one that fails is raised as SystemExit.
+    Raises JobError when the cluster refuses the job. With `debug`, the jobs have run when this returns, and the exit code of
+    one that fails is raised as SystemExit.
     """
     executor = _EXECUTORS[cluster](folder, _running(code, parameters))
     try:
@@ -73,7 +77,7 @@ def submit(
 
 
 def _running(code: Path, parameters: dict[str, Any]) -> dict[str, Any]:
-    """The same for a job that imports from `code`."""
+    """Return the parameters with set-up lines that make the job import from `code`."""
     lines = [line.format(code=shlex.quote(str(code))) for line in _PYTHON_LINES]
     return parameters | {"setup": [*parameters["setup"], *lines]}
 
@@ -87,7 +91,7 @@ def _slurm(folder: Path, parameters: dict[str, Any]) -> submitit.Executor:
 
 
 def _local(folder: Path, parameters: dict[str, Any]) -> submitit.Executor:
-    # submitit's own set-up lines make its shell the job or not, as that shell likes, and the job's id with it
+    # with submitit's own set-up lines it depends on the shell whether the job, and with it the job's id, is the shell itself
     lines = " && ".join([*parameters["setup"], 'exec "$0" "$@"'])
     executor = submitit.LocalExecutor(folder, python=shlex.join(["bash", "-c", lines, sys.executable]))
     executor.update_parameters(
@@ -99,7 +103,7 @@ def _local(folder: Path, parameters: dict[str, Any]) -> submitit.Executor:
 
 @contextlib.contextmanager
 def _no_output() -> Iterator[None]:
-    """What is started meanwhile does not keep our output open: it outlives us, and whoever reads that would wait for it."""
+    """Detach child processes from our output: they outlive us, and a reader of our output would wait for them."""
     kept = [os.dup(number) for number in (0, 1, 2)]
     sys.stdout.flush()
     with open(os.devnull, "r+b") as nothing:
@@ -121,6 +125,6 @@ _EXECUTORS = {"slurm": _slurm, "local": _local, "debug": _debug}
 
 
 def _refusal(error: Exception) -> str:
-    """What sbatch said, without submitit's frame."""
+    """Return the message of sbatch without submitit's wrapping."""
     lines = [line.removeprefix("sbatch: ").strip() for line in str(error).splitlines()]
     return "; ".join(line for line in lines if line.startswith("error:")) or " ".join(filter(None, lines))

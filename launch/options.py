@@ -1,4 +1,4 @@
-"""What can a submission be told? The flags of `python -m launch.submit`, and which of them fit together."""
+"""Flags of `python -m launch.submit`, and the checks that they fit together."""
 
 from __future__ import annotations
 
@@ -13,74 +13,75 @@ from vfi.errors import JobError
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Each field is a flag of the job; those of vfi.train (or vfi.benchmark) follow after --."""
+    """Flags of the command, one per field; those of vfi.train (or vfi.benchmark) follow after --."""
 
     preset: str = "small"
-    """Named set of defaults of vfi.train, or an ablation."""
+    """Preset of vfi.train, or an experiment of an ablation."""
     phase: Literal[1, 2, 3] | None = None
-    """Phase of the training; default: the preset's."""
+    """Training phase; default: the preset's."""
     chain: str = ""
-    """Phases one after the other, such as 1,2,3: each a job that starts from the weights of the one before."""
+    """Phases to train one after the other, such as 1,2,3: one job each, starting from the weights of the previous phase."""
     ablation: AblationName | None = None
-    """All experiments Exp-1…, Exp-2… or Exp-3… of vfi/config/presets.py as one array of jobs."""
+    """Train all experiments Exp-1…, Exp-2… or Exp-3… of vfi/config/presets.py as one array of jobs."""
     only: tuple[str, ...] = ()
-    """Of --ablation only these, such as Exp-1a Exp-1c."""
+    """Experiments of --ablation to train, such as Exp-1a Exp-1c; default: all."""
     seeds: int = 1
-    """Of --ablation: runs of each experiment, with --seed 0, 1, 2 …"""
+    """Number of runs per experiment of --ablation, with --seed 0, 1, 2 …"""
     concurrency: int = 8
-    """Of --ablation: runs at a time."""
+    """Maximum number of runs of --ablation at a time."""
     job: Literal["train", "benchmark"] = "train"
-    """benchmark: what follows the -- are flags of `vfi benchmark`."""
+    """Command to run; with benchmark, the arguments after -- are flags of `vfi benchmark`."""
     nodes: int = 1
-    """Machines."""
+    """Number of machines."""
     gpus_per_node: int = 1
-    """GPUs of each, one process each; 0: train on CPUs, with --processes_per_node."""
+    """GPUs per machine, with one process each; 0 trains on CPUs, with --processes_per_node."""
     processes_per_node: int | None = None
-    """Processes of each machine without GPUs."""
+    """Processes per machine without GPUs; default: 1."""
     gpu: str = ""
-    """Type of GPU as this cluster names it (a100, h100 …; `sinfo -o %G` lists them), and without --batch_size after the --, the
-    largest batch that fits it; default: any."""
+    """GPU type as this cluster names it (a100, h100 …; `sinfo -o %G` lists them); default: any. Without --batch_size after the
+    --, it also selects the largest batch that fits."""
     gpu_gb: int | None = None
-    """Memory of --gpu in GB, where its name leaves that open: 80 for an a100 that is not the one of 40."""
+    """Memory of --gpu in GB, where its name is ambiguous: 80 for the larger a100, which is also sold with 40."""
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
-    """Mixed precision; auto: that of the accelerate config, fp16 on cards without bf16, fp32 on CPUs."""
+    """Mixed precision; auto is that of the accelerate config, but fp16 on GPUs without bf16, and fp32 on CPUs."""
     time: str = "24:00:00"
-    """Time limit of one stretch, after which the job is requeued and goes on: minutes, hours:minutes:seconds, days-hours."""
+    """Time limit, after which the job is requeued and resumes: minutes, hours:minutes:seconds or days-hours."""
     partition: str | None = None
     account: str | None = None
     qos: str | None = None
     constraint: str | None = None
     cpus_per_node: int | None = None
-    """CPU cores of each machine; default: for each process, one and one for each of its loader workers."""
+    """CPU cores per machine; default: one for each process plus one for each of its loader workers."""
     mem: str | None = None
-    """Memory of each machine, such as 200G; default: the cluster's."""
+    """Memory per machine, such as 200G; default: the cluster's."""
     sbatch: tuple[str, ...] = ()
-    """Further options of sbatch as NAME=VALUE, such as exclude=n7 or exclusive=user."""
+    """Additional options of sbatch as NAME=VALUE, such as exclude=n7 or exclusive=user."""
     srun: tuple[str, ...] = ()
-    """Further options of srun as NAME=VALUE, such as container-image=IMAGE (Pyxis)."""
+    """Additional options of srun as NAME=VALUE, such as container-image=IMAGE (Pyxis)."""
     setup: tuple[str, ...] = ()
-    """Lines of shell before anything starts, such as "module load cuda"."""
+    """Shell lines to run before anything else, such as "module load cuda"."""
     signal_seconds: int = 180
-    """Seconds before the time limit in which training saves and the job is requeued."""
+    """Seconds before the time limit at which training is told to save and the job is requeued."""
     requeues: int = 3
-    """Times that the job may begin anew without having got any further."""
+    """Number of times that the job may be restarted without having made progress."""
     python: str = sys.executable
-    """Interpreter of the training processes; a container's command may stand before it (docs/cluster.md)."""
+    """Interpreter of the training processes, optionally preceded by a container command (docs/cluster.md)."""
     accelerate_config: Path | None = None
-    """File for `accelerate launch` with precision and sharding; default: ddp, single_gpu or cpu.yaml of accelerate_configs/."""
+    """Config file of `accelerate launch` with precision and sharding; default: ddp, single_gpu or cpu.yaml in
+    accelerate_configs/."""
     cluster: Literal["slurm", "local", "debug"] = "slurm"
-    """Where to: Slurm; processes of this machine in the background; or here and now."""
+    """Where to run: on Slurm, in background processes on this machine (local), or immediately in this process (debug)."""
     dry_run: bool = False
     """Check, print the batch script, and queue nothing."""
 
     @property
     def processes(self) -> int:
-        """Of each node."""
+        """Number of processes per node."""
         return self.gpus_per_node or self.processes_per_node or 1
 
     @property
     def phases(self) -> tuple[Literal[1, 2, 3], ...]:
-        """Of --chain."""
+        """Phases of --chain, in order; raises JobError unless they are two or three ascending phases."""
         known: dict[str, Literal[1, 2, 3]] = {"1": 1, "2": 2, "3": 3}
         found = [known.get(part) for part in self.chain.split(",")] if self.chain else []
         phases = tuple(phase for phase in found if phase is not None)
@@ -90,7 +91,7 @@ class Options:
 
 
 def check_options(options: Options) -> None:
-    """Refuse what no cluster can do, and flags without effect; JobError says what to do."""
+    """Raise JobError, which says what to do, for values that no cluster can fulfil and for flags without effect."""
     for flag, value, least in (("--nodes", options.nodes, 1), ("--gpus_per_node", options.gpus_per_node, 0),
                                ("--processes_per_node", options.processes_per_node, 1), ("--requeues", options.requeues, 0),
                                ("--cpus_per_node", options.cpus_per_node, 1), ("--seeds", options.seeds, 1),
@@ -113,7 +114,7 @@ def check_options(options: Options) -> None:
 
 
 def _check_kind(options: Options) -> None:
-    """One training, a chain, an ablation or a benchmark, and no flag of another."""
+    """Raise JobError unless this is one training, chain, ablation or benchmark without flags of another kind."""
     kinds = [flag for flag, given in (("--chain", options.chain), ("--ablation", options.ablation),
                                       ("--job benchmark", options.job == "benchmark")) if given]  # fmt: skip
     if len(kinds) > 1:
@@ -152,7 +153,7 @@ def _check_cluster(options: Options) -> None:
 
 
 def _refuse(options: Options, names: str, when: str) -> None:
-    """A flag that is given and would do nothing."""
+    """Raise JobError when one of the flags in `names` is given, since it would have no effect."""
     default = Options()
     if given := ["--" + name for name in names.split() if getattr(options, name) != getattr(default, name)]:
         raise JobError(f"{', '.join(given)} {when} has no effect: drop it")

@@ -1,9 +1,9 @@
-"""Which runs does a submission ask for? A training, phases one after the other, an ablation with its seeds, or a benchmark.
+"""Plan the runs of a submission: one training, a chain of phases, an ablation with its seeds, or a benchmark.
 
-    runs, notes = plan(options, [["--data_path", "SHARDS"]])
+    runs, notes = plan(options, [["--data_path", "SHARDS"]], config_file)
 
-Each is checked as its job checks it: a bad flag, missing shards or an impossible batch is an error here, before anything is
-queued. A training is planned so that its command may be given again and again: it goes on where it stopped.
+Each run is checked as its own command would check it: a bad flag, missing shards or an impossible batch is an error here,
+before anything is queued. The command of a planned training can be repeated: it resumes where the run stopped.
 """
 
 from __future__ import annotations
@@ -34,19 +34,19 @@ class Run:
     name: str
     job: Literal["train", "benchmark"]
     arguments: tuple[str, ...]
-    """Of vfi.train or vfi.benchmark."""
+    """Command-line arguments of vfi.train or vfi.benchmark."""
     folder: Path
-    """Absolute: where its results, logs and state lie."""
+    """Absolute path of the folder with its results, logs and state."""
     workers: int
     """Loader processes of each training process."""
     after: str = ""
-    """Folder of the run that must have finished before."""
+    """Folder of the run that must finish first; empty when there is none."""
 
 
 def plan(options: Options, groups: Sequence[Sequence[str]], config_file: Path) -> tuple[list[Run], list[str]]:
-    """The runs, in their order, and notes for the user; `groups` is what stands after each --.
+    """Return the runs in order, and notes for the user; `groups` holds the arguments after each --.
 
-    Raises JobError, ConfigError or ShardError for what could not run.
+    Raises JobError, ConfigError or ShardError when a run could not start.
     """
     common = list(groups[0]) if groups else []
     if len(groups) > 1 and len(groups) != 1 + len(options.phases):
@@ -68,7 +68,10 @@ def plan(options: Options, groups: Sequence[Sequence[str]], config_file: Path) -
 
 
 def mixed_precision(options: Options, config_file: Path) -> str:
-    """Of the training: bf16, fp16 or fp32."""
+    """Return the mixed precision of the training: bf16, fp16 or fp32.
+
+    Raises JobError for fp16 with a config that shards over the processes.
+    """
     text = config_file.read_text()
     precision: str = options.precision
     if precision == "auto":
@@ -82,7 +85,10 @@ def mixed_precision(options: Options, config_file: Path) -> str:
 
 
 def _checked(options: Options, flags: Sequence[str], precision: str, later: str = "") -> tuple[Config, list[str]]:
-    """Settings of a training that can start, with the batch that fits its GPUs; `later`: a run that will be there by then."""
+    """Return the config of a training that can start, with the batch that fits its GPUs, and notes.
+
+    `later` names a run that does not exist yet but will by the time the training starts.
+    """
     config, notes = command_line.from_command_line(flags, prog="vfi.train"), []
     processes = options.nodes * options.processes
     if options.gpu and not _given(flags, "batch_size"):
@@ -101,7 +107,7 @@ def _training(config: Config, after: str = "") -> Run:
 
 
 def _chain(options: Options, common: list[str], own: Sequence[Sequence[str]], precision: str) -> tuple[list[Run], list[str]]:
-    """Each phase starts from the weights of the one before."""
+    """Plan one run per phase, each of which starts from the weights of the previous one."""
     runs, notes, before = list[Run](), list[str](), ""
     prefix = _value(common, "exp_name") or options.preset
     for number, phase in enumerate(options.phases):
@@ -116,7 +122,7 @@ def _chain(options: Options, common: list[str], own: Sequence[Sequence[str]], pr
 
 
 def _ablation(options: Options, common: list[str], precision: str) -> tuple[list[Run], list[str]]:
-    """Each experiment with each seed."""
+    """Plan one run per experiment and seed."""
     assert options.ablation
     if _given(common, "seed"):
         raise JobError("--seed after the -- with --ablation: give --seeds before it, the number of runs of each experiment")
@@ -141,8 +147,8 @@ def _ablation(options: Options, common: list[str], precision: str) -> tuple[list
 
 
 def _benchmark(arguments: list[str]) -> Run:
-    """One benchmark, whose logs lie beside its results."""
-    job = importlib.import_module("vfi.benchmark")  # not above: it imports torch, which no other submission needs
+    """Plan one benchmark, whose logs lie next to its results."""
+    job = importlib.import_module("vfi.benchmark")  # not at the top: it imports torch, which no other submission needs
     options = job.parse(arguments)
     if options.out.suffix != ".json" and getattr(options, "protocol", "") != job.ALL:
         raise JobError(f"--out {options.out} must end in .json")
@@ -163,7 +169,7 @@ def _given(arguments: Sequence[str], name: str) -> bool:
 
 
 def _value(arguments: list[str], name: str) -> str:
-    """What a flag is given, which is taken out of `arguments`; empty without it."""
+    """Return the value of a flag and remove both from `arguments`; return "" when the flag is absent."""
     for number, argument in enumerate(arguments):
         flag, separator, value = argument.partition("=")
         if flag.replace("-", "_") == f"__{name}":

@@ -1,8 +1,8 @@
-"""Which training run is meant, and can it start? Checked before anything is queued.
+"""Check before queueing that a training run can start, and write its config as a command line.
 
-config = presets.from_command_line(argv)
-check(config, processes=16)      # missing shards, an impossible batch: an error now instead of in the queue
-flags(config)                    # the command line that gives this Config again, from its preset
+config = command_line.from_command_line(argv)
+check(config, processes=16)      # missing shards or an impossible batch fail now, not after hours in the queue
+flags(config)                    # the command line that reproduces this Config, starting from its preset
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _CHECKPOINT = re.compile(r"step_(\d+)")
 
 
 def flags(config: Config) -> list[str]:
-    """Flags of vfi.train that give `config`; ConfigError when there are none."""
+    """Return flags of vfi.train that reproduce `config`; raise ConfigError when no flags do."""
     argv = differences(config)
     if command_line.from_command_line(argv) != config:
         raise ConfigError(f"no command line gives these settings: {' '.join(argv)} gives others")
@@ -29,7 +29,7 @@ def flags(config: Config) -> list[str]:
 
 
 def differences(config: Config) -> list[str]:
-    """The preset, and a flag for each setting that differs from it."""
+    """Return --preset and a flag for each setting that differs from the preset."""
     default = presets.get(config.run.preset)
     argv = ["--preset", config.run.preset]
     for group in dataclasses.fields(config):
@@ -49,20 +49,20 @@ def _flag(name: str, value: Any) -> list[str]:
 
 
 def run_folder(config: Config) -> Path:
-    """Where everything of the run lies."""
+    """Return the folder that holds everything of the run."""
     return Path(config.run.output_dir) / config.run.exp_name
 
 
 def newest_step(folder: Path) -> int:
-    """Step of the newest checkpoint of a run folder; 0 where there is none."""
+    """Return the step of the newest checkpoint in a run folder; 0 when there is none."""
     names = (_CHECKPOINT.fullmatch(path.name) for path in (folder / "checkpoints").glob("step_*"))
     return max((int(name[1]) for name in names if name), default=0)
 
 
 def check(config: Config, processes: int, later: str = "") -> list[str]:
-    """Refuse what can't train -> notes on what could not be checked; ConfigError and ShardError say what to do.
+    """Raise ConfigError or ShardError, which say what to do, when `config` can't train; return notes on unchecked items.
 
-    `later` names a run that will be there by the time (--start_from of a chain).
+    `later` names a run that will exist by the time the training starts (--start_from in a chain).
     """
     if config.run.dry_run:
         raise ConfigError("--dry_run after the -- would be a job that leaves nothing: give it before, to see the script")
@@ -80,7 +80,7 @@ def check(config: Config, processes: int, later: str = "") -> list[str]:
 
 
 def check_shards(path: str) -> None:
-    """All shards of a local folder must be there in their full size."""
+    """Raise ShardError unless all shards of a local folder exist with the sizes that its index states."""
     for shard in read_index(path).shards:
         file = Path(path) / shard.name
         size = file.stat().st_size if file.is_file() else None
@@ -90,7 +90,7 @@ def check_shards(path: str) -> None:
 
 
 def _check_size(config: Config, processes: int) -> None:
-    """An epoch must have a step."""
+    """Raise ConfigError when an epoch would not have a single step."""
     data = config.data
     total = data.global_batch or data.batch_size * processes
     local = [path for path in data.data_path if "://" not in path]
@@ -103,14 +103,14 @@ def _check_size(config: Config, processes: int) -> None:
 
 
 def refuse_other_run(config: Config) -> None:
-    """The run must not mix with another one in its folder."""
+    """Raise ConfigError when the folder already holds a run that this one does not resume."""
     folder = run_folder(config)
     if (step := newest_step(folder)) and config.run.resume != "auto":
         raise ConfigError(f"{folder} already holds a run at step {step}: go on with it by --resume auto, or take another name")
 
 
 def _check_first_weights(config: Config, later: str) -> None:
-    """The weights that the run starts from must be there."""
+    """Raise ConfigError when the weights that the run starts from do not exist."""
     run = config.run
     first = run.start_from or (run.resume if run.resume != "auto" else "")
     if not first or first == later:
@@ -121,7 +121,7 @@ def _check_first_weights(config: Config, later: str) -> None:
 
 
 def safe_to_repeat(config: Config) -> Config:
-    """The same run as a command that may be given again: it goes on where the run stopped, whatever its first weights were."""
+    """Return a config whose command can be repeated: it resumes where the run stopped, whatever its initial weights were."""
     run = config.run
     if run.resume in ("", "auto"):
         return presets.override(config, resume="auto")

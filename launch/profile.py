@@ -1,10 +1,10 @@
-"""How much memory does training take on this GPU? JOB: measures it and adds the answer to memory_profiles.json.
+"""Measure how much memory training takes on this GPU, and add the result to memory_profiles.json.
 
     python -m launch.profile --preset small --phase 2                     # srun --gres=gpu:1 … on a cluster
     python -m launch.profile --preset base --phase 1 --crops 256 512 --batches 2 8 24 --check_batches 12 --precision fp32
 
-Measured is in a process of its own, and after a batch that runs out of memory in a new one: nothing of it is left to the next.
-A formula (launch/memory/model.py) is fitted to --batches and compared with --check_batches, which it has not seen.
+Measurements run in a separate process, which is replaced after a batch that runs out of memory, so that nothing is left over
+for the next one. A formula (launch/memory/model.py) is fitted to --batches and validated on --check_batches.
 """
 
 from __future__ import annotations
@@ -38,27 +38,27 @@ from vfi.training.cuda_graphs import let_segments_grow
 from vfi.training.synthetic_step import PRECISIONS, TrainingStep
 
 TOLERANCE = 0.05
-"""Relative error of the formula above which it is said that it does not describe the measurements."""
+"""Relative error above which a note says that the formula does not describe the measurements."""
 _FOREIGN_GIB = 2.0  # more than CUDA and its libraries take
 T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Each field is a flag of the job."""
+    """Flags of the command, one per field."""
 
     preset: str = "small"
-    """Named set of defaults of vfi.train, or an ablation."""
+    """Preset of vfi.train, or an experiment of an ablation."""
     phase: Literal[1, 2, 3] | None = None
-    """Phase of the training; default: the preset's."""
+    """Training phase; default: the preset's."""
     crops: tuple[int, ...] = (256, 384, 512)
-    """Sides of the crops in pixels."""
+    """Side lengths of the crops in pixels."""
     batches: tuple[int, ...] = (2, 8, 24)
-    """Samples on the GPU at once, at each crop; above the first one that runs out of memory none is tried."""
+    """Device batch sizes that are measured at each crop; none above the first one that runs out of memory is tried."""
     check_batches: tuple[int, ...] = (12,)
-    """Batches that only check the formula."""
+    """Device batch sizes that are held out to validate the formula."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """Of the forward pass; auto is bf16 where the GPU has it, fp16 elsewhere."""
+    """Precision of the forward pass; auto is bf16 where the GPU supports it, and fp16 elsewhere."""
     checkpointing: bool = False
     """As in vfi.train."""
     compile: bool = False
@@ -66,12 +66,12 @@ class Options:
     cuda_graphs: bool = False
     """As in vfi.train."""
     out: Path = PROFILES
-    """File that the entry is added to."""
+    """File to which the entry is added."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Gpu:
-    """What the measurements are made on."""
+    """The GPU that is measured, and the environment of the measurements."""
 
     name: str
     memory_gib: float
@@ -80,12 +80,12 @@ class Gpu:
 
 
 Measure = Callable[[Config, Precision], Point | None]
-"""One training step -> its memory, or None when there was not enough."""
+"""Run one training step and return its memory, or None when it runs out of memory."""
 
 
 @clear_errors(ConfigError)
 def main(argv: Sequence[str] | None = None) -> None:
-    """The job: measure, fit, print, and add to the file."""
+    """Run the command: measure, fit, print, and add the entry to the file."""
     options = tyro.cli(Options, prog="python -m launch.profile", description=__doc__, args=argv)
     check_options(options)
     if not torch.cuda.is_available():
@@ -102,7 +102,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def check_options(options: Options) -> None:
-    """Refuse what can't be measured or written, before anything is."""
+    """Raise JobError or ConfigError, before measuring, for what can't be measured or written."""
     read_profiles(options.out)
     if not options.crops or not options.batches:
         raise JobError("--crops and --batches need at least one number each")
@@ -114,14 +114,17 @@ def check_options(options: Options) -> None:
 
 
 def step_config(options: Options, crop: int, batch: int) -> Config:
-    """Settings of one measured step."""
+    """Return the config of one measured step."""
     phase = {} if options.phase is None else {"phase": options.phase}
     changed = {name: getattr(options, name) for name in ("checkpointing", "compile", "cuda_graphs")}
     return presets.override(presets.get(options.preset), crop=crop, batch_size=batch, curriculum=False, **phase, **changed)
 
 
 def profile(options: Options, gpu: Gpu, measure: Measure) -> Entry:
-    """Measure every batch at every crop, fit, print what was found; JobError when nothing could be measured."""
+    """Measure every batch at every crop, fit the formula, print the findings and return the entry.
+
+    Raises JobError when the GPU lacks bf16 that was asked for, or when nothing could be measured.
+    """
     precision: Precision = options.precision if options.precision != "auto" else "bf16" if gpu.has_bf16 else "fp16"
     if precision == "bf16" and not gpu.has_bf16:
         raise JobError(f"{gpu.name} has no bf16: take --precision fp16")
@@ -147,7 +150,7 @@ def profile(options: Options, gpu: Gpu, measure: Measure) -> Entry:
 
 
 def measure_points(options: Options, precision: Precision, measure: Measure) -> list[Point]:
-    """All that fits into memory, the smallest first."""
+    """Return the points of all batches that fit into memory, smallest first within each crop."""
     points = []
     for crop in sorted(set(options.crops)):
         for batch in sorted({*options.batches, *options.check_batches}):
@@ -163,7 +166,7 @@ def measure_points(options: Options, precision: Precision, measure: Measure) -> 
 def findings(
     fit: Fit | None, fitted: Sequence[Point], held_out: Sequence[Point], card: Card, crops: Iterable[int]
 ) -> list[str]:
-    """What the formula says, where it errs, and what it leads to."""
+    """Return lines with the formula, its errors, and the batch sizes that follow from it."""
     lines = []
     outside = max((point.outside or 0 for point in (*fitted, *held_out)), default=0)
     if outside > _FOREIGN_GIB * GIB:
@@ -186,13 +189,13 @@ def findings(
 
 
 class OwnProcess:
-    """A process beside this one; after what ended in an error or in None, that is without enough memory, it is a new one."""
+    """A separate worker process, replaced after work that raised an error or returned None (out of memory)."""
 
     def __init__(self) -> None:
         self.pool: ProcessPoolExecutor | None = None
 
     def do(self, work: Callable[..., T], *arguments: Any) -> T:
-        """What `work` returns or raises there; JobError when the process dies."""
+        """Return or raise what `work` returns or raises in the process; raise JobError when the process dies."""
         self.pool = self.pool or ProcessPoolExecutor(max_workers=1, mp_context=multiprocessing.get_context("spawn"))
         result = None
         try:
@@ -212,7 +215,7 @@ class OwnProcess:
 
 
 def look() -> Gpu:
-    """The GPU, and what else bears on its memory."""
+    """Return the GPU and everything in its environment that affects memory."""
     device = torch.device("cuda")
     set_numerics()
     properties = torch.cuda.get_device_properties(device)
@@ -225,7 +228,7 @@ def look() -> Gpu:
 
 
 def measure(config: Config, precision: Precision) -> Point | None:
-    """Memory of a training step with the gradient of earlier batches beside it, as when batches are accumulated."""
+    """Return the memory of a training step that accumulates into existing gradients; None when it runs out of memory."""
     device = torch.device("cuda")
     set_numerics(config.compute.tf32, config.compute.deterministic)
     try:
@@ -235,7 +238,7 @@ def measure(config: Config, precision: Precision) -> Point | None:
             raise
     finally:
         memory.free_memory()
-        torch.compiler.reset()  # or a second batch would be compiled for any one
+        torch.compiler.reset()  # or the second batch would be compiled with dynamic shapes
     return None
 
 

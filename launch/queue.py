@@ -1,10 +1,10 @@
-"""How do submissions get into the queue? Written down first, with the code; and nothing stays behind when they are refused.
+"""Write submissions and a copy of the code to disk, then queue them. When they are refused, the files are removed again.
 
     folders = enqueue(drafts, shared, command)      one job, or one array of several
-    folders = enqueue_each(drafts, command)         a job each, and each after the one that it waits for
+    folders = enqueue_each(drafts, command)         one job per draft, each after the one that it waits for
 
-A draft is a Submission that does not know its code and logs yet. Each gets a folder launch/N of its run, with submission.json
-and queued.json; what an array shares (code, environment, logs) lies in launch/N of `shared`.
+A draft is a Submission whose code and log folders are still unset. Each gets a folder launch/N of its run, with submission.json
+and queued.json; what the tasks of an array share (code, environment, logs) lies in launch/N of `shared`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from vfi.io.dataclass_json import to_json, write_text
 
 
 def cluster() -> types.ModuleType:
-    """launch.executors, which needs submitit."""
+    """Import launch.executors; raise JobError when submitit, which it needs, is not installed."""
     try:
         return importlib.import_module("launch.executors")
     except ModuleNotFoundError as error:
@@ -37,13 +37,13 @@ def cluster() -> types.ModuleType:
 
 
 def waiting_for(job_id: str, parameters: dict[str, Any]) -> dict[str, Any]:
-    """The same for a job that begins when another one has ended well, and is removed from the queue when it has not."""
+    """Return the parameters of a job that begins once `job_id` has succeeded, and leaves the queue if `job_id` fails."""
     further = parameters["additional_parameters"] | {"kill-on-invalid-dep": "yes"}
     return parameters | {"dependency": f"afterok:{job_id}", "additional_parameters": further}
 
 
 def enqueue(drafts: Sequence[Submission], shared: Path, command: Sequence[str]) -> list[Path]:
-    """Queue them as one array, or the only one as a job -> the folder of each; JobError when it is refused."""
+    """Queue the drafts as one array, or a single one as a job; return the folder of each. Raises JobError when refused."""
     with contextlib.ExitStack() as undo:
         common, folders = write(drafts, shared, command, undo)
         queue = cluster().submit
@@ -58,7 +58,7 @@ def enqueue(drafts: Sequence[Submission], shared: Path, command: Sequence[str]) 
 def write(
     drafts: Sequence[Submission], shared: Path, command: Sequence[str], undo: contextlib.ExitStack
 ) -> tuple[Path, list[Path]]:
-    """Write everything down -> the folder of what is shared, and that of each; `undo` removes them."""
+    """Write all files of the drafts; return the shared folder and the folder of each. Closing `undo` removes them again."""
     common = _removed_by(undo, new_folder(shared))
     snapshot.describe(common, list(command))
     code = snapshot.copy_code(common)
@@ -73,7 +73,10 @@ def write(
 
 
 def enqueue_each(drafts: Sequence[Submission], command: Sequence[str]) -> list[Path]:
-    """A job each, which waits for that of the run it comes after; when one is refused, those before leave the queue."""
+    """Queue one job per draft, each waiting for the job of the run in its `after`; return their folders.
+
+    When one is refused, the jobs queued before it are cancelled and the error is raised.
+    """
     jobs: dict[str, str] = {}
     folders: list[Path] = []
     for draft in drafts:
@@ -92,7 +95,7 @@ def enqueue_each(drafts: Sequence[Submission], command: Sequence[str]) -> list[P
 
 
 def run_here(drafts: Sequence[Submission], command: Sequence[str]) -> None:
-    """Run one after the other in this process; exits with the code of the first one that fails, and runs no further."""
+    """Run the drafts one after the other in this process; exit with the code of the first one that fails."""
     for draft in drafts:
         with contextlib.ExitStack() as undo:
             common, (folder,) = write([draft], Path(draft.run_folder), command, undo)
@@ -108,7 +111,7 @@ def _removed_by(undo: contextlib.ExitStack, folder: Path) -> Path:
 
 
 def _remove(folder: Path) -> None:
-    """A folder launch/N, and the run's if nothing else is in it."""
+    """Remove a folder launch/N, and those above it in the run if they are empty."""
     shutil.rmtree(folder)
     for empty in (folder.parent, folder.parents[1]):
         with contextlib.suppress(OSError):

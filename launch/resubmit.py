@@ -1,11 +1,11 @@
-"""How does what failed go on? JOB: queues again the runs that ended without having finished, with the code as it is now.
+"""Requeue the runs that ended before they finished, with the code as it is now.
 
-    python -m launch.resubmit                                  all of runs/
+    python -m launch.resubmit                                  all runs in runs/
     python -m launch.resubmit phase1_Exp-1a_seed0 --output_dir /data/runs
-    python -m launch.resubmit --dry_run                        only say which
+    python -m launch.resubmit --dry_run                        only list them
 
-Each goes on from its newest checkpoint, with the settings and the resources that it was submitted with. Runs of one ablation
-become one array again; one that waits for another one of a chain waits for its new job.
+Each run resumes from its newest checkpoint, with the settings and resources of its last submission. Runs of one ablation become
+one array again; a run of a chain that waits for an earlier one waits for that run's new job.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ from vfi.errors import JobError, clear_errors
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Each field is a flag of the job."""
+    """Flags of the command, one per field."""
 
     names: tyro.conf.Positional[tuple[str, ...]] = ()
-    """Runs; default: all that ended without having finished."""
+    """Names of the runs to requeue; default: all that ended before they finished."""
     output_dir: Path = Path("runs")
-    """Folder of all runs."""
+    """Folder that holds all runs."""
     dry_run: bool = False
-    """Only say which runs."""
+    """Only list the runs, and queue nothing."""
 
 
 @clear_errors()
 def main(argv: Sequence[str] | None = None) -> None:
-    """The job: find them, queue them, say their new jobs."""
+    """Run the command: find the runs, queue them, and print their new jobs."""
     argv = list(sys.argv[1:] if argv is None else argv)
     options = tyro.cli(Options, prog="python -m launch.resubmit", description=__doc__, args=argv)
     everything = look(options.output_dir)
@@ -54,7 +54,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def resubmit(runs: Sequence[Launched], everything: Sequence[Launched], command: Sequence[str]) -> list[Path]:
-    """Queue runs again -> their new submissions; `everything`: all runs, which they may wait for."""
+    """Requeue `runs` and return the folders of their new submissions; `everything` holds all runs that they may wait for.
+
+    Raises JobError for runs of --cluster debug.
+    """
     if here := [run.name for run in runs if run.submission.cluster == "debug"]:
         raise JobError(f"{', '.join(here)} ran by --cluster debug: give its command again, with --resume auto")
     arrays: dict[tuple[Path, str, str], list[Submission]] = {}
@@ -77,7 +80,7 @@ def resubmit(runs: Sequence[Launched], everything: Sequence[Launched], command: 
 
 
 def _waiting(run: Launched, everything: Sequence[Launched]) -> Submission:
-    """The submission, without the job that it waited for, or with the one that runs now."""
+    """Return the submission with its dependency removed, or replaced by the current job of the run that it waits for."""
     parameters = {name: value for name, value in run.submission.parameters.items() if name != "dependency"}
     before = next((other for other in everything if str(other.folder) == run.submission.after), None)
     if before and before.goes_on:

@@ -1,4 +1,4 @@
-"""What does Slurm say of jobs, and how are they cancelled? By its own commands, each under a time-out.
+"""Query and cancel jobs through Slurm's own commands, each under a timeout.
 
 states(["4711", "4712_3"])     {"4711": JobState("RUNNING", ""), "4712_3": JobState("FAILED", "exit code 2")}
 """
@@ -14,21 +14,24 @@ from typing import NamedTuple
 
 from vfi.errors import JobError
 
-_PATIENCE = 60.0  # seconds
-_AT_ONCE = 200  # job ids on a command line
+_PATIENCE = 60.0  # timeout of a command in seconds
+_AT_ONCE = 200  # job ids per command line
 _ARRAY = re.compile(r"(\d+)_\[([\d,-]+)(?:%\d+)?\]")
 
 
 class JobState(NamedTuple):
-    """Of one job, or of one task of an array."""
+    """State of one job, or of one task of an array."""
 
     state: str
-    """Slurm's word: PENDING, RUNNING, COMPLETED, FAILED …; UNKNOWN where Slurm has forgotten it."""
+    """Slurm's name of the state: PENDING, RUNNING, COMPLETED, FAILED …; UNKNOWN when Slurm no longer knows the job."""
     why: str
 
 
 def states(job_ids: Iterable[str]) -> dict[str, JobState]:
-    """The state of each job: those in the queue by squeue, the others by sacct."""
+    """Return the state of each job: from squeue if it is in the queue, otherwise from sacct.
+
+    Raises JobError when squeue is not found, fails or times out; a failure of sacct becomes the reason of UNKNOWN jobs.
+    """
     asked = set(job_ids)
     if not asked:
         return {}
@@ -41,7 +44,7 @@ def states(job_ids: Iterable[str]) -> dict[str, JobState]:
     try:
         for start in range(0, len(ended), _AT_ONCE):
             found = _accounted(ended[start : start + _AT_ONCE], asked) | found
-    except JobError as error:  # a cluster may keep no accounts; the run folders tell something, too
+    except JobError as error:  # a cluster may not keep accounts; the run folders still hold some information
         why = str(error)
     return found | {job: JobState("UNKNOWN", why) for job in asked - set(found)}
 
@@ -60,7 +63,7 @@ def _accounted(job_ids: Sequence[str], asked: set[str]) -> dict[str, JobState]:
 
 
 def _single(job: str) -> list[str]:
-    """4712_[3,5-7%2] -> 4712_3, 4712_5, 4712_6, 4712_7."""
+    """Expand an array's notation into its tasks: 4712_[3,5-7%2] -> 4712_3, 4712_5, 4712_6, 4712_7."""
     many = _ARRAY.fullmatch(job)
     if not many:
         return [job]
@@ -69,7 +72,7 @@ def _single(job: str) -> list[str]:
 
 
 def cancel(job_ids: Sequence[str]) -> None:
-    """Take jobs out of the queue; what runs is told to stop, saves, and ends."""
+    """Remove jobs from the queue; running ones are told to stop, save, and end."""
     for start in range(0, len(job_ids), _AT_ONCE):
         _call("scancel", *job_ids[start : start + _AT_ONCE])
 
@@ -84,7 +87,7 @@ def _fields(text: str, number: int) -> list[list[str]]:
 
 
 def _call(*command: str) -> str:
-    """What a command of Slurm prints; JobError with what it says when it fails."""
+    """Return the output of a Slurm command; raise JobError with its message when it fails."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=_PATIENCE)
     except FileNotFoundError as error:

@@ -1,7 +1,7 @@
-"""What exactly was submitted? A copy of the code, its git state, and the environment, beside the run.
+"""Save what was submitted alongside the run: a copy of the code, its git state, and the environment.
 
-code/               the packages as they were: the job runs from here, whatever happens to the checkout meanwhile
-changes.patch       what differs from the commit, if anything
+code/               copy of the packages: the job runs from here, whatever happens to the checkout in the meantime
+changes.patch       differences from the commit, if any
 environment.json    command, machine, Python, packages, git commit, variables that change how training runs
 """
 
@@ -29,13 +29,13 @@ _VARIABLES = ("NCCL_", "TORCH", "GLOO_", "OMP_", "CUDA_", "ACCELERATE_", "TRITON
 
 
 def require_checkout() -> None:
-    """JobError where the packages lie without their accelerate_configs/, as an install that is not editable leaves them."""
+    """Raise JobError when accelerate_configs/ is missing next to the packages, as after an install that is not editable."""
     if not (ROOT / "accelerate_configs").is_dir():
         raise JobError(f"{ROOT} is no checkout of this project: submit from one, installed by pip install -e '.[slurm]'")
 
 
 def copy_code(folder: Path) -> Path:
-    """Copy the packages -> the folder to import them from."""
+    """Copy the packages and return the folder to import them from."""
     code = folder / CODE
     for package in PACKAGES:
         shutil.copytree(ROOT / package, code / package, ignore=shutil.ignore_patterns("__pycache__", ".*"))
@@ -43,7 +43,7 @@ def copy_code(folder: Path) -> Path:
 
 
 def describe(folder: Path, argv: list[str]) -> None:
-    """Write environment.json, and changes.patch where the checkout has changes."""
+    """Write environment.json, and changes.patch if the checkout has uncommitted changes."""
     commit = _git("rev-parse", "HEAD").strip()
     changes = _git("diff", "HEAD") if commit else ""
     if changes:
@@ -64,7 +64,7 @@ def describe(folder: Path, argv: list[str]) -> None:
 
 
 def _git(*arguments: str) -> str:
-    """What git says of the checkout; empty outside of one, or without git."""
+    """Return the output of a git command in the checkout; "" when git fails or is missing."""
     try:
         done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True, timeout=60)
     except (OSError, subprocess.SubprocessError):

@@ -1,10 +1,10 @@
-"""How far are the runs that were submitted? JOB.
+"""Show the state and progress of submitted runs.
 
-    python -m launch.status                       all runs of runs/
+    python -m launch.status                       all runs in runs/
     python -m launch.status first phase1_Exp-1a_seed0 --output_dir /data/runs
 
-One line a run: what Slurm says of its job (or, without Slurm, whether its process is there), steps, PSNR, and the time that is
-left at the rate of the last steps, without validations.
+Prints one line per run: the state of its job from Slurm (or, without Slurm, whether its process is alive), steps, PSNR, and the
+remaining time at the rate of the last steps, excluding validations.
 """
 
 from __future__ import annotations
@@ -27,59 +27,59 @@ from vfi.runtime.logging import note
 from vfi.tracking.run_status import read_status
 
 WAITING = ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "SUSPENDED", "RESIZING", "SIGNALING")
-"""States of a job that goes on by itself."""
-_LAST = 5  # rows of metrics that the rate is taken from
+"""States of a job that is still in the queue or running and needs no resubmission."""
+_LAST = 5  # rows of metrics over which the rate is averaged
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Each field is a flag of the job."""
+    """Flags of the command, one per field."""
 
     names: tyro.conf.Positional[tuple[str, ...]] = ()
-    """Runs; default: all."""
+    """Names of the runs to show; default: all."""
     output_dir: Path = Path("runs")
-    """Folder of all runs."""
+    """Folder that holds all runs."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Launched:
-    """A run, its newest submission, and how far it is; None: not known."""
+    """A run, its newest submission, and its progress; None stands for unknown values."""
 
     name: str
     folder: Path
     submission: Submission
     job_id: str
     state: str
-    """Slurm's word for the state of a job."""
+    """State of the job, as Slurm names it."""
     why: str
     attempts: int
     step: int = 0
     total: int | None = None
     psnr: float | None = None
-    """Of the last validation, in dB."""
+    """PSNR of the last validation, in dB."""
     eta: float | None = None
-    """Seconds to the last step."""
+    """Estimated seconds until the last step."""
 
     @property
     def goes_on(self) -> bool:
-        """Is it in the queue, or does it run?"""
+        """Whether the run is in the queue or running."""
         return self.state in WAITING
 
     @property
     def finished(self) -> bool:
-        """Has it done what it was to do?"""
+        """Whether the run has completed."""
         return self.state == "COMPLETED"
 
 
 @clear_errors()
 def main(argv: Sequence[str] | None = None) -> None:
-    """The job: one line a run, in the order of their names."""
+    """Run the command: print one line per run, sorted by name unless names are given."""
     options = tyro.cli(Options, prog="python -m launch.status", description=__doc__, args=argv)
     print(table(look(options.output_dir, options.names)))
 
 
 def look(output_dir: Path, names: Sequence[str] = ()) -> list[Launched]:
-    """The submitted runs in a folder, all or those named; JobError for a name that was never submitted."""
+    """Return the submitted runs in a folder, all or those named; raise JobError for a name that was never submitted."""
     if not output_dir.is_dir():
         raise JobError(f"--output_dir {output_dir} is no folder: give the folder that the runs lie in")
     folders = {path.name: path.absolute() for path in output_dir.iterdir() if _newest(path)}
@@ -89,20 +89,20 @@ def look(output_dir: Path, names: Sequence[str] = ()) -> list[Launched]:
 
 
 def look_at(folders: Sequence[Path]) -> list[Launched]:
-    """Those of the run folders that were submitted."""
+    """Return the runs in those of the folders that were submitted; unreadable submissions are left out with a note."""
     found: dict[Path, tuple[Submission, str]] = {}
     for folder in folders:
         if newest := _newest(folder):
             try:
                 found[folder] = read_submission(newest / SUBMISSION), read_queued(newest).job_id
-            except JobError as error:  # of another version: the other runs are of interest all the same
+            except JobError as error:  # written by another version: show the other runs nevertheless
                 note(f"{folder.name} is left out: {error}")
     states = slurm.states(job_id for submission, job_id in found.values() if submission.cluster == "slurm")
     return [_launched(folder, submission, job_id, states) for folder, (submission, job_id) in found.items()]
 
 
 def _newest(folder: Path) -> Path | None:
-    """The newest submission of a run that was queued."""
+    """Return the folder of the run's newest submission that was queued; None when there is none."""
     queued = [path for path in submissions(folder) if (path / SUBMISSION).is_file() and (path / QUEUED).is_file()]
     return queued[-1] if queued else None
 
@@ -124,7 +124,7 @@ def _launched(folder: Path, submission: Submission, job_id: str, states: dict[st
 
 
 def _without_slurm(folder: Path, submission: Submission, job_id: str) -> JobState | None:
-    """Of a job of this machine, or one that Slurm has forgotten: by its process, and by how the last attempt ended."""
+    """Return the state of a local job, or of one unknown to Slurm, from its process and the outcome of its last attempt."""
     if submission.cluster == "local" and is_controller(job_id, submission):
         return JobState("RUNNING", "")
     outcome = last_outcome(folder, submission.nodes)
@@ -134,7 +134,7 @@ def _without_slurm(folder: Path, submission: Submission, job_id: str) -> JobStat
 
 
 def is_controller(job_id: str, submission: Submission) -> bool:
-    """Is the process that submitit's local executor left behind for this submission still there?"""
+    """Return whether the process that submitit's local executor started for this submission is still alive."""
     try:
         return submission.logs.encode() in Path(f"/proc/{int(job_id)}/cmdline").read_bytes()
     except (OSError, ValueError):
@@ -151,7 +151,7 @@ def _seconds_left(folder: Path, submission: Submission, rows: list[dict[str, Any
 
 
 def _rows(path: Path) -> Iterable[dict[str, Any]]:
-    """Of metrics.jsonl; the last one may not be whole yet."""
+    """Yield the rows of metrics.jsonl; stop at a line that is not complete yet."""
     for line in path.read_text().splitlines() if path.is_file() else ():
         try:
             yield json.loads(line)
@@ -160,7 +160,7 @@ def _rows(path: Path) -> Iterable[dict[str, Any]]:
 
 
 def table(runs: Sequence[Launched]) -> str:
-    """Aligned text, a line a run; below it why those ended that did not finish."""
+    """Return an aligned text table with one line per run, followed by the reasons for their states where known."""
     if not runs:
         return "no run was submitted here"
     rows = [("run", "job", "state", "attempts", "step", "PSNR", "left")]

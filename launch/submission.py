@@ -1,4 +1,4 @@
-"""What does a queued job know of its run? submission.json, written before it is queued, read on every node."""
+"""Description of a run for its queued job: submission.json, written before queueing and read on every node."""
 
 from __future__ import annotations
 
@@ -15,39 +15,39 @@ LAUNCH, SUBMISSION, QUEUED = "launch", "submission.json", "queued.json"
 
 @dataclasses.dataclass(frozen=True)
 class Submission:
-    """One run and the nodes that it asks for; paths are absolute."""
+    """One run and the nodes that it requests; all paths are absolute."""
 
     name: str
     job: Literal["train", "benchmark"]
     arguments: tuple[str, ...]
-    """Of vfi.train or vfi.benchmark."""
+    """Command-line arguments of vfi.train or vfi.benchmark."""
     run_folder: str
     code: str
-    """Folder with the packages as they were submitted."""
+    """Folder with a copy of the packages as submitted."""
     logs: str
     """Folder of Slurm's (or submitit's) own logs and of the batch script."""
     nodes: int
     processes: int
-    """On each node: one a GPU."""
+    """Processes on each node: one per GPU."""
     gpus: bool
     python: str
-    """Interpreter of the training processes, perhaps with a container's command before it."""
+    """Interpreter of the training processes, optionally preceded by a container command."""
     accelerate_config: str
-    """File for `accelerate launch`: how processes and precision are arranged."""
+    """Config file of `accelerate launch`, which sets parallelism and precision."""
     precision: str
-    """bf16, fp16 or fp32."""
+    """Mixed precision: bf16, fp16 or fp32."""
     requeues: int
-    """Times that the run may begin anew without having got any further."""
+    """Number of times that the run may be restarted without having made progress."""
     cluster: Literal["slurm", "local", "debug"]
     parameters: dict[str, Any]
-    """What Slurm was asked for."""
+    """Parameters of submitit's Slurm executor."""
     after: str = ""
-    """Folder of the run that must have finished before."""
+    """Folder of the run that must finish first; empty when there is none."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Queued:
-    """queued.json: the job that a submission became."""
+    """Content of queued.json: the job that a submission became."""
 
     job_id: str
     submitted: float
@@ -55,13 +55,13 @@ class Queued:
 
 
 def read_submission(path: Path) -> Submission:
-    """The submission at `path`; JobError when it is not usable."""
+    """Read the submission at `path`; raise JobError when it is not usable."""
     found: Submission = _read(Submission, path)
     return found
 
 
 def read_queued(folder: Path) -> Queued:
-    """The job of the submission in `folder`; JobError when it is not known."""
+    """Read the job of the submission in `folder`; raise JobError when it is not known."""
     found: Queued = _read(Queued, folder / QUEUED)
     return found
 
@@ -74,26 +74,26 @@ def _read(kind: type, path: Path) -> Any:
 
 
 def write_submission(folder: Path, submission: Submission) -> Path:
-    """Write submission.json into `folder` -> its path."""
+    """Write submission.json into `folder` and return its path."""
     path = folder / SUBMISSION
     write_text(path, to_json(submission))
     return path
 
 
 def new_folder(run_folder: Path) -> Path:
-    """A folder for one more submission of a run: launch/1, launch/2 …"""
+    """Create the folder of the next submission of a run: launch/1, launch/2 …"""
     folder = next_folder(run_folder)
     folder.mkdir(parents=True)
     return folder
 
 
 def next_folder(run_folder: Path) -> Path:
-    """What `new_folder` would make."""
+    """Return the folder that `new_folder` would create."""
     numbers = submissions(run_folder)
     return run_folder / LAUNCH / str(int(numbers[-1].name) + 1 if numbers else 1)
 
 
 def submissions(run_folder: Path) -> list[Path]:
-    """The folders of all submissions of a run, in their order."""
+    """Return the folders of all submissions of a run, in numerical order."""
     found = (path for path in (run_folder / LAUNCH).glob("*") if path.name.isdecimal())
     return sorted(found, key=lambda path: int(path.name))

@@ -1,16 +1,16 @@
-"""How is a run submitted to a cluster? JOB.
+"""Submit runs to a cluster.
 
     python -m launch.submit --preset small --phase 1 --nodes 2 --gpus_per_node 8 --gpu a100 --time 24:00:00 \\
         -- --data_path SHARDS/train --val_path SHARDS/val --global_batch 256
-    python -m launch.submit … --dry_run -- …            the batch script, nothing queued
-    python -m launch.submit … --cluster local -- …      on this machine, without Slurm
+    python -m launch.submit … --dry_run -- …            print the batch script, queue nothing
+    python -m launch.submit … --cluster local -- …      run on this machine, without Slurm
     python -m launch.submit … --chain 1,2 -- FLAGS OF ALL -- FLAGS OF PHASE 1 -- FLAGS OF PHASE 2
     python -m launch.submit … --ablation phase1 --seeds 3 -- …
     python -m launch.submit … --job benchmark -- --model runs/small_phase1 --data SHARDS/val --out results.json
 
-What follows the -- are flags of vfi.train. They are checked first; then code, parameters, git state and environment are written
-into the run folder (launch/1/), and the job is queued. It goes on by itself after preemption, time limits and lost nodes; what
-failed is queued again by `python -m launch.resubmit`.
+The arguments after -- are flags of vfi.train. They are checked first; then code, parameters, git state and environment are
+written into the run folder (launch/1/), and the job is queued. It resumes automatically after preemption, time limits and lost
+nodes; `python -m launch.resubmit` requeues failed runs.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ from vfi.config.configs import ConfigError
 from vfi.errors import JobError, clear_errors
 from vfi.runtime.logging import note
 
-_SHOWN = 3  # jobs of which it is said how to follow each
+_SHOWN = 3  # jobs for which the commands to follow them are printed
 
 
 @clear_errors(ConfigError, ShardError)
 def main(argv: Sequence[str] | None = None) -> None:
-    """The job: check, write down, queue, and say how to follow."""
+    """Run the command: check the runs, write and queue their submissions, and print how to follow them."""
     argv = list(sys.argv[1:] if argv is None else argv)
     own, *groups = split(argv)
     options = tyro.cli(Options, prog="python -m launch.submit", description=__doc__, args=own)
@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def split(argv: Sequence[str]) -> list[list[str]]:
-    """What stands before, between and behind each --."""
+    """Split the arguments at each -- into groups: those before the first, between, and after the last one."""
     groups: list[list[str]] = [[]]
     for argument in argv:
         if argument == "--":
@@ -69,7 +69,7 @@ def split(argv: Sequence[str]) -> list[list[str]]:
 
 
 def parameters(options: Options, name: str, workers: int) -> dict[str, Any]:
-    """What submitit's Slurm executor is told."""
+    """Return the parameters of submitit's Slurm executor; raise JobError for unusable --sbatch, --srun or --time values."""
     further: dict[str, Any] = {"chdir": os.getcwd(), "requeue": True}
     for entry in (*options.sbatch, *options.srun):
         if not entry.strip("=") or entry.startswith(("-", "=")):
@@ -92,7 +92,7 @@ def parameters(options: Options, name: str, workers: int) -> dict[str, Any]:
 
 
 def accelerate_config(options: Options, code: Path) -> Path:
-    """The file for accelerate launch: the user's, or ours in `code`."""
+    """Return the config file of accelerate launch: the user's, or the default one in `code`."""
     if options.accelerate_config:
         return options.accelerate_config
     single = options.nodes * options.processes == 1
@@ -101,7 +101,7 @@ def accelerate_config(options: Options, code: Path) -> Path:
 
 
 def print_scripts(options: Options, runs: Sequence[Run]) -> None:
-    """What sbatch would get."""
+    """Print the batch scripts that sbatch would get."""
     if options.ablation:
         folder = next_folder(array_folder(runs))
         asked = parameters(options, array_folder(runs).name, runs[0].workers)
@@ -116,12 +116,12 @@ def print_scripts(options: Options, runs: Sequence[Run]) -> None:
 
 
 def array_folder(runs: Sequence[Run]) -> Path:
-    """Where what the runs of an ablation share lies: phase1, beside phase1_Exp-1a_seed0."""
+    """Return the folder for what the runs of an ablation share: phase1, next to phase1_Exp-1a_seed0."""
     return runs[0].folder.with_name(runs[0].name.rpartition("_Exp-")[0])
 
 
 def draft(options: Options, run: Run, name: str) -> Submission:
-    """What is to be queued; where code and logs lie is not known yet."""
+    """Return the submission to be queued, with its code and log folders still unset."""
     config_file = accelerate_config(options, snapshot.ROOT)
     return Submission(
         name=run.name, job=run.job, arguments=run.arguments, run_folder=str(run.folder), code="", logs="", nodes=options.nodes,
@@ -132,7 +132,10 @@ def draft(options: Options, run: Run, name: str) -> Submission:
 
 
 def submit(options: Options, runs: Sequence[Run], command: Sequence[str]) -> None:
-    """Queue one job a run, each after the one that it waits for; an ablation is one array of jobs."""
+    """Queue one job per run, each after the one that it waits for, or an ablation as one array of jobs.
+
+    Raises JobError when a run is already in the queue or running, or when the cluster refuses a job.
+    """
     if busy := [f"{run.name} (job {run.job_id}, {run.state})" for run in look_at([run.folder for run in runs]) if run.goes_on]:
         raise JobError(f"{', '.join(busy)}: already submitted; launch.cancel takes a run out of the queue")
     drafts = [draft(options, run, array_folder(runs).name if options.ablation else run.name) for run in runs]
@@ -148,7 +151,7 @@ def submit(options: Options, runs: Sequence[Run], command: Sequence[str]) -> Non
 
 
 def say_how_to_follow(folder: Path) -> None:
-    """The job's id, where its logs will be, and what to type."""
+    """Print the job's id, the paths of its logs, and the command that shows its state."""
     submission, queued = read_submission(folder / SUBMISSION), read_queued(folder)
     print(
         f"job {queued.job_id}: {submission.name}, {submission.nodes} x {submission.processes} processes ({submission.cluster})"

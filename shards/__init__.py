@@ -1,1 +1,1 @@
-"""How does a data set become tar shards? CPU only, no torch. Jobs: python -m shards.<set> --help, and shards.verify."""
+"""Conversion of data sets to tar shards, on the CPU and without torch. Commands: python -m shards.<set> and shards.verify."""

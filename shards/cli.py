@@ -1,4 +1,4 @@
-"""How does a shard job talk to the shell? Flags from a dataclass; a ShardError is one line and exit code 2, no traceback."""
+"""Command-line entry of the shard commands: flags from a dataclass, and a ShardError as one line with exit code 2."""
 
 from __future__ import annotations
 
@@ -20,9 +20,10 @@ def run_job(
     description: str | None,
     argv: Sequence[str] | None,
 ) -> int:
-    """Parse `argv` (None: the command line) into `options_type`, call `job`, return the exit code.
+    """Parse `argv` (None: the command line) into `options_type`, call `job` and return the exit code.
 
-    Flags are accepted with `_` and with `-`. A usage error and --help end the program as the command line library does.
+    Flags are accepted with `_` and with `-`. Usage errors and --help exit as the command-line library does. A ShardError gives
+    2, an interruption 130.
     """
     options = tyro.cli(options_type, prog=f"python -m {program}", description=description, args=argv)
     try:

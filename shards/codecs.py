@@ -1,5 +1,4 @@
-"""How does one frame become bytes and come back? PNG and QOI (lossless) and JPEG (4:4:4); always RGB uint8 [H, W, 3].
-And flow, as .npy.
+"""Encode and decode frames, always RGB uint8 [H, W, 3], as PNG, QOI (both lossless) or JPEG (4:4:4); decode flow from .npy.
 
 data = encode(frame, "png")
 frame = decode(data, "png")
@@ -21,12 +20,12 @@ from PIL import Image, UnidentifiedImageError
 
 from shards.schema import EXTENSION, ShardError
 
-_MAX_SCANS = 100  # of a JPEG: an encoder writes 1 to 12, each is decoded over the whole picture and may take 20 bytes
-# what decoders raise for damaged images; Pillow's readers of single chunks raise the errors of indexing and unpacking, too
+_MAX_SCANS = 100  # of a JPEG: encoders write 1 to 12; each is decoded over the whole image though it may take only 20 bytes
+# errors of decoders for damaged images; Pillow's chunk readers also raise those of indexing and unpacking
 _BROKEN = (ValueError, RuntimeError, OSError, SyntaxError, EOFError, IndexError, KeyError, TypeError, OverflowError,
            struct.error, zlib.error, UnidentifiedImageError, Image.DecompressionBombError)  # fmt: skip
 JPEG_ENCODER = "pillow"
-"""What index.json calls the encoder: simplejpeg, which decodes, encodes with a coarse transform below quality 96."""
+"""Name of the encoder in index.json. It is not simplejpeg, the decoder, whose transform is coarse below quality 96."""
 PNG_LEVEL = 4  # zlib level: within 3 % of the size of the default 6 at less than half of its time
 
 
@@ -43,7 +42,7 @@ def check_quality(quality: int) -> None:
 
 
 def encode(frame: np.ndarray, codec: str, quality: int = 95) -> bytes:
-    """Compress an RGB uint8 frame [H, W, 3]. `quality` (1-100) matters for jpeg only; png and qoi are lossless."""
+    """Compress an RGB uint8 frame [H, W, 3]. `quality` (1-100) applies to jpeg only; png and qoi are lossless."""
     check_codec(codec)
     if frame.dtype != np.uint8 or frame.ndim != 3 or frame.shape[2] != 3:
         raise ShardError(f"a frame must be uint8 [H, W, 3], got {frame.dtype} {list(frame.shape)}")
@@ -61,9 +60,9 @@ def encode(frame: np.ndarray, codec: str, quality: int = 95) -> bytes:
 def decode(data: bytes, extension: str, name: str = "image", size: tuple[int, int] | None = None) -> np.ndarray:
     """Decompress one frame to RGB uint8 [H, W, 3], contiguous.
 
-    `extension` is the file extension with or without its dot ('png', '.jpg' …); `name` is what an error calls the image;
-    `size` is what `header_size` gave: an image that turns out to have another one is not decoded.
-    Grey, palette, transparent (over black) and 16-bit images become 8-bit RGB. Raises ShardError for a broken image.
+    `extension` is the file extension with or without its dot ('png', '.jpg' …); errors call the image `name`; `size` is the
+    (height, width) from `header_size`, and Pillow does not decode an image that turns out to have another one. Grey, palette,
+    transparent (over black) and 16-bit images become 8-bit RGB. Raises ShardError for a broken image.
     """
     extension = extension.lower().lstrip(".")
     try:
@@ -72,7 +71,7 @@ def decode(data: bytes, extension: str, name: str = "image", size: tuple[int, in
         if extension == "qoi":
             return np.ascontiguousarray(qoi.decode(data)[:, :, :3])
         with Image.open(io.BytesIO(data)) as image:
-            if size and image.size[::-1] != size:  # Pillow goes by the last header that it finds, not by the first
+            if size and image.size[::-1] != size:  # Pillow uses the last header that it finds, not the first
                 raise ValueError(f"it is {image.size[1]}x{image.size[0]} pixels instead of {size[0]}x{size[1]}")
             return _to_rgb(image)
     except _BROKEN as error:
@@ -80,9 +79,9 @@ def decode(data: bytes, extension: str, name: str = "image", size: tuple[int, in
 
 
 def header_size(data: bytes, extension: str) -> tuple[int, int]:
-    """(height, width) that the header of a png, qoi or jpg claims; nothing is decoded.
+    """Return the (height, width) in the header of a png, qoi or jpg without decoding the image.
 
-    ShardError for anything else, whatever Pillow could make of it, and for what takes long to decode for its size.
+    Raises ShardError for anything else, even if Pillow could read it, and for images that take long to decode for their size.
     """
     if extension == "png" and data[:8] == b"\x89PNG\r\n\x1a\n" and data[12:16] == b"IHDR" and len(data) >= 24:
         width, height = struct.unpack(">II", data[16:24])
@@ -101,7 +100,7 @@ def header_size(data: bytes, extension: str) -> tuple[int, int]:
 
 
 def _has_one_scan(data: bytes) -> bool:
-    """Is this JPEG sequential with all components in its first scan? Then a decoder takes no second one."""
+    """Return whether a JPEG is sequential with all components in its first scan, so that a decoder ignores any further one."""
     at, components = 2, 0
     while len(data) > at + 9 and data[at] == 0xFF:
         marker, length = data[at + 1], int.from_bytes(data[at + 2 : at + 4], "big")
@@ -116,9 +115,10 @@ def _has_one_scan(data: bytes) -> bool:
 
 
 def decode_flow(data: bytes, height: int, width: int) -> np.ndarray:
-    """The float32 [height, width, 2] of a .npy; ShardError for anything else. The header is checked before memory is taken.
+    """Return the float32 [height, width, 2] of a .npy file; raise ShardError for anything else or non-finite values.
 
-    Read by its parts: `np.load` also opens archives and pickles, which can run code.
+    The header is checked before memory is allocated. `np.load` is avoided, since it also opens archives and pickles, which can
+    run code.
     """
     file = io.BytesIO(data)
     try:
@@ -148,7 +148,7 @@ def read_image(path: Path) -> np.ndarray:
 
 def _to_rgb(image: Image.Image) -> np.ndarray:
     if image.mode.startswith("I") or image.mode == "F":
-        # Pillow clips 16-bit grey to 255 when it converts: scale instead, so that white stays white
+        # Pillow clips 16-bit grey to 255 on conversion: scale instead, so that white stays white
         return np.repeat(_grey_to_8_bit(image)[:, :, None], 3, axis=2)
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         image = image.convert("RGBA")

@@ -1,15 +1,16 @@
 """Exact conversion between frames of a video and RGB, by the formulas of ITU-R BT.601, BT.709 and BT.2020.
 
     assume_left_chroma(stream)                      # before the first frame is decoded
-    colours = describe_colours(frame)               # what the file says, and defaults where it says nothing
+    colours = describe_colours(frame)               # properties stated by the file, with defaults for the others
     image = to_rgb(frame, colours)                  # uint8 [H, W, 3]
     frame = from_rgb(image, colours, "yuv420p")     # for an encoder
 
-The shard jobs and the video interpolator both convert here: a model is used on the kind of pictures that it was trained on.
+The shard commands and the video interpolator share this conversion, so that a model is used on the kind of pictures that it was
+trained on.
 
-FFmpeg's libswscale converts. With the settings below it is exact between 8 bits of limited range and 8-bit RGB. Beyond that it
-takes white for 256 times a power of two and not for the largest value, puts the middle of full-range chroma half a level too
-low, and takes all grey for full range: what it gives then is corrected by tables.
+FFmpeg's libswscale does the conversion. With the settings below it is exact between 8 bits of limited range and 8-bit RGB. In
+other cases it takes white to be 256 times a power of two rather than the largest value, puts the middle of full-range chroma
+half a level too low, and treats all grey as full range; tables correct these results.
 """
 
 from __future__ import annotations
@@ -30,17 +31,17 @@ from av.video.stream import VideoStream
 from shards.schema import ShardError
 
 CONVERSION = "itu-exact-1"
-"""What index.json calls this conversion; another name whenever the pixels that it gives change."""
-BT709, BT601 = 1, 5  # matrices, in the numbers of ITU-T H.273
-_MATRICES = {1: 1, 4: 4, 5: 5, 6: 5, 7: 7, 9: 9}  # of H.273 -> libswscale's: BT.709, FCC, BT.601 (twice), SMPTE 240M, BT.2020
-_UNSAID = (0, 2, 3)  # identity (which only RGB has), unspecified, reserved
-_HD = (720, 1280)  # rows, columns: from either on, a video that does not say its matrix has BT.709
+"""Name of this conversion in index.json; it must change whenever the resulting pixels change."""
+BT709, BT601 = 1, 5  # matrices, as numbered in ITU-T H.273
+_MATRICES = {1: 1, 4: 4, 5: 5, 6: 5, 7: 7, 9: 9}  # H.273 -> libswscale: BT.709, FCC, BT.601 (twice), SMPTE 240M, BT.2020
+_UNSAID = (0, 2, 3)  # identity (used by RGB only), unspecified, reserved
+_HD = (720, 1280)  # rows, columns: a video that reaches either and does not state its matrix has BT.709
 _LIMITED, _FULL = 1, 2  # values of `color_range`
-# without ACCURATE_RND chroma at half the height makes frames a level too dark; by BITEXACT all processors give the same
+# without ACCURATE_RND, chroma at half the height makes frames a level too dark; with BITEXACT all processors give the same
 _CARE = Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT | Interpolation.BITEXACT
 _EXACT = Interpolation.BICUBIC | _CARE
 _SHRINKING = Interpolation.LANCZOS | _CARE
-_SUBSAMPLING = {(32, 32): "420", (64, 32): "422", (64, 64): "444"}  # (rows, columns) of chroma for 64 of luma -> name
+_SUBSAMPLING = {(32, 32): "420", (64, 32): "422", (64, 64): "444"}  # (rows, columns) of chroma for 64x64 of luma -> name
 # (columns, rows) from the first of four luma samples to the chroma sample that they share
 _LOCATIONS = {
     (0.0, 0.5): "left", (0.5, 0.5): "center", (0.0, 0.0): "topleft",
@@ -50,7 +51,7 @@ _LOCATIONS = {
 
 @dataclasses.dataclass(frozen=True)
 class Colours:
-    """How a video stores colours; matrix, primaries and transfer are numbers of ITU-T H.273."""
+    """Colour properties of a video; matrix, primaries and transfer are numbers of ITU-T H.273."""
 
     matrix: int = BT709
     primaries: int = BT709
@@ -58,19 +59,20 @@ class Colours:
     full_range: bool = False
     bits: int = 8
     location: str = "left"
-    """Where chroma samples lie among those of luma: left, center, topleft, top, bottomleft or bottom."""
+    """Location of chroma samples relative to luma: left, center, topleft, top, bottomleft or bottom."""
 
     @property
     def depth(self) -> int:
-        """Return the bits of the RGB that holds them: 8 or 16."""
+        """Return the bits per channel of the RGB that holds these colours: 8 or 16."""
         return 8 if self.bits <= 8 else 16
 
 
 def describe_colours(video: av.VideoFrame | VideoCodecContext) -> Colours:
-    """Return how a frame, or every frame of a decoder, stores colours.
+    """Return the colour properties of a frame, or of every frame of a decoder.
 
-    A video that does not say its matrix has BT.709 from 720 rows or 1280 columns on and BT.601 below. One that does not say its
-    range has limited range; grey has full range then. Raises ShardError for a matrix that can't be converted.
+    A video that does not state its matrix has BT.709 from 720 rows or 1280 columns on, and BT.601 below. One that does not
+    state its range has limited range, or full range if it is grey. Raises ShardError for a matrix that can't be converted, and
+    for an unknown pixel format.
     """
     pixels, matrix = video.format, video.colorspace
     if pixels is None:
@@ -93,10 +95,10 @@ def describe_colours(video: av.VideoFrame | VideoCodecContext) -> Colours:
 
 
 def assume_left_chroma(stream: VideoStream) -> None:
-    """Let chroma samples lie left where a video does not say, as players do; to be called before the first frame is decoded.
+    """Place chroma samples left, as players do, if a video does not state their location; call it before decoding starts.
 
-    Without it libswscale takes the center, half a pixel off, for VP9, ProRes and most AV1. Decoders of H.264, HEVC, MPEG-2,
-    MPEG-4 and JPEG have defaults of their own, which stay. So does what the container of raw video says, such as Y4M.
+    Otherwise libswscale assumes the center, half a pixel off, for VP9, ProRes and most AV1. The defaults of the decoders of
+    H.264, HEVC, MPEG-2, MPEG-4 and JPEG remain in force, as does the location stated by containers of raw video such as Y4M.
     """
     context = stream.codec_context
     if context.name != "rawvideo":
@@ -106,20 +108,20 @@ def assume_left_chroma(stream: VideoStream) -> None:
 def to_rgb(frame: av.VideoFrame, colours: Colours, most_bits: int = 8, size: tuple[int, int] | None = None) -> np.ndarray:
     """Return a frame as RGB [H, W, 3] whose white is the largest value of its type.
 
-    It is uint8, or uint16 with `most_bits` 16 and more than 8 bits in the frame. `size` (height, width) makes it smaller in the
-    same step, antialiased, unless it is RGB already. Transparency is dropped. It takes one thread: several frames are converted
-    side by side.
+    The result is uint8, or uint16 with `most_bits` 16 and more than 8 bits in the frame. `size` (height, width) downscales in
+    the same step, antialiased, unless the frame is RGB already. Transparency is dropped. The conversion uses one thread, since
+    callers convert several frames in parallel.
     """
     return np.stack(_rgb_planes(frame, colours, most_bits, size or (frame.height, frame.width)), axis=2)
 
 
 def to_planes(frame: av.VideoFrame, colours: Colours, most_bits: int = 8) -> np.ndarray:
-    """Return what `to_rgb` returns as [3, H, W], which is faster."""
+    """Return the result of `to_rgb` as [3, H, W], which is faster."""
     return np.stack(_rgb_planes(frame, colours, most_bits, (frame.height, frame.width)))
 
 
 def from_rgb(image: np.ndarray, colours: Colours, pix_fmt: str) -> av.VideoFrame:
-    """Return RGB [H, W, 3], uint8 or uint16, as a frame of the pixel format `pix_fmt`: the reverse of `to_rgb`."""
+    """Convert RGB [H, W, 3], uint8 or uint16, to a frame of the pixel format `pix_fmt`: the inverse of `to_rgb`."""
     pixels = VideoFormat(pix_fmt)
     if is_rgb(pixels):
         return _rgb_as(pixels, image)
@@ -137,12 +139,12 @@ def from_rgb(image: np.ndarray, colours: Colours, pix_fmt: str) -> av.VideoFrame
         table = _from_limited(number > 0, 255 << 8 if image.dtype == np.uint16 else 65_535, bits, colours.full_range)
         _samples(plane, bits)[:] = table[_samples(limited.planes[number], 16)]
     made.colorspace, made.color_range = limited.colorspace, _FULL if colours.full_range else _LIMITED
-    # what is left is the order of the samples, such as NV12 and P010, and subsampling that has no 16-bit format
+    # what remains is the order of the samples, as in NV12 and P010, and subsampling without a 16-bit format
     return made if made.format.name == pix_fmt else reformat(_with_location(made, colours.location), pix_fmt)
 
 
 def is_rgb(pixels: VideoFormat) -> bool:
-    """Return whether the samples of a pixel format are red, green and blue, or numbers of such colours."""
+    """Return whether the samples of a pixel format are red, green and blue, palette indices of such colours, or XYZ."""
     return pixels.is_rgb or pixels.has_palette or pixels.name.startswith("xyz")
 
 
@@ -153,12 +155,12 @@ def chroma_halves(pix_fmt: str) -> tuple[bool, bool]:
 
 
 def measure_chroma_location(frame: av.VideoFrame) -> str:
-    """Return where the chroma samples of a frame lie, as in `Colours.location`.
+    """Return the location of a frame's chroma samples, as in `Colours.location`.
 
-    PyAV does not show this property. A small frame that inherits it is filled with a ramp of chroma, column by column and then
-    row by row, and the ramp is looked for in its RGB.
+    PyAV does not expose this property. A small frame that inherits it is filled with a chroma ramp, first along columns and
+    then along rows, and the offset of the ramp is measured in its RGB.
     """
-    side = 32 if frame.width != 32 else 34  # of another size, since reformatting to the same one gives the frame itself
+    side = 32 if frame.width != 32 else 34  # another size than the frame's, which would return the frame itself
     small = reformat(frame, "yuv420p", width=side, height=side, interpolation=Interpolation.POINT)
     offsets = []
     for axis in (1, 0):
@@ -166,7 +168,7 @@ def measure_chroma_location(frame: av.VideoFrame) -> str:
         for plane, values in zip(small.planes, (128, 128, 64 + 4 * number), strict=True):
             _samples(plane, 8)[:] = values
         red = to_planes(small, Colours(BT601, full_range=True))[0].astype(np.float64)
-        found = ((red - 128) / 1.402 + 128 - 64) / 4  # the chroma sample that is seen at each pixel
+        found = ((red - 128) / 1.402 + 128 - 64) / 4  # index of the chroma sample at each pixel
         offset = np.indices((side, side))[axis] - 2 * found
         offsets.append(round(2 * float(offset[8:-8, 8:-8].mean())) / 2)
     return _LOCATIONS[offsets[0], offsets[1]]
@@ -176,12 +178,12 @@ def _rgb_planes(frame: av.VideoFrame, colours: Colours, most_bits: int, size: tu
     pixels = frame.format
     bits, grey = _bits(pixels), _is_grey(pixels)
     top = 2 ** (8 if bits <= 8 else most_bits) - 1
-    if is_rgb(pixels):  # in one piece: as planes, 10 bits lose a level on the way to 16
+    if is_rgb(pixels):  # packed: as planes, 10 bits lose a level on the way to 16
         rgb = reformat(frame, "rgb24" if bits <= 8 else "rgb48le", src_color_range="JPEG", dst_color_range="JPEG")
         planes, black, white = list(np.moveaxis(rgb.to_ndarray(), 2, 0)), 0, 255 if bits <= 8 else 65_535
     else:
         wide = 16 if bits > 8 and (top > 255 or colours.full_range or grey) else 8
-        # colours one after the other in memory are made three times as fast as pixels
+        # planar output is three times as fast as packed pixels
         made = reformat(
             frame, "gbrp" if wide == 8 else "gbrp16le", src_colorspace=_MATRICES[colours.matrix],
             src_color_range="JPEG" if colours.full_range else "MPEG", dst_color_range="JPEG", height=size[0], width=size[1],
@@ -219,7 +221,7 @@ def reformat(frame: av.VideoFrame, pix_fmt: str, interpolation: int = _EXACT, **
 
 
 def _with_location(frame: av.VideoFrame, location: str) -> av.VideoFrame:
-    """Return the frame, its samples shared, with the property that says where chroma made of it lies."""
+    """Return the frame, with shared samples and the property that sets the location of chroma derived from it."""
     graph = av.filter.Graph()
     source = graph.add_buffer(width=frame.width, height=frame.height, format=frame.format, time_base=Fraction(1, 25))
     graph.link_nodes(source, graph.add("setparams", f"chroma_location={location}"), graph.add("buffersink")).configure()
@@ -230,18 +232,18 @@ def _with_location(frame: av.VideoFrame, location: str) -> av.VideoFrame:
 
 
 def _samples(plane: VideoPlane, bits: int) -> np.ndarray:
-    """Return the samples of a plane [height, width], without the padding of its rows; writing changes the plane."""
+    """Return a view [height, width] of a plane's samples without the padding of its rows; writing to it changes the plane."""
     return np.frombuffer(memoryview(plane), np.uint8 if bits == 8 else "<u2").reshape(plane.height, -1)[:, : plane.width]
 
 
 @functools.cache
 def _linear(count: int, gain: float, offset: float, top: int) -> np.ndarray:
-    """Return a table that maps 0 … count - 1 by gain and offset to whole numbers of 0 … top."""
+    """Return a table that maps 0 … count - 1 by gain and offset to integers in 0 … top."""
     return np.clip(np.rint(np.arange(count) * gain + offset), 0, top).astype(np.uint8 if top <= 255 else np.uint16)
 
 
 def _from_limited(chroma: bool, white: int, bits: int, full_range: bool) -> np.ndarray:
-    """Return a table from 16 bits of limited range, made of RGB whose white was taken to be `white`, to planes of a video."""
+    """Return a table from 16 bits of limited range, converted from RGB with `white` as its white, to samples of a video."""
     correction = white / 65_535
     zero, span = (128, 224) if chroma else (16, 219)
     top = 2**bits - 1

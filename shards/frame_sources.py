@@ -1,11 +1,11 @@
-"""What clips are in a folder, and what are their frames? A clip is a video file or a folder that directly holds images.
+"""Find the clips in a folder and read their frames. A clip is a video file or a folder that directly holds images.
 
     for clip in find_clips(Path("videos")):
         for frame in read_clip(clip):
             rgb = frame.rgb()            # uint8 [H, W, 3], upright
             luma = frame.thumbnail()     # float32 [THUMBNAIL], 0 to 255, cheap
 
-Frames come one by one, so memory does not grow with the length of a clip.
+Frames are read one by one, so memory does not grow with the length of a clip.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from shards.color_conversion import assume_left_chroma, describe_colours, is_rgb
 from shards.schema import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS, ShardError
 
 THUMBNAIL = (72, 128)  # height, width
-FAR = 200  # frames: from here on it pays to jump instead of decoding from the start
+FAR = 200  # frame number from which seeking is faster than decoding from the start
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,13 +42,13 @@ class Clip:
     images: tuple[Path, ...] = ()
 
     def files(self) -> tuple[Path, ...]:
-        """The files that the clip is made of."""
+        """Return the files of the clip."""
         return self.images or (self.path,)
 
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """A way into a long video: start at the key frame `number` with time stamp `pts`; `checksum` is the wanted frame's."""
+    """A seek point in a long video: key frame `number` with time stamp `pts`; `checksum` is that of the wanted frame."""
 
     number: int
     pts: int
@@ -56,24 +56,24 @@ class Entry:
 
 
 class VideoFrame:
-    """A decoded frame of a video file; converted only when asked. Raises ShardError for colours that can't be converted."""
+    """A decoded frame of a video file, converted on demand. Raises ShardError for colours that can't be converted."""
 
     def __init__(self, frame: av.VideoFrame) -> None:
         self._frame = frame
         self._colours = describe_colours(frame)
-        # the turn that players apply to videos of a phone that was held upright, in quarters, counterclockwise
+        # rotation that players apply, as to videos of a phone held upright, in counterclockwise quarter turns
         self._quarters = round(frame.rotation / 90) % 4
 
     def size(self) -> tuple[int, int]:
-        """(height, width) in pixels as shown."""
+        """Return (height, width) in pixels as displayed."""
         height, width = self._frame.height, self._frame.width
         return (width, height) if self._quarters % 2 else (height, width)
 
     def rgb(self, max_height: int | None = None) -> np.ndarray:
-        """Return RGB uint8 [H, W, 3], made smaller as `shrink` does where it is higher than `max_height`."""
+        """Return RGB uint8 [H, W, 3], downscaled as by `shrink` if it is higher than `max_height`."""
         if max_height is None or is_rgb(self._frame.format):
             return shrink(self._upright(to_rgb(self._frame, self._colours)), max_height)
-        height, width = shrunk_size(*self.size(), max_height)  # in one step with the conversion, which is ten times as fast
+        height, width = shrunk_size(*self.size(), max_height)  # together with the conversion this is ten times as fast
         size = (width, height) if self._quarters % 2 else (height, width)
         return self._upright(to_rgb(self._frame, self._colours, size=size))
 
@@ -81,45 +81,45 @@ class VideoFrame:
         return np.ascontiguousarray(np.rot90(image, self._quarters))
 
     def entry(self) -> int | None:
-        """The time stamp of a key frame, where decoding can start; None for other frames."""
+        """Return the time stamp of a key frame, where decoding can start; None for other frames."""
         return self._frame.pts if self._frame.key_frame else None
 
     def checksum(self) -> int:
-        """Tells whether a frame is the one seen before."""
+        """Return a checksum by which the same frame is recognized on another reading."""
         return zlib.crc32(self.thumbnail().tobytes())
 
     def thumbnail(self) -> np.ndarray:
-        """Small luma float32 [THUMBNAIL], 0 to 255, by one thread (not turned: it is only compared with its neighbours)."""
+        """Return small luma float32 [THUMBNAIL], 0 to 255, by one thread; not rotated, as only neighbours are compared."""
         small = self._frame.reformat(THUMBNAIL[1], THUMBNAIL[0], format="gray", interpolation=Interpolation.AREA, threads=1)
         return small.to_ndarray().astype(np.float32)
 
 
 class ImageFrame:
-    """A frame file of a folder; read only when asked."""
+    """A frame file of a folder, read on demand."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._rgb: np.ndarray | None = None
 
     def size(self) -> tuple[int, int]:
-        """(height, width) in pixels."""
+        """Return (height, width) in pixels."""
         height, width = self.rgb().shape[:2]
         return height, width
 
     def rgb(self, max_height: int | None = None) -> np.ndarray:
-        """Return RGB uint8 [H, W, 3], made smaller where it is higher than `max_height`."""
+        """Return RGB uint8 [H, W, 3], downscaled if it is higher than `max_height`."""
         if self._rgb is None:
             self._rgb = codecs.read_image(self._path)
         return shrink(self._rgb, max_height)
 
     def thumbnail(self) -> np.ndarray:
-        """Small luma float32 [THUMBNAIL], 0 to 255."""
+        """Return small luma float32 [THUMBNAIL], 0 to 255."""
         grey = Image.fromarray(self.rgb()).convert("L")
         return np.asarray(grey.resize(THUMBNAIL[::-1], Image.Resampling.BOX, reducing_gap=2.0), dtype=np.float32)
 
 
 def shrunk_size(height: int, width: int, max_height: int | None) -> tuple[int, int]:
-    """Return the (height, width) that a frame is given where it is higher than `max_height`: the same shape, even sides."""
+    """Return the (height, width) to which a frame higher than `max_height` is downscaled: same aspect ratio, even sides."""
     if max_height is None or height <= max_height:
         return height, width
     new_height = max_height // 2 * 2
@@ -135,7 +135,7 @@ def shrink(image: np.ndarray, max_height: int | None) -> np.ndarray:
 
 
 def find_clips(src: Path) -> list[Clip]:
-    """All clips below `src` in natural order of their names; hidden files and folders are passed over.
+    """Return all clips below `src` in natural order of their names; hidden files and folders are skipped.
 
     Raises ShardError when the folder is missing or holds neither videos nor images.
     """
@@ -162,10 +162,10 @@ def find_clips(src: Path) -> list[Clip]:
 
 
 def read_clip(clip: Clip, first: int = 0, entry: Entry | None = None) -> Iterator[VideoFrame | ImageFrame]:
-    """The frames of a clip in order from frame number `first` on.
+    """Yield the frames of a clip in order, starting at frame number `first`.
 
-    A video is decoded from its start to get there, or from `entry` where that proves to give the very same frame.
-    Raises ShardError at the first frame that is missing or broken: what came before it is good.
+    A video is decoded from its start to get there, or from `entry` if that demonstrably leads to the very same frame.
+    Raises ShardError at the first frame that is missing or broken; all frames before it are valid.
     """
     if clip.images:
         yield from map(ImageFrame, clip.images[first:])
@@ -186,7 +186,7 @@ def read_clip(clip: Clip, first: int = 0, entry: Entry | None = None) -> Iterato
 
 
 def promised_frames(path: Path) -> int:
-    """How many frames the head of a video file promises, 0 where it does not say. Raises ShardError for an unusable file."""
+    """Return the frame count in the header of a video file, 0 if not stated. Raises ShardError for an unusable file."""
     try:
         with av.open(str(path)) as container:
             return _video_stream(container).frames
@@ -195,7 +195,7 @@ def promised_frames(path: Path) -> int:
 
 
 def nearest_entry(entries: Sequence[tuple[int, int]], checksums: Sequence[int], first: int) -> Entry | None:
-    """The last of the `entries` (number and time stamp of key frames) before frame `first`, None where it saves little."""
+    """Return the last of the `entries` (number, time stamp of key frames) not after frame `first`; None if it saves little."""
     before = [entry for entry in entries if entry[0] <= first]
     if first < FAR or not before:
         return None
@@ -203,12 +203,12 @@ def nearest_entry(entries: Sequence[tuple[int, int]], checksums: Sequence[int], 
 
 
 def _jump(container: InputContainer, first: int, entry: Entry) -> Iterator[VideoFrame] | None:
-    """Frames from number `first` on by way of `entry`, None when that leads anywhere else than to the frame seen before."""
+    """Return the frames from number `first` on by seeking to `entry`; None when that leads to any other frame."""
     stream = _video_stream(container)
     try:
         container.seek(entry.pts, stream=stream)
         decoded = itertools.chain.from_iterable(packet.decode() for packet in container.demux(stream))
-        # frames before the key frame may lean on what was jumped over
+        # frames before the key frame may depend on data that was skipped
         shown = itertools.dropwhile(lambda frame: frame.pts is None or frame.pts < entry.pts, decoded)
         frames = itertools.islice(map(VideoFrame, map(_undamaged, shown)), first - entry.number, None)
         found = next(frames, None)
@@ -224,12 +224,12 @@ def _decode(container: InputContainer) -> Iterator[VideoFrame]:
     count = hidden = 0
     end = 0.0
     for packet in container.demux(stream):
-        hidden += packet.is_discard  # the container says not to show it
+        hidden += packet.is_discard  # the container marks it as not to be shown
         for frame in packet.decode():
             yield VideoFrame(_undamaged(frame))
             count += 1
             end = frame.time or end
-    # a file that was cut off often just ends: compare with what its head promises, where it promises anything
+    # a truncated file often just ends: compare with the length in its header, if stated
     if count < 0.95 * (stream.frames - hidden):
         raise ShardError(f"ends after {count} of {stream.frames - hidden} frames")
     promised = _seconds(stream.metadata.get("DURATION", ""))
@@ -241,7 +241,7 @@ def _video_stream(container: InputContainer) -> VideoStream:
     if not container.streams.video:
         raise ShardError("no video stream")
     stream = container.streams.video[0]
-    stream.codec_context.thread_count = 1  # clips are read in parallel; and with threads a fault shows up late
+    stream.codec_context.thread_count = 1  # clips are read in parallel, and with threads an error is raised late
     assume_left_chroma(stream)
     return stream
 
@@ -253,13 +253,13 @@ def _undamaged(frame: av.VideoFrame) -> av.VideoFrame:
 
 
 def _seconds(text: str) -> float:
-    """'00:01:02.500000000', as Matroska notes a track's length, in seconds; 0 for anything else."""
+    """Convert a track's length in Matroska's notation, '00:01:02.500000000', to seconds; return 0 for anything else."""
     match = re.fullmatch(r"(\d+):(\d+):(\d+(?:\.\d+)?)", text)
     return int(match[1]) * 3600 + int(match[2]) * 60 + float(match[3]) if match else 0.0
 
 
 def natural(name: str) -> tuple[list[str | int], str]:
-    """Sort key by which frame_2 comes before frame_10."""
+    """Return a sort key by which frame_2 comes before frame_10."""
     parts = re.split(r"(\d+)", name.lower())
     return [int(part) if part.isdecimal() else part for part in parts], name
 
@@ -269,7 +269,7 @@ def _relative(path: Path, src: Path) -> str:
 
 
 def _is_new(folder: Path, seen: set[Path]) -> bool:
-    """False for a link to a folder that is read already: such a link could lead round in circles."""
+    """Return False for a folder that has been visited, so that links can't lead in circles."""
     real = folder.resolve()
     is_new = real not in seen
     seen.add(real)

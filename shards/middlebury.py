@@ -1,10 +1,10 @@
-"""How does Middlebury-Other become shards? The PNG files copied bit for bit.
+"""Convert Middlebury-Other to shards, with the PNG files copied bit for bit.
 
     python -m shards.middlebury --src middlebury --out shards/middlebury
 
-Layout (https://vision.middlebury.edu/flow/data): other-data/<sequence>/frame10.png, frame11.png, the truth between them in
-other-gt-interp/<sequence>/frame10i11.png; 12 sequences of several sizes. The archive with all frames of the sequences
-(frame07.png …) will do: the others are passed over.
+Layout (https://vision.middlebury.edu/flow/data): other-data/<sequence>/frame10.png and frame11.png, the ground truth of the
+in-between frame in other-gt-interp/<sequence>/frame10i11.png; 12 sequences of several sizes. The archive with all frames of the
+sequences (frame07.png …) works, too: the others are ignored.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ LAYOUT = f"{INPUTS}/<sequence>/frame10.png, frame11.png and {TRUTHS}/<sequence>/
 
 
 def make(options: Options) -> Index:
-    """Write the shard folder and return its index (`image_sets.make` says what can go wrong)."""
+    """Write the shard folder and return its index; raises the errors of `published_sets.make`."""
     return published_sets.make("shards.middlebury", options, find)
 
 
 def find(options: Options) -> published_sets.ImageSet:
-    """The sequences that have inputs or a truth: what one of them lacks is a missing file."""
+    """Return the sequences that have inputs or ground truth; files that one of them lacks are reported as missing later."""
     inputs = published_sets.scan(options.src, INPUTS, rf"{INPUTS}/(?P<name>[^/]+)/frame\d\d\.png", LAYOUT)
     truths = published_sets.scan(options.src, TRUTHS, rf"{TRUTHS}/(?P<name>[^/]+)/frame10i11\.png", LAYOUT)
     names = sorted({match["name"] for match in inputs + truths})
@@ -41,7 +41,7 @@ def find(options: Options) -> published_sets.ImageSet:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The job: parse flags, make the folder, say what it holds. Returns the exit code."""
+    """Run the command: parse flags, write the folder and print a summary. Returns the exit code."""
     return published_sets.main(Options, make, "shards.middlebury", __doc__, argv)
 
 

@@ -1,9 +1,10 @@
-"""Which frames of a training set are also in a test set? Found by a hash of the decoded pixels, so names and PNG settings
-don't matter; a frame that was changed in any way, compressed as JPEG for one, is another frame.
+"""Find the frames of a training set that are also in a test set, by a hash of the decoded pixels.
+
+Names and PNG settings don't matter; a frame that was changed in any way, for example by JPEG compression, is another frame.
 
     leaks, frames = find_leaks([Path("shards/train")], [Path("shards/vimeo90k/test")], workers=8)
 
-Shards are read one after the other by each process; what stays in memory is 16 bytes a frame and the keys.
+Each process reads one shard at a time; only the keys and 16 bytes per frame stay in memory.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ _DIGEST = 16  # bytes
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """Where a frame is: `member` is its extension in the tar, as 'im2.png'."""
+    """Location of a frame; `member` is its extension in the tar, such as 'im2.png'."""
 
     folder: Path
     key: str
@@ -32,7 +33,7 @@ class Place:
 
 @dataclasses.dataclass(frozen=True)
 class Leak:
-    """A frame of the training set and the first of its `copies` equals in the test set."""
+    """A frame of the training set and the first of its `copies` identical frames in the test set."""
 
     train: Place
     test: Place
@@ -49,14 +50,14 @@ class _Shard:
 
 @dataclasses.dataclass(frozen=True)
 class _Hashes:
-    """The keys of a shard's samples, and the digests of their frames one after the other."""
+    """The keys of a shard's samples, and the concatenated digests of their frames."""
 
     keys: tuple[str, ...]
     digests: bytes
 
 
 def find_leaks(train: Sequence[Path], test: Sequence[Path], workers: int = 1) -> tuple[list[Leak], int]:
-    """Every frame of the `train` folders that is in a `test` folder, and how many frames of `train` were looked at.
+    """Return every frame of the `train` folders that is also in a `test` folder, and the number of frames in `train`.
 
     Raises ShardError for a folder without an index and for a shard that cannot be read.
     """
@@ -114,7 +115,7 @@ def _digest(data: bytes, extension: str, name: str) -> bytes:
 
 
 def _places(shards: Sequence[_Shard], hashes: dict[_Shard, _Hashes]) -> Iterator[tuple[bytes, Place]]:
-    """Digest and place of every frame."""
+    """Yield the digest and location of every frame."""
     for shard in shards:
         found = hashes[shard]
         places = ((key, member) for key in found.keys for member in shard.members)

@@ -1,8 +1,8 @@
-"""How is a list of tasks done by several processes? Results in order, errors that name the task, no orphans.
+"""Run a list of tasks in several processes: results in order, errors that name the task, no orphaned workers.
 
     results = run(function, tasks, workers=4, name=str, title="read clips")
 
-`workers` 0 or 1 works in this process. Processes are spawned, never forked: the caller may hold threads and locks.
+With `workers` 0 or 1, tasks run in this process. Processes are spawned, never forked, as the caller may hold threads and locks.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Result = TypeVar("Result")
 
 
 def check_workers(workers: int) -> None:
-    """Raise ShardError for a negative number."""
+    """Raise ShardError for a negative number of workers."""
     if workers < 0:
         raise ShardError(f"workers {workers} is negative: give 0 for this process alone, or the number of processes")
 
@@ -34,10 +34,10 @@ def check_workers(workers: int) -> None:
 def run(
     function: Callable[[Task], Result], tasks: Sequence[Task], workers: int, name: Callable[[Task], str], title: str
 ) -> list[Result]:
-    """`[function(task) for task in tasks]` over `workers` processes, with a progress bar on a terminal.
+    """Return `[function(task) for task in tasks]`, computed by `workers` processes, with a progress bar on a terminal.
 
-    The first task that fails with ShardError, OSError or ValueError ends the run with a ShardError that holds its name, as
-    does a worker process that dies. Any other exception is a fault of the program and comes through as it is.
+    The first task that fails with ShardError, OSError or ValueError ends the run with a ShardError that contains its name, as
+    does a worker process that dies. Any other exception is a bug in the program and is raised unchanged.
     """
     check_workers(workers)
     with tqdm(total=len(tasks), desc=title, disable=None, leave=False) as bar:
@@ -74,7 +74,7 @@ def _run_pool(
             bar.update()
         return [future.result() for future in futures]
     finally:
-        # also after a failure: no worker may go on writing behind the caller's back
+        # after a failure, too: no worker may keep writing behind the caller's back
         pool.shutdown(wait=True, cancel_futures=True)
 
 
@@ -84,7 +84,7 @@ def _with_name(name: str, error: Exception) -> ShardError:
 
 
 def _worker_died(futures: dict[Future[Result], int], tasks: Sequence[Task], workers: int, name: Callable[[Task], str]) -> str:
-    """A pool doesn't say whose worker died: name the tasks that were in work, the first unfinished ones."""
+    """Return a message that names the first unfinished tasks, since a pool doesn't say which task's worker died."""
     unfinished = [n for future, n in futures.items() if isinstance(future.exception(), BrokenProcessPool)][:workers]
     return (
         "a worker process died (killed, or out of memory?) while it worked on one of: "
@@ -94,7 +94,7 @@ def _worker_died(futures: dict[Future[Result], int], tasks: Sequence[Task], work
 
 
 def _start_worker() -> None:
-    """Leave Ctrl-C to the parent, and end with it: a pool's workers otherwise outlive a killed parent."""
+    """Leave Ctrl-C to the parent and exit with it, since a pool's workers would outlive a killed parent."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     if parent is not None:

@@ -1,10 +1,10 @@
-"""Photographs that synthetic scenes are made of: found in a folder, dealt to train and val, read, shrunk, kept in memory.
+"""Photographs for synthetic scenes: find them, assign them to train or val, read and downscale them, keep them in memory.
 
-    found = survey(Path("photographs"), workers=4)        # what can be read, and why the rest can't
+    found = survey(Path("photographs"), workers=4)        # the usable ones, and why the others are not
     names = deal(found, "train")
     pictures = Deck([Path("photographs") / name for name in names], longest=1024).pictures(seed=0, number=7)
 
-A picture with transparent parts is a cut-out: its opaque part is an object. All others fill backgrounds and shapes.
+A picture with transparent parts is a cut-out: its opaque part becomes an object. All others fill backgrounds and shapes.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from shards import codecs
 from shards.parallel import run
 from shards.schema import IMAGE_EXTENSIONS, ShardError
 
-VAL_SHARE = 0.1  # of a folder's photographs; which ones depends on their names alone
-LEAST_SIDE = 64  # in pixels: a smaller picture is an icon
-LEAST_HOLE = 0.01  # share of the pixels that must be transparent to make a picture a cut-out
-MEMORY = 3 * 2**29  # bytes that the photographs of one process may take, smaller copies included, if they are 3:2
-BLOCK = 256  # so many samples in a row are made of the same photographs, where not all fit into memory
+VAL_SHARE = 0.1  # fraction of a folder's photographs; which ones depends only on their names
+LEAST_SIDE = 64  # in pixels: a smaller picture counts as an icon
+LEAST_HOLE = 0.01  # fraction of the pixels that must be transparent to make a picture a cut-out
+MEMORY = 3 * 2**29  # bytes that the photographs of one process may take, downscaled copies included, if they are 3:2
+BLOCK = 256  # number of consecutive samples that use the same photographs, when not all fit into memory
 
 
 @dataclasses.dataclass(frozen=True)
 class Survey:
-    """What a folder holds, by names below it: digests of what can be used, which of that are cut-outs, why the rest can't."""
+    """Content of a folder by relative names: digests of usable pictures, which of them are cut-outs, faults of the others."""
 
     digests: dict[str, str]
     cutouts: frozenset[str]
@@ -41,16 +41,16 @@ class Survey:
 
 @dataclasses.dataclass(frozen=True)
 class Picture:
-    """A photograph and its smaller copies, each of half the size of the one before: uint8 [H, W, 3].
+    """A photograph and its downscaled copies, each half the size of the previous one: uint8 [H, W, 3].
 
-    A cut-out has 4 channels, its colours multiplied by alpha, and is cropped to what is opaque.
+    A cut-out has 4 channels, with colours premultiplied by alpha, and is cropped to its opaque part.
     """
 
     levels: tuple[np.ndarray, ...]
 
     @property
     def is_cutout(self) -> bool:
-        """Return whether it has transparent parts."""
+        """Return whether the picture has transparent parts."""
         return self.levels[0].shape[2] == 4
 
     @property
@@ -60,7 +60,7 @@ class Picture:
 
 
 def survey(folder: Path, workers: int = 1) -> Survey:
-    """Read every picture below `folder` once. Raises ShardError for a folder that can't be listed or has none to use."""
+    """Read every picture below `folder` once. Raises ShardError if it is not a folder or has no usable photograph."""
     if not folder.is_dir():
         raise ShardError(f"photographs {folder} is not a folder: give the folder that holds the pictures")
     names = sorted(
@@ -83,8 +83,8 @@ def survey(folder: Path, workers: int = 1) -> Survey:
 def deal(found: Survey, split: str) -> tuple[str, ...]:
     """Return the names that belong to a split, train or val: a tenth, chosen by a hash of the names, is for val.
 
-    More photographs in a folder leave the others where they are. Raises ShardError when a split gets none to fill a
-    background with.
+    Adding photographs to a folder does not move the others. Raises ShardError when a split gets none that can fill a
+    background.
     """
     mine = tuple(sorted(name for name in found.digests if (_lot(name) < VAL_SHARE) == (split == "val")))
     if not set(mine) - found.cutouts:
@@ -95,17 +95,17 @@ def deal(found: Survey, split: str) -> tuple[str, ...]:
 
 
 def digest_of(digests: dict[str, str], names: Sequence[str]) -> str:
-    """Return one digest of some photographs' names and bytes."""
+    """Return one digest of the names and bytes of the photographs `names`."""
     return hashlib.sha256("".join(f"{name}\0{digests[name]}\n" for name in names).encode()).hexdigest()
 
 
 def longest_side(height: int, width: int) -> int:
-    """Return the longest side in pixels to which photographs are shrunk for frames of this size: 1024 to 4096."""
+    """Return the longest side in pixels, 1024 to 4096, to which photographs are downscaled for frames of this size."""
     return min(max(1024, 2 * max(height, width)), 4096)
 
 
 class Deck:
-    """The photographs of one split, as many of them in memory as `MEMORY` holds."""
+    """The photographs of one split, of which as many are in memory as fit into `MEMORY`."""
 
     def __init__(self, paths: Sequence[Path], longest: int) -> None:
         self._paths = tuple(paths)
@@ -113,9 +113,9 @@ class Deck:
         self._kept: dict[int, Picture] = {}
 
     def pictures(self, seed: int, number: int) -> tuple[Picture, ...]:
-        """Return the pictures that sample `number` may use, in a fixed order: all of them, or a part drawn for its block."""
+        """Return the pictures that sample `number` may use, in a fixed order: all, or a random subset for its block."""
         pixels = self._longest**2 * 2 // 3
-        room = max(8, MEMORY // (pixels * 4))  # 4 bytes a pixel: three colours and a third for the smaller copies
+        room = max(8, MEMORY // (pixels * 4))  # 4 bytes per pixel: three colours, plus a third for the downscaled copies
         chosen = np.arange(len(self._paths))
         if len(chosen) > room:
             rng = np.random.default_rng([seed, number // BLOCK, len(chosen)])
@@ -125,7 +125,7 @@ class Deck:
 
 
 def read(path: Path, longest: int) -> Picture:
-    """Read a photograph, shrunk to `longest` pixels on its longer side if it is larger. Raises ShardError if broken."""
+    """Read a photograph, downscaled to `longest` pixels on its longer side if it is larger. Raises ShardError if broken."""
     image = Image.fromarray(_pixels(path))
     if image.mode == "RGBA":
         image = image.crop(image.getchannel("A").getbbox())
@@ -137,7 +137,7 @@ def read(path: Path, longest: int) -> Picture:
 
 
 def _pixels(path: Path) -> np.ndarray:
-    """Return uint8 [H, W, 3], or [H, W, 4] if parts are transparent; what little is, is laid over black."""
+    """Return uint8 [H, W, 3] with slight transparency composited over black, or [H, W, 4] if larger parts are transparent."""
     opaque = codecs.read_image(path)
     if path.suffix.lower() in (".png", ".webp", ".tif", ".tiff"):
         with Image.open(path) as image:
@@ -149,7 +149,7 @@ def _pixels(path: Path) -> np.ndarray:
 
 
 def _premultiply(pixels: np.ndarray) -> np.ndarray:
-    """Multiply the colours of RGBA by alpha, so that no hidden colour shows at a border; leave RGB as it is."""
+    """Multiply the colours of RGBA by alpha, so that no hidden colour shows at a border; leave RGB unchanged."""
     if pixels.shape[2] == 3:
         return pixels
     colours = (pixels[..., :3].astype(np.uint16) * pixels[..., 3:] + 127) // 255
@@ -158,7 +158,7 @@ def _premultiply(pixels: np.ndarray) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class _Check:
-    """What reading a picture gave: a digest of its bytes, or a fault."""
+    """Result of reading a picture: a digest of its bytes, or a fault."""
 
     digest: str = ""
     is_cutout: bool = False
@@ -170,7 +170,7 @@ def _check(folder: Path, name: str) -> _Check:
         pixels = _pixels(folder / name)
         data = (folder / name).read_bytes()
     except (ShardError, OSError) as error:
-        # without the folder's place and memory addresses, which some decoders tell: an index holds it
+        # remove the folder's path and memory addresses, which some decoders add: the fault is stored in the index
         return _Check(fault=re.sub(r" at 0x[0-9a-f]+", "", " ".join(str(error).split()).replace(f"{folder}/", "")))
     height, width, channels = pixels.shape
     if min(height, width) < LEAST_SIDE:
@@ -179,5 +179,5 @@ def _check(folder: Path, name: str) -> _Check:
 
 
 def _lot(name: str) -> float:
-    """Return a number in [0, 1) that depends on the name alone."""
+    """Return a number in [0, 1) that depends only on the name."""
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64

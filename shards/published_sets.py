@@ -1,10 +1,10 @@
-"""What do the jobs of the published sets share? Groups of frame files -> checks -> plan -> shards.
+"""Shared conversion of the published sets: groups of frame files -> checks -> plan -> shards.
 
-    def find(options: Options) -> ImageSet: ...      # all that the job of a set has to know: where the frames of a sample are
+    def find(options: Options) -> ImageSet: ...      # all that the command of a set adds: where the frames of a sample are
     index = make("shards.ucf101", options, find)
 
-Missing and unexpected files are named before anything is written. Another number of samples or another frame size than the
-published one is a warning: such shards work, but what is measured on them can't be compared.
+Missing and unexpected files are reported before anything is written. A number of samples or a frame size other than the
+published one gives a warning: such shards work, but results on them are not comparable with published ones.
 """
 
 from __future__ import annotations
@@ -29,25 +29,25 @@ PNG_START = b"\x89PNG\r\n\x1a\n"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
-    """What every job of a published set needs; each field is a flag of the job."""
+    """Options that the commands of all published sets share; each field is a flag of the command."""
 
     src: Path
     """Folder of the published set."""
     out: Path
     """Shard folder to write."""
     codec: str = "copy"
-    """copy (the PNG files as they are), or png, qoi, jpeg to compress the frames anew."""
+    """How frames are stored: copy (the PNG files unchanged), or recompressed as png, qoi or jpeg."""
     quality: int = 95
     """JPEG quality, 1 to 100."""
     samples_per_shard: int = writer.SAMPLES_PER_SHARD
-    """Most samples in one tar."""
+    """Maximum number of samples per tar."""
     workers: int = 1
-    """Processes; the bytes written do not depend on it."""
+    """Number of processes; the bytes written do not depend on it."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """The files of one sample, paths below the source folder in order of time. `name` is its own in the set."""
+    """The files of one sample, as paths below the source folder in order of time. `name` is unique in the set."""
 
     name: str
     clip: str
@@ -56,7 +56,7 @@ class Group:
 
 @dataclasses.dataclass(frozen=True)
 class Frame:
-    """One frame as it goes into a shard. `name` is its name or number in its source, `size` is (height, width) in pixels."""
+    """One frame as stored in a shard. `name` is its name or number in the source, `size` is (height, width) in pixels."""
 
     name: str | int
     data: bytes
@@ -68,11 +68,14 @@ AnyOptions = TypeVar("AnyOptions", bound=Options)
 
 
 def read_files(options: Options, group: Group) -> Iterator[Frame]:
-    """The frames of a group of image files. Raises ShardError naming a file that cannot be decoded."""
+    """Yield the frames of a group of image files.
+
+    Raises ShardError naming a file that cannot be decoded, or that is no PNG with codec copy.
+    """
     for file in group.files:
         path = options.src / file
         data = path.read_bytes()
-        # decoded even where the bytes are copied: a broken file is found now and not in the middle of a training run
+        # decode even if the bytes are copied: a broken file must be found now, not in the middle of a training run
         frame = codecs.decode(data, path.suffix, str(path))
         if options.codec == "copy" and not data.startswith(PNG_START):
             raise ShardError(f"{path} is not a PNG file and can't be copied: choose codec png, qoi or jpeg")
@@ -83,7 +86,7 @@ def read_files(options: Options, group: Group) -> Iterator[Frame]:
 
 @dataclasses.dataclass(frozen=True)
 class ImageSet:
-    """What a job found in its source folder, and what was published: number of samples, (height, width) of all frames."""
+    """Content of a source folder, and the published number of samples and (height, width) of all frames to compare it with."""
 
     title: str  # for messages: 'the UCF101 set'
     split: str
@@ -92,7 +95,7 @@ class ImageSet:
     published_samples: int
     published_size: tuple[int, int] | None = None
     read: Reader = read_files
-    color_conversion: str | None = None  # where frames come out of videos
+    color_conversion: str | None = None  # set for frames that were decoded from videos
 
 
 def make(job: str, options: AnyOptions, find: Callable[[AnyOptions], ImageSet]) -> Index:
@@ -125,7 +128,7 @@ def main(
     description: str | None,
     argv: Sequence[str] | None,
 ) -> int:
-    """A job: parse flags, make the folder, say what it holds. Returns the exit code."""
+    """Run the command of a set: parse flags, write the folder and print a summary. Returns the exit code."""
 
     def job(options: AnyOptions) -> int:
         print(writer.describe(options.out, make_set(options)))
@@ -141,9 +144,9 @@ def check_split(split: str, known: Sequence[str]) -> None:
 
 
 def scan(src: Path, folder: str, pattern: str, layout: str, kinds: frozenset[str] = IMAGE_EXTENSIONS) -> list[re.Match[str]]:
-    """Matches of `pattern` with the paths, from `src` on, of all files of these kinds below `folder`, in natural order.
+    """Match `pattern` with the paths, relative to `src`, of all files of these kinds below `folder`, in natural order.
 
-    Raises ShardError when there are none and when one does not match; `layout` tells the user what is expected.
+    Raises ShardError when there are no such files or one does not match; `layout` tells the user what is expected.
     """
     if not (src / folder).is_dir():
         raise ShardError(f"source folder {src} has no folder {folder}: expected {layout}")
@@ -162,9 +165,9 @@ def scan(src: Path, folder: str, pattern: str, layout: str, kinds: frozenset[str
 
 
 def read_list(path: Path, pattern: str, example: str) -> list[re.Match[str]]:
-    """Matches of `pattern` with the lines of a list in its order; blank lines are passed over.
+    """Match `pattern` with the lines of a list, in order; blank lines are skipped.
 
-    Raises ShardError naming a line that does not match or is there twice.
+    Raises ShardError for an unreadable or empty list, and naming a line that does not match or is repeated.
     """
     try:
         lines = [line.strip() for line in path.read_text().splitlines()]
@@ -184,7 +187,7 @@ def read_list(path: Path, pattern: str, example: str) -> list[re.Match[str]]:
 
 
 def key_of(name: str) -> str:
-    """A group's key: its name without the characters that a key can't hold."""
+    """Return a group's key: its name with every character that a key can't hold replaced by an underscore."""
     return re.sub(r"[^A-Za-z0-9_-]", "_", name)
 
 
@@ -217,13 +220,13 @@ def _range(index: Index) -> str:
 
 
 def stat_files(src: Path, found: ImageSet) -> list[tuple[str, os.stat_result]]:
-    """Every file with its size and time. Raises ShardError naming the first files that are missing, and their count."""
+    """Return every file with its stat result. Raises ShardError with the number of missing files and the first names."""
     stats, missing = [], {}
     for file in (file for group in found.groups for file in group.files):
         try:
             stats.append((file, (src / file).stat()))
         except (FileNotFoundError, NotADirectoryError):
-            missing[file] = True  # a file can belong to several samples
+            missing[file] = True  # as a dict, since a file can belong to several samples
     if missing:
         raise ShardError(
             f"{len(missing):,} frame files of {found.title} are missing in {src}: {writer.some(list(missing))}; "

@@ -1,11 +1,11 @@
-"""Random rich scenes: what is in one, where it stands, how it and the camera move, and in which light.
+"""Random rich scenes: their objects, the positions and motions of objects and camera, and the light.
 
     drawn = draw_scene(rng, pictures, height=256, width=256, max_motion=64.0, interval=0.5)
     frame = drawn.render(0.5)
 
-A scene has a backdrop and, at random, a ground, skylines, fences, up to twelve objects and shadows, each a flat sheet at
-its own depth, so one camera moves all of them by different ways. Lengths named in pixels hold at rest, and those of
-blur and thin things are for frames of 256 pixels and grow with the frame.
+A scene has a backdrop and, at random, a ground, skylines, fences, up to twelve objects and shadows. Each is a flat sheet at its
+own depth, so the camera's motion displaces each of them differently. Lengths in pixels apply at rest; those of blur and thin
+structures are for frames of 256 pixels and scale with the frame.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from shards.rich_motion import Body, Camera, Joint, Ripple, Sheet, Track, place,
 from shards.rich_scene import Layer, Light, RichScene, linear_light
 from shards.rich_shapes import REACH, draw_bars, draw_compact, draw_segment, draw_skyline
 
-DETAIL = 1.5  # pixels of a raster to a pixel of the frame
-MAX_RASTER = 6144  # pixels of a raster's side at most
-LEAST_MOTION = 0.5  # pixels from the first frame to the last; smaller ones are drawn as none
+DETAIL = 1.5  # pixels of a raster per pixel of the frame
+MAX_RASTER = 6144  # maximum side of a raster in pixels
+LEAST_MOTION = 0.5  # smallest displacement from the first frame to the last that is drawn, in pixels
 OBJECTS = 12
-ENDLESS = (0.0, 0.0, 0.0, 0.0)  # extent of a backdrop that is not measured yet
-_CAMERA_MOVES = {  # shares of: position x, y, z; rotation about x, y, z; zoom
+ENDLESS = (0.0, 0.0, 0.0, 0.0)  # extent of a backdrop that has not been measured yet
+_CAMERA_MOVES = {  # weights of position x, y, z; rotation about x, y, z; zoom
     "pan": (0, 0, 0, 1, 1, 0.2, 0),
     "truck": (1, 0.5, 0.1, 0.1, 0.2, 0.05, 0),
     "dolly": (0.2, 0.2, 1, 0.3, 0.3, 0.1, 0),
@@ -37,7 +37,7 @@ _CAMERA_MOVES = {  # shares of: position x, y, z; rotation about x, y, z; zoom
     "hand": (0.4, 0.4, 0.3, 0.6, 0.6, 0.4, 0),
     "orbit": (1, 0.3, 0, 0, 0, 0.1, 0),
 }
-_KINDS = {  # what objects are, and how often
+_KINDS = {  # kinds of objects and their probabilities
     "cut-out": 0.3,
     "figure": 0.16,
     "silhouette": 0.12,
@@ -54,7 +54,7 @@ _KINDS = {  # what objects are, and how often
 
 @dataclasses.dataclass(frozen=True)
 class Studio:
-    """What all parts of one scene are drawn from."""
+    """Random generator, pictures and limits that all parts of one scene share."""
 
     rng: np.random.Generator
     photographs: Sequence[Picture]
@@ -62,21 +62,21 @@ class Studio:
     height: int
     width: int
     max_motion: float
-    bend: float  # how far from even motions are: 0 for even ones
+    bend: float  # strength of accelerations: 0 for constant velocities
 
     @property
     def unit(self) -> float:
-        """Return how many times larger than 256 pixels the frame is."""
+        """Size of the frame's shorter side, relative to 256 pixels."""
         return min(self.height, self.width) / 256
 
 
 @dataclasses.dataclass(frozen=True)
 class Prop:
-    """Something that stands in the scene, not painted yet: `parts` share one body and are painted from back to front."""
+    """An item in the scene that is not painted yet: `parts` share one body and are painted from back to front."""
 
     depth: float
     parts: tuple[Part, ...]
-    radius: float = 0.0  # in pixels, of what moves on its own
+    radius: float = 0.0  # in pixels; 0 for items without motion of their own
     shadow: bool = False
 
 
@@ -87,19 +87,19 @@ class Part:
     sheet: Sheet
     kind: str
     picture: Picture
-    zoom: float  # pixels of the photograph to a pixel of the frame
+    zoom: float  # pixels of the photograph per pixel of the frame
     blur: float = 0.0  # standard deviation in pixels of the frame
-    turn: float = 0.0  # of the sheet's own axes against the plane's, in radians
-    size: tuple[float, float] | None = None  # of a turned part: length and thickness in pixels
+    turn: float = 0.0  # rotation of the part's own axes relative to the plane's, in radians
+    size: tuple[float, float] | None = None  # of a rotated part: length and thickness in pixels
 
 
 def draw_scene(
     rng: np.random.Generator, pictures: Sequence[Picture], height: int, width: int, max_motion: float, interval: float
 ) -> RichScene:
-    """Draw a scene. No point that is seen moves further than `max_motion` pixels from t = 0 to t = 1.
+    """Draw a scene in which no visible point moves further than `max_motion` pixels from t = 0 to t = 1.
 
-    `interval` is the time between two frames, in units of t: the shutter is open for up to half of it. `pictures` must
-    hold at least one photograph that is no cut-out.
+    `interval` is the time between two frames, in units of t; the shutter is open for up to half of it. `pictures` must contain
+    at least one photograph that is not a cut-out.
     """
     bend = 0.0 if rng.uniform() < 0.25 else abs(rng.normal(0, 0.2)) if rng.uniform() < 0.85 else rng.uniform(0.3, 1)
     opaque = [picture for picture in pictures if not picture.is_cutout]
@@ -123,7 +123,7 @@ def draw_scene(
 
 
 def _draw_camera(studio: Studio) -> Camera:
-    """Draw a camera at rest whose picture the frame is, or of whose larger picture the frame is a part."""
+    """Draw a camera at rest, of whose picture the frame is a random crop."""
     rng, longer = studio.rng, max(studio.height, studio.width)
     crop = rng.uniform(1, 2.5)
     away = rng.uniform(-0.5, 0.5, 2) * (crop - 1) * np.array([studio.width, studio.height])
@@ -132,14 +132,14 @@ def _draw_camera(studio: Studio) -> Camera:
 
 
 def _move_camera(studio: Studio, camera: Camera, props: Sequence[Prop]) -> Camera:
-    """Give the camera a path on which nothing that is seen goes further than a length drawn at random."""
+    """Give the camera a path that moves no visible point further than a randomly drawn length."""
     rng = studio.rng
     move = str(rng.choice(list(_CAMERA_MOVES)))
     shares = np.array(_CAMERA_MOVES[move]) * rng.uniform(-1, 1, 7)
-    if move == "orbit":  # the camera turns back to what it passes
+    if move == "orbit":  # the camera rotates back towards what it passes
         shares[3:5] = [-shares[1], shares[0]]
     diagonal = np.hypot(studio.height, studio.width)
-    middle = float(np.sqrt(props[0].depth))  # between the nearest things, at a depth of 1, and the backdrop
+    middle = float(np.sqrt(props[0].depth))  # between the nearest objects, at a depth of 1, and the backdrop
     one_pixel = np.array([*[middle / camera.focal] * 2, 2 * middle / diagonal, *[1 / camera.focal] * 2, *[2 / diagonal] * 2])
     path = Track(shares * one_pixel, _draw_bend(studio, shares) * one_pixel)
     target = _draw_length(studio)
@@ -156,7 +156,7 @@ def _move_camera(studio: Studio, camera: Camera, props: Sequence[Prop]) -> Camer
 
 
 def _draw_length(studio: Studio) -> float:
-    """Draw how far something moves, in pixels, over all orders of magnitude: a quarter goes further than half of the most."""
+    """Draw a displacement in pixels over all orders of magnitude; about a quarter of them exceed half of the maximum."""
     most = 0.96 * studio.max_motion
     if most <= LEAST_MOTION:
         return most
@@ -164,19 +164,19 @@ def _draw_length(studio: Studio) -> float:
 
 
 def _draw_bend(studio: Studio, total: np.ndarray) -> np.ndarray:
-    """Draw an acceleration for a way: some along it, some across it."""
+    """Draw an acceleration for a displacement, with components along and across it."""
     rng, size = studio.rng, np.linalg.norm(total)
     across = rng.normal(0, 1, total.shape) * (total != 0)
     return studio.bend * (rng.normal() * total + rng.normal(0, 0.5) * size * across / max(np.linalg.norm(across), 1e-9))
 
 
 def _draw_count(rng: np.random.Generator) -> int:
-    """Draw how many objects there are: often a few, at times none or a dozen."""
+    """Draw the number of objects: often a few, at times none or a dozen."""
     return int(rng.choice([0, 1, 2, 3, 4, 5, 6, 8, 10, OBJECTS], p=[0.08, 0.14, 0.18, 0.16, 0.12, 0.1, 0.08, 0.06, 0.04, 0.04]))
 
 
 def _draw_stage(studio: Studio, camera: Camera) -> list[Prop]:
-    """Draw what does not move: the backdrop first, then maybe a ground, skylines and a fence."""
+    """Draw everything that does not move: the backdrop first, then maybe a ground, skylines and a fence."""
     rng = studio.rng
     blur = studio.unit * float(np.exp(rng.uniform(np.log(0.4), np.log(4)))) if rng.uniform() < 0.25 else 0.0
     ground = _draw_ground(studio, camera) if rng.uniform() < 0.4 else None
@@ -195,11 +195,11 @@ def _draw_stage(studio: Studio, camera: Camera) -> list[Prop]:
 
 
 def _draw_ground(studio: Studio, camera: Camera) -> Prop | None:
-    """Draw a level plane below the camera that ends at a line in the frame; None where the horizon leaves no room."""
+    """Draw a level plane below the camera that ends at a line in the frame; return None if the horizon leaves no room."""
     rng, (x, y) = studio.rng, camera.centre
     bottom = studio.height + 1.5 * studio.max_motion + 0.1 * studio.height
     top = studio.height * rng.uniform(0.3, 0.75)
-    if top - y < (bottom - y) / 5:  # too near to the horizon: the texture would be squeezed out of sight
+    if top - y < (bottom - y) / 5:  # too close to the horizon: the texture would be compressed beyond recognition
         return None
     below, far = (bottom - y) / camera.focal, (bottom - y) / (top - y)  # the near edge is at a depth of 1
     middle = np.sqrt(far)
@@ -217,7 +217,7 @@ def _draw_ground(studio: Studio, camera: Camera) -> Prop | None:
 
 
 def _draw_wide(studio: Studio, camera: Camera, kind: str, depth: float, blur: float) -> Prop:
-    """Draw something upright from border to border of the frame."""
+    """Draw an upright item from border to border of the frame."""
     rng = studio.rng
     margin = 1.3 * studio.max_motion + 0.15 * studio.width
     top = studio.height * rng.uniform(0.1, 0.8) if kind == "skyline" else -margin
@@ -247,7 +247,7 @@ def _draw_object(studio: Studio, camera: Camera, deepest: float) -> Prop:
 
 
 def _draw_figure(studio: Studio, basis: np.ndarray, radius: float, blur: float) -> tuple[Part, ...]:
-    """Draw a trunk with limbs of one to three segments that swing; some lie behind the trunk, some before it."""
+    """Draw a trunk and a head with swinging limbs of one to three segments, some behind the trunk and some in front of it."""
     rng = studio.rng
     clothes = [(_pick(studio), _draw_zoom(rng)) for _ in range(2)]
     upright = rng.uniform() < 0.6
@@ -281,7 +281,7 @@ def _draw_figure(studio: Studio, basis: np.ndarray, radius: float, blur: float) 
 
 
 def _move_prop(studio: Studio, camera: Camera, prop: Prop, follows: bool) -> Prop:
-    """Give an object a motion of its own, short enough that with the camera's it stays within max_motion."""
+    """Give an object its own motion, small enough to stay within max_motion together with the camera's."""
     rng, radius = studio.rng, prop.radius
     sheet = prop.parts[0].sheet
     pivot = sheet.basis[:3, 2]
@@ -289,7 +289,7 @@ def _move_prop(studio: Studio, camera: Camera, prop: Prop, follows: bool) -> Pro
     total, bend = np.zeros(6), np.zeros(6)
     if rng.uniform() < 0.85:
         length, way = _draw_length(studio), rng.uniform(0, 2 * np.pi)
-        share = rng.dirichlet([4, 1, 1, 0.7])  # going, turning, coming nearer, tilting
+        share = rng.dirichlet([4, 1, 1, 0.7])  # translation, rotation, approach, tilt
         total[:2] = share[0] * length * scale * np.array([np.cos(way), np.sin(way)])
         total[2] = rng.choice([-1, 1]) * pivot[2] * min(share[2] * length / radius, 0.4)
         total[3:5] = rng.normal(0, 1, 2) * min(share[3] * length / radius, 0.5)
@@ -317,7 +317,7 @@ def _move_prop(studio: Studio, camera: Camera, prop: Prop, follows: bool) -> Pro
 
 
 def _limit(studio: Studio, camera: Camera, props: list[Prop]) -> tuple[Camera, list[Prop], float]:
-    """Slow everything down until nothing that is seen goes further than max_motion; return the longest way, too."""
+    """Slow everything down until no visible point moves further than max_motion; return the largest displacement, too."""
     while True:
         views = _views(camera)
         longest = max(_reach(studio, views, part.sheet) for prop in props for part in prop.parts)
@@ -337,7 +337,7 @@ def _views(camera: Camera) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _follow(camera: Camera, sheet: Sheet, scale: float) -> tuple[np.ndarray, np.ndarray]:
-    """Return the ways in the world, at t = 1/2 and t = 1, that keep a sheet's middle about where it is in the frame."""
+    """Return the world displacements, at t = 1/2 and t = 1, that roughly keep a sheet's middle at its place in the frame."""
     start, half, end = (place(camera.matrix(t), sheet, np.zeros(2), t) for t in (0.0, 0.5, 1.0))
     return (start - half) * scale, (start - end) * scale
 
@@ -351,7 +351,7 @@ def _draw_ripple(studio: Studio, radius: float) -> Ripple:
 
 
 def _draw_light(rng: np.random.Generator) -> Light:
-    """Draw how the light changes: in half of the scenes not at all, seldom by more than a tenth."""
+    """Draw the light: in about half of the scenes it does not change, and seldom by more than a tenth."""
     change = float(np.exp(rng.uniform(np.log(0.005), np.log(0.2)))) if rng.uniform() < 0.45 else 0.0
     gain = Track(change * (rng.normal() + 0.25 * rng.normal(0, 1, 3)), change * rng.normal(0, 0.5) * np.ones(3))
     offset = Track(0.1 * change * abs(rng.normal()) * np.ones(3), np.zeros(3))
@@ -370,7 +370,7 @@ def _pick(studio: Studio, cutout: bool = False) -> Picture:
 
 
 def _stand(camera: Camera, pixel: tuple[float, float], depth: float, tilt: np.ndarray) -> np.ndarray:
-    """Return the basis of a plane through the point that is seen at `pixel`, one unit to a pixel at rest there."""
+    """Return the basis of a plane through the point visible at `pixel`, where one unit is one pixel at rest."""
     turned = rotation(np.array([tilt[0], tilt[1], 0.0]))
     scale = depth / camera.focal
     middle = scale * np.array([pixel[0] - camera.centre[0], pixel[1] - camera.centre[1], camera.focal])
@@ -378,9 +378,9 @@ def _stand(camera: Camera, pixel: tuple[float, float], depth: float, tilt: np.nd
 
 
 def _reach(studio: Studio, views: tuple[np.ndarray, np.ndarray], sheet: Sheet) -> float:
-    """Return the longest way in pixels, from t = 0 to t = 1, of a sheet's points seen in the frame; infinite behind it.
+    """Return the largest displacement in pixels, from t = 0 to t = 1, of a sheet's points visible in the frame.
 
-    `views` are the camera's matrices at these times.
+    It is infinite if a point goes behind the camera. `views` are the camera's matrices at these times.
     """
     first, last = views
     points = source(first, sheet, _grid(studio.height, studio.width), 0.0)
@@ -397,13 +397,13 @@ def _reach(studio: Studio, views: tuple[np.ndarray, np.ndarray], sheet: Sheet) -
 
 @functools.lru_cache(maxsize=4)
 def _grid(height: int, width: int) -> np.ndarray:
-    """Return points spread over a frame, its corners among them: [81, 2]."""
+    """Return a grid of points over a frame, including its corners: [81, 2]."""
     x, y = np.meshgrid(np.linspace(0, width, 9), np.linspace(0, height, 9))
     return np.stack([x, y], axis=-1).reshape(-1, 2)
 
 
 def _paint(studio: Studio, camera: Camera, prop: Prop, endless: bool) -> list[Layer]:
-    """Paint the parts of a prop, and its shadow below them."""
+    """Paint the parts of a prop, and its shadow if it has one; return the layers from back to front."""
     rng = studio.rng
     layers = []
     gain = Track(rng.normal(0, 0.04, 1), np.zeros(1)) if rng.uniform() < 0.15 else None
@@ -415,7 +415,7 @@ def _paint(studio: Studio, camera: Camera, prop: Prop, endless: bool) -> list[La
 
 
 def _cast_shadow(studio: Studio, prop: Prop, layer: Layer) -> list[Layer]:
-    """Return a soft dark copy of an object's outline, beside and behind it."""
+    """Return a soft dark copy of an object's outline, offset from it and behind it."""
     rng = studio.rng
     du, dv = rng.uniform(-0.5, 0.5, 2) * prop.radius
     basis = layer.sheet.basis @ np.array([[1, 0, du], [0, 1, dv], [0, 0, 1]])
@@ -444,12 +444,12 @@ def _paint_part(studio: Studio, part: Part) -> tuple[np.ndarray, np.ndarray]:
     if part.size is None:
         span, start = np.array([u1 - u0, v1 - v0]), np.array([u0, v0])
         turned = np.eye(2)
-    else:  # a limb: its own axes start at its joint
+    else:  # a limb, whose own axes start at its joint
         length, thick = part.size
         span, start = np.array([length + 0.4 * thick, thick]), np.array([-0.4 * thick, -thick / 2])
         cos, sin = np.cos(part.turn), np.sin(part.turn)
         turned = np.array([[cos, sin], [-sin, cos]])
-    fine = DETAIL if part.blur < DETAIL else DETAIL / 2  # what is out of focus has no detail
+    fine = DETAIL if part.blur < DETAIL else DETAIL / 2  # out-of-focus parts have no detail
     detail = min(fine, MAX_RASTER / float(span.max()))
     edge = 1 + int(np.ceil(3 * part.blur * detail)) if part.kind not in ("backdrop", "ground") else 0  # room for a soft border
     width, height = (max(2, int(np.ceil(side * detail))) + 2 * edge for side in span.tolist())
@@ -498,7 +498,7 @@ def _draw_mask(studio: Studio, kind: str, height: int, width: int, detail: float
 
 
 def _draw_silhouette(studio: Studio, side: int) -> np.ndarray:
-    """Draw an outline from a photograph: where it is lighter than most of it is, within a blob."""
+    """Draw a silhouette by thresholding a blurred photograph within a blob."""
     rng = studio.rng
     level = _pick(studio).levels[-1]
     grey = cv2.GaussianBlur(cv2.cvtColor(np.ascontiguousarray(level), cv2.COLOR_RGB2GRAY), (0, 0), rng.uniform(0.7, 4))
@@ -514,8 +514,8 @@ def _draw_silhouette(studio: Studio, side: int) -> np.ndarray:
 def _lay_photograph(studio: Studio, picture: Picture, height: int, width: int, zoom: float, free: bool) -> np.ndarray:
     """Fill a raster with a part of a photograph: linear light, float32 [height, width, 3].
 
-    `zoom` is pixels of the photograph to a pixel of the raster; it is lessened where the photograph is too small. `free` lets
-    the photograph lie at any angle; else it is upright or nearly.
+    `zoom` is pixels of the photograph per pixel of the raster; it is reduced if the photograph is too small. `free` allows any
+    angle; otherwise the photograph is nearly upright.
     """
     rng = studio.rng
     angle = rng.uniform(-np.pi, np.pi) if free else rng.normal(0, 0.08)
@@ -537,7 +537,7 @@ def _lay_photograph(studio: Studio, picture: Picture, height: int, width: int, z
 
 
 def _tint(rng: np.random.Generator, levels: np.ndarray) -> np.ndarray:
-    """Change colours a little and turn uint8 levels into linear light, float32."""
+    """Change colours slightly and convert uint8 levels to linear light, float32."""
     value = (np.arange(256) / 255) ** float(np.exp(rng.normal(0, 0.15)))
     gains = rng.uniform(0.65, 1.1) * rng.uniform(0.92, 1.08, 3)
     table = linear_light(255 * np.clip(value[:, None] * gains, 0, 1)).astype(np.float32)
@@ -572,7 +572,7 @@ def _with_alpha(colours: np.ndarray, mask: np.ndarray) -> np.ndarray:
 
 
 def _shade(rng: np.random.Generator, colours: np.ndarray) -> np.ndarray:
-    """Make something look round or plain: a slope of light, or a photograph so blurred that only colours are left."""
+    """Add a linear slope of light; at random, first blur the colours to a coarse 6x6 grid, so that the surface looks plain."""
     if rng.uniform() < 0.4:
         few = cv2.resize(colours, (6, 6), interpolation=cv2.INTER_AREA)
         colours = cv2.resize(few, colours.shape[1::-1], interpolation=cv2.INTER_LINEAR)

@@ -1,14 +1,14 @@
 """Motion of the rich synthetic scenes: a pinhole camera, flat sheets in space, joints and ripples, all in closed form.
 
-A sheet is a flat piece of the world. Its points have plane coordinates (u, v); `place` maps them to pixels at a time and
-`source` maps pixels back, both exactly (float64), so that flow needs no search:
+A sheet is a flat piece of the world. Its points have plane coordinates (u, v); `place` maps them to pixels at a given time and
+`source` maps pixels back, both in closed form (float64), so that flow needs no search:
 
     pixels = place(camera.matrix(t), sheet, points, t)      # [..., 2] -> [..., 2]
     points = source(camera.matrix(t), sheet, pixels, t)
 
 Pixels are (x, y); the centre of the first pixel is at (0.5, 0.5). Time t is 0 at the first frame and 1 at the last; every
-motion is smooth and also defined a little before and after, where the shutter is open. World coordinates are (x, y, z) with
-y down and z into the picture; the camera rests at the origin.
+motion is smooth and also defined slightly before and after, where the shutter is open. World coordinates are (x, y, z) with y
+down and z into the picture; the camera at rest is at the origin.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Track:
         return self.total * t + self.bend * (t * t - t)
 
     def scaled(self, factor: float) -> Track:
-        """Return the same way with `factor` times its length."""
+        """Return the track with all displacements multiplied by `factor`."""
         return Track(self.total * factor, self.bend * factor)
 
 
@@ -39,7 +39,7 @@ class Camera:
     """A pinhole camera; `path` holds its position (3), rotation vector in radians (3) and the logarithm of its zoom (1)."""
 
     focal: float  # in pixels
-    centre: tuple[float, float]  # where the optical axis meets the frame, in pixels; a cropped frame has it off its middle
+    centre: tuple[float, float]  # intersection of the optical axis and the frame, in pixels; off the middle of a cropped frame
     path: Track
 
     def matrix(self, t: float) -> np.ndarray:
@@ -70,7 +70,7 @@ class Body:
 
 @dataclasses.dataclass(frozen=True)
 class Joint:
-    """A hinge in a sheet's plane: what hangs on it turns about (u, v) by the angle that `swing` (1) holds, in radians."""
+    """A hinge in a sheet's plane: whatever is attached rotates about (u, v) by the angle in `swing` (1), in radians."""
 
     u: float
     v: float
@@ -87,19 +87,19 @@ class Joint:
 
 @dataclasses.dataclass(frozen=True)
 class Ripple:
-    """A shear that bends a sheet: points move along a direction by a sine of their place across it.
+    """A shear that bends a sheet: points move along a direction by a sine of their coordinate across it.
 
-    The place across the direction stays as it is, so the inverse is the same shear with the opposite sign.
+    The coordinate across the direction is unchanged, so the inverse is the same shear with the opposite sign.
     """
 
     amplitude: float  # in units of the plane
     length: float  # of the wave, in units of the plane
     angle: float  # of the direction, in radians
     phase: float
-    rate: float  # radians that the wave runs on from t = 0 to t = 1
+    rate: float  # radians by which the wave advances from t = 0 to t = 1
 
     def bend(self, u: np.ndarray, v: np.ndarray, t: float, sign: float = 1.0) -> tuple[np.ndarray, np.ndarray]:
-        """Return points (u, v) moved at time t, or moved back with `sign` -1; float32 stays float32."""
+        """Return points (u, v) displaced at time t, or restored with `sign` -1; float32 stays float32."""
         cos, sin = float(np.cos(self.angle)), float(np.sin(self.angle))
         wave = 2 * np.pi / self.length
         shift = np.sin((wave * cos) * v - (wave * sin) * u + float(self.phase + self.rate * t))
@@ -108,10 +108,10 @@ class Ripple:
 
 @dataclasses.dataclass(frozen=True)
 class Sheet:
-    """Where a flat piece of the world lies and how it moves: by ripples, then joints from tip to root, then its body."""
+    """Position and motion of a flat piece of the world: by ripples, then joints from tip to root, then its body."""
 
     basis: np.ndarray  # 4x3, from homogeneous plane coordinates to homogeneous world points
-    extent: tuple[float, float, float, float]  # u0, v0, u1, v1: the part that has colour, before ripples
+    extent: tuple[float, float, float, float]  # u0, v0, u1, v1: the painted part, before ripples
     body: Body | None = None
     joints: tuple[Joint, ...] = ()  # from the tip to the root
     ripples: tuple[Ripple, ...] = ()
@@ -124,17 +124,17 @@ class Sheet:
         return self.hinge(self.stand(view, t), t)
 
     def stand(self, view: np.ndarray, t: float) -> np.ndarray:
-        """Return the matrix of the plane that all sheets with this body and basis share: without joints."""
+        """Return the matrix of the plane, without joints, which all sheets with this body and basis share."""
         return view @ (self.basis if self.body is None else self.body.matrix(t) @ self.basis)
 
     def hinge(self, matrix: np.ndarray, t: float) -> np.ndarray:
-        """Return the shared plane's matrix with the joints of this sheet."""
+        """Apply the joints of this sheet to the matrix of the shared plane and return the product."""
         for joint in reversed(self.joints):
             matrix = matrix @ joint.matrix(t)
         return matrix
 
     def scaled(self, factor: float) -> Sheet:
-        """Return the sheet with `factor` times the motion of its own; what the camera does stays."""
+        """Return the sheet with its own motion multiplied by `factor`; the camera's motion is unaffected."""
         return dataclasses.replace(
             self,
             body=self.body and dataclasses.replace(self.body, path=self.body.path.scaled(factor)),
@@ -144,7 +144,7 @@ class Sheet:
 
 
 def place(view: np.ndarray, sheet: Sheet, points: np.ndarray, t: float) -> np.ndarray:
-    """Return the pixels [..., 2] at which points [..., 2] of the sheet's plane are seen at time t; NaN behind the camera.
+    """Return the pixels [..., 2] of points [..., 2] of the sheet's plane at time t; NaN behind the camera.
 
     `view` is the camera's matrix at that time.
     """
@@ -155,7 +155,7 @@ def place(view: np.ndarray, sheet: Sheet, points: np.ndarray, t: float) -> np.nd
 
 
 def source(view: np.ndarray, sheet: Sheet, pixels: np.ndarray, t: float) -> np.ndarray:
-    """Return the points [..., 2] of the sheet's plane that are seen at pixels [..., 2] at time t."""
+    """Return the points [..., 2] of the sheet's plane at pixels [..., 2] at time t; `view` is the camera's matrix then."""
     u, v = project(np.linalg.inv(sheet.matrix(view, t)), pixels[..., 0], pixels[..., 1], signed=True)
     return _join(*unbend(sheet, u, v, t))
 
@@ -181,7 +181,7 @@ def _join(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 def rotation(vector: np.ndarray) -> np.ndarray:
-    """Return the 3x3 matrix that turns about `vector` by its length in radians (Rodrigues' formula)."""
+    """Return the 3x3 matrix that rotates about `vector` by its length in radians (Rodrigues' formula)."""
     angle = float(np.linalg.norm(vector))
     if angle == 0:
         return np.eye(3)

@@ -1,12 +1,12 @@
-"""Rendering of the rich synthetic scenes: layers in linear light, shutter, changing light and noise; exact flow.
+"""Render rich synthetic scenes: layers in linear light, shutter, changing light and noise, with exact flow.
 
     frame = drawn.render(0.5)        # uint8 [H, W, 3], rendered from scratch at that time
     flow_t0 = drawn.flow(0.5, 0.0)   # float32 [H, W, 2], the sharp geometric motion
 
-A frame is the mean of several samples, each with its own time within the open shutter and its own place within the pixels,
-so one mean gives motion blur and smooth edges. The shutter is open symmetrically about the frame's time, so the flow, which
-is that of the scene at exactly this time, points along the middle of the blur. Light, noise and shadows do not move
-anything: flow does not see them.
+A frame is the mean of several samples, each with its own time within the open shutter and its own position within the pixels,
+so that one mean gives motion blur and smooth edges. The shutter is open symmetrically about the frame's time, so the flow,
+which is that of the scene at exactly this time, points along the middle of the blur. Light, noise and shadows do not move
+anything, so flow ignores them.
 """
 
 from __future__ import annotations
@@ -20,23 +20,23 @@ import numpy as np
 
 from shards.rich_motion import Camera, Sheet, Track, place, project, source, unbend
 
-SOLID = 0.5  # a layer is what is seen at a pixel where its alpha is above this
+SOLID = 0.5  # alpha above which a layer hides what is behind it, as far as flow is concerned
 
 
 @dataclasses.dataclass(frozen=True)
 class Layer:
-    """A sheet with colour. `raster` is float32 [h, w, 4]: linear red, green, blue times alpha, and alpha."""
+    """A painted sheet. `raster` is float32 [h, w, 4]: linear red, green and blue times alpha, and alpha."""
 
     sheet: Sheet
     raster: np.ndarray
     to_raster: np.ndarray  # 3x3, from plane coordinates to indices of the raster (the first pixel's centre is at 0, 0)
     endless: bool = False  # mirrored beyond its raster, so that it fills every frame: the backdrop
-    shadow: bool = False  # darkens what lies behind it and is not seen itself
+    shadow: bool = False  # darkens what lies behind it and is not visible itself
     gain: Track | None = None  # (1): relative change of its light over time
 
     @functools.cached_property
     def corners(self) -> np.ndarray:
-        """Return the corners of the part of the plane that may have colour, as columns of homogeneous coordinates: [3, 4]."""
+        """Return the corners of the part of the plane that may be painted, as columns of homogeneous coordinates: [3, 4]."""
         scale = np.sqrt(abs(np.linalg.det(self.to_raster[:2, :2])))
         reach = 1 + scale * sum(abs(ripple.amplitude) for ripple in self.sheet.ripples)
         height, width = self.raster.shape[:2]
@@ -46,26 +46,26 @@ class Layer:
 
 @dataclasses.dataclass(frozen=True)
 class Light:
-    """What happens to the whole picture. Tracks hold one value for each of red, green and blue."""
+    """Light and noise of the whole picture. Tracks hold one value for each of red, green and blue."""
 
     gain: Track
     offset: Track
-    vignette: float  # share of the light that is missing in the corners
+    vignette: float  # fraction of the light that is missing in the corners
     noise: float  # standard deviation in levels of 255
     seed: int  # of the noise
 
 
 @dataclasses.dataclass(frozen=True)
 class RichScene:
-    """Layers from back to front, seen by one camera."""
+    """Layers from back to front, and the camera that views them."""
 
     height: int
     width: int
     camera: Camera
     layers: tuple[Layer, ...]
     light: Light
-    shutter: float  # how long it is open, in units of t
-    samples: int  # in the mean that makes a frame; a multiple of 4
+    shutter: float  # duration for which it is open, in units of t
+    samples: int  # number of samples averaged into a frame; a multiple of 4
 
     def render(self, t: float) -> np.ndarray:
         """Return the frame at time t in [0, 1]: RGB uint8 [H, W, 3]."""
@@ -75,7 +75,7 @@ class RichScene:
         return self._expose(cv2.cvtColor(total, cv2.COLOR_RGBA2RGB) / np.float32(self.samples), t)
 
     def visible(self, t: float) -> np.ndarray:
-        """Return the number of the layer that is seen at each pixel's centre at time t: int [H, W], 0 is the backdrop."""
+        """Return the number of the layer visible at each pixel's centre at time t: int [H, W], 0 is the backdrop."""
         seen = np.zeros((self.height, self.width), dtype=np.int64)
         for number, layer in enumerate(self.layers):
             if not layer.shadow:
@@ -86,7 +86,7 @@ class RichScene:
         return seen
 
     def flow(self, t: float, to: float) -> np.ndarray:
-        """Return where the point seen at each pixel's centre at time t is at `to`: float32 [H, W, 2], (dx, dy) in pixels."""
+        """Return the flow from t to `to` of the point visible at each pixel's centre: float32 [H, W, 2], (dx, dy) in pixels."""
         seen = self.visible(t)
         flow = np.zeros((self.height, self.width, 2), np.float32)
         for number in np.unique(seen):
@@ -98,10 +98,10 @@ class RichScene:
         return flow
 
     def _sample(self, t: float, dx: float, dy: float) -> np.ndarray:
-        """Return the sharp picture at time t, looked up at (dx, dy) from the pixels' centres: float32 [H, W, 4]."""
+        """Return the sharp picture at time t, sampled at (dx, dy) from the pixels' centres: float32 [H, W, 4]."""
         view = np.array([[1, 0, -dx], [0, 1, -dy], [0, 0, 1]]) @ self.camera.matrix(t)
         canvas = np.zeros((self.height, self.width, 4), np.float32)
-        planes: dict[tuple[int, int], np.ndarray] = {}  # limbs share one
+        planes: dict[tuple[int, int], np.ndarray] = {}  # shared by the limbs of a figure
         for layer in self.layers:
             sheet = layer.sheet
             key = id(sheet.body), id(sheet.basis)
@@ -123,7 +123,7 @@ class RichScene:
         return canvas
 
     def _expose(self, linear: np.ndarray, t: float) -> np.ndarray:
-        """Turn linear light float32 [H, W, 3], which is overwritten, into a camera's levels: light, gamma, noise, rounding."""
+        """Convert linear light float32 [H, W, 3], which is overwritten, to uint8: light changes, gamma, noise, rounding."""
         light = self.light
         gain, offset = 1 + light.gain.at(t), light.offset.at(t)
         if (gain != 1).any():
@@ -148,16 +148,16 @@ def linear_light(levels: np.ndarray) -> np.ndarray:
     return np.where(value <= 0.04045, value / 12.92, ((value + 0.055) / 1.055) ** 2.4)
 
 
-# Four places in a pixel, so that the mean over them is that of the pixel's square; neighbours in time lie far apart.
+# Four positions in a pixel whose mean is that of the pixel's square; those next to each other in time are far apart.
 _SPOTS = ((-0.25, -0.25), (0.25, 0.25), (0.25, -0.25), (-0.25, 0.25))
 
 
 def _look_up(
     matrix: np.ndarray, layer: Layer, t: float, width: int, height: int
 ) -> tuple[tuple[int, int, int, int], np.ndarray] | None:
-    """Return the box (x, y, w, h) of the frame that a layer may touch and its colours there, None for none.
+    """Return the box (x, y, w, h) of the frame that a layer may touch, and its colours there; None if it touches none.
 
-    `matrix` goes from the layer's plane to pixels at time t.
+    `matrix` maps from the layer's plane to pixels at time t.
     """
     sheet = layer.sheet
     box = (0, 0, width, height) if layer.endless else _box(matrix @ layer.corners, width, height)
@@ -177,7 +177,7 @@ def _look_up(
 
 
 def _box(corners: np.ndarray, width: int, height: int) -> tuple[int, int, int, int] | None:
-    """Return the box of the frame around homogeneous pixels [3, 4], None where it is out of the frame."""
+    """Return the box (x, y, w, h) of the frame around homogeneous pixels [3, 4]; None if it lies outside of the frame."""
     if corners[2].min() <= 0:  # a part lies behind the camera
         return 0, 0, width, height
     x, y = (corners[:2] / corners[2]).tolist()

@@ -1,6 +1,6 @@
-"""Outlines of the objects in rich synthetic scenes, drawn as masks: compact, jagged, thin and with holes.
+"""Shapes of the objects in rich synthetic scenes, drawn as masks: compact, jagged, thin and with holes.
 
-mask = draw_compact(rng, "branch", side)        # uint8 [side, side], 255 inside; it stays off the border
+mask = draw_compact(rng, "branch", side)        # uint8 [side, side], 255 inside; the border stays empty
 mask = draw_skyline(rng, height, width)         # uint8 [height, width], from the left border to the right one
 """
 
@@ -11,19 +11,19 @@ from collections.abc import Callable
 import cv2
 import numpy as np
 
-_BITS = 4  # of a pixel's fraction in OpenCV's drawing: 1/16 pixel
-REACH = 0.9  # of the half side: what a compact shape fills
+_BITS = 4  # fractional bits of coordinates in OpenCV's drawing: units of 1/16 pixel
+REACH = 0.9  # fraction of the half side that a compact shape fills
 
 
 def draw_compact(rng: np.random.Generator, kind: str, side: int) -> np.ndarray:
-    """Draw one of `COMPACT` into a square of `side` pixels."""
+    """Draw a shape of a kind in `COMPACT` into a square of `side` pixels."""
     mask = np.zeros((side, side), np.uint8)
     COMPACT[kind](rng, mask, side / 2, REACH * side / 2)
     return np.pad(mask[1:-1, 1:-1], 1)  # a thick line may reach the border
 
 
 def draw_skyline(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
-    """Draw hills, roofs or treetops: all that lies below a rugged line."""
+    """Draw hills, roofs or treetops: everything below a rugged line."""
     steps = max(width // 4, 8)
     x = np.linspace(0, width, steps)
     kind = rng.choice(["hills", "roofs", "trees"])
@@ -43,7 +43,7 @@ def draw_skyline(rng: np.random.Generator, height: int, width: int) -> np.ndarra
 
 
 def draw_bars(rng: np.random.Generator, height: int, width: int, unit: float) -> np.ndarray:
-    """Draw a fence, a net, poles or wires from border to border; `unit` is one pixel of the frame."""
+    """Draw a fence, a net, poles or wires from border to border, with gaps and widths in units of `unit` mask pixels."""
     mask = np.zeros((height, width), np.uint8)
     kind = rng.choice(["fence", "net", "poles", "wires"])
     gap = unit * float(np.exp(rng.uniform(np.log(10), np.log(60))))
@@ -160,7 +160,7 @@ def _polar(middle: float, radii: np.ndarray, angles: np.ndarray) -> np.ndarray:
 
 
 def _fix(value: float) -> int:
-    """Return what OpenCV's drawing takes: an integer in units of 1/16 pixel, whole pixels being their centres."""
+    """Return a coordinate for OpenCV's drawing: an integer in units of 1/16 pixel, in which whole pixels are pixel centres."""
     return round(value * 2**_BITS)
 
 

@@ -1,9 +1,9 @@
-"""What is in a shard folder? The contract between the jobs that write shards and the loader that reads them.
+"""Format of a shard folder: the contract between the commands that write shards and the loader that reads them.
 
 A shard folder holds one split of one data set:
 
-    index.json            what the folder holds: counts, bytes and sha256 of every shard, source, filters, versions
-    shard-000000.tar      standard WebDataset tar: members of a sample lie together and share the name before the first dot
+    index.json            content of the folder: counts, bytes and sha256 of every shard, source, filters, versions
+    shard-000000.tar      standard WebDataset tar: members of a sample are adjacent and share the name before the first dot
     shard-000001.tar …
 
 One sample is one sequence of consecutive frames:
@@ -13,7 +13,7 @@ One sample is one sequence of consecutive frames:
     <key>.flow_t0.npy     optional, float32 [H, W, 2]: flow from the middle frame to the first, (dx, dy) in pixels
     <key>.flow_t1.npy     optional, likewise to the last frame
 
-A key is unique in its folder and holds no dot and no slash. Plain `webdataset` and plain `tar` read the format.
+A key is unique in its folder and contains no dot and no slash. Standard `webdataset` and `tar` read the format.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ EXTENSION = {"png": "png", "qoi": "qoi", "jpeg": "jpg"}  # codec -> file extensi
 VIDEO_EXTENSIONS = frozenset({".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ts", ".webm", ".wmv", ".y4m"})
 IMAGE_EXTENSIONS = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".qoi", ".tif", ".tiff", ".webp"})
 
-_PUBLISHED = (  # sets as they are published: title, job and its flags, what a folder of this layout holds
+_PUBLISHED = (  # published sets: title, command with its flags, and files by which a folder of this layout is recognized
     ("Vimeo90K triplet", "vimeo90k --kind triplet --split train", ("tri_trainlist.txt", "tri_testlist.txt")),
     ("Vimeo90K septuplet", "vimeo90k --kind septuplet --split train", ("sep_trainlist.txt", "sep_testlist.txt")),
     *(
@@ -50,12 +50,12 @@ _PUBLISHED = (  # sets as they are published: title, job and its flags, what a f
 
 
 class ShardError(ValueError):
-    """A shard folder, a source or an argument of a shard job is not usable; the message says what to do."""
+    """Error for a shard folder, source or argument of a shard command that is not usable; the message says what to do."""
 
 
 @dataclasses.dataclass(frozen=True)
 class SampleMeta:
-    """What `<key>.json` holds. `frames` are the names or numbers of the frames in their source; sizes are in pixels."""
+    """Content of `<key>.json`. `frames` are the names or numbers of the frames in their source; sizes are in pixels."""
 
     clip: str
     frames: tuple[str | int, ...]
@@ -65,7 +65,7 @@ class SampleMeta:
 
 @dataclasses.dataclass(frozen=True)
 class ShardEntry:
-    """One tar of a folder."""
+    """Entry of one tar in the index."""
 
     name: str
     samples: int
@@ -75,7 +75,7 @@ class ShardEntry:
 
 @dataclasses.dataclass(frozen=True)
 class Index:
-    """What index.json holds. `min_size` and `max_size` are (height, width) over all samples, each side on its own."""
+    """Content of index.json. `min_size` and `max_size` are (height, width) over all samples, each side separately."""
 
     split: str
     codec: str
@@ -83,7 +83,7 @@ class Index:
     min_size: tuple[int, int]
     max_size: tuple[int, int]
     has_flow: bool
-    source: dict[str, Any]  # job, arguments, versions and conversions that made the folder, enough to make it again
+    source: dict[str, Any]  # command, arguments, versions and conversions that made the folder, enough to reproduce it
     filtered: dict[str, int]  # reason -> number of candidates that were left out
     skipped: dict[str, str]  # source file -> why it could not be read
     clips: tuple[str, ...]
@@ -101,28 +101,28 @@ class Index:
 
     @property
     def color_conversion(self) -> str | None:
-        """Return which conversion gave frames of videos their colours; None for other sources, and where it was not noted."""
+        """Name of the colour conversion of frames from videos; None for other sources, and if it was not recorded."""
         return self.source.get("color_conversion")
 
 
 def shard_name(number: int) -> str:
-    """File name of a shard; `number` counts from 0."""
+    """Return the file name of a shard; `number` counts from 0."""
     return f"shard-{number:06d}.tar"
 
 
 def frame_members(frames: int, codec: str) -> list[str]:
-    """Member extensions of a sample's frames in order, e.g. ['im1.png', 'im2.png', 'im3.png']."""
+    """Return the member extensions of a sample's frames in order, e.g. ['im1.png', 'im2.png', 'im3.png']."""
     return [f"im{i + 1}.{EXTENSION[codec]}" for i in range(frames)]
 
 
 def sha256_of(path: Path) -> str:
-    """Hex digest of a file, read in pieces."""
+    """Return the hex digest of a file, which is read in pieces."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_index(folder: Path, index: Index) -> Path:
-    """Write index.json under a temporary name, then rename: a folder with an index is a complete folder."""
+    """Write index.json under a temporary name, then rename it, so that a folder with an index is always complete."""
     content = {"schema": SCHEMA, "version": VERSION, "samples": index.samples, "bytes": index.bytes}
     content |= dataclasses.asdict(index)
     path = folder / INDEX_NAME
@@ -135,8 +135,8 @@ def write_index(folder: Path, index: Index) -> Path:
 def read_index(folder: str | Path) -> Index:
     """Read and check index.json of a shard folder.
 
-    Raises ShardError when the folder is missing, is a raw data set (the message has the command that makes shards of it),
-    is not a shard folder, or was written under another schema version.
+    Raises ShardError when the folder is missing, is a raw data set (the message contains the command that converts it), is not
+    a shard folder, or was written under another schema version.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -148,7 +148,7 @@ def read_index(folder: str | Path) -> Index:
 
 
 def parse_index(data: bytes, path: str, advice: Callable[[], str] = lambda: "Give the folder that a job wrote.") -> Index:
-    """Check the content of an index.json; `path` is what errors call it, `advice` what they say when it is no index at all."""
+    """Check the content of an index.json; errors call it `path`, and add `advice` when it is not an index at all."""
     try:
         content = json.loads(data)
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -173,7 +173,7 @@ def _index_from(content: dict[str, Any], path: str) -> Index:
         values["shards"] = tuple(ShardEntry(**entry) for entry in values["shards"])
     except TypeError as error:
         raise ShardError(f"{path}: a shard entry is malformed ({error}): make the shards again") from error
-    for entry in values["shards"]:  # a shard lies in the folder itself, wherever the index came from
+    for entry in values["shards"]:  # an index from elsewhere must not lead out of its folder
         if not isinstance(entry.name, str) or not entry.name or set(entry.name) & set("/\\\0") or entry.name in (".", ".."):
             raise ShardError(f"{path} names a shard {entry.name!r}: it must be a plain file name")
     for name in ("min_size", "max_size", "clips"):
@@ -184,7 +184,7 @@ def _index_from(content: dict[str, Any], path: str) -> Index:
 
 
 def _how_to_make_shards(folder: Path) -> str:
-    """The command that turns a raw folder into shards, or advice where none fits."""
+    """Return the command that converts a raw folder to shards, or other advice when none fits."""
     inside = [child for child in folder.iterdir() if not child.name.startswith(".")]
     for split in SPLITS:
         if (folder / split / INDEX_NAME).is_file():

@@ -1,16 +1,16 @@
-"""Which sequences of a clip are worth training on? Those without a scene cut and without repeated frames.
+"""Select the sequences of a clip that are worth training on: those without scene cuts and repeated frames.
 
     found = find_sequences(clip, frames=3, stride=1, step=1)
     found.starts            # frame numbers at which a usable sequence starts
 
-Frames are compared as small luma images (`clips.THUMBNAIL`, 0 to 255). Two measures of a pair of frames:
+Frames are compared as small luma images (`frame_sources.THUMBNAIL`, 0 to 255) by two measures of a pair:
 
 - difference: the mean absolute difference of the two images;
-- change of histogram: the share of pixels that moved to another of 32 brightness levels, 0 to 1.
+- histogram change: the fraction of pixels that changed to another of 32 brightness levels, 0 to 1.
 
 A scene cut changes both. Fast motion moves pixels but keeps the histogram, so the measure of a cut is their product. On 85
-mixed clips the pairs at cuts have products of 13 and more, all other pairs of 8.5 and less. Repeated frames that went
-through a lossy codec still differ by up to about 0.3; sequences with real motion start at about 0.4.
+mixed clips, pairs at cuts have products of at least 13, all other pairs of at most 8.5. Repeated frames that went through a
+lossy codec still differ by up to about 0.3; sequences with real motion start at about 0.4.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ import numpy as np
 from shards.frame_sources import Clip, VideoFrame, read_clip
 from shards.schema import ShardError
 
-CUT = 10.0  # difference times change of histogram
+CUT = 10.0  # difference times histogram change
 DUPLICATE = 0.38  # difference
 _LEVELS = 32
 
 
 @dataclasses.dataclass(frozen=True)
 class Found:
-    """What one clip offers. `fault` says why reading ended early, None for a clip that is whole."""
+    """Usable sequences of one clip. `fault` says why reading ended early; it is None for a complete clip."""
 
     frames: int
     starts: tuple[int, ...]
@@ -46,9 +46,9 @@ class Found:
 
 
 def find_sequences(clip: Clip, frames: int, stride: int, step: int) -> Found:
-    """Read a clip and sort its sequences: `frames` frames, `stride` apart, one starting every `step` frames."""
-    cuts = [False]  # frame number -> a cut lies between the frame before and it
-    repeats = [False] * stride  # frame number -> it repeats the frame `stride` before
+    """Read a clip and classify its sequences of `frames` frames, `stride` apart, with one starting every `step` frames."""
+    cuts = [False]  # by frame number: whether there is a cut between the previous frame and this one
+    repeats = [False] * stride  # by frame number: whether it repeats the frame `stride` earlier
     recent: collections.deque[np.ndarray] = collections.deque(maxlen=stride)
     size = None
     count, fault = 0, None
@@ -72,17 +72,17 @@ def find_sequences(clip: Clip, frames: int, stride: int, step: int) -> Found:
         fault = str(error)
     starts, scene_cut, duplicate = _sort(count, cuts, repeats, frames, stride, step)
     if any(after[1] <= before[1] for before, after in itertools.pairwise(entries)):
-        entries = []  # time stamps that don't grow lead nowhere
+        entries = []  # time stamps that don't increase can't be used to seek
     return Found(count, starts, scene_cut, duplicate, fault, tuple(entries), checksums)
 
 
 def is_cut(before: np.ndarray, after: np.ndarray, threshold: float = CUT) -> bool:
-    """Does a new scene start between two neighbouring frames? Thumbnails, 0 to 255."""
+    """Return whether a new scene starts between two neighbouring frames, given as thumbnails, 0 to 255."""
     return float(np.abs(after - before).mean()) * _histogram_change(before, after) > threshold
 
 
 def is_duplicate(before: np.ndarray, after: np.ndarray) -> bool:
-    """Is the second frame (almost) the first one again? Thumbnails, 0 to 255."""
+    """Return whether the second frame (almost) repeats the first one. Both are thumbnails, 0 to 255."""
     return float(np.abs(after - before).mean()) < DUPLICATE
 
 
@@ -96,7 +96,7 @@ def _histogram_change(before: np.ndarray, after: np.ndarray) -> float:
 def _sort(
     count: int, cuts: list[bool], repeats: list[bool], frames: int, stride: int, step: int
 ) -> tuple[tuple[int, ...], int, int]:
-    """Starts of the usable sequences, and how many were left out for scene cuts and for repeated frames."""
+    """Return the starts of the usable sequences, and how many were left out for scene cuts and for repeated frames."""
     span = (frames - 1) * stride
     starts, scene_cut, duplicate = [], 0, 0
     cuts_before = np.cumsum(cuts)

@@ -1,12 +1,12 @@
-"""How does SNU-FILM become shards? One folder for each difficulty, the PNG files copied bit for bit.
+"""Convert SNU-FILM to shards: one folder per difficulty, with the PNG files copied bit for bit.
 
     python -m shards.snu_film --src SNU-FILM --out shards/snu_film/hard --split hard --workers 8
 
 Layout (Choi et al., Channel Attention Is All You Need for Video Frame Interpolation): test-easy.txt, test-medium.txt,
 test-hard.txt and test-extreme.txt, in the set's folder or in its eval_modes/: 310 lines, each with the paths of the first,
 middle and last frame. The published paths begin with folders of the authors (data/SNU-FILM/test/GOPRO_test/<clip>/000016.png),
-and downloads hold test/GOPRO_test/… or GOPRO_test/…: of the leading folders in the list as few are left out as make the rest
-exist below --src, the same number for all lines.
+and downloads hold test/GOPRO_test/… or GOPRO_test/…: the smallest number of leading folders, the same for all lines, is dropped
+that makes the rest exist below --src.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ _LINE = rf"{_FOLDER}(?P<first>\d+)\.png\s+(?P=folder)(?P<middle>\d+)\.png\s+(?P=
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options(published_sets.Options):
-    """What `make` needs; each field is a flag of the job."""
+    """Options of `make`; each field is a flag of the command."""
 
     split: str
-    """easy, medium, hard or extreme."""
+    """Difficulty: easy, medium, hard or extreme."""
 
 
 def make(options: Options) -> Index:
-    """Write the shard folder and return its index (`image_sets.make` says what can go wrong)."""
+    """Write the shard folder and return its index; raises the errors of `published_sets.make`."""
     return published_sets.make("shards.snu_film", options, find)
 
 
 def find(options: Options) -> published_sets.ImageSet:
-    """The triplets of the list. Raises ShardError for an unusable list and when its folders are not below the source."""
+    """Return the triplets of the list. Raises ShardError for an unusable list and when its folders are not below the source."""
     published_sets.check_split(options.split, SPLITS)
     path = list_path(options.src, options.split)
     lines = published_sets.read_list(path, _LINE, "test/clip/000016.png test/clip/000017.png test/clip/000018.png")
@@ -59,15 +59,15 @@ def find(options: Options) -> published_sets.ImageSet:
 
 
 def list_path(src: Path, split: str) -> Path:
-    """The list of a difficulty, beside the frames or in eval_modes/."""
+    """Return the path of a difficulty's list, either next to the frames or in eval_modes/."""
     beside, below = src / f"test-{split}.txt", src / "eval_modes" / f"test-{split}.txt"
     return below if below.is_file() and not beside.is_file() else beside
 
 
 def leading_folders(src: Path, folders: Sequence[tuple[str, ...]]) -> int:
-    """How many leading parts of the list's folders to leave out: as few as make one of these folders exist below `src`.
+    """Return how many leading parts to drop from the list's folders: the fewest that make one of them exist below `src`.
 
-    Raises ShardError naming what was tried.
+    Raises ShardError naming the paths that were tried.
     """
     for left_out in range(max(map(len, folders))):
         if any((src / Path(*folder[left_out:])).is_dir() for folder in set(folders) if len(folder) > left_out):
@@ -81,7 +81,7 @@ def leading_folders(src: Path, folders: Sequence[tuple[str, ...]]) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The job: parse flags, make the folder, say what it holds. Returns the exit code."""
+    """Run the command: parse flags, write the folder and print a summary. Returns the exit code."""
     return published_sets.main(Options, make, "shards.snu_film", __doc__, argv)
 
 

@@ -4,15 +4,15 @@
     python -m shards.synthetic --out shards/synthetic/val --samples 100 --size 128x128 --split val
     python -m shards.synthetic --out shards/rich --style rich --photographs photographs --size 256x256 --no-flow --workers 16
 
-Style `simple`: a background and one to four shapes, each filled with a part of a photograph. Every layer translates, turns and
-grows at a constant rate, and the layers hide each other. Style `rich`: a camera moves through flat things at different
-depths, up to a dozen objects with motions of their own, with acceleration, limbs, thin structures, motion blur, changing
-light and noise (`shards.rich_drawing`). In both, each frame is rendered from scratch at its own time, so the middle frame is a
-true frame and not a blend, and the flow comes from the motion itself.
+Style `simple`: a background and one to four shapes, each filled with a part of a photograph. Each layer translates, rotates and
+scales at a constant rate, and the layers occlude each other. Style `rich`: a camera moves through flat sheets at different
+depths with up to a dozen independently moving objects, acceleration, limbs, thin structures, motion blur, changing light and
+noise (`shards.rich_drawing`). In both, each frame is rendered from scratch at its own time, so the middle frame is a true frame
+and not a blend, and the flow follows from the motion itself.
 
-The photographs are those that scikit-image ships (nothing is downloaded), or those of a folder. `train` and `val` use
-different ones: a tenth of a folder, by a hash of the names, is for `val`. A sample depends on (seed, split, its number, the
-options, the photographs) alone.
+The photographs are those that scikit-image ships (nothing is downloaded), or those of a folder. `train` and `val` use different
+ones: a tenth of a folder, chosen by a hash of the names, is for `val`. A sample depends only on (seed, split, its number, the
+options, the photographs).
 """
 
 from __future__ import annotations
@@ -37,42 +37,42 @@ if TYPE_CHECKING:
     from shards.rich_scene import RichScene
 
 MIN_SIDE, MAX_SIDE = 32, 4096
-STYLES = {"simple": 0.06, "rich": 0.25}  # style -> default of max_motion, as a share of the width
+STYLES = {"simple": 0.06, "rich": 0.25}  # style -> default of max_motion, as a fraction of the width
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What `make` needs; each field is a flag of the job."""
+    """Options of `make`; each field is a flag of the command."""
 
     out: Path
     """Shard folder to write."""
     samples: int = 1000
     """Number of samples."""
     size: str = "128x128"
-    """Height x width of the frames in pixels."""
+    """Size of the frames in pixels, as HEIGHTxWIDTH."""
     seed: int = 0
-    """Another seed gives other samples."""
+    """Random seed, 0 or more; another seed gives other samples."""
     split: str = "train"
-    """train or val: they use different photographs."""
+    """Split to generate: train or val, which use different photographs."""
     style: str = "simple"
-    """simple or rich; rich needs OpenCV (pip install 'vfi-training-stack[scenes]')."""
+    """Style of the scenes: simple or rich, which needs OpenCV (pip install 'vfi-training-stack[scenes]')."""
     photographs: Path | None = None
-    """Folder of photographs, searched to any depth; without it those of scikit-image. Pictures with transparent parts are
-    objects of the style rich."""
+    """Folder of photographs, searched to any depth; default: those of scikit-image. Pictures with transparent parts become
+    objects in the style rich."""
     codec: str = "png"
     """How frames are stored: png or qoi (both lossless) or jpeg."""
     quality: int = 95
     """JPEG quality, 1 to 100."""
     max_motion: float | None = None
-    """Longest way in pixels that a point goes from the first frame to the last; by default 6 % of the width, rich 25 %."""
+    """Largest displacement of a point from the first frame to the last, in pixels; default: 6 % of the width, rich 25 %."""
     frames: int = 3
-    """Frames in a sample, at equal distances in time."""
+    """Number of frames per sample, at equal distances in time."""
     flow: bool = True
     """Store the exact flow from the middle frame to the first and to the last (needs an odd number of frames)."""
     samples_per_shard: int = writer.SAMPLES_PER_SHARD
-    """Most samples in one tar."""
+    """Maximum number of samples per tar."""
     workers: int = 1
-    """Processes; the bytes written do not depend on it."""
+    """Number of processes; the bytes written do not depend on it."""
 
 
 def make(options: Options) -> Index:
@@ -84,7 +84,7 @@ def make(options: Options) -> Index:
     arguments: dict[str, Any] = {
         name: value for name, value in dataclasses.asdict(options).items() if name not in ("out", "workers", "photographs")
     }
-    if options.style == "simple":  # as folders say that were written when there was one style
+    if options.style == "simple":  # keep the fingerprint of folders that were written before there were styles
         del arguments["style"]
     material = _find_material(options)
     source = writer.source_of("shards.synthetic", arguments) | {"photographs": material.source}
@@ -110,7 +110,7 @@ def make(options: Options) -> Index:
 
 
 def parse_size(text: str) -> tuple[int, int]:
-    """'HxW' to (height, width). Raises ShardError for anything else and for sizes that make no sense."""
+    """Parse 'HxW' into (height, width). Raises ShardError for anything else and for sides outside of 32 to 4096."""
     match = re.fullmatch(r"(\d+)x(\d+)", text.lower())
     if not match:
         raise ShardError(f"size {text!r} is not HEIGHTxWIDTH, for example 128x192")
@@ -121,7 +121,7 @@ def parse_size(text: str) -> tuple[int, int]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The job: parse flags, make the folder, say what it holds. Returns the exit code."""
+    """Run the command: parse flags, write the folder and print a summary. Returns the exit code."""
     return run_job(Options, _job, "shards.synthetic", __doc__, argv)
 
 
@@ -162,7 +162,7 @@ def _clip_name(options: Options, number: int) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class _Material:
-    """The photographs of a job: what the index says of them, their files, and what can't be used."""
+    """The photographs of a job: their description in the index, their files, and faults of unusable ones."""
 
     source: Any
     paths: tuple[Path, ...]
@@ -187,7 +187,7 @@ def _find_material(options: Options) -> _Material:
 
 
 def _opencv_version() -> str:
-    """Return the version of OpenCV, under whichever package name. The style simple works without it."""
+    """Return the version of OpenCV, whatever its package is called; raise ShardError if it is missing."""
     try:
         import cv2
     except ImportError as error:
@@ -222,14 +222,14 @@ def _draw(options: Options, paths: tuple[Path, ...], number: int, height: int, w
 
     from shards.rich_drawing import draw_scene
 
-    cv2.setNumThreads(1)  # there is a process for each core
+    cv2.setNumThreads(1)  # parallelism comes from the worker processes
     rng = np.random.default_rng([options.seed, list(PHOTOGRAPHS).index(options.split), number, 1])
     return draw_scene(rng, pictures, height, width, _max_motion(options), 1 / (options.frames - 1))
 
 
 @functools.lru_cache(maxsize=1)
 def _open_deck(paths: tuple[Path, ...], longest: int) -> photographs.Deck:
-    """Return the deck of this process: photographs are read once."""
+    """Return the deck of this process, cached so that photographs are read only once."""
     return photographs.Deck(paths, longest)
 
 

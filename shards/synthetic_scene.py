@@ -1,4 +1,4 @@
-"""What is in a synthetic sample? A background and shapes, filled with photographs, that move, turn, grow and hide each other.
+"""Simple synthetic scenes: a background and shapes, filled with photographs, that move, rotate, scale and occlude each other.
 
     drawn = scene(seed=0, split="train", number=7, height=128, width=192, max_motion=12.0)
     middle = drawn.render(0.5)         # uint8 [H, W, 3], rendered from scratch at that time
@@ -38,13 +38,13 @@ PHOTOGRAPHS = {
     "val": ("coffee.png", "coins.png", "gravel.png", "moon.png", "rocket.jpg", "text.png"),
 }
 SUPERSAMPLE = 2  # frames are rendered at twice their size and averaged down
-MASK_DETAIL, MAX_MASK = 4, 4096  # a shape is drawn once, with 4 mask pixels to a pixel of the frame, and then moved
+MASK_DETAIL, MAX_MASK = 4, 4096  # a shape is drawn once, with 4 mask pixels per pixel of the frame, and then transformed
 MASK_REACH = 1.25  # half of the mask's side, in units of the shape's radius
 
 
 @dataclasses.dataclass(frozen=True)
 class Motion:
-    """Turning, growing and moving about a centre at constant rates; t = 0 is the first frame, t = 1 the last."""
+    """Rotation, scaling and translation at constant rates about a centre; t = 0 is the first frame, t = 1 the last."""
 
     centre: tuple[float, float]
     velocity: tuple[float, float]  # pixels over the whole sample
@@ -52,7 +52,7 @@ class Motion:
     growth: float  # relative size added over the whole sample
 
     def at(self, t: float) -> np.ndarray:
-        """3x3 matrix from a point's place in the first frame to its place at time t."""
+        """Return the 3x3 matrix from a point's position in the first frame to its position at time t."""
         (x, y), scale, angle = self.centre, 1 + self.growth * t, self.turn * t
         cos, sin = scale * np.cos(angle), scale * np.sin(angle)
         dx, dy = x + self.velocity[0] * t, y + self.velocity[1] * t
@@ -61,25 +61,25 @@ class Motion:
 
 @dataclasses.dataclass(frozen=True)
 class Layer:
-    """A part of a photograph, cut to a shape, and its motion. Matrices go from places in the first frame."""
+    """A part of a photograph, cut to a shape, and its motion. The matrices map from positions in the first frame."""
 
     photograph: Image.Image
     to_photograph: np.ndarray
-    mask: Image.Image | None  # None: the background, which is everywhere
+    mask: Image.Image | None  # None for the background, which covers everything
     to_mask: np.ndarray
     motion: Motion
 
 
 @dataclasses.dataclass(frozen=True)
 class Scene:
-    """Layers from back to front."""
+    """A scene of layers, ordered from back to front."""
 
     height: int
     width: int
     layers: tuple[Layer, ...]
 
     def render(self, t: float) -> np.ndarray:
-        """The frame at time t in [0, 1]: RGB uint8 [H, W, 3]."""
+        """Return the frame at time t in [0, 1]: RGB uint8 [H, W, 3]."""
         size = (self.width * SUPERSAMPLE, self.height * SUPERSAMPLE)
         shrink = np.diag([1 / SUPERSAMPLE, 1 / SUPERSAMPLE, 1])
         canvas = Image.new("RGB", size)
@@ -91,7 +91,7 @@ class Scene:
         return np.array(canvas.reduce(SUPERSAMPLE))
 
     def visible(self, t: float) -> np.ndarray:
-        """Number of the layer that is seen at each pixel's centre at time t: int [H, W], 0 is the background."""
+        """Return the number of the layer visible at each pixel's centre at time t: int [H, W], 0 is the background."""
         seen = np.zeros((self.height, self.width), dtype=np.int64)
         for number, layer in enumerate(self.layers):
             if layer.mask is not None:
@@ -101,7 +101,7 @@ class Scene:
         return seen
 
     def flow(self, t: float, to: float) -> np.ndarray:
-        """Where the point seen at each pixel's centre at time t is at time `to`: float32 [H, W, 2], (dx, dy) in pixels."""
+        """Return the flow from t to `to` of the point visible at each pixel's centre: float32 [H, W, 2], (dx, dy) in pixels."""
         y, x = np.mgrid[: self.height, : self.width] + 0.5
         places = np.stack([x, y, np.ones_like(x)], axis=-1)
         matrices = np.stack([layer.motion.at(to) @ np.linalg.inv(layer.motion.at(t)) for layer in self.layers])
@@ -118,9 +118,9 @@ def scene(
     max_motion: float,
     photographs: Sequence[np.ndarray] | None = None,
 ) -> Scene:
-    """Draw the scene of sample `number`: the same arguments give the same scene.
+    """Draw the scene of sample `number`; the same arguments give the same scene.
 
-    `photographs` are RGB uint8 [h, w, 3]; without them it is made of those in `PHOTOGRAPHS`.
+    `photographs` are RGB uint8 [h, w, 3]; without them the scene uses those in `PHOTOGRAPHS`.
     """
     rng = np.random.default_rng([seed, list(PHOTOGRAPHS).index(split), number])
     photographs = _load_photographs(split) if photographs is None else photographs
@@ -130,7 +130,10 @@ def scene(
 
 
 def photograph_paths(split: str) -> list[Path]:
-    """The files inside the scikit-image package. It is located, not imported: its loaders would look on the network."""
+    """Return the photographs in the scikit-image package, located without importing it: its loaders would use the network.
+
+    Raises ShardError when the package or a photograph is missing.
+    """
     spec = importlib.util.find_spec("skimage")
     if spec is None or not spec.submodule_search_locations:
         raise ShardError("the synthetic set takes its photographs from scikit-image: pip install scikit-image")
@@ -142,7 +145,7 @@ def photograph_paths(split: str) -> list[Path]:
 
 
 def _sample(image: Image.Image, size: tuple[int, int], matrix: np.ndarray, resample: Image.Resampling) -> Image.Image:
-    """Fill an image of `size` (width, height) by looking up `matrix @ place` in `image`; Pillow adds the half pixels."""
+    """Fill an image of `size` (width, height) by sampling `image` at `matrix @ position`; Pillow adds the half pixels."""
     return image.transform(size, Image.Transform.AFFINE, tuple(matrix[:2].ravel().tolist()), resample)
 
 
@@ -152,9 +155,9 @@ def _background(
     reach = np.hypot(height, width) / 2 + max_motion
     centre = (width / 2, height / 2)
     photograph = _photograph(rng, photographs)
-    # a background that moves less than what is in front of it, as with a camera that follows
+    # the background moves less than the shapes in front of it, as if the camera followed them
     motion = _motion(rng, centre, reach, 0.7 * max_motion)
-    # growth and turning reach a little outside of the first frame's own circle: leave room for both
+    # scaling and rotation reach a little beyond the circle around the first frame: leave room for both
     return Layer(photograph, _place(rng, photograph, centre, 1.3 * reach), None, np.eye(3), motion)
 
 
@@ -171,7 +174,7 @@ def _shape(rng: np.random.Generator, photographs: Sequence[np.ndarray], height: 
 
 
 def _motion(rng: np.random.Generator, centre: tuple[float, float], reach: float, max_motion: float) -> Motion:
-    """Share a magnitude out to translation, turning and growth such that no point within `reach` goes further than it."""
+    """Distribute a magnitude over translation, rotation and scaling so that no point within `reach` moves further than it."""
     magnitude = max_motion * rng.uniform(0.05, 1)
     turning, growing = rng.uniform(0, 0.3), rng.uniform(0, 0.2)
     direction = rng.uniform(0, 2 * np.pi)
@@ -182,7 +185,7 @@ def _motion(rng: np.random.Generator, centre: tuple[float, float], reach: float,
 
 
 def _place(rng: np.random.Generator, photograph: Image.Image, centre: tuple[float, float], reach: float) -> np.ndarray:
-    """Matrix that lays a circle of `reach` pixels around `centre` into the photograph, turned and maybe mirrored."""
+    """Return a matrix that maps a circle of `reach` pixels around `centre` into the photograph, rotated and maybe mirrored."""
     half = min(photograph.size) / 2 - 2
     scale = min(half / reach, float(np.exp(rng.uniform(np.log(0.6), np.log(2)))))
     room_x, room_y = photograph.width / 2 - 2 - scale * reach, photograph.height / 2 - 2 - scale * reach
@@ -196,7 +199,7 @@ def _place(rng: np.random.Generator, photograph: Image.Image, centre: tuple[floa
 
 
 def _mask(rng: np.random.Generator, side: int) -> Image.Image:
-    """An ellipse, a polygon or a blob around the middle, white on black, radius 1 / MASK_REACH of the half side at most."""
+    """Draw a centred ellipse, polygon or blob, white on black, with a radius of at most 1 / MASK_REACH of the half side."""
     angles = np.linspace(0, 2 * np.pi, 180, endpoint=False)
     kind = rng.choice(["ellipse", "polygon", "blob"])
     if kind == "polygon":
@@ -218,7 +221,7 @@ def _mask(rng: np.random.Generator, side: int) -> Image.Image:
 
 
 def _photograph(rng: np.random.Generator, photographs: Sequence[np.ndarray]) -> Image.Image:
-    """One of the photographs with its colours changed a little: a gain for each channel, maybe the channels' order."""
+    """Return a random photograph with slightly changed colours: a gain per channel, and maybe another channel order."""
     image = Image.fromarray(photographs[int(rng.integers(len(photographs)))])
     gains = rng.uniform(0.7, 1.15) * rng.uniform(0.85, 1.15, 3)
     order = rng.permutation(3) if rng.uniform() < 0.3 else np.arange(3)

@@ -1,9 +1,9 @@
-"""How do the UCF101 test triplets of frame interpolation become shards? The PNG files copied bit for bit.
+"""Convert the UCF101 test triplets for frame interpolation to shards, with the PNG files copied bit for bit.
 
     python -m shards.ucf101 --src ucf101_interp_ours --out shards/ucf101
 
 Layout (Liu et al., Deep Voxel Flow, arXiv 1702.02463): 379 folders <id>/{frame_00,frame_01_gt,frame_02}.png, 256x256: first
-frame, truth, last frame. Beside them the published archive has that paper's own results, frame_01_ours.png: passed over.
+frame, ground truth, last frame. That paper's own results in the published archive, frame_01_ours.png, are ignored.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ FRAMES = ("frame_00.png", "frame_01_gt.png", "frame_02.png")  # in order of time
 
 
 def make(options: Options) -> Index:
-    """Write the shard folder and return its index (`image_sets.make` says what can go wrong)."""
+    """Write the shard folder and return its index; raises the errors of `published_sets.make`."""
     return published_sets.make("shards.ucf101", options, find)
 
 
 def find(options: Options) -> published_sets.ImageSet:
-    """The triplets in natural order of their ids. Raises ShardError for a folder of another layout."""
+    """Return the triplets in natural order of their ids. Raises ShardError for a folder with another layout."""
     pattern = r"(?P<id>[^/]+)/frame_(?:00|01_gt|01_ours|02)\.png"
     matches = published_sets.scan(options.src, "", pattern, "<id>/frame_00.png, frame_01_gt.png, frame_02.png")
     ids = dict.fromkeys(match["id"] for match in matches)
@@ -41,7 +41,7 @@ def find(options: Options) -> published_sets.ImageSet:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The job: parse flags, make the folder, say what it holds. Returns the exit code."""
+    """Run the command: parse flags, write the folder and print a summary. Returns the exit code."""
     return published_sets.main(Options, make, "shards.ucf101", __doc__, argv)
 
 

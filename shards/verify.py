@@ -1,9 +1,9 @@
-"""Do the tars of a shard folder match its index? Every byte is hashed and every frame decoded.
+"""Verify that the tars of a shard folder match its index: hash every byte and decode every frame.
 
     python -m shards.verify shards/mine/train --workers 8
-    python -m shards.verify shards/mine/train --against shards/vimeo90k/test     # instead: frames that are in both
+    python -m shards.verify shards/mine/train --against shards/vimeo90k/test     # instead, find frames that are in both
 
-Prints every problem and one summary line. Exit code 0: all is well; 1: problems; 2: not a shard folder. With --against the
+Prints every problem and one summary line. Exit code 0: no problems; 1: problems; 2: not a shard folder. With --against, the
 frames of the folders are compared with those of the test folders, pixel by pixel; a frame that is in both is a problem.
 """
 
@@ -30,19 +30,19 @@ from shards.schema import Index, ShardEntry, ShardError, frame_members, read_ind
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What the job needs."""
+    """Flags of the command, one per field."""
 
     folders: Annotated[tuple[Path, ...], tyro.conf.Positional]
     """Shard folders to check."""
     against: tuple[Path, ...] = ()
-    """Shard folders of test sets: say which of their frames are in the folders too, and check nothing else."""
+    """Shard folders of test sets: report which of their frames are also in the folders, and check nothing else."""
     workers: int = 1
-    """Processes."""
+    """Number of processes."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Checked:
-    """What was found in one shard."""
+    """Findings in one shard."""
 
     problems: tuple[str, ...]
     keys: tuple[str, ...]
@@ -50,7 +50,7 @@ class Checked:
 
 
 def verify(folder: Path, workers: int = 1) -> list[str]:
-    """All problems of a shard folder, an empty list when there are none. Raises ShardError when it isn't a shard folder."""
+    """Return all problems of a shard folder; an empty list means none. Raises ShardError when it isn't a shard folder."""
     index = read_index(folder)
     listed = collections.Counter(entry.name for entry in index.shards)
     present = {path.name for path in folder.glob("*.tar")}
@@ -68,7 +68,7 @@ def verify(folder: Path, workers: int = 1) -> list[str]:
 
 
 def check_shard(folder: Path, index: Index, entry: ShardEntry) -> Checked:
-    """Compare one tar with its entry in the index, and look into every sample."""
+    """Compare one tar with its entry in the index, and check every sample."""
     path = folder / entry.name
     problems = []
     size = path.stat().st_size
@@ -95,7 +95,7 @@ def check_shard(folder: Path, index: Index, entry: ShardEntry) -> Checked:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The job: check each folder, print problems and a summary. Returns the exit code."""
+    """Run the command: check each folder, print problems and a summary. Returns the exit code."""
     return run_job(Options, _job, "shards.verify", __doc__, argv)
 
 
@@ -146,7 +146,7 @@ def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
 
 
 def _check_sample(contents: dict[str, bytes], expected: list[str]) -> tuple[list[str], tuple[int, int] | None]:
-    """Problems of one sample, and its (height, width) as its frames say."""
+    """Return the problems of one sample, and the (height, width) that its json states; None when that is unusable."""
     if list(contents) != expected:
         return [f"has the members {', '.join(contents)} instead of {', '.join(expected)}"], None
     try:

@@ -1,11 +1,11 @@
-"""How do videos and folders of frames become shards? Sequences are cut out, filtered and split by clip.
+"""Convert videos and folders of frames to shards: extract sequences, filter them, and split them by clip.
 
     python -m shards.video --src videos --out shards/mine --codec jpeg --workers 8
     python -m shards.video --src videos --out shards/mine --val_fraction 0.1     # shards/mine/train and shards/mine/val
 
 `src` is searched to any depth for video files and for folders that directly hold images (sorted naturally: one clip each).
-Sequences over scene cuts and with repeated frames are left out and counted in the index (see `shards.sequence_filter`). A clip
-never spans two splits. A video that cannot be read is named and passed over; one that breaks off keeps what came before.
+Sequences with scene cuts or repeated frames are left out and counted in the index (see `shards.sequence_filter`). A clip never
+spans two splits. A video that cannot be read is reported and skipped; of one that breaks off, the frames before that are kept.
 """
 
 from __future__ import annotations
@@ -32,36 +32,36 @@ from shards.sequence_filter import Found, find_sequences
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What `make` needs; each field is a flag of the job."""
+    """Options of `make`; each field is a flag of the command."""
 
     src: Path
     """Folder with videos and folders of frames, at any depth."""
     out: Path
-    """Shard folder to write; with val_fraction the folder that gets the shard folders train and val."""
+    """Shard folder to write; with val_fraction, the parent of the shard folders train and val."""
     frames: int = 3
-    """Frames in a sequence."""
+    """Number of frames per sequence."""
     stride: int = 1
     """Distance between neighbouring frames of a sequence: 1 takes consecutive frames, 2 every other one."""
     step: int = 1
-    """Distance between the first frames of successive sequences: 1 takes every sequence, they overlap."""
+    """Distance between the first frames of successive sequences: 1 takes every sequence, so that they overlap."""
     codec: str = "png"
     """How frames are stored: png or qoi (lossless; qoi reads faster) or jpeg (small, reads fast)."""
     quality: int = 95
     """JPEG quality, 1 to 100."""
     max_height: int | None = None
-    """Frames higher than this many pixels are made smaller (antialiased, same shape, even sides)."""
+    """Maximum height in pixels; higher frames are downscaled (antialiased, same aspect ratio, even sides)."""
     split: str = "train"
-    """What the folder is for: train, val or test."""
+    """Split that the folder is for: train, val or test."""
     val_fraction: float = 0.0
-    """Share of the clips that goes to a val folder; clips are dealt by a hash of their names, each to one side whole."""
+    """Fraction of the clips that goes to a val folder; whole clips are assigned by a hash of their names."""
     samples_per_shard: int = writer.SAMPLES_PER_SHARD
-    """Most samples in one tar."""
+    """Maximum number of samples per tar."""
     workers: int = 1
-    """Processes; the bytes written do not depend on it."""
+    """Number of processes; the bytes written do not depend on it."""
 
 
 def make(options: Options) -> dict[str, Index]:
-    """Write the shard folder, or two of them with `val_fraction`; returns the index of each split.
+    """Write the shard folder, or two of them with `val_fraction`, and return the index of each split.
 
     Folders that are already complete are left as they are. Raises ShardError for unusable options and sources, and for an
     output folder that holds something else.
@@ -90,7 +90,7 @@ def make(options: Options) -> dict[str, Index]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The job: parse flags, make the folders, say what they hold. Returns the exit code."""
+    """Run the command: parse flags, write the folders and print summaries. Returns the exit code."""
     return run_job(Options, _job, "shards.video", __doc__, argv)
 
 
@@ -121,7 +121,7 @@ def _check(options: Options) -> None:
 
 
 def _folders(options: Options) -> dict[str, Path]:
-    """Split -> shard folder. Raises ShardError when the folder above train and val holds something else."""
+    """Return the shard folder of each split. Raises ShardError when the folder above train and val holds something else."""
     if not options.val_fraction:
         return {options.split: options.out}
     folders = {split: options.out / split for split in ("train", "val")}
@@ -135,7 +135,7 @@ def _folders(options: Options) -> dict[str, Path]:
 
 
 def _scan(clips: list[Clip], options: Options) -> dict[Clip, Found]:
-    """First pass: every clip's usable sequences. Raises ShardError when there are none at all."""
+    """Find every clip's usable sequences, in a first pass. Raises ShardError when there are none at all."""
     scan = functools.partial(find_sequences, frames=options.frames, stride=options.stride, step=options.step)
     found = dict(zip(clips, run(scan, clips, options.workers, name=lambda clip: clip.name, title="read clips"), strict=True))
     for result in found.values():
@@ -158,7 +158,7 @@ def _kept(found: Found) -> str:
 
 
 def _deal(clips: list[Clip], found: dict[Clip, Found], options: Options) -> dict[str, list[Clip]]:
-    """Split -> its clips. Each side gets a usable clip; clips that gave nothing are counted with the train side."""
+    """Return the clips of each split. Each gets at least one usable clip; clips without usable sequences count as train."""
     if not options.val_fraction:
         return {options.split: clips}
     usable = sorted((clip for clip in clips if found[clip].starts), key=lambda clip: _lot(clip.name))
@@ -173,7 +173,7 @@ def _deal(clips: list[Clip], found: dict[Clip, Found], options: Options) -> dict
 
 
 def _lot(name: str) -> float:
-    """A number in [0, 1) that depends on the name alone: more clips in the source leave the others where they are."""
+    """Return a number in [0, 1) that depends on the name alone, so that adding clips does not move the others."""
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64
 
 
@@ -209,7 +209,7 @@ class Piece:
     clip: Clip
     stem: str
     starts: tuple[int, ...]
-    entry: Entry | None  # where to start reading, in a long video
+    entry: Entry | None  # seek point to start reading at, in a long video
 
 
 def _piece(clip: Clip, stem: str, starts: list[int], found: Found) -> Piece:
@@ -217,7 +217,7 @@ def _piece(clip: Clip, stem: str, starts: list[int], found: Found) -> Piece:
 
 
 def _stems(clips: list[Clip]) -> dict[Clip, str]:
-    """Clip -> first part of its keys: its name without the characters that a key can't hold; unique among the clips."""
+    """Return the first part of each clip's keys, unique among the clips: its name with invalid characters replaced."""
     stems = {}
     for clip in clips:
         name = str(Path(clip.name).with_suffix("")) if clip.path.suffix.lower() in VIDEO_EXTENSIONS else clip.name
@@ -235,7 +235,7 @@ def _samples(pieces: Sequence[Piece], options: Options) -> Iterator[writer.Sampl
 
 
 def _samples_of(piece: Piece, options: Options) -> Iterator[writer.Sample]:
-    """Second pass: one sweep over the clip; a frame that is in several sequences is compressed once."""
+    """Yield the samples of a piece in one sweep over its clip, the second pass; shared frames are compressed only once."""
     span = range(0, options.frames * options.stride, options.stride)
     needed = {start + offset for start in piece.starts for offset in span}
     waiting = collections.deque(piece.starts)

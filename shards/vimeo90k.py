@@ -1,11 +1,11 @@
-"""How does the published Vimeo90K set become shards? Triplets and septuplets, the PNG files copied bit for bit.
+"""Convert the published Vimeo90K set to shards: triplets or septuplets, with the PNG files copied bit for bit.
 
     python -m shards.vimeo90k --src vimeo_triplet --out shards/vimeo90k/train --kind triplet --split train --workers 8
     python -m shards.vimeo90k --src vimeo_septuplet --out shards/septuplet/test --kind septuplet --split test
 
 Layout of the set (http://toflow.csail.mit.edu): sequences/<a>/<b>/im1.png … and tri_trainlist.txt, tri_testlist.txt or
-sep_trainlist.txt, sep_testlist.txt, one `<a>/<b>` a line. All files are looked for before anything is written. A septuplet
-sample holds all seven frames. Copied PNG frames are slower to read than qoi or jpeg: --codec makes those instead.
+sep_trainlist.txt, sep_testlist.txt, with one `<a>/<b>` per line. All files must exist before anything is written. A septuplet
+sample holds all seven frames. Copied PNG frames are slower to read than qoi or jpeg, to which --codec recompresses them.
 """
 
 from __future__ import annotations
@@ -30,21 +30,21 @@ SIZE = (256, 448)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options(published_sets.Options):
-    """What `make` needs; each field is a flag of the job."""
+    """Options of `make`; each field is a flag of the command."""
 
     kind: str
-    """triplet or septuplet."""
+    """Length of the sequences: triplet or septuplet."""
     split: str
-    """train or test."""
+    """Split of the set: train or test."""
 
 
 def make(options: Options) -> Index:
-    """Write the shard folder and return its index (`image_sets.make` says what can go wrong)."""
+    """Write the shard folder and return its index; raises the errors of `published_sets.make`."""
     return published_sets.make("shards.vimeo90k", options, find)
 
 
 def find(options: Options) -> published_sets.ImageSet:
-    """The sequences of the list of this kind and split. Raises ShardError for an unknown one and for an unusable list."""
+    """Return the sequences listed for this kind and split. Raises ShardError for an unknown one and for an unusable list."""
     if options.kind not in FRAMES:
         raise ShardError(f"unknown kind {options.kind!r}: choose one of {', '.join(FRAMES)}")
     published_sets.check_split(options.split, ("train", "test"))
@@ -64,18 +64,18 @@ def find(options: Options) -> published_sets.ImageSet:
 
 
 def list_name(kind: str, split: str) -> str:
-    """File name of a published list, e.g. tri_trainlist.txt."""
+    """Return the file name of a published list, e.g. tri_trainlist.txt."""
     return f"{kind[:3]}_{split}list.txt"
 
 
 def read_list(path: Path) -> list[str]:
-    """The `<a>/<b>` names of a list in its order. Raises ShardError naming a bad line."""
+    """Return the `<a>/<b>` names of a list in order. Raises ShardError naming a bad line."""
     part = "[A-Za-z0-9_-]{1,30}"
     return [match[0] for match in published_sets.read_list(path, f"{part}/{part}", "00001/0001")]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The job: parse flags, make the folder, say what it holds. Returns the exit code."""
+    """Run the command: parse flags, write the folder and print a summary. Returns the exit code."""
     return published_sets.main(Options, make, "shards.vimeo90k", __doc__, argv)
 
 

@@ -1,14 +1,14 @@
-"""How do samples become numbered tars and an index? In parallel, atomically, resumably, and with the same bytes every time.
+"""Write samples as numbered tars with an index: in parallel, atomically, resumably, and with the same bytes every time.
 
-A job makes a `Plan` (which shard holds what, decided before any work starts) and hands it to `write`:
+A job makes a `Plan` (which shard holds what, decided before any work starts) and passes it to `write`:
 
-    mark = fingerprint(source, files)              # arguments + source files: is this the same job as before?
-    done = check_output(out, mark)                 # the index of a complete folder, None where work is left
+    mark = fingerprint(source, files)              # identifies the job by its arguments and source files
+    done = check_output(out, mark)                 # the index of a complete folder, None if work is left
     index = write(out, plan, mark, workers=4)
 
-A shard is a pure function of its task, so the bytes depend neither on the number of workers nor on interruptions. It is
-written under a hidden name and renamed when it is on the disk; index.json comes last. `.plan.json` holds the fingerprint:
-the same job goes on where it was killed, any other job is refused.
+A shard is a pure function of its task, so its bytes depend neither on the number of workers nor on interruptions. It is written
+under a hidden name and renamed when it is on disk; index.json is written last. `.plan.json` holds the fingerprint: the same job
+resumes where it was killed, and any other job is refused.
 """
 
 from __future__ import annotations
@@ -49,9 +49,9 @@ from shards.schema import (
 
 PLAN_NAME = ".plan.json"
 SAMPLES_PER_SHARD = 256
-_PACKAGES = ("numpy", "pillow", "simplejpeg", "qoi", "av")  # what the bytes of a frame depend on
+_PACKAGES = ("numpy", "pillow", "simplejpeg", "qoi", "av")  # packages that the bytes of a frame depend on
 _OURS = re.compile(rf"shard-\d{{6}}\.tar|\.shard-\d{{6}}\.tar\.part|{re.escape(PLAN_NAME)}(\.\d+)?|\.?{INDEX_NAME}(\.\d+)?")
-_KEY = re.compile(r"[A-Za-z0-9_-]{1,80}")  # 80: with its extension it fits the 100 bytes of a plain tar name
+_KEY = re.compile(r"[A-Za-z0-9_-]{1,80}")  # 80: with its extension it fits the 100 bytes of a ustar name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Sample:
 
 @dataclasses.dataclass(frozen=True)
 class ShardTask:
-    """One shard to make: `make()` yields its `samples` samples in order; it must be picklable. `origin` is for messages."""
+    """A shard to write: `make`, which must be picklable, yields its `samples` samples in order. `origin` is for messages."""
 
     origin: str
     samples: int
@@ -76,7 +76,7 @@ class ShardTask:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """A whole folder, decided before work starts. The fields are those of `Index`; `shards` are tasks instead of entries."""
+    """Plan of a whole folder, made before work starts. The fields are those of `Index`, but `shards` are tasks, not entries."""
 
     split: str
     codec: str
@@ -90,9 +90,9 @@ class Plan:
 
 
 def source_of(job: str, arguments: dict[str, Any], color_conversion: str | None = None) -> dict[str, Any]:
-    """Return `Index.source`: job, arguments and all else that the bytes depend on.
+    """Return `Index.source`: job, arguments and everything else that the bytes depend on.
 
-    That is the versions of packages, `color_conversion` (of frames of videos), and for `codec` jpeg what encodes it.
+    That is the versions of packages, `color_conversion` (for frames of videos), and the JPEG encoder for `codec` jpeg.
     """
     versions = {package: importlib.metadata.version(package) for package in _PACKAGES}
     source = {"job": job, "arguments": arguments, "versions": versions}
@@ -104,7 +104,7 @@ def source_of(job: str, arguments: dict[str, Any], color_conversion: str | None 
 
 
 def fingerprint(source: dict[str, Any], files: Iterable[tuple[str, os.stat_result]] = ()) -> str:
-    """Hex digest of the arguments and of the source files' names, sizes and times: the same for the same job only."""
+    """Return a hex digest of the arguments and of the source files' names, sizes and times, which identifies the job."""
     digest = hashlib.sha256(json.dumps([VERSION, source], sort_keys=True).encode())
     for name, stat in files:
         digest.update(json.dumps([name, stat.st_size, stat.st_mtime_ns]).encode())
@@ -112,9 +112,9 @@ def fingerprint(source: dict[str, Any], files: Iterable[tuple[str, os.stat_resul
 
 
 def check_output(out: Path, mark: str) -> Index | None:
-    """Look at an output folder without touching it, before any work is done.
+    """Inspect an output folder without changing it, before any work is done.
 
-    Returns the index of a folder that this same job has completed, None for a new, empty or unfinished one.
+    Returns the index of a folder that this same job has completed, or None for a new, empty or unfinished one.
     Raises ShardError for a folder that holds anything else.
     """
     if not out.exists():
@@ -138,7 +138,7 @@ def check_output(out: Path, mark: str) -> Index | None:
 
 
 def write(out: Path, plan: Plan, mark: str, workers: int) -> Index:
-    """Make all shards of `plan` that are not there yet, then index.json. Returns the index.
+    """Write all missing shards of `plan`, then index.json, and return the index.
 
     Raises ShardError when the folder holds something else, when another process writes into it, or when a shard fails.
     """
@@ -156,7 +156,7 @@ def write(out: Path, plan: Plan, mark: str, workers: int) -> Index:
     with _locked(out, mark):
         for leftover in out.glob(".shard-*.part"):
             leftover.unlink()
-        bare = dataclasses.replace(plan, shards=(), clips=(), filtered={}, skipped={})  # travels with every task: keep it small
+        bare = dataclasses.replace(plan, shards=(), clips=(), filtered={}, skipped={})  # goes to every worker: keep it small
         make = functools.partial(_make_shard, out=out, plan=bare)
         tasks = list(enumerate(plan.shards))
         written = run(make, tasks, workers, name=_task_name, title=f"write {out.name}")
@@ -166,7 +166,7 @@ def write(out: Path, plan: Plan, mark: str, workers: int) -> Index:
 
 
 def describe(out: Path, index: Index) -> str:
-    """One line for people: what a finished folder holds."""
+    """Return a one-line summary of a finished folder for humans."""
     left_out = "".join(f", {count:,} left out as {reason}" for reason, count in index.filtered.items() if count)
     skipped = f", {len(index.skipped)} source files with faults" if index.skipped else ""
     return (
@@ -176,7 +176,7 @@ def describe(out: Path, index: Index) -> str:
 
 
 def chunks(count: int, size: int) -> list[range]:
-    """Cut `count` samples into ranges of at most `size` whose lengths differ by one at most."""
+    """Split `count` samples into ranges of at most `size` whose lengths differ by at most one."""
     if size < 1:
         raise ShardError(f"samples_per_shard {size} is too small: give 1 or more")
     shards = -(-count // size)
@@ -184,7 +184,7 @@ def chunks(count: int, size: int) -> list[range]:
 
 
 def some(names: list[str], limit: int = 3) -> str:
-    """The first few of many names, for a message: 'a, b, c and 4 more'."""
+    """Return the first `limit` names for a message: 'a, b, c and 4 more'."""
     return ", ".join(names[:limit]) + (f" and {len(names) - limit:,} more" if len(names) > limit else "")
 
 
@@ -233,7 +233,7 @@ def _add_sample(tar: tarfile.TarFile, sample: Sample, plan: Plan) -> int:
         members |= {"flow_t0.npy": _npy(sample, sample.flow_t0), "flow_t1.npy": _npy(sample, sample.flow_t1)}
     for extension, data in members.items():
         info = tarfile.TarInfo(f"{sample.key}.{extension}")
-        info.size, info.mode = len(data), 0o644  # time, owner and group stay 0: the same bytes every time
+        info.size, info.mode = len(data), 0o644  # time, owner and group stay 0 for reproducible bytes
         tar.addfile(info, io.BytesIO(data))
     return 1
 
@@ -247,7 +247,7 @@ def _npy(sample: Sample, flow: np.ndarray | None) -> bytes:
 
 
 def _read_back(path: Path, task: ShardTask) -> _Written:
-    """Entry and image sizes of a finished shard, from the file itself: the same for a new shard and for a kept one."""
+    """Return the entry and image sizes of a finished shard, read from the file: new and kept shards are treated alike."""
     sizes = set()
     samples = 0
     with tarfile.open(path, mode="r:") as tar:
@@ -279,7 +279,7 @@ def _read_mark(out: Path) -> str | None:
 
 @contextlib.contextmanager
 def _locked(out: Path, mark: str) -> Iterator[None]:
-    """Hold the folder's plan file, so that two processes never write into one folder; a killed process lets go of it."""
+    """Lock the folder's plan file against concurrent writers; the lock of a killed process is released."""
     path = out / PLAN_NAME
     if not path.exists():
         temporary = path.with_name(f"{PLAN_NAME}.{os.getpid()}")

@@ -1,16 +1,16 @@
-"""How does X4K1000FPS become shards? X-TRAIN as whole clips of 65 frames, X-TEST as the 9 frames that its protocol uses.
+"""Convert X4K1000FPS to shards: X-TRAIN as whole clips of 65 frames, X-TEST as the 9 frames that its protocol uses.
 
     python -m shards.x4k1000fps --src X4K1000FPS --out shards/x4k/train --split train --workers 8
     python -m shards.x4k1000fps --src X4K1000FPS --out shards/x4k/test --split test --workers 8
 
-Layout (Sim et al., XVFI, arXiv 2103.16206): train/<scene>/<clip>/0000.png … 0064.png, 4,408 clips of 768x768, or as they are
-distributed, encoded_train/<scene>/<clip>.mp4; where both are there the frames are taken. test/<type>/<clip>/0000.png …
-0032.png, 15 clips of 4096x2160 (a folder for the scene between type and clip will do). A test sample holds the frames 0, 4,
-8 … 32: the first and the last are the protocol's inputs, the seven between its truths, the middle one is frame 16.
+Layout (Sim et al., XVFI, arXiv 2103.16206): train/<scene>/<clip>/0000.png … 0064.png, 4,408 clips of 768x768, or, as
+distributed, encoded_train/<scene>/<clip>.mp4; if both exist, the frames are used. test/<type>/<clip>/0000.png … 0032.png, 15
+clips of 4096x2160 (a scene folder between type and clip is accepted). A test sample holds the frames 0, 4, 8 … 32: the first
+and the last are the protocol's inputs, the seven in-between frames its ground truth; the middle one is frame 16.
 
-PNG files are copied as they are. Frames of videos have to be compressed: as JPEG (4:4:4, quality 95) unless --codec says qoi or
-png. The videos are lossy already, JPEG reads as fast as QOI, and of this set it takes about 100 GB instead of 300. The truth of
-a benchmark comes from frames only: every converter from a video's colours gives slightly other pixels.
+PNG files are copied unchanged. Frames of videos have to be compressed: as JPEG (4:4:4, quality 95) unless --codec says qoi or
+png. The videos are lossy already, JPEG reads as fast as QOI, and it takes about 100 GB for this set instead of 300. The ground
+truth of a benchmark comes from frame files only, since every converter of video colours gives slightly different pixels.
 """
 
 from __future__ import annotations
@@ -45,25 +45,26 @@ PATTERN = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options(published_sets.Options):
-    """What `make` needs; each field is a flag of the job."""
+    """Options of `make`; each field is a flag of the command."""
 
     split: str
-    """train or test."""
+    """Split of the set: train or test."""
     codec: str = "auto"
-    """copy (the PNG files as they are), or png, qoi, jpeg to compress the frames anew; auto: copy, and jpeg for videos."""
+    """How frames are stored: copy (the PNG files unchanged), or recompressed as png, qoi or jpeg; auto: copy, but jpeg for
+    videos."""
     samples_per_shard: int = 8
-    """Most samples in one tar."""
+    """Maximum number of samples per tar."""
 
 
 def make(options: Options) -> Index:
-    """Write the shard folder and return its index (`image_sets.make` says what can go wrong)."""
+    """Write the shard folder and return its index; raises the errors of `published_sets.make`."""
     if options.codec == "auto":
         options = dataclasses.replace(options, codec="jpeg" if _from_videos(options) else "copy")
     return published_sets.make("shards.x4k1000fps", options, find)
 
 
 def find(options: Options) -> published_sets.ImageSet:
-    """The clips in natural order of their names. Raises ShardError for another layout and for a clip of another length."""
+    """Return the clips in natural order of names. Raises ShardError for another layout and for a clip of another length."""
     published_sets.check_split(options.split, (TRAIN, TEST))
     numbers = range(CLIP_FRAMES) if options.split == TRAIN else TEST_FRAMES
     videos = _from_videos(options)
@@ -80,14 +81,14 @@ def find(options: Options) -> published_sets.ImageSet:
 
 
 def read_video(options: Options, group: Group) -> Iterator[Frame]:
-    """The frames of a clip that is a video file, numbered from 0. Raises ShardError for a damaged one."""
+    """Yield the frames of a clip that is a video file, numbered from 0. Raises ShardError for a damaged one."""
     for number, frame in enumerate(read_clip(Clip(group.files[0], options.src / group.files[0]))):
         rgb = frame.rgb()
         yield Frame(number, codecs.encode(rgb, options.codec, options.quality), rgb.shape[:2])
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The job: parse flags, make the folder, say what it holds. Returns the exit code."""
+    """Run the command: parse flags, write the folder and print a summary. Returns the exit code."""
     return published_sets.main(Options, make, "shards.x4k1000fps", __doc__, argv)
 
 
@@ -113,7 +114,7 @@ def _video_groups(options: Options) -> list[Group]:
 
 
 def _check_length(src: Path, file: str) -> None:
-    """A cut-off download is named before anything is written, as far as the heads of the files tell."""
+    """Raise ShardError for a truncated download before anything is written, as far as the file headers reveal it."""
     frames = promised_frames(src / file)
     if frames and frames != CLIP_FRAMES:
         raise ShardError(f"{file} has {frames} frames instead of {CLIP_FRAMES}; nothing was written")

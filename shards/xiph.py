@@ -1,11 +1,11 @@
-"""How do the eight 4K clips of Xiph become shards? Every second frame between its neighbours, at full size.
+"""Convert the eight 4K clips of Xiph to shards: every second frame as the target between its neighbours, at full size.
 
     python -m shards.xiph --src xiph --out shards/xiph --workers 8
 
-Layout (Niklaus and Liu, arXiv 2003.05534, whose script cuts 100 frames of each clip out of media.xiph.org's files with
-ffmpeg): <Clip>-001.png … <Clip>-100.png, 4096x2160, all in one folder, or a folder <Clip> for each clip. A sample is the even
-frame t between t - 1 and t + 1, t = 2 … 98: 49 a clip, 392 in all. How the "2K" (made smaller) and "4K" (centre crop) figures
-come from these frames is the benchmark's matter. About 15 MB a frame: small shards.
+Layout (Niklaus and Liu, arXiv 2003.05534, whose script extracts 100 frames of each clip from media.xiph.org's files with
+ffmpeg): <Clip>-001.png … <Clip>-100.png, 4096x2160, all in one folder, or one folder <Clip> per clip. A sample is the even
+frame t with t - 1 and t + 1, t = 2 … 98: 49 per clip, 392 in all. The benchmark derives the "2K" (downscaled) and "4K" (centre
+crop) figures from these frames. Shards hold few samples, since a frame takes about 15 MB.
 """
 
 from __future__ import annotations
@@ -34,23 +34,23 @@ SIZE = (2160, 4096)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options(published_sets.Options):
-    """What `make` needs; each field is a flag of the job."""
+    """Options of `make`; each field is a flag of the command."""
 
     samples_per_shard: int = 8
-    """Most samples in one tar."""
+    """Maximum number of samples per tar."""
 
 
 def make(options: Options) -> Index:
-    """Write the shard folder and return its index (`image_sets.make` says what can go wrong)."""
+    """Write the shard folder and return its index; raises the errors of `published_sets.make`."""
     return published_sets.make("shards.xiph", options, find)
 
 
 def find(options: Options) -> published_sets.ImageSet:
-    """The samples of the clips that are there. Raises ShardError for other images and for a clip in two places."""
+    """Return the samples of the clips that exist. Raises ShardError for other images and for a clip in two places."""
     clip = f"(?P<clip>{'|'.join(CLIPS)})"
     pattern = rf"(?P<stem>{clip}(?:-|/(?:(?P=clip)-)?))(?!000)(?:0\d\d|100)\.png"
     matches = published_sets.scan(options.src, "", pattern, f"<Clip>-001.png … <Clip>-100.png of {', '.join(CLIPS)}")
-    stems: dict[str, str] = {}  # what stands before the number, by clip
+    stems: dict[str, str] = {}  # by clip: the part of the path before the frame number
     for match in matches:
         if stems.setdefault(match["clip"], match["stem"]) != match["stem"]:
             raise ShardError(
@@ -74,7 +74,7 @@ def find(options: Options) -> published_sets.ImageSet:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The job: parse flags, make the folder, say what it holds. Returns the exit code."""
+    """Run the command: parse flags, write the folder and print a summary. Returns the exit code."""
     return published_sets.main(Options, make, "shards.xiph", __doc__, argv)
 
 

@@ -1,1 +1,1 @@
-"""Memory that training takes, by measured profiles, and the batch size that fits."""
+"""Prediction of training memory from measured profiles, and of the batch size that fits."""

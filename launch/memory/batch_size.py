@@ -1,12 +1,12 @@
-"""Which batch fits which GPU? From memory_profiles.json, which `python -m launch.profile` adds measurements to.
+"""Choose the largest batch that fits a GPU, from memory_profiles.json, to which `python -m launch.profile` adds measurements.
 
     choice = choose_batch(config, gpu="a100-80gb", processes=8, precision="bf16")
     choice.device_batch, choice.accumulation, choice.why
     config = choice.applied_to(config)
 
-What is known, the best first: a *fit* on this card; a fit on another card, with this card's memory; a *point*, a single
-measurement, which stands for its own batch and crop and for smaller ones; a batch that was *stated*, for no model in
-particular. The global batch is never changed: a device gets a divisor of its share of it, and accumulates.
+Sources, best first: a *fit* on this card; a fit on another card, applied to this card's memory; a *point*, which is a single
+measurement and holds for its own batch and crop and for smaller ones; a batch that was *stated*, for no model in particular.
+The global batch is never changed: a device gets a divisor of its share of it, and accumulates gradients.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from launch.memory.model import GIB, Entry, Fit, Point, Profiles, read_profiles,
 from vfi.config.configs import Config, ConfigError, ModelConfig
 
 OUTSIDE_GIB = 1.0
-"""Of a card, left to what is not torch's: CUDA, libraries, NCCL."""
+"""GiB of a card that are reserved for memory outside of torch: CUDA, libraries, NCCL."""
 MARGIN = 0.06
-"""Part of the rest that is left free: fragmentation, a second copy of gradients (DDP) and of weights (--ema)."""
+"""Fraction of the rest that is kept free, for fragmentation and a second copy of gradients (DDP) and of weights (--ema)."""
 Basis = Literal["fit", "point", "stated"]
-_OF_NOMINAL = 0.98  # GiB that a card offers / GB that it is sold with: 79.2 of 80, 15.8 of 16, 139.8 of 141
+_OF_NOMINAL = 0.98  # usable GiB of a card / GB that it is sold with: 79.2 of 80, 15.8 of 16, 139.8 of 141
 _LEAST_CROP, _CROP_STEP = 64, 16  # what vfi.config.configs accepts
 _PRECISIONS = {"no": "fp32", "fp32": "fp32", "bf16": "bf16", "fp16": "fp16"}  # accelerate calls fp32 "no"
 _MEASURE = "measure it by `python -m launch.profile`"
@@ -37,11 +37,11 @@ class Card:
     kind: str
     gib: float
     note: str = ""
-    """How its memory is known, where that was a guess."""
+    """Explains how its memory was guessed; empty when it is known."""
 
     @property
     def budget(self) -> float:
-        """Bytes for the peak of a training step."""
+        """Bytes that the peak of a training step may take."""
         return max(0.0, (self.gib - OUTSIDE_GIB) * (1 - MARGIN) * GIB)
 
     def __str__(self) -> str:
@@ -51,19 +51,19 @@ class Card:
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """global batch = device_batch * processes * accumulation."""
+    """Chosen batch sizes: global_batch = device_batch * processes * accumulation."""
 
     device_batch: int
     accumulation: int
     global_batch: int
     basis: Basis
     why: str
-    """What it follows from, for the user."""
+    """Explanation of the choice for the user."""
     predicted_gib: float | None
-    """Peak of a training step with this batch; None where no formula is known."""
+    """Predicted peak memory of a training step with this batch; None where no formula is known."""
 
     def applied_to(self, config: Config) -> Config:
-        """The same experiment with this device batch."""
+        """Return `config` with this device batch; the experiment stays the same."""
         data = dataclasses.replace(config.data, batch_size=self.device_batch, global_batch=self.global_batch)
         return dataclasses.replace(config, data=data)
 
@@ -77,14 +77,15 @@ def choose_batch(
     memory_gib: float | None = None,
     profiles: Profiles | None = None,
 ) -> Choice:
-    """The largest device batch that fits and divides the global batch, which stays what `config` makes it for vfi.train.
+    """Choose the largest device batch that fits and divides the global batch, which stays as `config` sets it for vfi.train.
 
     Args:
-        gpu: as Slurm or torch names it: a100, a100-80gb, "NVIDIA A100-SXM4-80GB".
-        precision: bf16, fp16 or fp32 (no, as accelerate calls it).
-        memory_gib: of the card, where it is known; else it follows from its name.
+        gpu: name of the card in Slurm or torch: a100, a100-80gb, "NVIDIA A100-SXM4-80GB".
+        precision: bf16, fp16 or fp32 (or "no", as accelerate calls fp32).
+        memory_gib: memory of the card, if known; otherwise it is derived from the name.
 
-    Raises ConfigError when nothing fits, with what does; and for a card of unknown size.
+    Raises ConfigError when nothing fits, naming what would; for a card of unknown size; for an unknown precision; and for a
+    global batch that is not a multiple of `processes`.
     """
     if precision not in _PRECISIONS:
         raise ConfigError(f"precision {precision!r} does not exist; choose from {', '.join(_PRECISIONS)}")
@@ -104,7 +105,7 @@ def choose_batch(
 
 @dataclasses.dataclass(frozen=True)
 class _Asked:
-    """A model on a card, and what is known of it."""
+    """A model on a card, and the profiles to look it up in."""
 
     config: Config
     precision: str
@@ -116,7 +117,7 @@ class _Asked:
         return self.config.data.largest_crop
 
     def limit(self) -> tuple[int, str, Basis, Fit | None]:
-        """The largest batch that fits, why, by what, and the formula where there is one."""
+        """Return the largest batch that fits, the explanation, its basis, and the formula if there is one."""
         known = self.known()
         entry, fit = _best_fit(known, self.card)
         if entry and fit:
@@ -128,9 +129,10 @@ class _Asked:
         return *self._by_statement(), "stated", None
 
     def known(self, **changed: Any) -> list[Entry]:
-        """Entries that were measured with these settings, or with some of them changed.
+        """Return the entries measured with these settings, some of which `changed` may replace.
 
-        If there are none, those of the same network without fused kernels, which takes more, also than graphs do.
+        Without such entries, return those of the same network without fused kernels and CUDA graphs, which takes more memory
+        than either.
         """
         compute = self.config.compute
         asked: dict[str, Any] = {
@@ -170,7 +172,10 @@ class _Asked:
         return card + " without fused kernels, which take less" * more
 
     def _by_statement(self) -> tuple[int, str]:
-        """Of the card itself, or of the largest one that has no more memory; less where the crop is larger, by its area."""
+        """Return the batch stated for the card itself, or for the largest card that has no more memory, and the explanation.
+
+        A larger crop reduces the batch in proportion to its area. Raises ConfigError when nothing usable is stated.
+        """
         card, nothing = self.card, "no measurement tells of this model on this card"
         sizes = {row: _OF_NOMINAL * row.gb for row in self.profiles.stated}
         own = [row for row, gib in sizes.items() if row.card == card.kind and abs(gib - card.gib) < 2]
@@ -186,7 +191,7 @@ class _Asked:
         return limit, f"up to {limit}, as {nothing} and stated is {stated}{by} ({row.source}); {_MEASURE}"
 
     def _refusal(self, needs: str, fit: Fit | None) -> str:
-        """What was asked, and what does fit."""
+        """Return the error text: what was requested, and what would fit."""
         model, compute = self.config.model, self.config.compute
         asked = f"{self.config.run.preset}, phase {model.phase}, {self.precision}, crop {self.crop}"
         asked += (
@@ -207,7 +212,7 @@ class _Asked:
         return f"{flag} up to {crops[-1]}, which fits by measurement" if crops else f"a smaller network (no {flag} fits)"
 
     def _with(self, **changed: Any) -> str:
-        """What is known of the same model with other settings."""
+        """Return in parentheses what is known of the same model with other settings."""
         _, fit = _best_fit(self.known(**changed), self.card)
         if fit is None:
             return " (not measured)"
@@ -216,21 +221,21 @@ class _Asked:
 
 
 def _unfused(model: ModelConfig) -> ModelConfig:
-    """The same network by PyTorch's and mamba-ssm's operators."""
+    """Return the config of the same network with the operators of PyTorch and mamba-ssm."""
     return dataclasses.replace(
         model, ssd_backend="mamba_ssm", ssd_precision="fp32", attention_backend="sdpa", pointwise_backend="torch"
     )
 
 
 def _best_fit(entries: Sequence[Entry], card: Card) -> tuple[Entry, Fit] | tuple[None, None]:
-    """A fit on this card, else that of the other card on which most memory was taken."""
+    """Return an entry with a fit on this card, else the one of another card that took most memory per pixel."""
     fitted = [(entry, entry.fit) for entry in entries if entry.fit is not None]
     own = [pair for pair in fitted if pair[0].is_of(card.kind, card.gib)]
     return max(own or fitted, key=lambda pair: pair[1].per_pixel, default=(None, None))
 
 
 def identify(gpu: str, memory_gib: float | None, cards: dict[str, tuple[int, ...]]) -> Card:
-    """Kind and memory of a card by its name; ConfigError where that leaves its memory unknown."""
+    """Return the kind and memory of a card, derived from its name; raise ConfigError when its memory remains unknown."""
     tokens = re.findall(r"[a-z0-9]+", re.sub(r"rtx[\s_-]+", "rtx", gpu.lower()))
     sizes = [int(match[1]) for token in tokens if (match := re.fullmatch(r"(\d+)gb?", token))]
     words = [token for token in tokens if not re.fullmatch(r"\d+gb?|nvidia|tesla|geforce|quadro", token)]

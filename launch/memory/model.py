@@ -1,12 +1,12 @@
-"""What does a training step take of a GPU's memory? Measured points, the formula fitted to them, and the file that keeps both.
+"""Model the GPU memory of a training step: measured points, the formula fitted to them, and the file that stores both.
 
     peak = fixed + per_pixel * batch * crop^2
 
-fixed: weights, gradients, AdamW's two moments, workspace. The second term: activations, as many for every sample and pixel.
-Counted from the shapes of all tensors (small, bf16, plain torch, batches 1 to 24; phase 1 up to crop 320, phase 2 up to 256) it
-holds to 1 % where a sixteenth of the crop is a multiple of the attention's window. Other crops are padded to one: 224 takes 4 %
-more than its size says.
-The fit makes the *relative* errors small, and the largest of them is kept.
+The fixed term holds weights, gradients, AdamW's two moments and workspace. The second term holds the activations, whose size is
+the same for every sample and pixel. Compared with the shapes of all tensors (small, bf16, reference torch operators, batches 1
+to 24; phase 1 up to crop 320, phase 2 up to 256) the formula holds to 1 % where a sixteenth of the crop is a multiple of the
+attention's window. Other crops are padded to one: 224 takes 4 % more than its size suggests.
+The fit minimizes the *relative* errors, and the largest of them is stored.
 """
 
 from __future__ import annotations
@@ -30,29 +30,29 @@ Precision = Literal["fp32", "bf16", "fp16"]
 
 @dataclasses.dataclass(frozen=True)
 class Point:
-    """One measured training step; bytes."""
+    """Memory of one measured training step, in bytes."""
 
     batch: int
     crop: int
     allocated: int
-    """Peak of torch's tensors: what the formula speaks of."""
+    """Peak of the memory in torch's tensors, which the formula describes."""
     reserved: int | None = None
-    """Peak of what torch held of the card in one step, after it had given back what the choice of algorithms took: more than
+    """Peak of the memory that torch reserved in one step, after it had released what the choice of algorithms took. It exceeds
     `allocated` by fragmentation."""
     reserved_first: int | None = None
-    """The same since the process began, with the choice of algorithms."""
+    """Peak of the reserved memory since the process began, including the choice of algorithms."""
     outside: int | None = None
-    """Taken of the card outside of torch, by CUDA, libraries, and other processes if there were any."""
+    """Memory of the card taken outside of torch, by CUDA, libraries, and other processes if there were any."""
 
     @property
     def pixels(self) -> int:
-        """Of the crops of a batch together."""
+        """Number of pixels in the crops of one batch."""
         return self.batch * self.crop**2
 
 
 @dataclasses.dataclass(frozen=True)
 class Fit:
-    """Peak bytes = fixed + per_pixel * batch * crop^2."""
+    """Fitted formula: peak bytes = fixed + per_pixel * batch * crop^2."""
 
     fixed: float
     per_pixel: float
@@ -60,24 +60,24 @@ class Fit:
     """Largest relative error at a measured point, fitted or held out."""
 
     def bytes_at(self, batch: int, crop: int) -> float:
-        """Peak of a training step."""
+        """Return the predicted peak of a training step in bytes."""
         return self.fixed + self.per_pixel * batch * crop**2
 
     def largest_batch(self, crop: int, budget: float) -> int:
-        """Batch that fits into so many bytes even if the formula errs by its residual; 0 when not one sample does."""
+        """Return the largest batch that fits into `budget` bytes even if the formula errs by its residual; 0 if none does."""
         return max(0, int((budget / (1 + self.residual) - self.fixed) / (self.per_pixel * crop**2)))
 
     def errors(self, points: Iterable[Point]) -> list[float]:
-        """Prediction / measurement - 1 at each point."""
+        """Return the relative error, prediction / measurement - 1, at each point."""
         return [self.bytes_at(point.batch, point.crop) / point.allocated - 1 for point in points]
 
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """What was measured of one model on one kind of card."""
+    """Measurements of one model on one kind of card."""
 
     preset: str
-    """For the reader; what counts is `model`."""
+    """Name of the preset, for human readers; entries are compared by `model`."""
     card: str
     memory_gib: float
     model: ModelConfig
@@ -86,34 +86,34 @@ class Entry:
     compile: bool
     points: tuple[Point, ...]
     fit: Fit | None
-    """None: too few points."""
+    """Formula fitted to `points`; None when there are too few."""
     held_out: tuple[Point, ...]
-    """Measured to check the fit, and not fitted."""
+    """Points measured to validate the fit, and not fitted."""
     environment: dict[str, Any]
-    """Versions, settings of cuDNN and of the allocator, and whatever else bears on the numbers."""
+    """Versions, settings of cuDNN and of the allocator, and anything else that affects the numbers."""
     cuda_graphs: bool = False
 
     @property
     def settings(self) -> tuple[Any, ...]:
-        """All that the memory depends on, but for the card."""
+        """All settings that the memory depends on, except for the card."""
         return settings(self.model, self.precision, self.checkpointing, self.compile, self.cuda_graphs)
 
     def is_of(self, kind: str, gib: float) -> bool:
-        """Was it measured on this kind of card, of this size?"""
+        """Return whether the entry was measured on this kind of card, within 2 GiB of this size."""
         return self.card == kind and abs(self.memory_gib - gib) < 2
 
 
 def settings(
     model: ModelConfig, precision: str, checkpointing: bool, compiled: bool, cuda_graphs: bool = False
 ) -> tuple[Any, ...]:
-    """Comparable settings of a training step. Phase 3 is the network of phase 2."""
+    """Return the settings of a training step in comparable form. Phase 3 counts as phase 2, whose network it trains."""
     plain = dataclasses.replace(model, phase=2) if model.phase == 3 else model
     return plain, precision, checkpointing, compiled, cuda_graphs
 
 
 @dataclasses.dataclass(frozen=True)
 class Stated:
-    """A batch that was named for a card, for no model in particular."""
+    """A batch size stated for a card, for no model in particular."""
 
     card: str
     gb: int
@@ -124,16 +124,19 @@ class Stated:
 
 @dataclasses.dataclass(frozen=True)
 class Profiles:
-    """All of memory_profiles.json."""
+    """Content of memory_profiles.json."""
 
     cards: dict[str, tuple[int, ...]]
-    """Sizes in GB that a kind of card is sold with."""
+    """Memory sizes in GB that each kind of card is sold with."""
     stated: tuple[Stated, ...]
     measured: tuple[Entry, ...]
 
 
 def fit_points(points: Sequence[Point], held_out: Sequence[Point] = ()) -> Fit | None:
-    """Least squares of the relative errors; None when there are too few different points to tell two numbers and an error."""
+    """Fit the formula by least squares of the relative errors.
+
+    Returns None for fewer than three points of different size, which do not determine two parameters and an error.
+    """
     if len({point.pixels for point in points}) < 3:
         return None
     # for x = pixels and y = bytes, the normal equations of the sum of (fixed / y + per_pixel x / y - 1)^2
@@ -146,7 +149,7 @@ def fit_points(points: Sequence[Point], held_out: Sequence[Point] = ()) -> Fit |
 
 
 def read_profiles(path: Path = PROFILES) -> Profiles:
-    """The file, checked; ConfigError names the place that does not fit."""
+    """Read and check the file; raise ConfigError, which names the invalid part, when it is not usable."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError) as error:
@@ -154,7 +157,7 @@ def read_profiles(path: Path = PROFILES) -> Profiles:
     if not isinstance(content, dict) or (content.pop("schema", None), content.pop("version", None)) != (SCHEMA, VERSION):
         raise ConfigError(f"{path} is no {SCHEMA} file of version {VERSION}")
     try:
-        # settings of the model that came after a measurement had their defaults in it
+        # model settings added after a measurement had their default values in it
         profiles: Profiles = from_object(Profiles, content, str(path), [])
     except RecordError as error:
         raise ConfigError(str(error)) from error
@@ -162,7 +165,7 @@ def read_profiles(path: Path = PROFILES) -> Profiles:
 
 
 def add(entry: Entry, path: Path = PROFILES) -> None:
-    """Put an entry into the file, in place of one of the same card and settings; several jobs may do so at once."""
+    """Add an entry to the file, replacing one of the same card and settings; several processes may do so concurrently."""
     folder = os.open(path.parent, os.O_RDONLY)
     try:
         fcntl.flock(folder, fcntl.LOCK_EX)
@@ -175,6 +178,6 @@ def add(entry: Entry, path: Path = PROFILES) -> None:
 
 
 def write_profiles(profiles: Profiles, path: Path = PROFILES) -> None:
-    """The whole file, or not at all."""
+    """Write the file atomically."""
     content = {"schema": SCHEMA, "version": VERSION} | dataclasses.asdict(profiles)
     write_text(path, json.dumps(content, indent=1) + "\n")

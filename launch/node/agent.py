@@ -1,15 +1,17 @@
-"""What does each node of a job execute, and when is the job requeued? One task a node.
+"""Supervise one node of a job and decide whether the job is requeued. Each node runs one task.
 
-Node 0 begins the attempt; every node starts `accelerate launch` with its rank and the head's address, passes on the signals
-that tell training to stop, and in the end tells the others what happened (rendezvous_files.py). Then, the same on all of them:
+Node 0 begins the attempt. Every node starts `accelerate launch` with its machine rank and the head's address, forwards the
+signals that tell training to stop, and finally reports to the others what happened (rendezvous_files.py). All nodes then draw
+the same conclusion:
 
     done                  exit code 0
     failed by itself      its exit code, as sacct shows it; never requeued
-    stopped by SIGUSR2    training has saved; `scontrol requeue`: the time limit comes, or something more urgent
+    stopped by SIGUSR2    training has saved; `scontrol requeue`: the time limit is near, or a more urgent job needs the node
     stopped by SIGTERM    training has saved; Slurm decides: scancel ends the job, preemption requeues it
-    a node is gone        `scontrol requeue`, if Slurm has not done it yet
+    a node is lost        `scontrol requeue`, unless Slurm has already done it
 
-The same job goes on from the newest checkpoint, as often as needed; but not when it got no further so many times in a row.
+A requeued job resumes from the newest checkpoint as often as needed, unless more than `requeues` attempts in a row made no
+progress.
 """
 
 from __future__ import annotations
@@ -32,30 +34,30 @@ from launch.preflight import newest_step
 from launch.submission import Submission, read_submission
 from vfi.errors import STOPPED
 
-_PERIOD = 0.3  # seconds between two looks; a signal must be passed on within a second (vfi/runtime/stop_signals.py)
-_BEGINNING = 300.0  # seconds for node 0 to begin
-_SILENCE = 60.0  # seconds after which a node that does not tell how it ended is gone
-_GRACE = 45.0  # seconds for processes to notice that others have failed, and to say so
-_UNTIL_KILLED = 600.0  # seconds until Slurm must have ended a job that waits for that
-_SHOWN = 15  # last lines of a failed process in the job's log
-_LOCAL_REQUEUE = 144  # exit code by which submitit's local executor starts a job again
+_PERIOD = 0.3  # seconds between polls; a signal must be forwarded within a second (vfi/runtime/stop_signals.py)
+_BEGINNING = 300.0  # seconds that node 0 has to begin
+_SILENCE = 60.0  # seconds after which a node that has not reported counts as lost
+_GRACE = 45.0  # seconds that processes have to notice and report that others have failed
+_UNTIL_KILLED = 600.0  # seconds within which Slurm must end a job that waits to be ended
+_SHOWN = 15  # last lines of a failed process that are copied into the job's log
+_LOCAL_REQUEUE = 144  # exit code that makes submitit's local executor restart a job
 _STATED = ("NCCL_", "TORCH_NCCL", "GLOO_", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES")
 _USER_MISTAKE = 2
 
 
 class Place(NamedTuple):
-    """Where in the cluster this task is."""
+    """Location of this task in the cluster."""
 
     cluster: str
     job_id: str
-    """Of this very job: a number also for a task of an array."""
+    """Id of this very job: a plain number for a task of an array, too."""
     restart: int
     node: int
     hosts: tuple[str, ...]
 
 
 def here(run_folder: Path) -> Place:
-    """This task's place, from the environment that the cluster made."""
+    """Return this task's location, read from the environment variables of the cluster."""
     around = submitit.JobEnvironment()
     job_id = around.raw_job_id
     if around.name() == "slurm":
@@ -66,7 +68,7 @@ def here(run_folder: Path) -> Place:
 
 
 class Signals:
-    """Notes the signals that tell a job to stop."""
+    """Record the signals that tell a job to stop."""
 
     def __init__(self) -> None:
         self.received: list[signal.Signals] = []
@@ -82,13 +84,13 @@ class Signals:
 
 
 def run(submission_path: str) -> None:
-    """Execute one task of a submission; exits with the code of what failed, 75 when stopped."""
+    """Execute one task of a submission; exit with the code of the failed process, or with 75 when stopped."""
     submission = read_submission(Path(submission_path))
     Node(submission, here(Path(submission.run_folder))).run()
 
 
 class Node:
-    """One node's part of an attempt."""
+    """Agent of one node during one attempt."""
 
     def __init__(self, submission: Submission, place: Place) -> None:
         self.submission, self.place = submission, place
@@ -99,7 +101,7 @@ class Node:
         self.signalled: set[int] = set()
 
     def run(self) -> None:
-        """From the beginning of the attempt to its end."""
+        """Run the attempt on this node from beginning to end."""
         self.begin()
         command, environment = self.command(), self.environment()
         with self.launcher_log.open("ab") as log:
@@ -118,7 +120,7 @@ class Node:
         self.end(together(told, self.submission.nodes))
 
     def begin(self) -> None:
-        """Node 0 begins, unless the run got no further for too long; the others wait for that."""
+        """Begin the attempt on node 0, unless too many attempts made no progress; on the other nodes, wait for node 0."""
         if self.place.node:
             if not self.attempt.wait_to_begin(_BEGINNING):
                 self.exit(1, f"node 0 ({self.place.hosts[0]}) has not begun within {_BEGINNING:.0f} s")
@@ -132,7 +134,7 @@ class Node:
         self.say(f"attempt {self.attempt.name} begins at step {step}; logs: {self.attempt.folder}")
 
     def command(self) -> list[str]:
-        """What starts the training processes of this node."""
+        """Return the command that starts the training processes of this node."""
         job, processes = self.submission, self.submission.nodes * self.submission.processes
         command = [*shlex.split(job.python), "-m", "accelerate.commands.launch", "--config_file", job.accelerate_config,
                    "--num_processes", str(processes), "--num_machines", str(job.nodes),
@@ -143,11 +145,11 @@ class Node:
         return [*command, "--module", "launch.node.rank", str(self.attempt.folder), f"vfi.{job.job}", *job.arguments]
 
     def head(self) -> str:
-        """Address of node 0, as the others reach it."""
+        """Return the address at which the other nodes reach node 0."""
         return self.place.hosts[0] if self.submission.nodes > 1 else "127.0.0.1"
 
     def port(self) -> int:
-        """On which the processes meet: the same on all nodes, other than that of the job's last attempt."""
+        """Return the rendezvous port: the same on all nodes, and different from that of the job's previous attempt."""
         if self.submission.nodes > 1:
             return 10000 + (int(self.place.job_id) + 1009 * self.place.restart) % 20000
         with socket.socket() as free:
@@ -155,11 +157,11 @@ class Node:
             return int(free.getsockname()[1])
 
     def environment(self) -> dict[str, str]:
-        """Of the training processes; what a user has set is kept, and what matters is stated in the log."""
+        """Return the environment of the training processes; it keeps the user's settings and logs the relevant ones."""
         job, around = self.submission, dict(os.environ)
         around["PYTHONPATH"] = os.pathsep.join(filter(None, (job.code, around.get("PYTHONPATH"))))
-        around["PYTHONSAFEPATH"] = "1"  # not from the folder that the job was submitted from
-        around["PET_SIGNALS_TO_HANDLE"] = "SIGINT"  # torchrun would pass on others, and kill 30 s later what still saves
+        around["PYTHONSAFEPATH"] = "1"  # import nothing from the folder that the job was submitted from
+        around["PET_SIGNALS_TO_HANDLE"] = "SIGINT"  # torchrun would forward others, and kill after 30 s what is still saving
         around.setdefault("NCCL_DEBUG", "WARN")
         around.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // job.processes)))
         if not job.gpus:
@@ -169,7 +171,10 @@ class Node:
         return around
 
     def watch(self, launcher: subprocess.Popen[bytes]) -> int:
-        """Wait for the launcher, passing on signals; end it when the job fails elsewhere, or another attempt has begun."""
+        """Wait for the launcher, forwarding signals; give up when the job fails elsewhere or another attempt has begun.
+
+        Return the launcher's exit code, or 1 when given up.
+        """
         deadline = None
         while True:
             try:
@@ -182,7 +187,7 @@ class Node:
                 return 1
 
     def pass_on(self) -> None:
-        """Tell this node's training processes to stop, each once, as soon as it is there."""
+        """Forward the first stop signal to each training process of this node, once, as soon as the process exists."""
         if not self.signals.received:
             return
         for rank in self.ranks:
@@ -193,7 +198,7 @@ class Node:
                     self.say(f"{self.signals.received[0].name}: process {rank} is to save and stop")
 
     def judge(self, code: int) -> Outcome:
-        """How it ended on this node, by the launcher's exit code and those of the training processes."""
+        """Return this node's outcome, derived from the exit codes of the launcher and of the training processes."""
         codes = [self.attempt.number_of("exit", rank) for rank in self.ranks]
         bad = [rank for rank, ended in zip(self.ranks, codes, strict=True) if ended not in (0, STOPPED)]
         if code == 0:
@@ -208,7 +213,7 @@ class Node:
         return Outcome("failed", ended or code or 1, self.signals.names, f"process {first} {how}")
 
     def show(self, rank: int) -> None:
-        """The last lines of a process, or of the launcher if it has not begun, for the job's own log."""
+        """Copy the last lines of a rank's log, or of the launcher's if the rank never began, into the job's own log."""
         log = self.attempt.folder / f"rank_{rank}.log"
         log = log if log.is_file() else self.launcher_log
         lines = log.read_text(errors="replace").splitlines()[-_SHOWN:]
@@ -216,11 +221,11 @@ class Node:
 
     @property
     def launcher_log(self) -> Path:
-        """What the launcher says: little, as a rule."""
+        """Path of the launcher's log, which is usually short."""
         return self.attempt.folder / f"launcher_{self.place.node}.log"
 
     def end(self, outcome: Outcome) -> None:
-        """Exit, or see to it that the job goes on later; the same on all nodes."""
+        """Exit, or arrange for the job to be resumed later; all nodes decide alike."""
         self.say(f"{outcome.kind}{' by ' + ', '.join(outcome.signals) if outcome.signals else ''}"
                  f"{': ' if outcome.why else ''}{outcome.why}")  # fmt: skip
         if outcome.kind == "done":
@@ -236,7 +241,7 @@ class Node:
         self.exit(STOPPED, "stopped; a new submission with --resume auto goes on from there")
 
     def requeue(self) -> None:
-        """Ask Slurm to run this job again, from the first node that is left."""
+        """Ask Slurm to requeue this job; only the lowest-numbered node that has reported does so."""
         if self.place.node != min(self.attempt.read(self.submission.nodes)):
             return
         command = ["scontrol", "requeue", self.place.job_id]
@@ -247,13 +252,13 @@ class Node:
             self.exit(STOPPED, f"could not be requeued ({error}): submit it again with --resume auto")
 
     def wait_to_be_killed(self) -> None:
-        """Exiting now would end the job before Slurm has put it back."""
+        """Wait for Slurm to end this task: exiting now would end the job before Slurm has requeued it."""
         end = time.monotonic() + _UNTIL_KILLED
         while time.monotonic() < end:
             time.sleep(1)
 
     def leave(self) -> NoReturn:
-        """Another attempt has the run folder: this node was thought dead."""
+        """Exit because another attempt owns the run folder: this node was presumed dead."""
         self.exit(1, f"another attempt of this run has begun: this one ({self.attempt.name}) ends")
 
     def say(self, text: str) -> None:
@@ -265,13 +270,13 @@ class Node:
 
 
 def _ignore_signals() -> None:
-    """In the launcher: training decides when it ends, and the launcher ends after it."""
+    """Make the launcher ignore stop signals: training decides when to end, and the launcher ends after it."""
     for number in (signal.SIGTERM, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
 
 
 def _kill_group(pid: int) -> None:
-    """End whatever of the launcher's processes is left."""
+    """Kill all remaining processes of the launcher's group."""
     try:
         os.killpg(pid, signal.SIGKILL)
     except ProcessLookupError:
@@ -279,7 +284,7 @@ def _kill_group(pid: int) -> None:
 
 
 def _is_rank(pid: int, folder: Path) -> bool:
-    """Is this process one of the attempt's, and not a later one of the same number?"""
+    """Return whether this process belongs to the attempt, rather than being a later process with a reused id."""
     try:
         return str(folder).encode() in Path(f"/proc/{pid}/cmdline").read_bytes()
     except OSError:

@@ -1,11 +1,10 @@
-"""What does each process of a job do? It writes its output to a file of its own, runs a module, and notes its exit code.
+"""Run a module as one rank of a job, with its own log file and a record of its exit code.
 
     torchrun … -m launch.node.rank FOLDER vfi.train --preset small …
 
-FOLDER/rank_3.log    what process 3 says        rank_3.pid    which process it is        rank_3.exit    its exit code
+FOLDER/rank_3.log    output of rank 3        rank_3.pid    its process id        rank_3.exit    its exit code
 
-Launchers make 1 of every exit code; whoever wants to know what happened reads rank_*.exit. There is none where a process was
-killed.
+Launchers turn every non-zero exit code into 1; rank_*.exit holds the original. A process that was killed leaves none.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     os.dup2(log, 1)
     os.dup2(log, 2)
     for number in (signal.SIGTERM, signal.SIGUSR2):
-        signal.signal(number, signal.SIG_DFL)  # the launcher ignores them, and so would what it starts
+        signal.signal(number, signal.SIG_DFL)  # the launcher ignores them, and its children inherit that
     _write(mine.with_suffix(".pid"), os.getpid())
     with noted(mine.with_suffix(".exit")):
         sys.argv = [module, *arguments]
@@ -36,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 @contextlib.contextmanager
 def noted(path: Path) -> Iterator[None]:
-    """Write the exit code that the process is about to have."""
+    """Write the exit code with which the process is about to end."""
     code = 1
     try:
         yield
@@ -49,7 +48,7 @@ def noted(path: Path) -> Iterator[None]:
 
 
 def _write(path: Path, number: int) -> None:
-    """Whole or not at all: others read it meanwhile."""
+    """Write the file atomically, since others may be reading it."""
     temporary = path.with_name(f".{path.name}")
     temporary.write_text(str(number))
     temporary.replace(path)

@@ -1,4 +1,4 @@
-"""A run that was submitted, as its tests follow, hold and compare it."""
+"""Helpers with which tests follow, pause and compare a submitted run."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def wait_for(found: Callable[[], object], what: str, seconds: float = 120) -> No
 
 
 class Submitted:
-    """A run by its folder."""
+    """A submitted run, identified by its folder."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -36,50 +36,50 @@ class Submitted:
         self.id = read_queued(self.newest).job_id
 
     def log(self) -> str:
-        """What the tasks of all nodes say."""
+        """Return the logs of the tasks on all nodes."""
         return "\n".join(path.read_text() for path in sorted(self.newest.glob("slurm/*.out")))
 
     def pids(self) -> list[int]:
-        """Training processes of the attempt under way, by rank."""
+        """Return the ids of the current attempt's training processes, in order of rank."""
         attempts = self.folder / "launch" / "attempts"
         current = attempts / (attempts / "current").read_text()
         return [int(path.read_text()) for path in sorted(current.glob("rank_*.pid"))]
 
     def steps(self) -> list[int]:
-        """Those that it wrote down."""
+        """Return the steps in metrics.jsonl."""
         path = self.folder / "metrics.jsonl"
         lines = path.read_text().splitlines() if path.is_file() else []
         return [json.loads(line)["step"] for line in lines if line.endswith("}")]
 
     def has_ended(self) -> bool:
-        """Will it get no further?"""
+        """Return whether the run will make no further progress."""
         return False
 
     def hold_at(self, step: int) -> None:
-        """Let it train past a step, and stop its processes where they are."""
+        """Wait until it has trained a step, and pause its processes where they are."""
         wait_for(lambda: step in self.steps() or self.has_ended(), f"step {step} of {self.folder}")
         assert step in self.steps(), self.log()
         for pid in self.pids():
             os.kill(pid, signal.SIGSTOP)
 
     def go_on(self) -> None:
-        """After it was held."""
+        """Resume the paused processes."""
         for pid in self.pids():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGCONT)
 
     def go_on_when_told(self, name: str = "") -> None:
-        """Once the processes were sent a signal of this name, or any."""
+        """Resume the processes once they were sent a signal of this name, or any signal."""
         text = f"{name}: process 0 is to save and stop".removeprefix(": ")
         wait_for(lambda: text in self.log(), f"{name or 'a signal'} to {self.folder}")
         self.go_on()
 
     def begun_at(self) -> list[int]:
-        """The step at which each attempt began."""
+        """Return the step at which each attempt began."""
         return [begin["step"] for begin in self._begun()]
 
     def last_begin(self) -> float:
-        """When the last attempt began, in seconds since 1970."""
+        """Return when the last attempt began, in seconds since 1970."""
         return self._begun()[-1]["time"]
 
     def _begun(self) -> list[dict]:
@@ -88,7 +88,7 @@ class Submitted:
 
 
 def assert_same(folder: Path, other: Path) -> None:
-    """Every step once, and the same weights and running means to the last bit."""
+    """Assert that every step ran once, and that weights and their running means are the same to the last bit."""
     last, expected = store.latest(folder), store.latest(other)
     assert last.step == expected.step == 10
     for file in (store.MODEL, store.EMA):

@@ -1,4 +1,4 @@
-"""docs/cluster.md: its planning table follows from its formula, and its commands are known."""
+"""Test that the planning table of docs/cluster.md follows from its formula, and that its commands exist."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Runs on this machine without Slurm: in the background by submitit's local executor, or here and now."""
+"""Test runs on this machine without Slurm: in the background by submitit's local executor, or in this process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Measuring a GPU's memory: what is measured and what is made of it, with numbers in place of a GPU; and on one."""
+"""Test the measurement of GPU memory and its evaluation, with numbers in place of a GPU and on a real one."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ A100 = Gpu("NVIDIA A100-SXM4-80GB", 79.2, True, {"torch": "2.11.0"})
 
 @pytest.fixture
 def out(tmp_path) -> Path:
-    """A copy of the project's file."""
+    """Return the path of a copy of the project's profiles."""
     return Path(shutil.copy(PROFILES, tmp_path))
 
 
 class FakeGpu:
-    """0.5 GiB and 0.25 for each sample of 256x256, of `capacity` GiB; remembers what it was asked."""
+    """A GPU with `capacity` GiB on which a step takes 0.5 GiB + 0.25 GiB per sample of 256x256; it records the requests."""
 
     def __init__(self, capacity: float, bent: float = 0.0) -> None:
         self.capacity, self.bent = capacity, bent
@@ -153,7 +153,7 @@ def test_without_a_gpu_nothing_is_measured(out, capsys):
 
 @pytest.mark.parametrize("flags", [[], ["--cuda_graphs"]])
 def test_memory_of_graphs_is_that_of_training(monkeypatch, out, flags):
-    """Its segments grow, which is decided before the process that measures starts."""
+    """As in training, segments are expandable, which must be set before the measuring process starts."""
     found = []
     monkeypatch.setattr(profile.torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(cuda_graphs.os, "environ", {})

@@ -1,4 +1,4 @@
-"""Jobs on a real Slurm of two nodes on this machine (start_slurm.sh): training, every disturbance, arrays, chains."""
+"""Test jobs on a real Slurm with two nodes on this machine (start_slurm.sh): training, every disturbance, arrays, chains."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ pytestmark = [pytest.mark.slurm, pytest.mark.usefixtures("slurm", "one_thread")]
 
 
 def call(*command: str, seconds: float = 20) -> str:
-    """What a Slurm command prints."""
+    """Return the output of a Slurm command."""
     return subprocess.run(command, capture_output=True, text=True, check=True, timeout=seconds).stdout
 
 
@@ -49,10 +49,10 @@ def slurm() -> Iterator[None]:
 
 
 class Job(Submitted):
-    """One that Slurm has."""
+    """A run that was submitted to Slurm."""
 
     def facts(self) -> dict[str, str]:
-        """What Slurm says of it."""
+        """Return what `scontrol show job` says about the job."""
         words = call("scontrol", "show", "job", "--oneliner", self.id).split()
         return dict(word.split("=", 1) for word in words if "=" in word)
 
@@ -60,7 +60,7 @@ class Job(Submitted):
         return self.facts()["JobState"] in ENDED
 
     def end(self) -> dict[str, str]:
-        """Wait for it -> what Slurm says of it."""
+        """Wait for the end of the job and return what Slurm says about it."""
         wait_for(self.has_ended, f"the end of job {self.id}: {self.log()}", seconds=150)
         # its accounts, which are what is known once it has left the queue, come a little later
         wait_for(lambda: states([self.id])[self.id].state in ENDED, f"the accounts of job {self.id}")
@@ -74,7 +74,7 @@ def runs(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def start(runs, train_shards, slurm) -> Callable[..., Job]:
-    """Submit a training of one process a node."""
+    """Return a function that submits a training with one process per node."""
 
     def start(name: str, *options: str) -> Job:
         submit.main([*SMALL, "--preset", "tiny", "--phase", "1", *options, "--", *TRAINING, "--data_path", str(train_shards),
@@ -86,8 +86,8 @@ def start(runs, train_shards, slurm) -> Callable[..., Job]:
 
 @pytest.fixture(scope="module")
 def fake(tmp_path_factory) -> str:
-    """An interpreter that trains nothing: it notes what it was given, waits while there is a file NAME.wait, and fails while
-    there is a file NAME.fail."""
+    """Return an interpreter that trains nothing: it records its nodes and GPUs, waits while a file NAME.wait exists, and fails
+    if a file NAME.fail exists."""
     path = tmp_path_factory.mktemp("fake") / "python"
     path.write_text(
         "#!/bin/bash\n"
@@ -103,7 +103,7 @@ def fake(tmp_path_factory) -> str:
 
 @pytest.fixture(scope="module")
 def late(start) -> Iterator[tuple[Job, Thread]]:
-    """A job on n2 that is held in a step until the signal before its time limit comes, which takes up to a minute."""
+    """Start a job on n2 that is paused in a step until the signal before its time limit arrives, which takes up to a minute."""
     job = start("late", "--sbatch", "nodelist=n2", "--signal_seconds", "10")
 
     def disturb() -> None:
@@ -122,7 +122,7 @@ def late(start) -> Iterator[tuple[Job, Thread]]:
 
 @pytest.fixture(scope="module")
 def alone(runs, train_shards, one_thread) -> Path:
-    """The run of one process, undisturbed, without Slurm."""
+    """Return the undisturbed run of one process, without Slurm."""
     train.main(["--preset", "tiny", "--phase", "1", *TRAINING, "--data_path", str(train_shards), "--output_dir", str(runs),
                 "--exp_name", "alone"])  # fmt: skip
     return runs / "alone"
@@ -130,13 +130,13 @@ def alone(runs, train_shards, one_thread) -> Path:
 
 @pytest.fixture(scope="module")
 def together(start) -> Job:
-    """The run of two nodes, undisturbed."""
+    """Start the undisturbed run on two nodes."""
     return start("together", "--nodes", "2")
 
 
 @pytest.fixture(scope="module")
 def stuck(start, fake) -> Job:
-    """A run that never gets beyond its first step, and is requeued."""
+    """Start a run that never gets beyond its first step, and is requeued."""
     Path(fake).with_name("stuck.wait").touch()
     job = start("stuck", "--python", fake, "--requeues", "0", "--sbatch", "nodelist=n2")
     wait_for(lambda: job.begun_at() == [0], "the first attempt")
@@ -146,7 +146,7 @@ def stuck(start, fake) -> Job:
 
 @pytest.fixture(scope="module")
 def benchmark(together, val_shards, runs) -> Job:
-    """Of the run of two nodes."""
+    """Submit a benchmark of the run on two nodes."""
     submit.main([*SMALL, "--job", "benchmark", "--sbatch", "nodelist=n1", "--", "--model", str(together.folder), "--data",
                  str(val_shards), "--out", str(runs / "results.json"), "--device", "cpu", "--limit", "1", "--pictures", "0",
                  "--workers", "0"])  # fmt: skip
@@ -155,7 +155,7 @@ def benchmark(together, val_shards, runs) -> Job:
 
 @pytest.fixture(scope="module")
 def ablation(runs, train_shards, val_shards, slurm) -> list[Job]:
-    """Two experiments of an ablation on n1."""
+    """Submit two experiments of an ablation on n1."""
     size = ["--width", "8", "--depths", "1", "1", "--d_state", "16", "--head_dim", "16", "--lr_min", "0"]
     submit.main([*SMALL, "--ablation", "phase1", "--only", "Exp-1a", "Exp-1c", "--sbatch", "nodelist=n1", "--", *TRAINING,
                  *size, "--data_path", str(train_shards), "--val_path", str(val_shards), "--output_dir", str(runs),
@@ -200,7 +200,7 @@ def test_out_of_time_it_saves_and_goes_on_bit_for_bit(late, alone):
 
 
 def lose_second_node(job: Job) -> None:
-    """All that runs on n2 is gone, as with its machine."""
+    """Kill everything that runs on n2, as if its machine were lost."""
     rank = psutil.Process(job.pids()[1])
     step = next(parent for parent in rank.parents() if parent.name() == "slurmstepd")
     os.kill(int(Path("/run/slurmd-n2.pid").read_text()), signal.SIGKILL)

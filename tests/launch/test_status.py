@@ -1,4 +1,4 @@
-"""How far a run is said to be, by what its folder holds."""
+"""Test the progress that is shown for a run, given the content of its folder."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from vfi.tracking.run_status import Status
 
 
 def write_run(folder: Path, job_id: str, nodes: int = 2, **changed: object) -> None:
-    """A run of `nodes` x 4 processes that was submitted to Slurm."""
+    """Write the folder of a run with `nodes` x 4 processes that was submitted to Slurm."""
     own = new_folder(folder)
     submission = Submission(
         name=folder.name, job="train", arguments=(), run_folder=str(folder), code="", logs=str(own / "slurm"), nodes=nodes,

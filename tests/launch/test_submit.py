@@ -1,4 +1,4 @@
-"""What launch.submit would queue, to the letter, and everything that it refuses before it queues anything."""
+"""Test exactly what launch.submit would queue, and everything that it refuses before it queues anything."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ SCRIPTS = {
 
 @pytest.fixture
 def here(tmp_path, train_shards, monkeypatch) -> Path:
-    """A folder to submit from, with shards and a finished run."""
+    """Return a folder to submit from, with shards and a finished run."""
     monkeypatch.chdir(tmp_path)
     shutil.copytree(train_shards, tmp_path / "shards")
     (tmp_path / "runs" / "done" / "checkpoints" / "step_00000007").mkdir(parents=True)
@@ -47,7 +47,7 @@ def here(tmp_path, train_shards, monkeypatch) -> Path:
 
 
 def command(arguments: list[str]) -> list[str]:
-    """With the shards, or what a benchmark needs."""
+    """Return the arguments completed with the shards, or with what a benchmark needs."""
     benchmark = ["--model", "runs/done", "--data", "shards", "--out", "results.json"]
     own = benchmark if "benchmark" in arguments else ["--data_path", "shards"]
     at = arguments.index("--") + 1
@@ -55,7 +55,7 @@ def command(arguments: list[str]) -> list[str]:
 
 
 def refused(capsys, *arguments: str) -> str:
-    """What a submission says at its end, of which nothing is left."""
+    """Return the error text of a refused submission, after checking that it left nothing behind."""
     before = sorted(Path().rglob("*"))
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
@@ -74,7 +74,7 @@ def test_dry_run_prints_the_script(name, here, capsys):
 
 
 def test_flags_of_the_job_come_back_as_the_settings_that_were_asked_for(here):
-    """Each run's command line is read as vfi.train reads it."""
+    """Each run's command line is parsed as vfi.train parses it."""
     options = Options(ablation="phase1", seeds=2, gpus_per_node=0)
     groups = [["--data_path", "shards", "--crop", "64", "--batch_size", "2", "--exp_name", "a"]]
     runs, _ = plan(options, groups, accelerate_config(options, ROOT))
@@ -118,7 +118,7 @@ def test_a_run_that_starts_from_another_one_may_be_given_again(here):
 
 
 def test_the_batch_follows_from_the_type_of_gpu(here):
-    """The global batch stays, the device's share of it is what the stated profile allows."""
+    """The global batch is unchanged; the device's share of it is what the stated profile allows."""
     groups = [["--data_path", "shards", "--global_batch", "64", "--mixing", "hc", "--remainder", "pad"]]
     for gpu, gb, batch, precision in (("a100-80gb", None, 16, "bf16"), ("a100", 80, 16, "bf16"), ("v100", None, 2, "fp16")):
         options = Options(preset="base", phase=1, gpus_per_node=2, gpu=gpu, gpu_gb=gb)
@@ -191,7 +191,7 @@ def test_missing_and_damaged_shards_are_named(here, capsys):
 
 
 def fake_slurm(folder: Path, monkeypatch: pytest.MonkeyPatch, sbatch: str) -> None:
-    """Commands that only look like Slurm's."""
+    """Create fake Slurm commands, of which sbatch runs the script `sbatch`."""
     (folder / "bin").mkdir()
     for name, text in (("srun", ""), ("sbatch", sbatch), ("scancel", f'echo "$@" > {folder}/cancelled\n')):
         (folder / "bin" / name).write_text(f"#!/bin/bash\n{text}")
@@ -200,7 +200,7 @@ def fake_slurm(folder: Path, monkeypatch: pytest.MonkeyPatch, sbatch: str) -> No
 
 
 def test_a_refusal_of_slurm_leaves_nothing_behind(here, capsys, monkeypatch):
-    """Of a chain, what was queued before is cancelled."""
+    """The jobs of a chain that were queued before the refusal are cancelled."""
     refusal = 'if grep -q afterok "$1"; then echo "sbatch: error: Invalid qos" >&2; exit 1; fi\n'
     fake_slurm(here, monkeypatch, refusal + "echo Submitted batch job 4711\n")
     (here / "cancelled").touch()
@@ -210,7 +210,7 @@ def test_a_refusal_of_slurm_leaves_nothing_behind(here, capsys, monkeypatch):
 
 
 def test_what_is_submitted_is_written_down(here, capsys, monkeypatch):
-    """Code, parameters, git state and environment, before the job is queued."""
+    """Code, parameters, git state and environment are written before the job is queued."""
     fake_slurm(here, monkeypatch, "echo Submitted batch job 4711\n")
     monkeypatch.setenv("NCCL_DEBUG", "INFO")
     submit.main(["--gpus_per_node", "0", "--preset", "tiny", "--", "--data_path", "shards", "--crop", "64", "--exp_name", "x"])

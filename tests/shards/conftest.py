@@ -1,4 +1,4 @@
-"""What several tests of the shard jobs need."""
+"""Fixtures that several tests of the shard commands share."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 
 @pytest.fixture
 def fails(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """Run a job that must fail as bad input does: exit code 2 and one line on stderr, which is returned."""
+    """Return a function that runs a command on bad input, expects exit code 2 and one line on stderr, and returns the line."""
 
     def run(main: Callable[[Sequence[str]], int], *arguments: object) -> str:
         capsys.readouterr()

@@ -1,4 +1,4 @@
-"""Small look-alikes of the published sets: their layouts, and which files, in which order, a sample must hold."""
+"""Small imitations of the published sets: their layouts, and which files, in which order, a sample must hold."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from shards import middlebury, snu_film, ucf101, x4k1000fps, xiph
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """A set: the job, its flags, its split, how to build it, and key -> files of the samples, written by hand."""
+    """A set: its command, flags and split, a function that builds it, and the hand-written files of each sample by key."""
 
     job: ModuleType
     flags: tuple[str, ...]
@@ -37,7 +37,7 @@ def build_middlebury(root: Path) -> Path:
 
 
 def build_xiph(root: Path) -> Path:
-    """One clip as loose frames, one in a folder of its own, beside the files that both were cut out of."""
+    """Build one clip as loose frames and one in its own folder, next to the files that both were extracted from."""
     write_set(root, (f"Tango-{number:03d}.png" for number in range(1, 101)))
     write_set(root, (f"FoodMarket2/FoodMarket2-{number:03d}.png" for number in range(1, 101)), first_seed=100)
     (root / "Netflix_Tango_4096x2160_60fps_10bit_420.y4m").write_bytes(b"YUV4MPEG2")
@@ -45,7 +45,7 @@ def build_xiph(root: Path) -> Path:
 
 
 def build_snu_film(root: Path) -> Path:
-    """As it is downloaded: lists whose paths begin with folders that are not there, more frames than the lists name."""
+    """Build the set as downloaded: lists whose paths begin with folders that do not exist, more frames than the lists name."""
     write_set(root, (f"test/GOPRO_test/GOPR0384_11_00/{number:06d}.png" for number in range(1, 24)))
     write_set(root, (f"test/YouTube_test/0015/{number:05d}.png" for number in range(101, 124)), first_seed=23)
     for split, gap in (("easy", 1), ("medium", 2), ("hard", 4), ("extreme", 8)):

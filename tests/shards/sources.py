@@ -1,4 +1,4 @@
-"""Small data sets, built here: textured frames that move, videos, folders of frames, sets as they are published."""
+"""Builders of small data sets: moving textured frames, videos, folders of frames, sets in their published layouts."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ HEIGHT, WIDTH = 64, 96
 
 
 def texture(seed: int, brightness: int = 128) -> np.ndarray:
-    """A smooth random picture, wider than a frame: uint8 [H, 4 W, 3]."""
+    """Return a smooth random picture, wider than a frame: uint8 [H, 4 W, 3]."""
     rng = np.random.default_rng(seed)
     coarse = rng.integers(-60, 60, (HEIGHT // 8, WIDTH // 2, 3)) + brightness
     picture = Image.fromarray(np.clip(coarse, 0, 255).astype(np.uint8))
@@ -23,13 +23,13 @@ def texture(seed: int, brightness: int = 128) -> np.ndarray:
 
 
 def panning(count: int, seed: int = 0, speed: int = 2, brightness: int = 128) -> list[np.ndarray]:
-    """Frames of a camera that pans over a texture: uint8 [HEIGHT, WIDTH, 3] each."""
+    """Return frames of a camera that pans over a texture: uint8 [HEIGHT, WIDTH, 3] each."""
     picture = texture(seed, brightness)
     return [np.ascontiguousarray(picture[:, speed * n : speed * n + WIDTH]) for n in range(count)]
 
 
 def write_frames(folder: Path, frames: Iterable[np.ndarray], pattern: str = "{}.png") -> Path:
-    """A folder of numbered images; natural order differs from plain order beyond ten frames."""
+    """Write a folder of numbered images, whose natural order differs from the alphabetical one beyond ten frames."""
     folder.mkdir(parents=True)
     for number, frame in enumerate(frames):
         Image.fromarray(frame).save(folder / pattern.format(number))
@@ -39,8 +39,8 @@ def write_frames(folder: Path, frames: Iterable[np.ndarray], pattern: str = "{}.
 def write_video(
     path: Path, frames: Sequence[np.ndarray], codec: str = "mpeg4", gop: int = 0, matrix: int = 2, **options: str
 ) -> Path:
-    """A video file of RGB frames at 25 a second; `gop` is the distance of key frames (0: the codec's own), `matrix` what the
-    file says of its colours (2: nothing).
+    """Write a video file of RGB frames at 25 fps; `gop` is the distance of key frames (0: the codec's default), `matrix` the
+    colour matrix that the file states (2: none).
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with av.open(str(path), "w", options=options) as container:
@@ -58,13 +58,13 @@ def write_video(
 
 
 def digests(folder: Path) -> dict[str, str]:
-    """Relative path -> sha256 of every file below a folder."""
+    """Return the sha256 of every file below a folder by relative path."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 def write_noise(path: Path, seed: int, size: tuple[int, int] = (16, 24)) -> Path:
-    """A PNG of random pixels, another one for each seed."""
+    """Write a PNG of random pixels, which differs for each seed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     pixels = np.random.default_rng(seed).integers(0, 256, (*size, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(path, compress_level=1)
@@ -72,14 +72,14 @@ def write_noise(path: Path, seed: int, size: tuple[int, int] = (16, 24)) -> Path
 
 
 def write_set(root: Path, files: Iterable[str], first_seed: int = 0) -> Path:
-    """Random PNG files at these paths below `root`, all different."""
+    """Write random PNG files, all different, at these paths below `root`."""
     for seed, file in enumerate(files, first_seed):
         write_noise(root / file, seed)
     return root
 
 
 def members(folder: Path) -> dict[str, list[bytes]]:
-    """Key -> frames of the sample in the order of their members im1, im2 …, read with plain tarfile."""
+    """Return the frames of each sample by key, in the order of the members im1, im2 …, read with tarfile alone."""
     found: dict[str, dict[int, bytes]] = {}
     for path in sorted(folder.glob("shard-*.tar")):
         with tarfile.open(path) as tar:

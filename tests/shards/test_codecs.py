@@ -1,4 +1,4 @@
-"""Frames come back from bytes as they went in, and odd images become 8-bit RGB."""
+"""Test that frames survive encoding and decoding, and that unusual images become 8-bit RGB."""
 
 import io
 import zlib
@@ -33,7 +33,7 @@ def test_jpeg_is_close_keeps_full_colour_and_follows_quality():
 
 @pytest.mark.parametrize("quality", [85, 95, 98])
 def test_jpeg_loses_what_its_quality_says_and_no_more(quality):
-    """Beside the same tables of quantization with a transform in float64."""
+    """Compare with a float64 transform that uses the same quantization tables."""
     rng = np.random.default_rng(0)
     frame = np.clip(np.repeat(np.repeat(panning(1)[0], 2, 0), 2, 1) + rng.normal(0, 4, (128, 192, 3)), 0, 255).astype(np.uint8)
     data = codecs.encode(frame, "jpeg", quality)
@@ -122,7 +122,7 @@ def test_flow_is_what_numpy_wrote():
 
 
 def test_damaged_flow_is_a_clear_error_whatever_the_damage():
-    """Every byte of the header changed, at random values, and every length: an error of ours, or the very same shape."""
+    """Any changed header byte, and truncation to any length, gives a ShardError or exactly the same shape."""
     rng = np.random.default_rng(0)
     whole = npy(np.zeros((5, 7, 2), np.float32))
     damaged = [whole[:length] for length in range(len(whole))]
@@ -144,7 +144,7 @@ def test_flow_of_a_terabyte_takes_no_memory():
 
 
 def test_chunk_that_pillow_stumbles_over_is_a_clear_error():
-    """An empty colour profile behind the pixels: Pillow's reader of that chunk raises an IndexError."""
+    """For an empty colour profile after the pixels, Pillow's reader of that chunk raises an IndexError."""
     whole = codecs.encode(np.zeros((4, 5, 3), np.uint8), "png")
     end = whole.index(b"IEND") - 4
     chunk = b"\x00\x00\x00\x01" + b"iCCP" + b"\x00" + zlib.crc32(b"iCCP\x00").to_bytes(4, "big")

@@ -1,4 +1,4 @@
-"""Colours of videos become RGB, and RGB becomes videos, as the formulas of the ITU say: computed here in float64."""
+"""Test the conversion between colours of videos and RGB against the formulas of the ITU, computed here in float64."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ RANGES = pytest.mark.parametrize("full", [False, True], ids=["limited", "full"])
 
 
 def to_codes(rgb: np.ndarray, matrix: int, full: bool, bits: int) -> list[np.ndarray]:
-    """RGB of 0 … 1 [H, W, 3] -> Y, Cb and Cr as a video counts them, not rounded."""
+    """Convert RGB in 0 … 1 [H, W, 3] to the Y, Cb and Cr codes of a video, without rounding."""
     kr, kb = KR_KB[matrix]
     r, g, b = np.moveaxis(rgb, 2, 0)
     luma = kr * r + (1 - kr - kb) * g + kb * b
@@ -42,7 +42,7 @@ def to_codes(rgb: np.ndarray, matrix: int, full: bool, bits: int) -> list[np.nda
 
 
 def from_codes(codes: Sequence[np.ndarray], matrix: int, full: bool, bits: int) -> np.ndarray:
-    """The reverse, with what lies outside of RGB cut off."""
+    """Convert codes of a video to RGB in 0 … 1, clipping values outside of it."""
     kr, kb = KR_KB[matrix]
     y, cb, cr = (one.astype(np.float64) for one in codes)
     if full:
@@ -55,8 +55,8 @@ def from_codes(codes: Sequence[np.ndarray], matrix: int, full: bool, bits: int) 
 
 
 def ramps(height: int, width: int, step: Sequence[float] = (1, 1), first: Sequence[float] = (0, 0)) -> np.ndarray:
-    """RGB that changes evenly in both directions, each colour at its own rate, at points of a grid `step` (rows, columns) apart
-    and the first at `first` (column, row). Any interpolation of its chroma is exact but for where its samples lie.
+    """Return RGB that changes linearly in both directions, each colour at its own rate, on a grid with spacing `step` (rows,
+    columns) that starts at `first` (column, row). Any interpolation of its chroma is exact, except for the samples' location.
     """
     x = first[0] + step[1] * np.arange(width)[None, :, None]
     y = first[1] + step[0] * np.arange(height)[:, None, None]
@@ -73,7 +73,7 @@ def samples(plane: av.video.plane.VideoPlane, bits: int) -> np.ndarray:
 
 
 def frame_of(planes: Sequence[np.ndarray], pix_fmt: str) -> av.VideoFrame:
-    """A frame of these samples, rounded; what pads its rows is another value."""
+    """Return a frame of these samples, rounded; the padding of its rows has another value."""
     height, width = planes[0].shape
     frame = av.VideoFrame(width, height, pix_fmt)
     for plane, content in zip(frame.planes, planes, strict=True):
@@ -87,7 +87,7 @@ def frame_of(planes: Sequence[np.ndarray], pix_fmt: str) -> av.VideoFrame:
 def ramp_frame(
     pix_fmt: str, matrix: int, full: bool, location: str = "left", size: tuple[int, int] = (64, 96)
 ) -> av.VideoFrame:
-    """`ramps` as a video of these properties, whose frames say where chroma lies."""
+    """Return `ramps` as a video frame with these properties, which states the location of its chroma."""
     halves, bits = chroma_halves(pix_fmt), bits_of(pix_fmt)
     step = tuple(2 if half else 1 for half in halves)
     first = [offset if half else 0 for offset, half in zip(OFFSETS[location], halves[::-1], strict=True)]
@@ -110,7 +110,7 @@ def psnr(image: np.ndarray, truth: np.ndarray) -> float:
 
 
 def bias(image: np.ndarray, truth: np.ndarray) -> np.ndarray:
-    """Mean error of each colour in levels of 8 bits, away from the borders, where there is no neighbour to interpolate with."""
+    """Return the mean error of each colour in 8-bit levels, without the borders, which lack neighbours to interpolate with."""
     return 255 * (image / np.iinfo(image.dtype).max - truth)[4:-4, 4:-4].mean((0, 1))
 
 
@@ -122,7 +122,7 @@ def bias(image: np.ndarray, truth: np.ndarray) -> np.ndarray:
 @MATRICES
 @RANGES
 def test_any_colour_is_as_near_as_rounding_lets_it_be(pix_fmt, most_bits, matrix, full):
-    """Random samples, of which some lie outside of RGB; rounding to 8 bits alone leaves 58.9 dB."""
+    """Some of the random samples lie outside of RGB; rounding to 8 bits alone leaves 58.9 dB."""
     bits = bits_of(pix_fmt)
     random = np.random.default_rng(0).random((120, 131, 3)) * 1.2 - 0.1
     codes = [np.clip(np.rint(one), 0, 2**bits - 1) for one in to_codes(random, matrix, full, bits)]
@@ -163,7 +163,7 @@ def test_chroma_is_taken_from_where_it_lies(pix_fmt, location):
 @pytest.mark.parametrize("size", [(48, 72), (32, 48), (30, 26)])
 @pytest.mark.parametrize("location", ["left", "topleft"])
 def test_a_frame_made_smaller_has_no_bias(pix_fmt, size, location):
-    """The middles of its pixels lie between those of the frame, where a ramp is known, too."""
+    """The pixel centres of the result lie between those of the frame, where a ramp is known, too."""
     steps = [64 / size[0], 96 / size[1]]
     truth = ramps(*size, steps, [(step - 1) / 2 for step in steps[::-1]])
     for full in (False, True):
@@ -351,7 +351,7 @@ LOSSLESS = [
 @pytest.mark.parametrize(("name", "codec", "pix_fmt", "options"), LOSSLESS, ids=lambda value: str(value))
 @pytest.mark.parametrize(("tag", "matrix"), [(2, 1), (1, 1), (6, 6), (9, 9)], ids=["untagged", "BT.709", "BT.601", "BT.2020"])
 def test_shards_see_a_video_of_hd_as_it_is(tmp_path, name, codec, pix_fmt, options, tag, matrix):
-    """Through a lossless file; one without tags is BT.709, and one that does not say where its chroma lies has it left."""
+    """Through a lossless file: one without tags is BT.709, and chroma lies left if its location is not stated."""
     height, width = 64, 1280  # as wide as HD
     halves, bits = chroma_halves(pix_fmt), bits_of(pix_fmt)
     step = tuple(2 if half else 1 for half in halves)

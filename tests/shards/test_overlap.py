@@ -1,4 +1,4 @@
-"""Frames that are in both a training and a test set are found by their pixels, all of them and nothing else."""
+"""Test that exactly the frames that are in both a training and a test set are found by their pixels."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ FRAMES = ("frame_00.png", "frame_01_gt.png", "frame_02.png")
 
 
 def make(root, name, change=lambda src: None, codec="copy", first_seed=0, samples=6):
-    """Shards of random triplets; `change` edits the frame files first."""
+    """Write shards of random triplets, whose frame files `change` edits first."""
     src = write_set(root / f"{name}_src", (f"{n}/{frame}" for n in range(samples) for frame in FRAMES), first_seed)
     change(src)
     ucf101.make(Options(src=src, out=root / name, codec=codec, samples_per_shard=2))
@@ -26,7 +26,7 @@ def make(root, name, change=lambda src: None, codec="copy", first_seed=0, sample
 
 @pytest.fixture
 def folders(tmp_path):
-    """Training set and test set that share the frames 2/im2, 3/im1 and 5/im3, the last one twice in the test set."""
+    """Return a training and a test set that share the frames 2/im2, 3/im1 and 5/im3, the last one twice in the test set."""
 
     def put_in(src):
         test = tmp_path / "test_src"
@@ -42,7 +42,7 @@ def folders(tmp_path):
 
 
 def by_hand(train, test, extension):
-    """(key, number, how many equals) of the frames of `train` in `test`, by comparing all pixels with all pixels."""
+    """Return (key, number, count of equals) of the frames of `train` in `test`, by comparing the pixels of all pairs."""
     known = [codecs.decode(data, "png") for frames in members(test).values() for data in frames]
     found = set()
     for key, frames in members(train).items():

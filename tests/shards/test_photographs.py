@@ -1,4 +1,4 @@
-"""Photographs of a folder: found at any depth, dealt by name, shrunk, and faults that are named."""
+"""Test that photographs of a folder are found at any depth, assigned by name and downscaled, and that faults are reported."""
 
 from __future__ import annotations
 

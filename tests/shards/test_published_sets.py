@@ -1,4 +1,4 @@
-"""Every published layout becomes shards bit for bit and in order of time; what is missing or not part of it is said first."""
+"""Test that every published layout becomes shards bit for bit and in order of time, and that wrong files are reported first."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_bytes_do_not_depend_on_workers(layout, src, tmp_path):
 
 
 def test_a_killed_job_goes_on(tmp_path):
-    """A real SIGKILL in the middle: no worker outlives it, the next run completes the folder, finished shards are kept."""
+    """After a real SIGKILL no worker survives, the next run completes the folder, and finished shards are kept."""
     names = [f"{folder}/{frame}" for folder in range(40) for frame in ("frame_00.png", "frame_01_gt.png", "frame_02.png")]
     src = write_set(tmp_path / "set", names)
     arguments = ["--src", str(src), "--samples_per_shard", "1"]

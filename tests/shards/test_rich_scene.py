@@ -1,4 +1,4 @@
-"""Rich scenes: flow against points tracked by other means, frames against a slow renderer in float64, and what must hold."""
+"""Test rich scenes: flow against independently tracked points, frames against a slow float64 renderer, and invariants."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ STILL = Light(Track(np.zeros(3), np.zeros(3)), Track(np.zeros(3), np.zeros(3)), 
 
 
 def cutout():
-    """A picture with a hole in its outline, as a cut-out holds it: uint8 [90, 80, 4], colours times alpha."""
+    """Return a picture with a hole in its outline, as a cut-out stores it: uint8 [90, 80, 4], colours times alpha."""
     y, x = np.mgrid[:90, :80]
     alpha = np.where(np.hypot(y - 45, x - 40) < 38, 255, 0) * (np.hypot(y - 30, x - 40) > 8)
     colours = np.stack([x * 3, y * 2, 255 - x - y], axis=-1) * alpha[..., None] // 255
@@ -52,13 +52,13 @@ def draw(pictures, number, size=SIZE, motion=MOTION, interval=0.5):
 
 
 def plain(drawn):
-    """The same motion in still light, without noise, shadows and blur."""
+    """Return the scene with constant light and without noise, shadows and blur; the motion is the same."""
     layers = tuple(dataclasses.replace(layer, gain=None) for layer in drawn.layers if not layer.shadow)
     return dataclasses.replace(drawn, light=STILL, shutter=0.0, layers=layers)
 
 
 def track(camera, sheet, point, t):
-    """One point of a sheet, followed step by step in the world, without the module's matrices."""
+    """Track one point of a sheet through the world step by step, without the module's matrices."""
 
     def at(path):
         return path.total * t + path.bend * (t * t - t)
@@ -104,7 +104,7 @@ def test_flow_is_what_a_tracked_point_does(scenes):
 
 
 def look_up(raster, x, y, mirrored):
-    """Bilinear in float64; outside the raster it is mirrored or empty."""
+    """Sample a raster bilinearly in float64; outside it is mirrored or empty."""
     height, width = raster.shape[:2]
 
     def pixel(i, j):
@@ -122,7 +122,7 @@ def look_up(raster, x, y, mirrored):
 
 
 def render(drawn, t):
-    """The frame before noise in float64 levels, by a loop over samples and layers."""
+    """Render the frame before noise in float64 levels, by a loop over samples and layers."""
     y, x = np.mgrid[: drawn.height, : drawn.width] + 0.5
     total = np.zeros((drawn.height, drawn.width, 3))
     for part in range(drawn.samples):
@@ -167,7 +167,7 @@ def test_noise_is_new_in_each_frame_and_has_the_strength_asked_for(scenes):
 
 
 def test_warping_an_end_frame_by_the_flow_gives_the_middle_frame(scenes):
-    """Signs and order of axes, seen in the pictures themselves."""
+    """Check the signs and the order of axes in the pictures themselves."""
     right, wrong = [], []
     for drawn in map(plain, scenes):
         seen, middle = drawn.visible(0.5), drawn.render(0.5).astype(float)
@@ -198,7 +198,7 @@ def test_motion_stays_below_its_limit_and_is_of_all_sizes(pictures, scenes):
 
 
 def test_middle_of_a_way_is_not_its_mean(scenes):
-    """Half of the way in half of the time would make flow to the first frame the opposite of flow to the last."""
+    """With half of the displacement in half of the time, flow to the first frame would be the negative of flow to the last."""
     apart = [np.abs(drawn.flow(0.5, 0.0) + drawn.flow(0.5, 1.0)).max() for drawn in scenes]
     assert np.mean(np.array(apart) > 0.5) > 0.4
 

@@ -1,4 +1,4 @@
-"""The lists of SNU-FILM lead to the frames wherever a download put them, and never to others."""
+"""Test that the lists of SNU-FILM lead to the frames wherever a download puts them, and never to others."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_the_list_may_lie_in_eval_modes_and_begin_with_a_slash(src, tmp_path):
 
 
 def test_the_longest_path_that_exists_is_taken(src, tmp_path):
-    """A second set of frames further up must not stand in for the one that the list names."""
+    """A second set of frames in a higher folder must not replace the one that the list names."""
     write_set(src, (f"GOPRO_test/GOPR0384_11_00/{number:06d}.png" for number in range(1, 24)), first_seed=1000)
     assert run(src, tmp_path / "out") == 0
     found = members(tmp_path / "out")["easy_GOPRO_test_GOPR0384_11_00_000009"]

@@ -1,4 +1,4 @@
-"""The synthetic flow and middle frame are exact: checked by warping, by tracking points, and by what must break them."""
+"""Test that synthetic flow and middle frames are exact, by warping, by tracking points, and by changes that must break them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MOTION = 10.0
 
 
 def warp(image, flow):
-    """Look up `image` at each pixel plus its flow, bilinear; NaN outside."""
+    """Sample `image` bilinearly at each pixel plus its flow; NaN outside."""
     height, width = flow.shape[:2]
     y, x = np.mgrid[:height, :width].astype(float)
     x, y = x + flow[..., 0], y + flow[..., 1]
@@ -36,7 +36,7 @@ def warp(image, flow):
 
 
 def away_from_borders(drawn, t, to, margin=3):
-    """Pixels at time t with no layer border within `margin`, whose point is seen at time `to` too."""
+    """Return a mask of pixels at time t without a layer border within `margin`, whose point is visible at time `to`, too."""
     seen, then = drawn.visible(t), drawn.visible(to)
     same = np.ones_like(seen, dtype=bool)
     for dy in range(-margin, margin + 1):
@@ -79,7 +79,7 @@ def test_warping_an_end_frame_by_the_flow_gives_the_middle_frame():
 
 
 def test_flow_is_what_a_tracked_point_does():
-    """Brute force: move single points with sines and cosines, away from the matrices of the module."""
+    """Move single points by brute force with sines and cosines, independently of the module's matrices."""
     rng = np.random.default_rng(1)
     drawn = scene(3, "val", 5, *SIZE, MOTION)
     seen, flows = drawn.visible(0.5), {end: drawn.flow(0.5, end) for end in (0.0, 1.0)}
@@ -206,7 +206,7 @@ def test_missing_photographs_are_named(monkeypatch):
 
 @pytest.fixture
 def folder(tmp_path):
-    """A dozen photographs, one broken file and some cut-outs."""
+    """Return a folder with a dozen photographs, one broken file and some cut-outs."""
     path = tmp_path / "photographs"
     path.mkdir()
     for number in range(12):

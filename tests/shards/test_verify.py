@@ -1,4 +1,4 @@
-"""Whatever happens to a shard folder after it was written is found and named."""
+"""Test that any change to a shard folder after it was written is found and reported."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ def folder(made, tmp_path):
 
 
 def check(folder, capsys, *flags):
-    """Exit code and printed lines of the job."""
+    """Return the exit code and the printed lines of the command."""
     code = verify.main([str(folder), *flags])
     return code, capsys.readouterr().out.splitlines()
 
 
 def rewrite(folder, change):
-    """Change the members of the second shard and bring its index entry up to date."""
+    """Change the members of the second shard and update its index entry."""
     path = folder / "shard-000001.tar"
     with tarfile.open(path) as tar:
         members = {m.name: tar.extractfile(m).read() for m in tar}

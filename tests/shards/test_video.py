@@ -1,4 +1,4 @@
-"""Videos and folders of frames become sequences: which are taken, which are left out, and what happens to broken ones."""
+"""Test which sequences of videos and folders of frames are taken or left out, and what happens to broken files."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from shards.verify import verify
 
 
 def turn(path):
-    """Let an MP4 say that it is to be shown a quarter turn clockwise."""
+    """Make an MP4 state that it is to be displayed rotated a quarter turn clockwise."""
     data = bytearray(path.read_bytes())
     matrix = data.index(b"tkhd") + 44
     data[matrix : matrix + 36] = struct.pack(">9i", 0, 65536, 0, -65536, 0, 0, 0, 0, 1 << 30)
@@ -33,7 +33,7 @@ def run(src, out, *flags):
 
 
 def samples_of(folder):
-    """Key -> (json, frames) of a whole shard folder, read with plain tarfile."""
+    """Return (json, frames) by key of a whole shard folder, read with tarfile alone."""
     samples = {}
     for entry in read_index(folder).shards:
         with tarfile.open(folder / entry.name) as tar:
@@ -50,7 +50,7 @@ def samples_of(folder):
 
 @pytest.fixture
 def mixed(tmp_path):
-    """Three clips: a folder of frames, a video beside it, a video further down; and files of no interest."""
+    """Return a folder with three clips (a folder of frames, a video next to it, a video in a subfolder) and other files."""
     src = tmp_path / "src"
     write_frames(src / "walk in park", panning(12, seed=1), "frame{}.png")
     write_video(src / "cars.mp4", panning(10, seed=2))
@@ -235,7 +235,7 @@ def test_max_height_makes_frames_smaller(tmp_path):
 
 
 def test_a_video_is_made_smaller_as_its_frames_are(tmp_path):
-    """In one step with the conversion, beside Pillow on the converted frames; also where it is turned upright."""
+    """Downscaling together with the conversion agrees with Pillow on the converted frames, also for a rotated video."""
     rng = np.random.default_rng(0)
     path = write_video(tmp_path / "v" / "v.mp4", [rng.integers(0, 256, (6, 9, 3), np.uint8).repeat(40, 0).repeat(40, 1)])
     clip = find_clips(path.parent)[0]

@@ -1,4 +1,4 @@
-"""The published layout becomes shards bit for bit; anything that is missing is said before a byte is written."""
+"""Test that the published layout becomes shards bit for bit, and that missing files are reported before a byte is written."""
 
 from __future__ import annotations
 

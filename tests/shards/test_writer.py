@@ -1,4 +1,4 @@
-"""Shards are the same bytes however they were made, never half there, and never mixed with anything else."""
+"""Test that shards have the same bytes however they are made, are never partial, and never mixed with anything else."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_bytes_do_not_depend_on_workers_or_on_interruptions(tmp_path):
 
 
 def test_a_killed_job_goes_on(tmp_path):
-    """A real SIGKILL in the middle of a parallel job: no worker outlives it, the next run completes the folder."""
+    """After a real SIGKILL of a parallel job no worker survives, and the next run completes the folder."""
     arguments = ["--samples", "60", "--size", "64x64", "--samples_per_shard", "2"]
     command = [sys.executable, "-m", "shards.synthetic", "--out", str(tmp_path / "cut"), "--workers", "2", *arguments]
     job = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)

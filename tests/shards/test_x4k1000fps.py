@@ -1,4 +1,4 @@
-"""Clips of X4K1000FPS out of the distributed video files: all 65 frames, in order, and no clip of another length."""
+"""Test clips of X4K1000FPS from the distributed video files: all 65 frames, in order, and no clip of another length."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def run(src, out, *flags):
 
 
 def decoded(path):
-    """The frames of a video, decoded with PyAV alone: uint8 [N, H, W, 3]."""
+    """Return the frames of a video, decoded with PyAV alone: uint8 [N, H, W, 3]."""
     with av.open(str(path)) as container:
         return np.stack([to_rgb(frame, describe_colours(frame)) for frame in container.decode(video=0)])
 

@@ -1,4 +1,4 @@
-"""Xiph's clips as loose frames or in folders, never both; frames that no sample needs may be missing."""
+"""Test Xiph's clips as loose frames or in folders, but never both; frames that no sample needs may be missing."""
 
 from __future__ import annotations
 

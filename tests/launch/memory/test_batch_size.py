@@ -1,4 +1,4 @@
-"""Which batch fits which GPU: the formula against an independent solver and counted memory, the choice against brute force."""
+"""Test the memory formula against an independent solver and counted memory, and the batch choice against brute force."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def points(counted: dict[tuple[int, int], int]) -> list[Point]:
 
 
 def entry(config: Config, card: str = "a100", gib: float = 79.2, precision: str = "bf16", **changed: object) -> Entry:
-    """An entry with a fit of 0.5 GiB + 1 GiB for each sample of 256x256."""
+    """Return an entry with a fit of 0.5 GiB + 1 GiB for each sample of 256x256."""
     fit = Fit(0.5 * GIB, GIB / 256**2, 0.0)
     made = Entry("small", card, gib, config.model, precision, False, False, (Point(8, 256, int(8.5 * GIB)),), fit, (), {})
     return dataclasses.replace(made, **changed)
@@ -156,7 +156,7 @@ def test_knowledge_is_taken_the_best_first():
 
 
 def test_what_was_measured_without_fused_kernels_is_taken_where_nothing_else_was():
-    """They take less: the batch fits, and that more would is said."""
+    """Fused kernels take less memory: the batch fits, and the explanation says so."""
     config = small(batch_size=128)
     unfused = entry(small(ssd_backend="mamba_ssm", ssd_precision="fp32", attention_backend="sdpa", pointwise_backend="torch"))
     choice = choose_batch(config, "a100-80gb", 1, "bf16", profiles=profiles(unfused))

@@ -1,4 +1,4 @@
-"""What the nodes of a job conclude from what they tell each other, and how often a run may begin anew."""
+"""Test what the nodes of a job conclude from each other's reports, and how often a run may be restarted."""
 
 from __future__ import annotations
 
