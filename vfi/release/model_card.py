@@ -144,7 +144,7 @@ def card(
     trained_on: Sequence[str] = (),
     training: Training = NOT_GIVEN,
 ) -> Card:
-    """Collect the content of a model's card. ResultError for an unreadable results file, JobError for one without this model."""
+    """Collect the content of a model's card. ResultError for an invalid results file, JobError for one without this model."""
     known = loaded.origin
     origin = dataclasses.replace(known, licence=licence or known.licence, trained_on=tuple(trained_on) or known.trained_on)
     return Card(origin, tuple(_of_model(file, loaded) for file in results), training)

@@ -1,4 +1,4 @@
-"""vfi benchmark --speed: rows, turns, ratios by a clock of our own, frames, what memory is too small for, and the file."""
+"""vfi benchmark --speed: rows, alternation, ratios by a fake clock, frames, models that exceed the memory, and the file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Published ways of measuring, against the same worked out by hand with numpy; and that each of their facts matters."""
+"""Published protocols, compared with the same computation by hand in numpy; every fact of a protocol affects the result."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Frames between two: what stands still stays, flow is estimated at a size that suits, memory is thought of beforehand."""
+"""In-between frames: static regions are kept, flow is estimated at a suitable size, memory is estimated in advance."""
 
 from __future__ import annotations
 
