@@ -555,7 +555,7 @@ def test_a_rate_30_times_too_high_is_survived_and_without_the_guard_diverges(run
     """
     good = run("good", *UNSTABLE, "--lr", GOOD_RATE)
     high = run("high", *UNSTABLE, "--lr", 30 * GOOD_RATE, "--guard_rate_factor", 0.1)
-    with contextlib.suppress(SystemExit):  # it may come to losses that are no numbers, and end there
+    with contextlib.suppress(SystemExit):  # losses may become non-finite, which ends the run
         run("lost", *UNSTABLE[:-2], "--lr", 30 * GOOD_RATE, "--no-guard")
     first = rows(good, "train")[0]["loss"]
     assert last_epoch(good) < 0.5 * first  # there was something to learn

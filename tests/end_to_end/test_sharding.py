@@ -242,7 +242,7 @@ def test_no_number_on_one_process_is_skipped_by_all(kind, out):
     assert_same(optimizer(run, SKIPPED[-1])[1], optimizer(run, STOPPED)[1])
     for name in files(kind):
         before, after = (tensors(run, step, name) for step in (STOPPED, SKIPPED[-1]))
-        # which goes on with the steps
+        # annealing continues with the steps
         assert_same(*({n: t for n, t in weights.items() if not n.endswith("annealing")} for weights in (before, after)))
     assert (tensors(run)["refine.head.weight"] - tensors(run, SKIPPED[-1])["refine.head.weight"]).abs().max() > 1e-6
 

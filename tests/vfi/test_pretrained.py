@@ -563,7 +563,7 @@ def test_a_folder_goes_before_the_hub(hub, saved) -> None:
     assert hub.asked == []
 
 
-# training goes on from it
+# training starts from it
 
 
 def begun(start: str | Path, tmp_path: Path, shards: Path, *flags: object) -> trainer.Trainer:

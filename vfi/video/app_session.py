@@ -79,7 +79,7 @@ class Work:
         return f"{loaded.name}, step {loaded.step:,} · {model.device.type}, {describe_precision(model.precision)}"
 
     def images(self, path0: Path | None, path1: Path | None, timestep: float, slower: int, report: Report) -> Made:
-        """Interpolate between two images and, unless `slower` is 0, make a clip, forth and back, `slower` times as slow."""
+        """Interpolate between two images and, unless `slower` is 0, make a clip, back and forth, `slower` times as slow."""
         if path0 is None or path1 is None:
             raise JobError(f"the {'first' if path0 is None else 'second'} image is missing: two are needed")
         images = img0, img1 = read_image(path0), read_image(path1)
