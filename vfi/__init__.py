@@ -1,4 +1,4 @@
-"""Training stack for video frame interpolation: the model, its training, benchmarks and use.
+"""Training stack for video frame interpolation: the model, its training, benchmarks and inference.
 
 from vfi import FrameInterpolator
 model = FrameInterpolator.from_pretrained()
@@ -14,7 +14,7 @@ __all__ = ["FrameInterpolator"]
 
 
 def __getattr__(name: str) -> Any:
-    """`FrameInterpolator` is imported when it is asked for, since torch takes seconds."""
+    """Import `FrameInterpolator` on first access, since torch takes seconds to import."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     import vfi.pretrained

@@ -1,10 +1,10 @@
-"""How does one try a model without the command line? A local web page: two images or a short video in, the result beside it.
+"""Web page on this machine for interpolation without the command line: two images or a short video in, the result next to it.
 
     vfi app                                  the model that comes with the package, at http://127.0.0.1:7860
     vfi app --model runs/base --port 8000 --no-open
 
-Needs the extra `app` (Gradio), which is imported here alone. The page is for this machine: nothing is shared or reported, and
-it needs no network. One job at a time; what was uploaded and made is in a temporary folder, which goes when Ctrl-C ends it.
+Needs the extra `app` (Gradio), which only this module imports. The page is local: nothing is shared or reported, and it needs
+no network. It runs one job at a time; uploads and results are in a temporary folder, which is deleted at the end (Ctrl-C).
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _STYLE = """
 .dark .said p.error { color: #fecaca; background: #450a0a; border-color: #7f1d1d }
 [role=slider]:focus-visible { outline: 3px solid var(--primary-400); outline-offset: 2px }
 """
-# Gradio's slider between two images goes by the mouse alone: let Tab reach it, and arrow keys drag it
+# Gradio's slider between two images supports only the mouse: make it focusable by Tab, and movable by arrow keys
 _KEYS = """() => {
   const part = handle => {
     const [inner, outer] = [handle, handle.parentElement].map(element => element.getBoundingClientRect());
@@ -75,28 +75,28 @@ _KEYS = """() => {
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Each field is a flag of the job."""
+    """Options of `vfi app`; each field is a command-line flag."""
 
     model: Path | None = None
-    """Run folder, checkpoint folder, weights file, folder of `vfi export`, or ORG/NAME on the Hugging Face hub; by default
+    """Run folder, checkpoint folder, weights file, folder of `vfi export`, or ORG/NAME on the Hugging Face hub; default:
     `shipped`, the model that comes with the package."""
     device: DeviceName = "auto"
-    """auto takes a GPU if there is one."""
+    """auto selects a GPU if there is one."""
     precision: PrecisionName = "auto"
-    """auto is bf16 autocast on a GPU that has it, fp32 on the CPU."""
+    """auto is bf16 autocast on a GPU that supports it, fp32 on the CPU."""
     port: int = 7860
-    """Where the page is; 0 takes any that is free."""
+    """Port of the page; 0 selects a free one."""
     host: str = "127.0.0.1"
-    """Who can reach it: this machine alone; 0.0.0.0 is everyone on the network, without a password."""
+    """Address to listen on: 127.0.0.1 is reachable from this machine alone, 0.0.0.0 from the network, without a password."""
     open: bool = True
     """Open the page in the browser."""
 
 
 @clear_errors(ShardError, CheckpointError)
 def main(argv: Sequence[str] | None = None) -> None:
-    """The job: load the model, show the page until Ctrl-C, remove what it left."""
+    """Load the model, serve the page until Ctrl-C, and delete its files."""
     options = tyro.cli(Options, prog="vfi app", description=__doc__, args=argv)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as by Ctrl-C: temporary files go
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends like Ctrl-C: temporary files are deleted
     with contextlib.suppress(KeyboardInterrupt), serving(options) as address:
         print(f"the page is at {address}; Ctrl-C ends it", flush=True)
         threading.Event().wait()
@@ -105,9 +105,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 @contextlib.contextmanager
 def serving(options: Options) -> Iterator[str]:
-    """Show the page by threads until the end of the block; gives its address.
+    """Serve the page from threads until the end of the block; yields its address.
 
-    JobError for a port that is taken or without Gradio, CheckpointError for a model that can't be loaded.
+    Raises JobError for a port that is taken or without Gradio, CheckpointError for a model that can't be loaded.
     """
     port = _free_port(options.host, options.port)
     with tempfile.TemporaryDirectory(prefix="vfi_app_", ignore_cleanup_errors=True) as name:
@@ -124,12 +124,12 @@ def serving(options: Options) -> Iterator[str]:
         finally:
             work.closed.set()
             page.close(verbose=False)
-            with work.busy:  # what is under way ends with its next frame
+            with work.busy:  # the job in progress ends with its next frame
                 pass
 
 
 def _free_port(host: str, port: int) -> int:
-    """The port, or for 0 one that is free; JobError for one that is not."""
+    """Return the port, or for 0 a free one; JobError for a port that is taken."""
     if not 0 <= port <= 65535:
         raise JobError(f"--port {port} must lie between 1 and 65535, or be 0 for any that is free")
     with socket.socket() as probe:
@@ -145,8 +145,8 @@ def _free_port(host: str, port: int) -> int:
 
 
 def _gradio(folder: Path) -> Any:
-    """Gradio, with its files in the folder and without anything that asks the network; JobError where it is not installed."""
-    own = ("127.0.0.1", "localhost")  # a proxy of the environment would be asked for the page itself
+    """Import Gradio, with its files in the folder and without network requests; JobError where it is not installed."""
+    own = ("127.0.0.1", "localhost")  # otherwise a proxy of the environment would be used for the page itself
     os.environ.update(_QUIET, GRADIO_TEMP_DIR=str(folder / "page"))
     os.environ["no_proxy"] = ",".join(dict.fromkeys([*filter(None, os.environ.get("no_proxy", "").split(",")), *own]))
     try:
@@ -159,13 +159,13 @@ def _gradio(folder: Path) -> Any:
 
 
 def _theme(gr: Any) -> Any:
-    """Fonts of the machine: none are fetched."""
+    """Return a theme with the fonts of the machine: none are fetched."""
     fonts = ("system-ui", "sans-serif")
     return gr.themes.Default(primary_hue="indigo", font=fonts, font_mono=("ui-monospace", "monospace"))
 
 
 def build(gr: Any, work: Work) -> Any:
-    """The page: a head and two tabs."""
+    """Build the page: a header and two tabs."""
     page = gr.Blocks(title="Frames between", analytics_enabled=False, delete_cache=(600, 3600))
     page.queue(default_concurrency_limit=1, api_open=False)
     with page:
@@ -218,12 +218,12 @@ def _video_tab(gr: Any, work: Work) -> None:
 
 
 def _path(payload: dict[str, Any] | None) -> Path | None:
-    """Of an upload, as the page sends it."""
+    """Return the path of an upload, from the form in which the page sends it."""
     return Path(payload["path"]) if payload else None
 
 
 class _Result:
-    """What a tab shows below its button: one line, and when something was made the slider, a player and a file to download."""
+    """Output of a tab below its button: one line and, after success, the slider, a player and a file to download."""
 
     def __init__(self, gr: Any, player: str, download: str, loop: bool) -> None:
         self.gr = gr
@@ -239,16 +239,16 @@ class _Result:
         self.choice.input(compared, [self.moment, self.choice], self.slider, show_progress="hidden", api_visibility="private")
 
     def follows(self, button: Any, make: Callable[..., Any], inputs: list[Any]) -> None:
-        """A press of the button calls `make` with the inputs and what is compared with; one job at a time, of both tabs."""
+        """Make the button call `make` with the inputs and the choice for the slider; one job at a time over both tabs."""
         button.click(
             make, [*inputs, self.choice],
             [self.said, self.moment, self.column, self.compare, self.slider, self.player, self.download],
-            preprocess=False,  # uploads are read by the job's own code, which says what is wrong with them
+            preprocess=False,  # uploads are read by this project's own code, which says what is wrong with them
             concurrency_id="model", concurrency_limit=1, show_progress_on=self.said, api_visibility="private",
         )  # fmt: skip
 
     def answer(self, work: Work, choice: str, make: Callable[[], Made]) -> list[Any]:
-        """What was made, or why not, for the parts of the page."""
+        """Run `make` and return the result, or the error message, as updates of the page."""
         show = self.gr.update
         try:
             made = make()

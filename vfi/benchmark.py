@@ -1,15 +1,15 @@
-"""How good is a model? PSNR, SSIM and interpolation error, beside the average of the two frames and the nearest one.
+"""Benchmark models: PSNR, SSIM and interpolation error, compared with the average of the two frames and with the nearest one.
 
     vfi benchmark --model runs/tiny_phase1 --data shards/synthetic/val --out results.json
     vfi benchmark --model runs/a runs/b --data SNU-FILM --protocol snu_film_hard --out hard.json --device cuda
-    vfi benchmark --model runs/a --protocol all --data_root SETS --out results/       whatever published sets are found there
-    torchrun --nproc_per_node 8 -m vfi.benchmark …                                    each process a part of the samples
-    vfi benchmark --speed --model runs/a --out speed.json                             time and memory: see --speed --help
+    vfi benchmark --model runs/a --protocol all --data_root SETS --out results/       all published sets in that folder
+    torchrun --nproc_per_node 8 -m vfi.benchmark …                                    the samples are split among ranks
+    vfi benchmark --speed --model runs/a --out speed.json                             latency and memory: see --speed --help
 
 Without a protocol: the whole frames of a shard folder, one at a time, in the order of the index; the prediction is clamped to
-[0, 1] and not rounded. With one, what vfi/evaluation/protocols.py says of it, on shards or on the published folder. Writes
-results.json (see vfi/evaluation/results.py) and a folder of pictures beside it, from the worst to the best gain over the
-average. A benchmark that was stopped goes on when it is started again.
+[0, 1] and not rounded. With one: what vfi/evaluation/protocols.py says of it, on shards or on the published folder. Writes
+results.json (see vfi/evaluation/results.py) and, next to it, a folder of pictures from the worst to the best gain over the
+average. A benchmark that was stopped resumes when it is started again.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from vfi.evaluation.runner import benchmark, benchmark_all
 
 @clear_errors(ShardError, CheckpointError, ResultError)
 def main(argv: Sequence[str] | None = None) -> None:
-    """The job: measure, write results.json and the pictures, print the table."""
+    """Measure, write results.json and the pictures, and print the table."""
     arguments = sys.argv[1:] if argv is None else list(argv)
     command = shlex.join(["vfi", "benchmark", *arguments])
     options = parse(arguments)
@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def parse(arguments: Sequence[str]) -> Options | SpeedOptions:
-    """The flags of a benchmark, or with --speed those of vfi/evaluation/latency.py."""
+    """Parse the flags of a benchmark, or with --speed those of vfi/evaluation/latency.py."""
     if SPEED not in arguments:
         return tyro.cli(Options, prog="vfi benchmark", description=__doc__, args=arguments)
     rest = [argument for argument in arguments if argument != SPEED]

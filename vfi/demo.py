@@ -1,11 +1,11 @@
-"""Does the whole path work here? Generated data -> training -> benchmark -> report -> a clip, within minutes on a CPU.
+"""Demonstration of the whole path, within minutes on a CPU: generated data -> training -> benchmark -> report -> a clip.
 
     vfi demo --out demo
 
-The last step makes the clip once more with the shipped model, where the package came with one.
+The last step makes the clip once more with the shipped model, if the package came with one.
 
-Every step is a command that is printed as one would type it. A second call reuses finished shards and goes on with the
-training. Exits with 1 if the trained model does not beat the average of the two frames by at least 3 dB.
+Every step is a command, which is printed as one would type it. A second call reuses finished shards and resumes the training.
+The exit code is 1 if the trained model does not beat the average of the two frames by at least 3 dB.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from vfi.errors import JobError, clear_errors
 from vfi.evaluation.results import ResultError, Results, read_results
 from vfi.shipped import SHIPPED, has_shipped_model
 
-# What the demo makes and trains; all that is worth tuning is here.
+# What the demo generates and trains; all settings that are worth tuning are here.
 SIZE = "96x96"
 MAX_MOTION = "6"
 TRAIN_SAMPLES, VAL_SAMPLES = 512, 64
@@ -34,24 +34,24 @@ STEPS = 300
 TRAINING = ["--preset", "tiny", "--phase", "2", "--val_every", "100", "--val_samples", "32", "--save_every", "100"]
 CLIP_SIZE, CLIP_FRAMES, CLIP_MOTION, CLIP_SEED = "192x256", 17, "48", 2  # 3 pixels from frame to frame, as in training
 MIN_GAIN = 3.0
-"""What the model has to gain over the frame average, in dB."""
+"""Gain over the frame average that the model must reach, in dB."""
 EXP_NAME = "tiny"
 SHIPPED_CLIP = f"clip_{SHIPPED}.mp4"
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Each field is a flag of the job."""
+    """Options of `vfi demo`; each field is a command-line flag."""
 
     out: Path = Path("demo")
-    """Folder for everything that the demo makes."""
+    """Folder for everything that the demo writes."""
     steps: int = STEPS
-    """Optimiser steps of the training."""
+    """Optimizer steps of the training."""
 
 
 @clear_errors(ResultError)
 def main(argv: Sequence[str] | None = None) -> None:
-    """The job: run every step, then say what came out and where it lies."""
+    """Run every step, then print the results and their paths."""
     options = tyro.cli(Options, prog="vfi demo", description=__doc__, args=argv)
     if options.steps < 1:
         raise JobError(f"--steps {options.steps} must be at least 1")
@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def commands(options: Options) -> list[list[str]]:
-    """Module and arguments of every step, in order."""
+    """Return module and arguments of every step, in order."""
     out = options.out
     train, val, clip = out / "shards" / "train", out / "shards" / "val", out / "shards" / "clip"
     run, results = out / "runs" / EXP_NAME, out / "results.json"
@@ -91,7 +91,7 @@ def commands(options: Options) -> list[list[str]]:
 
 
 def summary(out: Path, results: Results) -> str:
-    """The table, where each thing lies, and whether the model is good enough."""
+    """Return the table, the path of each result, and whether the model is good enough."""
     average, model = results.rows[0], results.models[0]
     width = max(len(row.model) for row in results.rows)
     lines = [f"{'model':<{width}}   PSNR dB     SSIM"]
@@ -119,14 +119,14 @@ def _gain(results: Results) -> float:
 
 
 def as_typed(command: Sequence[str]) -> str:
-    """A command as a user would type it."""
+    """Return a command as a user would type it."""
     module, *arguments = command
     program = module.split(".") if module.startswith("vfi.") else ["python", "-m", module]
     return shlex.join([*program, *arguments])
 
 
 def _run(command: Sequence[str]) -> None:
-    """Print and run one step on the CPU, so that the demo does the same everywhere; stop the demo if it fails."""
+    """Print and run one step, on the CPU for the same result everywhere; stop the demo if it fails."""
     print(f"\n$ {as_typed(command)}", flush=True)
     code = subprocess.run(
         [sys.executable, "-m", *command], env=os.environ | {"CUDA_VISIBLE_DEVICES": ""}, check=False

@@ -1,12 +1,12 @@
-"""How is a trained model handed to others? As a folder with weights (or a graph), settings and a card.
+"""Export a trained model to a folder with weights (or a graph), settings and a card.
 
     vfi export runs/first --out first --licence cc-by-4.0 --results results.json --sources sources.csv
     vfi export runs/first --out first_fp16 --dtype fp16           half the bytes; loaded back into fp32 parameters
     vfi export runs/first --out first_onnx --format onnx          a graph that runs without this project, at any size
 
-`vfi interpolate --model first`, `vfi benchmark --model first` and FrameInterpolator.from_pretrained("first") take a folder of
-weights; put on the Hugging Face hub, as it is, they take its ORG/NAME. What was written is read again and compared with the
-original on moving photographs; the card holds the differences. The folder gets its name when all of it is there.
+`vfi interpolate --model first`, `vfi benchmark --model first` and FrameInterpolator.from_pretrained("first") accept a folder of
+weights; uploaded to the Hugging Face hub unchanged, it is loaded by its ORG/NAME. The exported model is read back and compared
+with the original on moving photographs; the card states the differences. The folder gets its name when it is complete.
 """
 
 from __future__ import annotations
@@ -37,42 +37,42 @@ Format = Literal["torch", "torch_export", "onnx"]
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Each field is a flag of the job."""
+    """Options of `vfi export`; each field is a command-line flag."""
 
     out: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
-    """Folder to make; it must not be there yet, or be empty."""
+    """Folder to create; it must not exist yet, or be empty."""
     model: tyro.conf.Positional[str] = ""
-    """Run folder (its newest checkpoint), checkpoint folder, weights file, a folder made by this job, ORG/NAME on the hub, or
-    `shipped`; by default the run in ./runs that was trained last. EMA weights where there are some, unless a file is named."""
+    """Run folder (its newest checkpoint), checkpoint folder, weights file, a folder made by `vfi export`, ORG/NAME on the hub,
+    or `shipped`; default: the run in ./runs that was trained last. EMA weights where there are some, unless a file is named."""
     format: Format = "torch"
     """torch: weights for this project; torch_export: PyTorch's .pt2; onnx: ONNX. The last two are a graph in fp32 for any
     batch, height and width."""
     dtype: Dtype = "fp32"
-    """In which the weights are stored; with fp16 half the bytes, and a little rounding."""
+    """Type in which the weights are stored; fp16 halves the size, at the cost of some rounding."""
     licence: str = ""
-    """Under which the weights may be used, such as cc-by-4.0: for the card, which else says that it is unknown."""
+    """Licence of the weights, such as cc-by-4.0, for the card; without it the card says that the licence is unknown."""
     results: tuple[Path, ...] = ()
-    """Results files of `vfi benchmark` with this model: for the card."""
+    """Results files of `vfi benchmark` with this model, for the card."""
     trained_on: tuple[str, ...] = ()
-    """Names of the data sets, for the card; by default the last part of the run's --data_path."""
+    """Names of the data sets, for the card; default: the last part of the run's --data_path."""
     sources: Path | None = None
     """CSV file with the columns name, source, licence and what: a line for each source of training data, for the card."""
     recipe: str = ""
-    """How it was trained, such as the commands and the hardware: for the card, which holds it as it is."""
+    """How the model was trained, such as the commands and the hardware; the card quotes it unchanged."""
     hours: float | None = None
-    """How long training took: for the card."""
+    """Duration of training in hours, for the card."""
 
 
 @clear_errors(CheckpointError, ResultError, ShardError)
 def main(argv: Sequence[str] | None = None) -> None:
-    """The job: check, write, read again, compare, and say how far it is from the original."""
+    """Check the options, write the folder, read it back, compare it with the original, and print the differences."""
     options = tyro.cli(Options, prog="vfi export", description=__doc__, args=argv)
     for line in export(options):
         print(line)
 
 
 def export(options: Options) -> Iterator[str]:
-    """Make the folder; a line for each comparison, and one about the whole.
+    """Create the folder; yield a line for each comparison, and one about the whole.
 
     Raises JobError, CheckpointError or ResultError; then there is no folder.
     """
@@ -97,7 +97,7 @@ def export(options: Options) -> Iterator[str]:
 
 
 def _check(options: Options) -> None:
-    """Refuse what would fail only after the work."""
+    """Reject what would otherwise fail only after the work."""
     pretrained_folder.check_out(options.out)
     if options.format != "torch" and options.dtype != "fp32":
         raise JobError(f"--dtype {options.dtype} is for --format torch: a graph is in fp32")

@@ -1,17 +1,17 @@
-"""What lies between two frames? A video -> one with more frames or slower; two images -> the image between.
+"""Interpolate frames: a video -> one with more frames or slow motion; two images -> the image between them.
 
     vfi interpolate in.mp4 -o out.mp4                                      twice as many frames
     vfi interpolate in.mkv -o out.mkv --multiplier 4                       … 3, 4, 8 times
-    vfi interpolate in.mp4 -o out.mp4 --fps 60                             so many per second, evenly spaced
-    vfi interpolate in.mp4 -o slow.mp4 --slowmo 4                          four times as slow, as smooth as before
-    vfi interpolate a.mp4 b.mp4 -o more/                                   several, into a folder
-    vfi interpolate FRAMES -o clip.mp4 --input_fps 15                      a folder of images is a video, too …
-    vfi interpolate in.mp4 -o FRAMES/                                      … and may be what comes out
+    vfi interpolate in.mp4 -o out.mp4 --fps 60                             a fixed frame rate, evenly spaced
+    vfi interpolate in.mp4 -o slow.mp4 --slowmo 4                          four times slower, as smooth as before
+    vfi interpolate a.mp4 b.mp4 -o more/                                   several videos, into a folder
+    vfi interpolate FRAMES -o clip.mp4 --input_fps 15                      a folder of images as input …
+    vfi interpolate in.mp4 -o FRAMES/                                      … or as output
     vfi interpolate A.png B.png -o mid.png --timestep 0.25
 
 Sound, subtitles, chapters, rotation and colours of a video are kept (vfi/video/container.py); scene cuts are not blended
-(vfi/video/pipeline.py). A result gets its name when it is complete; after Ctrl-C what is there lies beside it, as NAME_partial,
-and plays; --resume goes on with it.
+(vfi/video/pipeline.py). A result gets its name when it is complete; after Ctrl-C the frames that are done are next to it as
+NAME_partial, which is playable, and from which --resume resumes.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ VIDEO_OUTPUTS = (".mp4", ".mkv", ".mov", ".webm", ".m4v")
 
 @clear_errors(ShardError, CheckpointError)
 def main(argv: Sequence[str] | None = None) -> None:
-    """The job: check everything, load the model, write what was asked for, say what was written."""
+    """Check everything, load the model, write the results, and print a line about each."""
     options = tyro.cli(Options, prog="vfi interpolate", description=__doc__, args=argv)
     for line in interpolate(options):
         print(line)
 
 
 def interpolate(options: Options) -> Iterator[str]:
-    """Do what the options ask for; each result is described in one line when it is there.
+    """Convert all inputs as the options say, and yield a line about each result once it is written.
 
     Raises JobError, ShardError (an image that cannot be read) or CheckpointError; then nothing has been written.
     """
@@ -64,7 +64,7 @@ def interpolate(options: Options) -> Iterator[str]:
 
 
 def _places(options: Options) -> dict[Path, Path]:
-    """Where the result of each input goes; refuses what would overwrite something."""
+    """Return the output path of each input. Raises JobError if something would be overwritten."""
     out = options.out
     several = len(options.inputs) > 1
     if several and out.suffix:
@@ -108,7 +108,7 @@ def _images_to_image(options: Options, path0: Path, path1: Path) -> str:
     model = between_for(options)
     temporary = _temporary(options.out)
     try:
-        Image.fromarray(model(img0, img1, [timestep])[0]).save(temporary, quality=95)  # of JPEG and WebP
+        Image.fromarray(model(img0, img1, [timestep])[0]).save(temporary, quality=95)  # for JPEG and WebP
         temporary.replace(options.out)
     finally:
         temporary.unlink(missing_ok=True)

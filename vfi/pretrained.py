@@ -1,13 +1,13 @@
-"""How does a program use a trained model? Load, two frames in, frames out.
+"""Python interface to trained models: load one, pass two frames, get frames back.
 
     from vfi import FrameInterpolator
     model = FrameInterpolator.from_pretrained()                         # the model that comes with the package
     model = FrameInterpolator.from_pretrained("runs/first")             # or a saved folder, or ORG/NAME on the hub
     middle = model(img0, img1)                                          # arrays [H, W, 3] or tensors [3, H, W], or batches
-    quarters = model(img0, img1, timestep=[0.25, 0.5, 0.75])            # a list of three, from one pass over the frames
-    model.save_pretrained("first", licence="cc-by-4.0")                 # a folder that can be put on the hub as it is
+    quarters = model(img0, img1, timestep=[0.25, 0.5, 0.75])            # a list of three; features are computed once
+    model.save_pretrained("first", licence="cc-by-4.0")                 # a folder that can be uploaded to the hub unchanged
 
-What comes out is of the kind, type and device of what went in. The network itself is `model.network`.
+Outputs have the container, dtype and device of the inputs. The network itself is `model.network`.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ Times = Sequence[float] | np.ndarray | Tensor
 
 
 class FrameInterpolator:
-    """A trained model on a device, for use. Made by `from_pretrained`."""
+    """A trained model on a device, for inference. Created by `from_pretrained`."""
 
     def __init__(self, loaded: LoadedModel, device: torch.device, precision: torch.dtype) -> None:
         self._loaded, self.device, self._precision = loaded, device, precision
@@ -48,12 +48,13 @@ class FrameInterpolator:
         device: DeviceName = "auto",
         precision: PrecisionName = "auto",
     ) -> Self:
-        """The model of a saved folder, a run, a checkpoint or, as ORG/NAME, of the Hugging Face hub; by default the model that
-        comes with the package, of which a note on stderr says what it is.
+        """Load a saved folder, a run, a checkpoint or, as ORG/NAME, a model of the Hugging Face hub.
 
-        `revision`: branch, tag or commit on the hub. `device`: auto (the GPU if there is one), cpu or cuda. `precision`: auto
-        (bf16 on a GPU that has it, else fp32), fp32 or bf16. Nothing that is read can execute code.
-        Raises CheckpointError for what can't be found or used, JobError for a device that isn't there.
+        By default it is the model that comes with the package, which a note on stderr describes. `revision`: branch, tag or
+        commit on the hub. `device`: auto (the GPU if there is one), cpu or cuda. `precision`: auto (bf16 on a GPU that supports
+        it, else fp32), fp32 or bf16. Nothing that is read can execute code.
+
+        Raises CheckpointError for a model that can't be found or used, JobError for a device that does not exist.
         """
         _check_choice("device", device, get_args(DeviceName))
         _check_choice("precision", precision, get_args(PrecisionName))
@@ -67,11 +68,11 @@ class FrameInterpolator:
     def __call__(self, img0: Frames, img1: Frames, timestep: Times, *, scale: float | None = ...) -> list[Frames]: ...
 
     def __call__(self, img0: Any, img1: Any, timestep: float | Times = 0.5, *, scale: float | None = None) -> Any:
-        """The frame at `timestep` between two frames, or a list of frames at several, each like `img0`.
+        """Return the frame at `timestep` between two frames, or a list of frames at several timesteps, each like `img0`.
 
         Frames are arrays [H, W, 3] or tensors [3, H, W], or batches of them (vfi/inference/array_io.py has types and ranges).
-        Timesteps lie above 0 (img0) and below 1 (img1). `scale`: flow is estimated at this fraction of the size, 0.5 for 2K,
-        0.25 for 4K; by default as trained. JobError says what of this does not go, what is allowed and what to do.
+        Timesteps lie above 0 (img0) and below 1 (img1). `scale`: flow is estimated at this fraction of the frame size, 0.5 for
+        2K, 0.25 for 4K; by default as trained. Raises JobError, which says what is wrong, allowed and to be done.
         """
         times = _times(timestep)
         self._check_scale(scale)
@@ -84,8 +85,8 @@ class FrameInterpolator:
     def save_pretrained(self, path: str | Path, *, licence: str = "", results: Sequence[str | Path] = ()) -> None:
         """Write a folder that `from_pretrained` reads, here or on the hub: weights, settings and a card.
 
-        `licence`: of the weights, such as cc-by-4.0. `results`: files of `vfi benchmark` that go into the card.
-        JobError where `path` is no empty or new folder, or a file of results has no row of this model.
+        `licence`: that of the weights, such as cc-by-4.0. `results`: files of `vfi benchmark` for the card. Raises JobError
+        where `path` is neither new nor an empty folder, or a results file has no row of this model.
         """
         about = card(self._loaded, licence, [Path(file) for file in results])
         with pretrained_folder.new_folder(Path(path)) as folder:
@@ -94,7 +95,7 @@ class FrameInterpolator:
 
     @property
     def network(self) -> Network:
-        """The torch module, in eval mode: img0, img1, timestep `[B]` -> Prediction."""
+        """Return the torch module, in eval mode: img0, img1, timestep `[B]` -> Prediction."""
         return cast(Network, self._loaded.model)
 
     def __repr__(self) -> str:
@@ -117,14 +118,14 @@ def _check_choice(name: str, value: str, allowed: Sequence[str]) -> None:
 
 
 def _is_several(timestep: object) -> bool:
-    """Also a list of one is several; an array or tensor without dimensions is one."""
+    """Return whether `timestep` is a sequence, of any length; arrays and tensors without dimensions are a single timestep."""
     if isinstance(timestep, np.ndarray | Tensor):
         return timestep.ndim > 0
     return isinstance(timestep, Sequence) and not isinstance(timestep, str)
 
 
 def _times(timestep: Any) -> list[float]:
-    """All timesteps that are asked for, checked."""
+    """Return all given timesteps, checked."""
     given = list(timestep) if _is_several(timestep) else [timestep]
     found = [one.item() if isinstance(one, np.ndarray | np.generic | Tensor) and one.ndim == 0 else one for one in given]
     if not found:

@@ -1,13 +1,13 @@
-"""What did the benchmarks find? Results and speed files -> Markdown tables and one self-contained page.
+"""Report on benchmarks: results and speed files -> Markdown tables and one self-contained page.
 
     vfi report results.json --out report
     vfi report a.json b.json speed.json --out report
-    vfi report *.json --out report --gate phase1       and is it good enough? exit code 1 if not
-    vfi report *.json --out report --ablation phase1   and the runs of an ablation by their validation
-    vfi report --ablation phase1                       these alone, printed
+    vfi report *.json --out report --gate phase1       also check the gates of a phase; exit code 1 if one is not passed
+    vfi report *.json --out report --ablation phase1   also list the runs of an ablation by their validation
+    vfi report --ablation phase1                       print these runs alone
 
-Writes report.md and report.html: tables, training curves, speed against quality, pictures with a before/after slider, and how
-it was measured. Rows stand in one table only if they were measured on the same samples; other sets get tables of their own.
+Writes report.md and report.html: tables, training curves, latency against quality, pictures with a before/after slider, and how
+it was measured. Rows share a table only if they were measured on the same samples; other sets get tables of their own.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ RUNS = Path("runs")
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Each field is a flag of the job."""
+    """Options of `vfi report`; each field is a command-line flag."""
 
     results: tyro.conf.Positional[tuple[Path, ...]] = ()
     """Files that `vfi benchmark` wrote, with or without --speed; one or more."""
@@ -60,7 +60,7 @@ class Options:
 
 @clear_errors(ResultError)
 def main(argv: Sequence[str] | None = None) -> None:
-    """The job: read the files, write the report, say where it is and what became of the gates."""
+    """Read the files, write the report, and print its path and the outcome of the gates."""
     options = tyro.cli(Options, prog="vfi report", description=__doc__, args=argv)
     if options.output_dir != RUNS and not (options.ablation or options.gate):
         raise JobError("--output_dir has no effect without --ablation or --gate: leave it out")
@@ -95,7 +95,7 @@ def report(files: Sequence[Path], out: Path) -> tuple[Path, Path]:
 
 
 def read(files: Sequence[Path]) -> tuple[dict[Path, Results], dict[Path, Speed]]:
-    """Results files and speed files, each once. Raises ResultError, or JobError where none is given."""
+    """Read results files and speed files, each once. Raises ResultError, or JobError where none is given."""
     if not files:
         raise JobError("no results file was given: `vfi benchmark` writes one, then `vfi report results.json --out report`")
     results: dict[Path, Results] = {}
@@ -120,7 +120,7 @@ def write(content: Content, out: Path) -> tuple[Path, Path]:
 
 
 def markdown(content: Content) -> str:
-    """Tables and facts of everything."""
+    """Render tables and facts of everything in Markdown."""
     lines = [f"# {TITLE}"]
     lines += _section(content.gate) if content.gate else []
     for group in content.groups:
@@ -137,7 +137,7 @@ def _ablation(output_dir: Path, ablation: AblationName) -> Table:
 
 
 def _group(group: Group) -> list[str]:
-    """Everything that was measured on the same samples."""
+    """Render everything that was measured on the same samples."""
     lines = ["", f"## {_escape(group.data)}", "", _escape(about(group)), *_table(results_table(group))]
     for title, table in (
         ("Published, not measured here:", published_table(group)),
@@ -167,7 +167,7 @@ def _facts(path: Path, facts: Mapping[str, Any]) -> list[str]:
 
 
 def _escape(text: str) -> str:
-    """Text that Markdown shows as it is, also in a cell of a table."""
+    """Escape text so that Markdown shows it unchanged, also in a cell of a table."""
     for sign in "\\`*_<>|[]":
         text = text.replace(sign, f"\\{sign}")
     return " ".join(text.split())

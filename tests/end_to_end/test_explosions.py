@@ -1,9 +1,9 @@
 """Explosions injected into running jobs, and the guard's stages that they reach: watch, clip, anneal, skip, roll back, stop.
 
-Which steps are unusual must not depend on how a processor rounds. So the faults are far larger than what training does by
-itself: a gradient grows a million million times, a rate a million times, a layer a thousand times. A norm is unusual here only
-at 10 times its median and 10 spreads of its logarithm above it, which no undisturbed step comes near. And losses have a floor,
-so that none but those of ruined weights is twice as high as the others.
+Which steps are unusual must not depend on a processor's rounding. So the faults are far larger than any change in ordinary
+training: a gradient grows by a factor of 1e12, a learning rate by 1e6, a layer by 1000. A norm counts as unusual here only at
+10 times its median and 10 spreads of its logarithm above it, which no undisturbed step approaches. The losses have a floor, so
+that only those of ruined weights are twice as high as the others.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ Fault = Callable[[trainer.Trainer], None]
 
 @pytest.fixture
 def inject(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """inject(fault, steps …): call `fault(trainer)` after the backward pass of these steps, each time that they come by."""
+    """inject(fault, steps …): call `fault(trainer)` after the backward pass of these steps, each time that they are run."""
     faults: dict[int, Fault] = {}
     plain = trainer.Trainer.optimise
 
@@ -84,7 +84,7 @@ def inject(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
 @pytest.fixture
 def spoil(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """spoil(steps …, img0=nan): fill a frame of the batches of these steps, each time that they come by."""
+    """spoil(steps …, img0=nan): fill a frame of the batches of these steps, each time that they are run."""
     fills: dict[int, dict[str, float]] = {}
     plain = trainer.Trainer.forward
 
@@ -97,40 +97,40 @@ def spoil(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
 
 def blow_up_layer(trainer: trainer.Trainer) -> None:
-    """Multiply the weights of the last layer by 1000, and add 10 to what it gives."""
+    """Multiply the weights of the last layer by 1000, and add 10 to its output."""
     with torch.no_grad():
         trainer.network.refine.head.weight.mul_(1e3)
         trainer.network.refine.head.bias.add_(10)
 
 
 def blow_up_gradient(trainer: trainer.Trainer) -> None:
-    """Multiply the gradient of one stage by a million million."""
+    """Multiply the gradient of one stage by 1e12."""
     for parameter in trainer.groups["stage1"]:
         parameter.grad.mul_(1e12)
 
 
 def step_up_rate(trainer: trainer.Trainer) -> None:
-    """Raise the learning rate, from now on and also after a roll-back."""
+    """Raise the learning rate from now on, also after a roll-back."""
     optim = trainer.config.optim
     raised = dataclasses.replace(optim, lr=TOO_HIGH * optim.lr, lr_min=TOO_HIGH * optim.lr_min)
     trainer.config = dataclasses.replace(trainer.config, optim=raised)
 
 
 def once(fault: Fault) -> Fault:
-    """Only the first time."""
+    """Inject the fault only the first time."""
     left = [fault]
     return lambda trainer: left.pop()(trainer) if left else None
 
 
 def floored_losses(*arguments: object) -> dict[str, torch.Tensor]:
-    """The losses of training, none of them near 0; of the same gradient."""
+    """Return the losses of training, shifted away from 0, with the same gradient."""
     losses = training_losses(*arguments)
     return losses | {"loss": losses["loss"] + FLOOR}
 
 
 @pytest.fixture
 def run(tmp_path, train_shards, val_shards, monkeypatch):
-    """run(name, flags …) -> the run's folder, in which a run may be there already."""
+    """run(name, flags …) -> the run's folder, which may already hold a run."""
 
     monkeypatch.setattr(trainer, "training_losses", floored_losses)
 
@@ -145,7 +145,7 @@ def run(tmp_path, train_shards, val_shards, monkeypatch):
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory, train_shards, val_shards) -> Path:
-    """60 steps with the guard, all of them saved."""
+    """A run of 60 steps with the guard, all of them saved."""
     out = tmp_path_factory.mktemp("runs")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trainer, "training_losses", floored_losses)
@@ -155,7 +155,7 @@ def undisturbed(tmp_path_factory, train_shards, val_shards) -> Path:
 
 
 def part_of(whole: Path, step: int, run: Path) -> str:
-    """A copy of a run that was killed after its checkpoint of `step` -> its name."""
+    """Copy a run as if it was killed after its checkpoint of `step` -> its name."""
     shutil.copytree(whole, run)
     for found in list_checkpoints(run):
         if found.step > step:
@@ -164,7 +164,7 @@ def part_of(whole: Path, step: int, run: Path) -> str:
 
 
 def folder_of(run: Path, step: int | None) -> Path:
-    """The checkpoint of a step, or else the newest one."""
+    """Return the checkpoint of a step, or else the newest one."""
     found = {checkpoint.step: checkpoint.path for checkpoint in list_checkpoints(run)}
     return found[step or max(found)]
 
@@ -178,7 +178,7 @@ def optimizer(run: Path, step: int) -> dict[int, dict[str, torch.Tensor]]:
 
 
 def assert_finite(run: Path) -> None:
-    """No checkpoint of a run holds a weight that is not finite."""
+    """Assert that no checkpoint of a run holds a non-finite weight."""
     for found in list_checkpoints(run):
         assert all(tensor.isfinite().all() for tensor in weights(run, found.step).values()), found.step
 
@@ -194,12 +194,12 @@ def rows(run: Path, event: str) -> list[dict]:
 
 
 def final_loss(run: Path) -> float:
-    """Mean square error of the validation at the end."""
+    """Return the mean squared error of the validation at the end."""
     return 10 ** (-rows(run, "val")[-1]["psnr"] / 10)
 
 
 def stopped(capsys, start: Callable[[], object]) -> str:
-    """The one line of an error that ends the job."""
+    """Return the one line of the error that ends the job."""
     with pytest.raises(SystemExit) as error:
         start()
     assert error.value.code == 2
@@ -259,7 +259,7 @@ def test_without_the_guard_it_ends_the_run(undisturbed, run, spoil, tmp_path, ca
 
 
 def test_a_layer_that_is_blown_up_is_rolled_back_bit_for_bit(undisturbed, run, inject, tmp_path):
-    """At an unchanged rate, and with a fault that does not come again, nothing of it is left."""
+    """At an unchanged rate, and with a fault that does not recur, nothing of it is left."""
     inject(once(blow_up_layer), 43)
     disturbed = run(part_of(undisturbed, 40, tmp_path / "blown"), "--steps", 60, "--resume", "auto", "--guard_rate_factor", 1)
     (event,) = rows(disturbed, "roll_back")
@@ -269,7 +269,7 @@ def test_a_layer_that_is_blown_up_is_rolled_back_bit_for_bit(undisturbed, run, i
     assert_same_weights(weights(disturbed), weights(undisturbed))
     assert rows(disturbed, "val")[-1]["psnr"] == rows(undisturbed, "val")[-1]["psnr"]
     undone = [row["step"] for row in rows(disturbed, "train")]
-    assert undone == [*range(1, event["from_step"]), *range(41, 61)]  # what was undone is still there to be read
+    assert undone == [*range(1, event["from_step"]), *range(41, 61)]  # rows of undone steps stay in the file
     assert read_state(latest(disturbed).path).guard["roll_backs"] == 1
 
 
@@ -280,7 +280,7 @@ def test_without_the_guard_it_is_lost(undisturbed, run, inject, tmp_path):
 
 
 def test_a_fault_that_comes_again_lowers_the_rate_and_then_stops(undisturbed, run, inject, tmp_path, capsys):
-    """The first time it goes back, the second time, with the rate at a half, it ends; what was saved is good."""
+    """The first time the run rolls back, the second time, at half the rate, it ends; what was saved is good."""
     inject(blow_up_layer, 43)
     part_of(undisturbed, 40, tmp_path / "again")
     message = stopped(capsys, lambda: run("again", "--steps", 60, "--resume", "auto", "--guard_roll_backs", 1))
@@ -294,13 +294,13 @@ def test_a_fault_that_comes_again_lowers_the_rate_and_then_stops(undisturbed, ru
 
 
 def _around_41(lines: list[dict]) -> tuple[list[dict], list[dict]]:
-    """Rows from step 41 on: those before and those after the run went back."""
+    """Return the rows from step 41 on: those before and those after the roll-back."""
     second = [i for i, row in enumerate(lines) if row["step"] == 41][1]
     return [row for row in lines[:second] if row["step"] > 40], lines[second:]
 
 
 def test_a_rate_that_steps_up_is_lowered_after_going_back(undisturbed, run, inject, tmp_path):
-    """From step 43 on it is a million times too high: losses are high or no numbers, whichever a processor comes to."""
+    """From step 43 on the rate is a million times too high: losses are high or non-finite, depending on the processor."""
     inject(once(step_up_rate), 43)
     disturbed = run(part_of(undisturbed, 40, tmp_path / "rate"), "--steps", 60, "--resume", "auto", "--guard_rate_factor",
                     1 / TOO_HIGH)  # fmt: skip
@@ -319,7 +319,7 @@ def test_a_rate_that_steps_up_is_lowered_after_going_back(undisturbed, run, inje
 def test_without_the_guard_that_rate_ruins_the_weights(undisturbed, run, inject, tmp_path):
     inject(once(step_up_rate), 43)
     part_of(undisturbed, 40, tmp_path / "rate")
-    with contextlib.suppress(SystemExit):  # a processor may come to losses that are no numbers: the run ends there
+    with contextlib.suppress(SystemExit):  # on some processors losses become non-finite: the run ends there
         run("rate", "--steps", 60, "--resume", "auto", "--no-guard")
     losses = {row["step"]: row["loss"] for row in rows(tmp_path / "rate", "train")}
     first = losses[1]
@@ -345,7 +345,7 @@ def test_checkpoints_of_ruined_weights_are_left_out_and_removed(undisturbed, run
 
 
 def test_where_there_is_nothing_to_go_back_to_it_stops(run, spoil, tmp_path, capsys):
-    """The very first step fails: with the first weights, to which one could go back, it would fail again."""
+    """The very first step fails: rolled back to the first weights, it would fail again."""
     spoil(1, imgt=math.nan)
     message = stopped(capsys, lambda: run("none", "--steps", 6, "--guard_skips", 0))
     assert "step 1: loss nan" in message
@@ -354,7 +354,7 @@ def test_where_there_is_nothing_to_go_back_to_it_stops(run, spoil, tmp_path, cap
 
 
 def test_a_gradient_that_is_blown_up_is_clipped_and_its_group_named(undisturbed, run, inject, tmp_path):
-    """To the hypotenuse of the groups' medians. What AdamW has learnt tells how long the gradient was that it was given."""
+    """Clipped to the hypotenuse of the groups' medians; AdamW's state shows the norm of the gradient that it received."""
     inject(blow_up_gradient, 33)
     disturbed = run(part_of(undisturbed, 30, tmp_path / "clipped"), "--steps", 60, "--resume", "auto", "--clip_norm", 0,
                     "--save_every", 1)  # fmt: skip
@@ -374,8 +374,8 @@ def test_a_gradient_that_is_blown_up_is_clipped_and_its_group_named(undisturbed,
 
 
 def test_an_explosion_that_builds_up_raises_the_annealing_for_good_and_resumes_exactly(run, inject, spoil, tmp_path):
-    """At every third unusual step in a row, a tenth of the way to 1. With a skipped step and a watched one in the state that is
-    saved; 38 = 28 + resume + 10, bit for bit.
+    """At every third unusual step in a row the annealing moves a tenth of the way to 1. The saved state has a skipped step and
+    a watched one; 38 = 28 + resume + 10, bit for bit.
     """
     inject(blow_up_gradient, 27, *range(29, 36))
     spoil(26, imgt=math.nan)
@@ -389,13 +389,13 @@ def test_an_explosion_that_builds_up_raises_the_annealing_for_good_and_resumes_e
     factors = [row["mixing_annealing"] for row in rows(whole, "train")]
     assert factors == pytest.approx([0.0] * 31 + [0.1] * 3 + [0.19] * 4)
     assert_finite(whole)
-    assert rows(whole, "train")[-1]["loss"] < 10 * rows(whole, "train")[0]["loss"]  # training goes on
+    assert rows(whole, "train")[-1]["loss"] < 10 * rows(whole, "train")[0]["loss"]  # training continues
     assert_same_weights(weights(again), weights(whole))
     assert read_state(latest(again).path).guard == read_state(latest(whole).path).guard
 
 
 def test_all_stages_follow_one_another_in_one_run(run, inject, spoil, tmp_path, capsys):
-    """Watched and clipped, annealed, skipped, rolled back with the annealing kept, and stopped when it all comes again."""
+    """Watched and clipped, annealed, skipped, rolled back with the annealing kept, and stopped when all of it recurs."""
     inject(blow_up_gradient, 23, 24, 25)
     spoil(27, imgt=math.nan)
     inject(blow_up_layer, 33)
@@ -422,7 +422,7 @@ IN_MEMORY = ("--save_every", 1000)  # only the last step is saved
 
 
 def test_a_rate_far_too_high_from_the_first_step_on_is_survived_without_a_checkpoint(undisturbed, run, tmp_path):
-    """It goes back to the first weights, in memory, and starts once more, at a rate that is right."""
+    """The run rolls back to the first weights, in memory, and restarts at a suitable rate."""
     too_high = (*IN_MEMORY, "--steps", 60, "--lr", 1e-3 * TOO_HIGH, "--lr_min", 2e-5 * TOO_HIGH)
     high = run("high", *too_high, "--guard_rate_factor", 1 / TOO_HIGH)
     (event,) = rows(high, "roll_back")
@@ -436,7 +436,7 @@ def test_a_rate_far_too_high_from_the_first_step_on_is_survived_without_a_checkp
     assert max(line["loss"] for line in after) < 10 * usual[0]["loss"]
     assert_finite(high)
     assert [found.step for found in list_checkpoints(high)] == [60]
-    with contextlib.suppress(SystemExit):  # a processor may come to losses that are no numbers: the run ends there
+    with contextlib.suppress(SystemExit):  # on some processors losses become non-finite: the run ends there
         run("lost", *too_high, "--no-guard")
     lost = [line["loss"] for line in rows(tmp_path / "lost", "train")][1:]
     assert all(loss is None or loss > 100 * usual[0]["loss"] for loss in lost)
@@ -444,7 +444,7 @@ def test_a_rate_far_too_high_from_the_first_step_on_is_survived_without_a_checkp
 
 @pytest.mark.parametrize("save_every", [1000, 40])
 def test_a_state_that_its_own_step_ruined_is_not_gone_back_to(undisturbed, run, inject, save_every):
-    """The update of step 40 ruins the weights, of which the loss of step 41 tells. In memory, and saved, is also step 40."""
+    """The update of step 40 ruins the weights, which the loss of step 41 shows. That of step 40 is in memory and saved, too."""
     inject(once(blow_up_layer), 40)
     disturbed = run("ruined", "--steps", 60, "--save_every", save_every, "--guard_rate_factor", 1)
     (event,) = rows(disturbed, "roll_back")
@@ -465,7 +465,7 @@ def noisy(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def timeless(run: Path) -> list[dict]:
-    """All rows of metrics, without what no two runs share."""
+    """Return all rows of metrics, without the values that differ between any two runs."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     others = ("samples_per_s", "data_wait", "seconds", "from_memory")
     return [{name: value for name, value in line.items() if name not in others} for line in lines]
@@ -475,7 +475,7 @@ def timeless(run: Path) -> list[dict]:
 def test_going_back_in_memory_is_to_the_bit_going_back_to_a_checkpoint(
     undisturbed, run, inject, spoil, noisy, tmp_path, monkeypatch, kind
 ):
-    """Of the same step: weights, averages, optimizer, guard, random numbers, place in the data, and every row of metrics."""
+    """Compared at the same step: weights, averages, optimizer, guard, random numbers, position in the data, all metrics."""
     flags = [*MIXED, "--ema", 0.9, "--batch_size", 1, "--global_batch", 2]
     if kind == "thawed since":  # with step 23; another optimizer
         flags = ["--phase", 2, "--freeze_backbone", 2, "--ema", 0.9, "--resume", undisturbed]
@@ -503,7 +503,7 @@ def test_going_back_in_memory_is_to_the_bit_going_back_to_a_checkpoint(
 
 
 def test_processes_go_back_in_memory_together_and_stay_equal(tmp_path, train_shards):
-    """By DDP: the loss of one of them is no number in step 23, and nothing has been saved."""
+    """With DDP: the loss of one rank is non-finite in step 23, and nothing has been saved."""
     flags = [*FLAGS, *GUARDED, *IN_MEMORY, "--data_path", train_shards, "--output_dir", tmp_path, "--exp_name", "two",
              "--steps", 25, "--guard_skips", 0, "--guard_rate_factor", 1]  # fmt: skip
     finish(start_ranks(2, INF_ON_ONE, tmp_path / "rank", *flags, CALL="23"))
@@ -518,7 +518,7 @@ def test_processes_go_back_in_memory_together_and_stay_equal(tmp_path, train_sha
 
 
 def test_inf_on_one_process_is_skipped_by_both_which_stay_equal(tmp_path, train_shards):
-    """By DDP; the samples that are named are those of the process whose loss it was."""
+    """With DDP; the samples that are named are those of the rank whose loss it was."""
     two = tmp_path / "two"
     flags = [*FLAGS, "--data_path", train_shards, "--output_dir", tmp_path, "--exp_name", "two", "--steps", 6,
              "--save_every", 1]  # fmt: skip
@@ -538,25 +538,25 @@ def test_inf_on_one_process_is_skipped_by_both_which_stay_equal(tmp_path, train_
 
 @pytest.fixture
 def brighter(run, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The truth is a little brighter than the frames: something to learn within few steps. The loss has no floor."""
+    """Make the truth a little brighter than the frames: a target that is learned within few steps. The loss has no floor."""
     monkeypatch.setattr(
         trainer, "training_losses", lambda prediction, imgt, *rest: training_losses(prediction, imgt + 0.05, *rest)
     )
 
 
 def last_epoch(run: Path) -> float:
-    """Mean loss of the last 11 steps, in which every sample comes once."""
+    """Return the mean loss of the last 11 steps, in which every sample occurs once."""
     return sum(row["loss"] for row in rows(run, "train")[-11:]) / 11
 
 
 @pytest.mark.slow
 def test_a_rate_30_times_too_high_is_survived_and_without_the_guard_diverges(run, brighter, tmp_path):
-    """It explodes by itself, on the way up to that rate. When, in which stages and how often depends on how a processor rounds:
-    that it explodes, that the guard brings it back to training, and that the loss stays high without it, does not.
+    """Training explodes by itself, on the way up to that rate. When, in which stages and how often depends on a processor's
+    rounding; that it explodes, that the guard brings it back to training, and that the loss stays high without it, does not.
     """
     good = run("good", *UNSTABLE, "--lr", GOOD_RATE)
     high = run("high", *UNSTABLE, "--lr", 30 * GOOD_RATE, "--guard_rate_factor", 0.1)
-    with contextlib.suppress(SystemExit):  # it may come to losses that are no numbers, and end there
+    with contextlib.suppress(SystemExit):  # losses may become non-finite, which ends the run
         run("lost", *UNSTABLE[:-2], "--lr", 30 * GOOD_RATE, "--no-guard")
     first = rows(good, "train")[0]["loss"]
     assert last_epoch(good) < 0.5 * first  # there was something to learn

@@ -1,4 +1,4 @@
-"""What goes wrong under a running job, and what its user sees: bad samples, and processes that die."""
+"""Faults under a running job, and what its user sees: bad samples, and processes that die."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ FLAGS = ["--preset", "tiny", "--crop", "64", "--log_every", "2", "--warmup_steps
 
 
 def children(pid: int) -> list[int]:
-    """Processes that a process has started, in the order of their start."""
+    """Return the child processes of a process, in the order of their start."""
     listed = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
     return [int(child) for child in listed]
 
@@ -37,7 +37,7 @@ def wait_for(condition, process: Process, seconds: float = 180) -> None:
 
 
 def wait_for_metrics(run: Path, process: Process) -> None:
-    """Until it trains."""
+    """Wait until it trains."""
     metrics = run / "metrics.jsonl"
     wait_for(lambda: metrics.exists() and metrics.read_text(), process)
 
@@ -49,7 +49,7 @@ def rows(run: Path, event: str) -> list[dict]:
 
 @pytest.fixture
 def damaged(train_shards, tmp_path) -> tuple[Path, str]:
-    """22 samples, one of which has junk in the place of a frame; and its key."""
+    """Return a folder of 22 samples, of which one has junk in place of a frame, and the key of that sample."""
     folder = Path(shutil.copytree(train_shards, tmp_path / "damaged"))
     tar = folder / "shard-000001.tar"
     with tarfile.open(tar) as members:
@@ -116,7 +116,7 @@ def test_a_loader_process_that_is_killed_ends_the_run(train_shards, tmp_path, wo
 
 @pytest.mark.parametrize("number", STOPPING)
 def test_signals_may_come_to_loader_processes_too(train_shards, tmp_path, number):
-    """Some clusters send them to all that a job has started. Here these get two, by the second of which training would end."""
+    """Some clusters signal all processes of a job. Here the loaders get two signals; training would end at a second one."""
     process = Process(TRAIN, *FLAGS, "--data_path", train_shards, "--steps", 100_000, "--batch_size", 2, "--num_workers", 2,
                       "--output_dir", tmp_path, "--exp_name", "run")  # fmt: skip
     wait_for_metrics(tmp_path / "run", process)

@@ -1,6 +1,6 @@
-"""The losses of 20 training steps, beside those that were recorded: a change that is meant to change no number changes none.
+"""The losses of 20 training steps, compared with recorded ones: a change that should not alter numbers must not alter these.
 
-After one that is meant to change them, `python tests/end_to_end/test_golden_loss.py` records them anew.
+After a change that should alter them, `python tests/end_to_end/test_golden_loss.py` records them again.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ TOLERANCE = 5e-4
 
 
 def train_and_read_losses(folder: Path) -> list[float]:
-    """The loss of each step of a run on generated shards."""
+    """Return the loss of each step of a run on generated shards."""
     assert synthetic.main(["--out", str(folder / "shards"), *SHARDS]) == 0
     train.main([*FLAGS, "--data_path", str(folder / "shards"), "--output_dir", str(folder)])
     rows = [json.loads(line) for line in (folder / "golden" / "metrics.jsonl").read_text().splitlines()]

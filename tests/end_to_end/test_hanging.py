@@ -1,4 +1,4 @@
-"""Two processes of one run, of which one is told to stop, or hangs: what becomes of the other."""
+"""Two ranks of one run, of which one is told to stop, or hangs, and the effect on the other."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ train.main(sys.argv[1:])
 
 @pytest.fixture
 def pair() -> Iterator[Callable[..., list[Process]]]:
-    """Starts two processes of one run; those that are left at the end are killed."""
+    """Start two ranks of one run; those that are still running at the end are killed."""
     started: list[Process] = []
 
     def start(run: Path, shards: Path, *flags: object, hangs: bool = False) -> list[Process]:
@@ -50,14 +50,14 @@ def pair() -> Iterator[Callable[..., list[Process]]]:
 
 
 def steps_of(run: Path) -> list[int]:
-    """Of the rows on training."""
+    """Return the steps of the training rows."""
     path = run / "metrics.jsonl"
     lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     return [line["step"] for line in lines if line["event"] == "train"]
 
 
 def wait_for_step(run: Path, step: int, processes: list[Process]) -> None:
-    """Until that step is in the metrics."""
+    """Wait until that step is in the metrics."""
     deadline = time.monotonic() + 120
     while step not in steps_of(run):
         assert time.monotonic() < deadline
@@ -67,7 +67,7 @@ def wait_for_step(run: Path, step: int, processes: list[Process]) -> None:
 
 @pytest.mark.slow
 def test_a_signal_at_one_process_stops_all_after_the_same_step(pair, tmp_path, train_shards):
-    """It comes to the process group of rank 1, as from a launcher: its loader processes must outlive it, too."""
+    """The signal goes to the process group of rank 1, as from a launcher: its loader processes must outlive it, too."""
     run = tmp_path / "run"
     processes = pair(run, train_shards, "--num_workers", 1)
     wait_for_step(run, 2, processes)

@@ -1,4 +1,4 @@
-"""Training that is killed at random moments: see tests/end_to_end/kill_harness.py, whose `--times 100` is the long form of this test."""
+"""Training killed at random moments: see tests/end_to_end/kill_harness.py; `--times 100` is the long form."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Two machines, shown as two launches on this one with a process each: they train as both processes on one machine do.
+"""Two machines, simulated by two launches on this one with a rank each: they train as two ranks on one machine do.
 
 They are started as accelerate_configs/multi_node.yaml says, on the CPU.
 """
@@ -26,12 +26,12 @@ FLAGS = ["--preset", "tiny", "--width", "2", "--head_dim", "8", "--backbone_mode
 
 
 def flags(run: Path, shards: tuple[Path, Path]) -> list[object]:
-    """Of the training."""
+    """Return the flags of the training."""
     return [*FLAGS, "--data_path", shards[0], "--val_path", shards[1], "--output_dir", run.parent, "--exp_name", run.name]
 
 
 def start(run: Path, shards: tuple[Path, Path], *settings: object) -> subprocess.Popen[str]:
-    """On one machine, in fp32."""
+    """Start a launch on one machine, in fp32."""
     config = "accelerate_configs/multi_node.yaml"
     launcher = ["accelerate.commands.launch", "--config_file", config, "--mixed_precision", "no", *settings]
     command = [sys.executable, "-m", *launcher, "-m", "vfi.train", *flags(run, shards)]
@@ -40,7 +40,7 @@ def start(run: Path, shards: tuple[Path, Path], *settings: object) -> subprocess
 
 
 def on_two_machines(run: Path, shards: tuple[Path, Path], processes: int = 2) -> list[tuple[int | None, str]]:
-    """Exit code and output of the launches of machine 0 and 1."""
+    """Return exit code and output of the launches of machine 0 and 1."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -55,7 +55,7 @@ def on_two_machines(run: Path, shards: tuple[Path, Path], processes: int = 2) ->
 
 
 def rows(run: Path, event: str) -> list[dict]:
-    """Of the metrics, without what depends on the clock."""
+    """Return the rows of the metrics, without what depends on the clock."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     timed = ("samples_per_s", "data_wait")
     return [{key: value for key, value in line.items() if key not in timed} for line in lines if line["event"] == event]
@@ -66,7 +66,7 @@ def test_two_machines_train_as_one_with_both_processes(tmp_path, train_shards, v
     (code, output), (other_code, other_output) = on_two_machines(tmp_path / "two", shards)
     assert (code, other_code) == (0, 0), output + other_output
     assert "2 processes on cpu, precision no, global batch 4 = 2 * 2 * 1 accumulated" in output
-    assert "PSNR" not in other_output  # what there is to say is said once
+    assert "PSNR" not in other_output  # messages are printed only once
     finish(start_ranks(2, TRAIN, *flags(tmp_path / "one", shards)))
     for event, number in (("train", 6), ("val", 2)):
         assert len(rows(tmp_path / "two", event)) == number
@@ -78,14 +78,14 @@ def test_two_machines_train_as_one_with_both_processes(tmp_path, train_shards, v
 
 
 def test_another_number_of_processes_than_asked_for_is_refused_on_both_machines(tmp_path, train_shards, val_shards):
-    """Left alone, accelerate would round down, and say nothing."""
+    """Left alone, accelerate would round down silently."""
     launches = on_two_machines(tmp_path / "run", (train_shards, val_shards), processes=3)
     assert_refused(launches, "accelerate launch was asked for 3 processes and started 2")
     assert not (tmp_path / "run").exists()
 
 
 def test_machines_without_a_gpu_are_refused_unless_the_cpu_was_asked_for(tmp_path, train_shards, val_shards):
-    """Left alone, accelerate would train twice on its own, and say nothing."""
+    """Left alone, accelerate would silently train two independent runs."""
     words = flags(tmp_path / "run", (train_shards, val_shards))
     processes = start_ranks(2, TRAIN, *words, ACCELERATE_USE_CPU="false")
     outputs = [process.communicate(timeout=120)[0] for process in processes]
@@ -95,7 +95,7 @@ def test_machines_without_a_gpu_are_refused_unless_the_cpu_was_asked_for(tmp_pat
 
 
 def assert_refused(ended: list[tuple[int | None, str]], words: str) -> None:
-    """By exit code and output of each: an error of these words."""
+    """Assert that each launch ended with an error of these words."""
     for code, output in ended:
         assert code not in (0, None)
         assert [line for line in output.splitlines() if line.startswith(f"error: {words}")], output

@@ -1,4 +1,4 @@
-"""From phase to phase: chain, frozen backbone, what teaches the flow, curriculum, annealing, in the training job itself."""
+"""Training from phase to phase: chain, frozen backbone, teachers of the flow, curriculum and annealing, in the training job."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ FROZEN = ["--phase", 2, "--freeze_backbone", 1, "--steps", TOTAL, "--save_every"
 
 
 def run(out: Path, name: str, *flags: object) -> Path:
-    """Train in this process; the run folder."""
+    """Train in this process and return the run folder."""
     train.main([*FLAGS, "--output_dir", str(out), "--exp_name", name, *map(str, flags)])
     return out / name
 
@@ -58,7 +58,7 @@ def first(tmp_path_factory, train_shards) -> Path:
 
 
 def test_chain_of_three_phases(first, tmp_path, train_shards, val_shards, capsys):
-    """Each phase starts from the one before, says what came along, and with a rate of 0 keeps it to the bit."""
+    """Each phase starts from the one before, reports which weights it loaded, and keeps them bit for bit at a rate of 0."""
     still = ("--data_path", train_shards, "--val_path", val_shards, "--steps", 1, "--lr", 0, "--lr_min", 0)
     second = run(tmp_path, "second", *still, "--phase", 2, "--resume", first)
     printed = capsys.readouterr().out
@@ -97,17 +97,17 @@ def test_chain_refuses_another_architecture(first, tmp_path, train_shards, capsy
 
 @pytest.fixture(scope="module")
 def thawed(tmp_path_factory, first, train_shards) -> Path:
-    """A phase-2 run with one epoch frozen and two steps more, saved after each step; not to be changed."""
+    """A phase-2 run with one frozen epoch and two further steps, saved after each step; not to be changed."""
     return run(tmp_path_factory.mktemp("runs"), "thawed", *FROZEN, "--data_path", train_shards, "--resume", first)
 
 
 def saved(run_folder: Path, step: int) -> Path:
-    """The checkpoint of that step."""
+    """Return the checkpoint of that step."""
     return run_folder / "checkpoints" / f"step_{step:08d}"
 
 
 def test_frozen_backbone_does_not_move_until_it_thaws(first, thawed):
-    """One epoch frozen: the backbone's weights stay to the bit, have no optimizer state, and then train."""
+    """One frozen epoch: the backbone's weights stay the same bit for bit and have no optimizer state, and then train."""
     before = weights(first)
     after, later = (load_file(saved(thawed, STEPS_PER_EPOCH + n) / "model.safetensors") for n in (0, 1))
     backbone = [name for name in before if name.startswith("backbone.")]
@@ -135,7 +135,7 @@ def test_frozen_means_no_gradient_and_norms_in_eval(first, tmp_path, train_shard
 
 @pytest.mark.parametrize("stopped_at", [STEPS_PER_EPOCH - 1, STEPS_PER_EPOCH, STEPS_PER_EPOCH + 1])
 def test_resume_around_the_thaw_is_exact(thawed, tmp_path, train_shards, stopped_at):
-    """A run that ended before, at or after the thaw and goes on ends with the weights of an undisturbed one."""
+    """A run that stopped before, at or after the thaw and is resumed ends with the weights of an undisturbed one."""
     again = tmp_path / "again"
     (again / "checkpoints").mkdir(parents=True)
     (again / "config.json").write_bytes((thawed / "config.json").read_bytes())
@@ -147,7 +147,7 @@ def test_resume_around_the_thaw_is_exact(thawed, tmp_path, train_shards, stopped
 
 
 def test_frozen_epochs_end_with_another_global_batch_too(first, tmp_path, train_shards):
-    """Four of five steps with four samples, then the six samples that are left of the epoch in twos: three more are frozen."""
+    """Four of five steps with four samples, then the six samples that are left of the epoch in pairs: three more are frozen."""
     flags = ("--data_path", train_shards, "--phase", 2, "--freeze_backbone", 1, "--save_every", 1, "--keep_last", 9)
     folder = run(tmp_path, "frozen", *flags, "--steps", 4, "--resume", first)
     run(tmp_path, "frozen", *flags, "--steps", 8, "--batch_size", 2, "--resume", "auto")
@@ -229,7 +229,7 @@ def test_annealing_rises_over_the_last_steps_and_is_saved(tmp_path, train_shards
 
 
 def test_annealing_does_not_fall_back_in_the_next_phase(tmp_path, train_shards, capsys):
-    """Weights trained under a factor go on under it, said at the start; a new schedule only takes it further up."""
+    """Weights trained with an annealing factor continue with it, as the start reports; a new schedule only raises it."""
     first = run(tmp_path, "one", "--data_path", train_shards, "--use_mhc", "--mhc_anneal", 0.5, "--steps", 4)
     flags = ["--data_path", train_shards, "--use_mhc", "--phase", 2, "--steps", 2, "--resume", first]
     capsys.readouterr()
@@ -278,7 +278,7 @@ LIKE_ATTENTION = ["--expand", 1, "--ssd_groups", "per_head", "--d_state", 16, "-
 
 
 def test_scan_starts_from_attention(tmp_path, train_shards, capsys):
-    """A run with attention gives its W_V, W_K, W_Q to the scan; the control arm gets random ones; both say so."""
+    """A run with attention initialises the scan with its W_V, W_K, W_Q; the control arm gets random ones; both report it."""
     still = ["--data_path", train_shards, "--steps", 1, "--lr", 0, "--lr_min", 0, "--width", 8]
     donor = weights(run(tmp_path, "donor", *still, "--backbone_mode", "gated_attn_only", "--head_dim", 16))
     capsys.readouterr()
@@ -305,7 +305,7 @@ def test_scan_of_another_layout_is_refused(tmp_path, train_shards, capsys):
 
 @pytest.mark.parametrize("name", presets.ABLATIONS)
 def test_every_ablation_trains_a_step(name, tmp_path, train_shards, train_shards_without_flow, first):
-    """As small as it can be, in the training job."""
+    """The training job runs a step of each, as small as possible."""
     small = presets.get(name)
     model = presets.override(small, width=2, depths=(1, 1), d_state=16, head_dim=8)
     folders = [str(train_shards)] + [str(train_shards_without_flow)] * (model.data.mixed_ratio is not None)
@@ -319,7 +319,7 @@ def test_every_ablation_trains_a_step(name, tmp_path, train_shards, train_shards
 
 @pytest.mark.slow
 def test_two_processes_thaw_like_one(first, thawed, tmp_path, train_shards):
-    """The thawed backbone's gradients are averaged over the processes, too."""
+    """The thawed backbone's gradients are averaged over the ranks, too."""
     flags = [*FLAGS, *FROZEN, "--data_path", train_shards, "--resume", first, "--output_dir", tmp_path, "--exp_name", "two"]
     finish(start_ranks(2, TRAIN, *flags, "--batch_size", 2))
     theirs = weights(tmp_path / "two")

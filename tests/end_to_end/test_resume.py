@@ -1,4 +1,4 @@
-"""A run that stops goes on as if it had not: averages, random numbers, damaged checkpoints, full disks, chains of runs."""
+"""A stopped run resumes as if it had not stopped: averages, random numbers, damaged checkpoints, full disks, chains of runs."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ FLAGS = ["--preset", "tiny", "--crop", "64", "--num_workers", "0", "--log_every"
 
 
 def run(out: Path, name: str, *flags: object) -> Path:
-    """Train in this process; the run folder."""
+    """Train in this process and return the run folder."""
     train.main([*FLAGS, "--output_dir", str(out), "--exp_name", name, *map(str, flags)])
     return out / name
 
 
 def refused(capsys, *arguments: object) -> str:
-    """The message with which the job ends."""
+    """Return the message with which the job ends."""
     with pytest.raises(SystemExit) as error:
         run(*arguments)
     assert error.value.code == 2
@@ -40,7 +40,7 @@ def refused(capsys, *arguments: object) -> str:
 
 
 def same_tensors(one: Path, other: Path) -> bool:
-    """Have both runs the same newest weights and averages, bit for bit?"""
+    """Return whether both runs have the same newest weights and averages, bit for bit."""
     pairs = [(load_file(latest(one).path / n), load_file(latest(other).path / n)) for n in (store.MODEL, store.EMA)]
     return all(torch.equal(tensor, theirs[name]) for mine, theirs in pairs for name, tensor in mine.items())
 
@@ -72,7 +72,7 @@ def noisy():
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory, one_thread, noisy, train_shards, val_shards) -> Path:
-    """Six steps, saved and validated every two, without a stop; not to be changed."""
+    """A run of six steps, saved and validated every two, without a stop; not to be changed."""
     seed_everything(1)
     out = tmp_path_factory.mktemp("runs")
     return run(out, "whole", "--data_path", train_shards, "--val_path", val_shards, "--val_every", 2, "--keep_last", 9,
@@ -81,7 +81,7 @@ def whole(tmp_path_factory, one_thread, noisy, train_shards, val_shards) -> Path
 
 @pytest.fixture
 def again(whole, tmp_path) -> Path:
-    """A copy of the run as it was after its step 4; only that folder."""
+    """A copy of the run folder as it was after step 4."""
     folder = tmp_path / "again"
     shutil.copytree(whole, folder)
     shutil.rmtree(folder / "checkpoints" / "step_00000006")
@@ -89,7 +89,7 @@ def again(whole, tmp_path) -> Path:
 
 
 def go_on(folder: Path, train_shards: Path, val_shards: Path, *flags: object) -> None:
-    seed_everything(99)  # another process has other numbers to begin with
+    seed_everything(99)  # another process starts with other random numbers
     run(folder.parent, folder.name, "--data_path", train_shards, "--val_path", val_shards, "--val_every", 2, "--keep_last", 9,
         "--steps", 6, "--resume", "auto", *flags)  # fmt: skip
 
@@ -104,7 +104,7 @@ def test_averages_and_random_numbers_go_on_bit_for_bit(whole, again, noisy, trai
 
 
 def test_the_average_is_that_of_the_weights_of_each_step(tmp_path, train_shards):
-    """Saved after each step, the weights give the average by its recurrence."""
+    """The weights that are saved after each step give the average by its recurrence."""
     folder = run(tmp_path, "each", "--data_path", train_shards, "--steps", 3, "--save_every", 1)
     name = "refine.head.weight"
     saved = [(load_file(found.path / store.MODEL)[name], load_file(found.path / store.EMA)[name])
@@ -314,14 +314,14 @@ def test_a_step_without_validation_has_no_score(tmp_path, train_shards, val_shar
 
 
 def start(*flags: object, limit: int = 0) -> tuple[int | None, str]:
-    """Exit code and output of the job as a process of its own, whose files the system lets grow to `limit` bytes."""
+    """Return exit code and output of the job as a process of its own, whose files may grow to `limit` bytes."""
     process = Process(TRAIN, *FLAGS, *flags, limit=limit)
     output, _ = process.communicate(timeout=300)
     return process.returncode, output
 
 
 def assert_ended_by_the_disk(code: int | None, output: str, folder: Path, why: str) -> None:
-    """A clear error, the last good checkpoint, nothing half-written, and a state that says it."""
+    """Assert a clear error, the last good checkpoint, nothing half-written, and a status that says so."""
     assert code not in (0, None), output
     assert "Traceback" not in output
     assert f"{why} (optimizer.pt: " in output

@@ -1,6 +1,6 @@
-"""The next forward pass begins before the guard has read a step's numbers: to the bit what it would be with waiting.
+"""The next forward pass starts before the guard has read a step's numbers, with the same result, bit for bit, as with waiting.
 
-A GPU is waited for; here its place is taken by a CPU, whose optimizer can be told on the device whether a step counts, too.
+A CPU takes the place of a GPU here, with an optimizer that can also be told on the device whether a step counts.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ NOT_A_NUMBER, LARGE, BLOWN_UP = (23, 24), (26, 27, 28), 32
 
 
 def disturb(trainer: trainer.Trainer, step: int, broken: set[int]) -> None:
-    """Change the gradient, or once the weights, of the steps above: by more than any step does by itself, on any processor."""
+    """Change the gradient, or once the weights, of the steps above by more than any ordinary step on any processor."""
     if step in NOT_A_NUMBER:
         next(trainer.network.parameters()).grad.fill_(math.nan)
     if step in LARGE:
@@ -83,7 +83,7 @@ def test_it_is_to_the_bit_as_with_waiting(trained, flags):
     (waiting, passes), (ahead, more) = trained("waiting", True, *flags), trained("ahead", False, *flags)
     assert {event["event"] for event in events(waiting)} >= {"train", "watch", "skip", "roll_back"}
     assert events(ahead) == events(waiting)
-    assert more > passes  # thrown away, after a step that was not as usual
+    assert more > passes  # discarded, after an unusual step
     checkpoints = list_checkpoints(waiting)
     assert [found.step for found in list_checkpoints(ahead)] == [found.step for found in checkpoints] == [15, 30, 45]
     for found in checkpoints:

@@ -1,7 +1,7 @@
-"""Two processes with shards of weights, gradients or optimizer train as with whole ones, and their checkpoints are whole.
+"""Two ranks with sharded weights, gradients or optimizer train as with unsharded ones, and their checkpoints are complete.
 
-All runs are those of two launches, by the configs of FSDP2 and of ZeRO-3 (tests/end_to_end/job_list.py); DDP and the other stages of ZeRO
-differ from them in one variable. ZeRO, on a CPU, must not be told of it by ACCELERATE_USE_CPU.
+All runs belong to two launches, with the configs of FSDP2 and of ZeRO-3 (tests/end_to_end/job_list.py); DDP and the other stages of
+ZeRO differ from them in one variable. On a CPU, ZeRO must be started without ACCELERATE_USE_CPU.
 """
 
 from __future__ import annotations
@@ -37,17 +37,17 @@ WHOLE = {"ACCELERATE_USE_FSDP": "false"}
 BF16 = {"ACCELERATE_MIXED_PRECISION": "bf16"}
 STAGES = {f"zero{stage}": {"ACCELERATE_DEEPSPEED_ZERO_STAGE": str(stage)} for stage in (1, 2, 3)}
 KINDS = ["fsdp2", *STAGES]
-FURTHER = ["fsdp2", "zero2", "zero3"]  # of ZeRO-1 only that it trains and saves: all else is the code of ZeRO-2
-MOVES = {"fsdp2": "ddp", "zero2": "zero1", "zero3": "fsdp2"}  # goes on from what the other one saved
+FURTHER = ["fsdp2", "zero2", "zero3"]  # of ZeRO-1 only training and saving: everything else is the code of ZeRO-2
+MOVES = {"fsdp2": "ddp", "zero2": "zero1", "zero3": "fsdp2"}  # resumes from what the other one saved
 
 
 class Launch(NamedTuple):
-    """What became of the jobs of a launch."""
+    """Outcome of the jobs of a launch."""
 
     out: Path
     """Folder of the runs; those of the launch before it are there, too."""
     refused: dict[str, str]
-    """By name: the last line of each job that ended with exit code 2, on all processes."""
+    """Last line of each job that ended with exit code 2 on all ranks, by name."""
 
 
 class Jobs:
@@ -59,7 +59,7 @@ class Jobs:
 
     def add(self, name: str, *flags: object, environment: dict[str, str], steps: int = STEPS, faults: tuple[int, ...] = (),
             copied: tuple[str, int] | None = None, validated: bool = True) -> None:  # fmt: skip
-        """Train; `copied`: go on with a copy of that run, as it was after that step."""
+        """Add a training job; `copied`: resume a copy of that run, as it was after that step."""
         everything = [*self.flags, *flags, "--steps", steps, "--exp_name", name, *(GO_ON if copied else ()),
                       *(("--val_path", self.val_shards) if validated else ())]  # fmt: skip
         source = (str(self.out / copied[0]), str(self.out / name), copied[1]) if copied else None
@@ -68,7 +68,7 @@ class Jobs:
         }  # fmt: skip
 
     def add_kind(self, kind: str, environment: dict[str, str]) -> None:
-        """What every kind of shards has to do."""
+        """Add the jobs that every kind of sharding has to pass."""
         flags = AT_ONCE if kind == "zero3" else (*AT_ONCE, *AVERAGED)
         self.add(kind, *flags, environment=environment, faults=SKIPPED)
         if kind == "zero1":  # in what follows the same as the next
@@ -83,11 +83,11 @@ class Jobs:
         self.add(f"{kind}_frozen", *AT_ONCE, "--resume", self.out / "ddp", "--freeze_backbone", 1, environment=environment)
 
     def add_step(self, name: str, environment: dict[str, str]) -> None:
-        """One step of the network that DDP has trained."""
+        """Add one step of the network that DDP has trained."""
         self.add(name, *AT_ONCE, "--resume", self.out / "ddp", environment=environment, steps=1, validated=False)
 
     def launch(self, config: str, **environment: str) -> Launch:
-        """Start two processes that do all of it."""
+        """Start two ranks that run all jobs."""
         listed = self.out / f"{config}.json"
         listed.write_text(json.dumps(list(self.listed.values())))
         command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", f"accelerate_configs/{config}.yaml",
@@ -105,7 +105,7 @@ class Jobs:
 
 @pytest.fixture(scope="module")
 def by_torch(tmp_path_factory, train_shards, val_shards) -> Launch:
-    """DDP, whose run all others are compared with, and FSDP2."""
+    """Run DDP, which all others are compared with, and FSDP2."""
     jobs = Jobs(tmp_path_factory.mktemp("runs"), train_shards, val_shards)
     jobs.add("ddp", *AT_ONCE, *AVERAGED, environment=WHOLE, faults=SKIPPED)
     jobs.add_step("ddp_bf16", WHOLE | BF16)
@@ -117,7 +117,7 @@ def by_torch(tmp_path_factory, train_shards, val_shards) -> Launch:
 
 @pytest.fixture(scope="module")
 def by_deepspeed(by_torch, train_shards, val_shards) -> Launch:
-    """The stages of ZeRO."""
+    """Run the stages of ZeRO."""
     jobs = Jobs(by_torch.out, train_shards, val_shards)
     for kind, environment in STAGES.items():
         jobs.add_kind(kind, environment)
@@ -129,7 +129,7 @@ def by_deepspeed(by_torch, train_shards, val_shards) -> Launch:
 
 @pytest.fixture(params=KINDS, scope="module")
 def kind(request) -> str:
-    """Each kind of shards, whose runs are done."""
+    """Each kind of sharding, whose runs are done."""
     request.getfixturevalue("by_torch" if request.param == "fsdp2" else "by_deepspeed")
     return request.param
 
@@ -145,12 +145,12 @@ def tensors(run: Path, step: int = STEPS, name: str = MODEL) -> dict[str, torch.
 
 
 def files(kind: str) -> list[str]:
-    """With weights."""
+    """Return the names of the files with weights."""
     return [MODEL] if kind == "zero3" else [MODEL, EMA]
 
 
 def optimizer(run: Path, step: int = STEPS) -> tuple[list[dict], dict[str, torch.Tensor]]:
-    """Settings of the groups, and the state of all parameters."""
+    """Return the settings of the groups, and the state of all parameters."""
     found = torch.load(run / "checkpoints" / f"step_{step:08d}" / OPTIMIZER, weights_only=True)
     return found["param_groups"], {f"{i} {name}": t for i, state in found["state"].items() for name, t in state.items()}
 
@@ -162,7 +162,7 @@ def rows(run: Path, event: str) -> list[dict]:
 
 
 def numbers(run: Path, prefix: str) -> list[dict[str, float]]:
-    """Of each row of training, what begins so."""
+    """Return the values whose names have this prefix, for each row of training."""
     return [{name: value for name, value in row.items() if name.startswith(prefix)} for row in rows(run, "train")]
 
 
@@ -173,9 +173,9 @@ def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor
 
 
 def assert_alike(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
-    """The same weights but for rounding, which AdamW enlarges where a gradient is all but zero: 1e-7 was seen.
+    """Assert the same weights up to rounding, which AdamW enlarges where a gradient is all but zero: 1e-7 was observed.
 
-    The training moves 9 weights of 10 by more than 1e-6, its last step alone 6 of 7; the largest changes are 3e-4 and 2e-5.
+    The training changes 9 weights of 10 by more than 1e-6, its last step alone 6 of 7; the largest changes are 3e-4 and 2e-5.
     """
     assert {name: (t.shape, t.dtype) for name, t in found.items()} == {name: (t.shape, t.dtype) for name, t in expected.items()}
     differences = torch.cat([(found[name] - tensor).abs().flatten() for name, tensor in expected.items()])
@@ -202,7 +202,7 @@ def test_checkpoints_hold_the_whole_state_of_the_optimizer(kind, out):
 
 
 def test_gradients_changes_and_mixing_are_measured_as_with_ddp(kind, out):
-    """In every row, for every layer group. ZeRO-3 can't compare weights with those before the step, and says nothing of it."""
+    """In every row, for every layer group. ZeRO-3 can't compare weights with those before the step, and reports no change."""
     for prefix in ("grad_", "mixing_", "update_"):
         found, expected = numbers(out / kind, prefix), numbers(out / "ddp", prefix)
         assert len(expected[0]) > 3
@@ -222,7 +222,7 @@ def test_average_is_that_of_ddp(out, by_deepspeed):
 
 
 def test_validation_sees_every_sample_once(kind, out, undivided):
-    """Five, of which one process has three. ZeRO-3 measures the weights, the others their average."""
+    """Of five samples one rank has three. ZeRO-3 validates the weights, the others their average."""
     expected = rows(undivided("zero3") if kind == "zero3" else out / "ddp", "val")
     found = rows(out / kind, "val")
     assert [row["samples"] for row in found] == [5, 5]
@@ -232,7 +232,7 @@ def test_validation_sees_every_sample_once(kind, out, undivided):
 
 
 def test_no_number_on_one_process_is_skipped_by_all(kind, out):
-    """Weights, average and optimizer stay as they are; the loss was fine on all of them."""
+    """Weights, average and optimizer stay as they are; the loss was finite on all ranks."""
     run = out / kind
     events, expected = rows(run, "skip"), rows(out / "ddp", "skip")
     assert [(event["step"], event["why"]) for event in events] == [(event["step"], event["why"]) for event in expected]
@@ -242,7 +242,7 @@ def test_no_number_on_one_process_is_skipped_by_all(kind, out):
     assert_same(optimizer(run, SKIPPED[-1])[1], optimizer(run, STOPPED)[1])
     for name in files(kind):
         before, after = (tensors(run, step, name) for step in (STOPPED, SKIPPED[-1]))
-        # which goes on with the steps
+        # annealing continues with the steps
         assert_same(*({n: t for n, t in weights.items() if not n.endswith("annealing")} for weights in (before, after)))
     assert (tensors(run)["refine.head.weight"] - tensors(run, SKIPPED[-1])["refine.head.weight"]).abs().max() > 1e-6
 
@@ -250,7 +250,7 @@ def test_no_number_on_one_process_is_skipped_by_all(kind, out):
 @pytest.mark.parametrize("how", ["again", "back"])
 @pytest.mark.parametrize("kind", FURTHER, indirect=True)
 def test_goes_on_bit_for_bit(kind, out, how):
-    """again: stopped after the skipped steps; back: the guard goes back, by itself, to before the step that led to them."""
+    """again: stopped after the skipped steps; back: the guard rolls back by itself to before the step that led to them."""
     run, undisturbed = out / f"{kind}_{how}", out / kind
     went_back = [(row["step"], row["from_memory"]) for row in rows(run, "roll_back")]
     assert went_back == [(STOPPED - 1, 0.0)] * (how == "back")  # with shards no state is kept in memory
@@ -266,7 +266,7 @@ def test_goes_on_bit_for_bit(kind, out, how):
 
 @pytest.mark.parametrize("kind", FURTHER, indirect=True)
 def test_goes_on_from_a_checkpoint_of_another_kind(kind, out):
-    """With --checkpointing, and accumulated batches, too: it is the same mathematics."""
+    """With --checkpointing, and accumulated batches, too, which are mathematically the same."""
     run = out / f"{kind}_moved"
     assert json.loads((run / "environment.json").read_text())["sharding"] == kind
     assert read_state(latest(run).path).step == STEPS
@@ -275,7 +275,7 @@ def test_goes_on_from_a_checkpoint_of_another_kind(kind, out):
 
 @pytest.fixture(scope="module")
 def undivided(out, by_deepspeed, train_shards, val_shards, tmp_path_factory):
-    """undivided(kind) -> the run that goes on from that kind's last checkpoint but one in one process: this one."""
+    """undivided(kind) -> the run that resumes that kind's last checkpoint but one in one process: this one."""
     done: dict[str, Path] = {}
 
     def run(kind: str) -> Path:
@@ -300,7 +300,7 @@ def test_one_process_goes_on_from_shards(kind, out, undivided):
 
 @pytest.mark.parametrize("kind", FURTHER, indirect=True)
 def test_bf16_is_that_of_ddp_and_of_the_forward_pass_alone(kind, out):
-    """The same loss as with DDP, another one than in fp32, and weights of fp32."""
+    """The loss is that of DDP, differs from that in fp32, and weights stay in fp32."""
     (row,), (expected,), (exact,) = (rows(out / name, "train") for name in (f"{kind}_bf16", "ddp_bf16", "ddp_fp32"))
     assert row["loss"] == pytest.approx(expected["loss"], rel=1e-6)
     assert row["loss"] != pytest.approx(exact["loss"], rel=1e-5)

@@ -1,4 +1,4 @@
-"""Training that is told to stop by a signal: what is saved, how it ends, and that nothing is lost."""
+"""Training stopped by a signal: what is saved, how it ends, and that nothing is lost."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def signal_in(monkeypatch: pytest.MonkeyPatch, place: object, name: str, call: i
     monkeypatch.setattr(place, name, disturbed)
 
 
-# where the signal comes, and after which steps there are checkpoints and validations then
+# where the signal arrives, and after which steps there are checkpoints and validations then
 MOMENTS = {
     "in a step": (trainer, "training_losses", 3, signal.SIGTERM, [3], []),
     "in the step that is validated": (trainer, "training_losses", 4, signal.SIGINT, [4], []),

@@ -1,4 +1,4 @@
-"""The training job as its users start it: resume, two processes, dry run, and what it refuses."""
+"""The training job as its users start it: resume, two ranks, dry run, and what it rejects."""
 
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ BY_TORCHRUN = ("--nproc_per_node", "2", "--master_port", "0", "--rdzv-backend", 
 
 
 def run_here(*flags: object) -> None:
-    """The job in this process."""
+    """Run the job in this process."""
     train.main([*FLAGS, *map(str, flags)])
 
 
 def train_as_a_process(*flags: object) -> None:
-    """The job in a process of its own."""
+    """Run the job in a process of its own."""
     finish([Process(TRAIN, *FLAGS, *flags)])
 
 
 def launch(settings: tuple[object, ...], *flags: object, **environment: str) -> subprocess.CompletedProcess[str]:
-    """The job by `accelerate launch`, whose command line it reads."""
+    """Run the job with `accelerate launch`, whose command line it reads."""
     command = [sys.executable, "-m", "accelerate.commands.launch", *settings, "-m", "vfi.train", *FLAGS, *flags]
     return subprocess.run(list(map(str, command)), cwd=ROOT, env=os.environ | ON_CPU | environment, stdout=subprocess.PIPE,
                           stderr=subprocess.STDOUT, text=True, timeout=300, check=False)  # fmt: skip
@@ -56,9 +56,9 @@ def rows(run: Path, event: str) -> list[dict]:
 
 
 def assert_alike(found: Path, expected: Path) -> None:
-    """The same weights but for rounding, which AdamW enlarges where a gradient is all but zero.
+    """Assert the same weights up to rounding, which AdamW enlarges where a gradient is all but zero.
 
-    Another order of the samples, for comparison, moves two weights of five by more than 1e-4.
+    For comparison, another order of the samples changes two weights of five by more than 1e-4.
     """
     theirs = weights(found)
     differences = torch.cat([(theirs[name] - tensor).abs().flatten() for name, tensor in weights(expected).items()])
@@ -142,7 +142,7 @@ def seen_by(loader: trainer.TrainingLoader, position: Position, steps: int) -> l
 
 @pytest.mark.slow
 def test_two_processes_killed_within_an_epoch_go_on_as_one(tmp_path, train_shards, monkeypatch, capsys):
-    """With another global batch, too: what both have seen of the epoch and what the one sees then is every sample once."""
+    """Also with another global batch: two ranks, and then the single one, see every sample of the epoch exactly once."""
     flags = ("--data_path", train_shards, "--remainder", "pad", "--save_every", 1, "--keep_last", 9, "--output_dir", tmp_path,
              "--exp_name", "killed", "--resume", "auto")  # fmt: skip
     run = tmp_path / "killed"
@@ -214,7 +214,7 @@ def test_accumulation_is_one_large_batch(undisturbed, tmp_path, train_shards):
 
 @pytest.mark.parametrize("config", sorted((ROOT / "accelerate_configs").glob("*.yaml")), ids=lambda path: path.stem)
 def test_accelerate_config_starts(config, tmp_path, train_shards):
-    """Configs for a CPU train; those for GPUs are read by the launcher and fail on the missing GPU, not on themselves."""
+    """Configs for a CPU train; those for GPUs are accepted by the launcher and fail only for lack of a GPU."""
     if config.stem != "cpu" and not torch.cuda.is_available():
         pytest.skip("needs a CUDA GPU; torch.cuda.is_available() is False")
     done = launch(("--config_file", config), "--data_path", train_shards, "--batch_size", 4, "--dry_run", "--output_dir",

@@ -1,4 +1,4 @@
-"""Results and speed files made up for the tests of the report."""
+"""Synthetic results and speed files for the tests of the report."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Small videos for tests, with known frames at known times, and what is in a video."""
+"""Small videos for tests, with known frames at known times, and functions that read the content of a video."""
 
 from __future__ import annotations
 

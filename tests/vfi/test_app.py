@@ -1,4 +1,4 @@
-"""vfi app: what it makes has the right sizes and counts, mistakes are one line, and the page works in Chromium, offline."""
+"""vfi app: results have the right sizes and counts, mistakes are one line, and the page works offline in Chromium."""
 
 from __future__ import annotations
 

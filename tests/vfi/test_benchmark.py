@@ -1,4 +1,4 @@
-"""vfi benchmark: numbers against scikit-image and scipy from the frames in the tars, pictures, and every refusal."""
+"""vfi benchmark: numbers compared with scikit-image and scipy on the frames in the tars, pictures, and every error."""
 
 import hashlib
 import json

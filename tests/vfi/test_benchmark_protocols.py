@@ -1,4 +1,4 @@
-"""vfi benchmark --protocol: the published folder and shards of it give the same numbers; what is not the set is refused."""
+"""vfi benchmark --protocol: the published folder and shards of it give the same numbers; other data is rejected."""
 
 from __future__ import annotations
 

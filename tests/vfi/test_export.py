@@ -1,4 +1,4 @@
-"""vfi export: what is written is the model, by how much it differs is measured and said, and graphs are of any size."""
+"""vfi export: the exported file is the model, its deviation is measured and reported, and graphs accept any size."""
 
 from __future__ import annotations
 

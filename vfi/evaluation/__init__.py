@@ -1,1 +1,1 @@
-"""Benchmarks of models: protocols, data sets, scores, latency and their result files."""
+"""Benchmarks of models: protocols, data sets, scores, latency, and their result files."""

@@ -1,7 +1,8 @@
-"""Where do the frames of a benchmark come from? The published folder, or shards of it: sample number -> frames.
+"""Frames of a benchmark, read from the published folder or from shards of it: sample number -> frames.
 
-Both give the same pixels: shards are taken only where their codec is lossless. What is missing, or of another number or size
-than published, is an error that names it; with `partial` another number or size will do, and the results say so.
+Both give the same pixels: shards are accepted only if their codec is lossless. Missing files, and another number or size of
+samples than published, are errors that name the difference; with `partial` another number or size is accepted, and the results
+state it.
 """
 
 from __future__ import annotations
@@ -30,13 +31,13 @@ class FrameSet:
 
     keys: tuple[str, ...]
     read: Callable[[int], list[np.ndarray]]
-    """Number of a sample -> its frames, `[H, W, 3]` uint8, checked."""
+    """Sample number -> its frames, `[H, W, 3]` uint8, checked."""
     differs: str
-    """From the published set; empty: not at all."""
+    """How the samples differ from the published set; empty if they do not."""
 
 
 def open_frames(location: str, folder: ShardFolder, protocol: Protocol, partial: bool = False) -> FrameSet:
-    """Look at what lies at `location` (`folder`: the same as shards) and check it. JobError, ShardError."""
+    """Open and check the data set at `location` (`folder`: the same location as shards). Raises JobError or ShardError."""
     path = Path(location)
     if path.is_dir() and not (path / INDEX_NAME).is_file():
         keys, read = _published(path, protocol)
@@ -71,7 +72,7 @@ def open_frames(location: str, folder: ShardFolder, protocol: Protocol, partial:
 
 
 def find_sets(root: Path) -> dict[str, Path]:
-    """The protocols that can be measured on what lies in a folder or up to two levels below it, each with its first place."""
+    """Find the protocols that a folder, or one up to two levels below it, has data for -> the first such place of each."""
     if not root.is_dir():
         raise JobError(f"--data_root {root} is no folder")
     places = [root, *sorted(path for pattern in ("*", "*/*") for path in root.glob(pattern) if path.is_dir())]
@@ -85,7 +86,7 @@ def find_sets(root: Path) -> dict[str, Path]:
 
 
 def _is_of(place: Path, protocol: Protocol) -> bool:
-    """Shards of the set, or its published folder."""
+    """Return whether the folder holds shards of the set, or is its published folder."""
     if (place / INDEX_NAME).is_file():
         source = shard_folder(place).read_index().source
         arguments = source.get("arguments", {})
@@ -94,7 +95,7 @@ def _is_of(place: Path, protocol: Protocol) -> bool:
 
 
 def _published(path: Path, protocol: Protocol) -> tuple[list[str], Callable[[int], list[np.ndarray]]]:
-    """Of the set's own folder; whatever is missing is named before anything is read."""
+    """Read the set's published folder; missing files are named before anything is read."""
     job = importlib.import_module(protocol.job)
     found: ImageSet = job.find(job.Options(src=path, out=path, **protocol.arguments))
     stat_files(path, found)
@@ -107,7 +108,7 @@ def _published(path: Path, protocol: Protocol) -> tuple[list[str], Callable[[int
 
 
 def _shards(folder: ShardFolder, protocol: Protocol) -> tuple[list[str], Callable[[int], list[np.ndarray]]]:
-    """Of shards that the set's job made, with the arguments of this protocol."""
+    """Read shards that the set's command wrote with the arguments of this protocol."""
     index = folder.read_index()
     _check_source(folder, index, protocol)
     reader = ShardReader(folder, index, any_triplet=True)

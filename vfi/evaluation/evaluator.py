@@ -1,6 +1,6 @@
-"""How good is each frame that a model makes? The samples of a bench, one by one -> scores, kept as they come.
+"""Scores of predicted frames, sample by sample, stored as soon as they are computed.
 
-measure(bench, asks, ledger, …)          # this process's share
+measure(bench, asks, ledger, …)          # this rank's share of the samples
 rows = summarise(ledger.finish(…))
 """
 
@@ -31,42 +31,42 @@ Ask = Callable[[Tensor, Tensor, Tensor], Tensor]
 """img0, img1 `[1, 3, H, W]` in [0, 1], timestep `[1]` -> imgt."""
 Step = Callable[[Tensor, Tensor, float], Tensor]
 Lpips = Callable[[Tensor, Tensor], Tensor]
-"""prediction, truth `[1, 3, H, W]` in [0, 1] -> `[1]`; vfi/metrics/lpips.py."""
+"""prediction, truth `[1, 3, H, W]` in [0, 1] -> `[1]`; see vfi/metrics/lpips.py."""
 
 
 class Way(NamedTuple):
-    """How a benchmark measures, beside the rules of its protocol."""
+    """Settings of a measurement that are independent of the protocol's rules."""
 
     tta: bool
     motion: bool
-    """Estimate how far things move?"""
+    """Whether motion between the inputs is estimated."""
     lpips: Lpips | None
     workers: int
-    """Threads that estimate motion beforehand."""
+    """Threads that estimate motion ahead of time."""
 
 
 class Scores(NamedTuple):
-    """All that was measured of one row."""
+    """All scores of a row of the results."""
 
     images: tuple[ImageScore, ...]
     changes: float | None
-    """Mean over the samples of the PSNR of the changes; None for sets with one truth a sample."""
+    """Mean over the samples of the PSNR of the changes; None for sets with one truth per sample."""
 
 
 def baseline(name: str, sample: Sample) -> list[Tensor]:
-    """What needs no model, for each target."""
+    """Predict a frame for each target without a model."""
     if name == FRAME_AVERAGE:
         return [frame_average(sample)] * len(sample.targets)
     return [sample.img0 if target.timestep <= 0.5 else sample.img1 for target in sample.targets]
 
 
 def predict(sample: Sample, ask: Ask, bench: Bench, tta: bool) -> list[Tensor]:
-    """A model's frame for each target."""
+    """Predict a frame for each target with a model."""
     return predict_between(ask, sample.img0, sample.img1, [target.timestep for target in sample.targets], bench.rules, tta)
 
 
 def measure(bench: Bench, asks: Mapping[str, Ask], ledger: Ledger, way: Way, show: bool) -> None:
-    """Score what is missing in the ledger by both baselines and all models; JobError for values that are no numbers."""
+    """Score both baselines and all models on the samples missing in the ledger. Raises JobError for non-finite predictions."""
     numbers = ledger.missing(bench.samples)
     makers: dict[str, Callable[[Sample], list[Tensor]]] = {name: partial(baseline, name) for name in BASELINES}
     makers |= {name: partial(predict, ask=ask, bench=bench, tta=way.tta) for name, ask in asks.items()}
@@ -78,7 +78,7 @@ def measure(bench: Bench, asks: Mapping[str, Ask], ledger: Ledger, way: Way, sho
 
 
 def summarise(found: Sequence[Any]) -> tuple[dict[str, Scores], tuple[float, ...]]:
-    """What the ledger holds of all samples -> scores by row, and the motion of each image."""
+    """Combine the ledger's entries of all samples -> scores by row, and the motion of each image."""
     rows = {}
     for name in found[0]["rows"]:
         of_row = [sample["rows"][name] for sample in found]
@@ -90,7 +90,7 @@ def summarise(found: Sequence[Any]) -> tuple[dict[str, Scores], tuple[float, ...
 
 
 def mean_of(values: Iterable[float | None]) -> float | None:
-    """Mean of those that are there; None without any."""
+    """Return the mean of the values that are not None, or None without any."""
     known = [value for value in values if value is not None]
     return float(np.mean(known)) if known else None
 
@@ -98,7 +98,7 @@ def mean_of(values: Iterable[float | None]) -> float | None:
 def _score(
     name: str, sample: Sample, frames: Sequence[Tensor], motion: Motion | None, bench: Bench, way: Way
 ) -> dict[str, Any]:
-    """Scores of one row on one sample, as the ledger keeps them."""
+    """Score the frames of one row on one sample, in the form that the ledger stores."""
     images = []
     for target, frame in zip(sample.targets, frames, strict=True):
         values = score(frame, target.truth, bench.rules, motion.moving if motion else None, way.lpips)
@@ -112,7 +112,7 @@ def _score(
 
 
 def _with_motion(samples: Iterable[Sample], way: Way) -> Iterator[tuple[Sample, Motion | None]]:
-    """Samples with an estimate of their motion, some of which are made beforehand in threads."""
+    """Yield samples with an estimate of their motion, which threads prefetch."""
     if not way.motion or not way.workers:
         for sample in samples:
             yield sample, estimate(sample.img0, sample.img1) if way.motion else None
@@ -129,28 +129,28 @@ def _with_motion(samples: Iterable[Sample], way: Way) -> Iterator[tuple[Sample, 
 
 
 def frame_average(sample: Sample) -> Tensor:
-    """The mean of both frames."""
+    """Return the mean of both frames."""
     return (sample.img0 + sample.img1) / 2
 
 
 class Score(NamedTuple):
-    """Of one predicted frame."""
+    """Scores of one predicted frame."""
 
     psnr: float
-    """dB."""
+    """PSNR in dB."""
     ssim: float
-    """Of the kind that the rules name."""
+    """SSIM of the kind that the rules name."""
     ie: float
-    """Interpolation error, on 0 … 255."""
+    """Interpolation error on the scale 0 … 255."""
     psnr_moving: float | None = None
-    """dB, of the pixels that move."""
+    """PSNR in dB of the pixels that move."""
     lpips: float | None = None
 
 
 def predict_between(ask: Ask, img0: Tensor, img1: Tensor, timesteps: Sequence[float], rules: Rules, tta: bool) -> list[Tensor]:
-    """The frames at these timesteps, of the inputs' size.
+    """Predict the frames at these timesteps, in the size of the inputs.
 
-    `tta`: each is the mean of the prediction and of that of the inputs turned by 180 degrees, turned back.
+    `tta`: each is the mean of the prediction and of the prediction for the inputs rotated by 180 degrees, rotated back.
     """
     left, right, top, bottom = rules.padding.amounts(*img0.shape[-2:]) if rules.padding else (0, 0, 0, 0)
     mode = "constant" if rules.padding and rules.padding.mode == "zeros" else "replicate"
@@ -170,7 +170,7 @@ def predict_between(ask: Ask, img0: Tensor, img1: Tensor, timesteps: Sequence[fl
 
 
 def _bisect(step: Step, first: Tensor, last: Tensor, timesteps: Sequence[float]) -> list[Tensor]:
-    """Frames at 1/2^n, 2/2^n …: each the middle of two that are there already."""
+    """Predict frames at 1/2^n, 2/2^n … recursively: each in the middle of two that are already there."""
     count = len(timesteps) + 1
     if count & (count - 1) or list(timesteps) != [number / count for number in range(1, count)]:
         raise ValueError(f"bisecting finds 1, 3, 7 … evenly spaced frames, not those at {list(timesteps)}")
@@ -182,7 +182,7 @@ def _bisect(step: Step, first: Tensor, last: Tensor, timesteps: Sequence[float])
 
 
 def score(prediction: Tensor, truth: Tensor, rules: Rules, moving: Tensor | None = None, lpips: Lpips | None = None) -> Score:
-    """Compare two frames `[1, 3, H, W]` in [0, 1] by the rules; `moving` `[1, 1, H, W]` bool: the pixels that move."""
+    """Score a frame against its truth, `[1, 3, H, W]` in [0, 1] each; `moving` `[1, 1, H, W]` bool: the pixels that move."""
     seen = (prediction.float().clamp(0, 1) * 255).round() / 255 if rules.rounded else prediction
     similarity = ssim_matlab if rules.ssim == "ssim_matlab" else ssim_skimage
     return Score(

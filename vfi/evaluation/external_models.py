@@ -1,4 +1,4 @@
-"""How is a model of another repository measured in the same way? By ten lines of the user's own, named MODULE:FACTORY.
+"""Adapters for models of other repositories: about ten lines of the user's own code, named MODULE:FACTORY.
 
     # rife_adapter.py, in the folder that `vfi benchmark --model rife_adapter:rife` is started in (or on PYTHONPATH)
     def rife(device):
@@ -9,8 +9,7 @@
         interpolate.parameters = sum(p.numel() for p in model.flownet.parameters())   # optional
         return interpolate
 
-The frames come padded as the protocol says; what a network needs beyond that is the adapter's matter. It runs in the precision
-that it chooses.
+The frames are padded as the protocol says; any further padding is up to the adapter, as is the precision that it runs in.
 """
 
 from __future__ import annotations
@@ -33,21 +32,21 @@ Interpolate = Callable[[Tensor, Tensor, float, float | None], Tensor]
 
 
 class Adapter(NamedTuple):
-    """A model that the user brought."""
+    """A model that an adapter of the user provides."""
 
     name: str
-    """MODULE:FACTORY."""
+    """MODULE:FACTORY, as it was given."""
     interpolate: Interpolate
     parameters: int | None
 
     def fingerprint(self) -> str:
-        """sha256 of the adapter's file and the number of parameters: all that can be seen from here."""
+        """Return the sha256 of the adapter's file and the number of parameters, which is all that is visible from outside."""
         file = importlib.import_module(self.name.partition(":")[0]).__file__
         content = Path(file).read_bytes() if file else b""
         return hashlib.sha256(content + str(self.parameters).encode()).hexdigest()
 
     def ask(self, img0: Tensor, img1: Tensor, timestep: float, scale: float | None) -> Tensor:
-        """The frame between, float32, clamped to [0, 1]; JobError for a result that is no such frame."""
+        """Return the in-between frame, float32, clamped to [0, 1]; JobError for a result that is not such a frame."""
         with torch.inference_mode():
             found: Any = self.interpolate(img0, img1, timestep, scale)
         if not isinstance(found, Tensor) or found.shape != img0.shape or not found.is_floating_point():
@@ -60,12 +59,12 @@ Model = LoadedModel | Adapter
 
 
 def load_any(model: str, device: torch.device) -> Model:
-    """A run of this project, or what an adapter gives. CheckpointError, JobError."""
+    """Load a run of this project, or the model of an adapter. Raises CheckpointError or JobError."""
     return load_adapter(model, device) if is_adapter(model) else load(model, device)
 
 
 def distinct_names(models: Sequence[Model], taken: Sequence[str] = ()) -> list[str]:
-    """Names for rows: the run's, with the step or the path where that is not enough. JobError for the same model twice."""
+    """Return names for rows: the run's, with step or path where that is ambiguous. JobError for the same model twice."""
     for name in (lambda m: m.name, lambda m: f"{m.name}@{m.step}", lambda m: str(m.path)):
         names = [model.name if isinstance(model, Adapter) else name(model) for model in models]
         if len(set(names)) == len(names) and not set(taken) & set(names):
@@ -74,12 +73,12 @@ def distinct_names(models: Sequence[Model], taken: Sequence[str] = ()) -> list[s
 
 
 def is_adapter(model: str) -> bool:
-    """MODULE:FACTORY, and not a path."""
+    """Return whether a model is named as MODULE:FACTORY, and not by a path."""
     return re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", model) is not None and not Path(model).exists()
 
 
 def load_adapter(model: str, device: torch.device) -> Adapter:
-    """Call the factory. JobError when there is no such module or factory, or it gives nothing that can be called."""
+    """Call the factory. Raises JobError for a missing module or factory, and for a result that is not callable."""
     module_name, _, factory_name = model.partition(":")
     if str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))

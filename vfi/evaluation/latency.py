@@ -1,13 +1,13 @@
-"""How fast is a model, beside others, and how much memory does it take? Measured on photographs, on frames of any size.
+"""Measure the latency and memory of one or more models, on photographs, at any frame size.
 
     vfi benchmark --speed --model runs/base --out speed.json
     vfi benchmark --speed --model runs/base runs/small --out speed.json --against docs/speed/h100.json
     vfi benchmark --speed --model runs/base vfimamba_adapter:vfimamba --sizes 736x1280 2176x4096 --scale 0.25 --out speed.json
 
-A call makes all frames between two: one for twice the frame rate (×2), as the jobs make it, and seven for ×8, where models of
-this project make their features once. Each call is timed from an idle device to its last frame. Several models take turns, one
-call of each in a round, so that heat and clocks touch them alike. Writes a speed file (vfi/evaluation/latency_results.py),
-prints its table.
+A call predicts all in-between frames of a pair: one for twice the frame rate (×2), and seven for ×8, where models of this
+project compute their features once. Each call is timed from an idle device to its last frame. Several models alternate, one
+call of each per round, so that heat and clock rates affect them alike. Writes a speed file (vfi/evaluation/latency_results.py)
+and prints its table.
 """
 
 from __future__ import annotations
@@ -49,34 +49,34 @@ _MOTION = (1 / 90, 1 / 45)  # of height and width: 8 and 28 pixels at 736x1280
 Pair = tuple[Tensor, Tensor]
 """img0, img1: `[1, 3, H, W]` in [0, 1]."""
 Ask = Callable[[Tensor, Tensor], object]
-"""One call: img0, img1 -> all frames between."""
+"""One call: img0, img1 -> all in-between frames."""
 
 
 @dataclasses.dataclass(frozen=True)
 class SpeedOptions:
-    """Each field is a flag of the job, beside --speed."""
+    """Options of `vfi benchmark --speed`; each field is a command-line flag."""
 
     model: tuple[str, ...]
     """Run folders, checkpoint folders, .safetensors files, `shipped` (the model that comes with the package), or MODULE:FACTORY
-    for a model of another repository (see vfi/evaluation/external_models.py); the others are compared with the first."""
+    for a model of another repository (see vfi/evaluation/external_models.py); the first one is the baseline of the others."""
     out: Path
     """Speed file to write, a .json."""
     against: Path | None = None
-    """Speed file of an earlier run, such as docs/speed/h100.json: also print this one beside it, as ratios."""
+    """Speed file of an earlier run, such as docs/speed/h100.json, to compare with: also print the ratios."""
     device: DeviceName = "auto"
-    """auto takes a GPU if there is one."""
+    """auto selects a GPU if there is one."""
     precision: PrecisionName = "auto"
-    """auto is bf16 autocast on a GPU that has it, fp32 on the CPU. Models of other repositories choose their own."""
+    """auto is bf16 autocast on a GPU that supports it, fp32 on the CPU. Models of other repositories choose their own."""
     sizes: tuple[str, ...] = ("256x448", "736x1280", "1088x1920")
     """Frame sizes, HEIGHTxWIDTH."""
     factors: tuple[int, ...] = (2, 8)
-    """By how much the frame rate grows: factor - 1 frames are made from each pair."""
+    """Factors by which the frame rate grows: factor - 1 frames are predicted from each pair."""
     compile: bool = False
-    """Compile the models by torch.compile, in the parts that training compiles."""
+    """Compile the models with torch.compile, in the same parts as in training."""
     repeats: int = 20
     """Timed calls of each model, after warm-up."""
     scale: float | None = None
-    """Flow is estimated at this fraction of the frames' size: 1, 0.5 or 0.25; by default each model's own setting."""
+    """Estimate flow at this fraction of the frame size: 1, 0.5 or 0.25; default: each model's own setting."""
     tf32: bool = False
     """As in vfi.train."""
 
@@ -87,13 +87,13 @@ class Contender(NamedTuple):
     name: str
     model: LoadedModel | Adapter
     held: int = 0
-    """Bytes on the GPU that came with loading it."""
+    """Bytes on the GPU that loading it allocated."""
 
 
 def speed(options: SpeedOptions, command: str = "") -> Speed:
-    """Measure every model at every size and factor, write the speed file, return what it holds.
+    """Measure every model at every size and factor, write the speed file, and return its content.
 
-    Raises JobError or CheckpointError for options that are not usable, before anything is measured.
+    Raises JobError or CheckpointError for unusable options, before anything is measured.
     """
     _check(options)
     device = pick_device(options.device)
@@ -104,7 +104,7 @@ def speed(options: SpeedOptions, command: str = "") -> Speed:
     check_scale(options.scale, [one.model for one in contenders if isinstance(one.model, LoadedModel)])
     options.out.parent.mkdir(parents=True, exist_ok=True)
     rows = measure_speed(contenders, options, device, precision)
-    told = environment(device) | {  # after the measurement: an adapter may have set flags of its own, for all
+    told = environment(device) | {  # read after the measurement: an adapter may have set global flags
         "command": command,
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "threads": torch.get_num_threads(),
@@ -116,7 +116,7 @@ def speed(options: SpeedOptions, command: str = "") -> Speed:
 
 
 def _check(options: SpeedOptions) -> None:
-    """Refuse what would fail only after the measurement."""
+    """Reject what would otherwise fail only after the measurement."""
     if not options.model:
         raise JobError("--model needs at least one run folder, such as --model runs/tiny_phase1, or shipped")
     check_output(options.out, "speed.json")
@@ -141,7 +141,7 @@ def _load(options: SpeedOptions, device: torch.device) -> list[Contender]:
         before = _allocated(device)
         model = load_any(given, device)
         if options.compile:
-            assert isinstance(model, LoadedModel)  # adapters have been refused
+            assert isinstance(model, LoadedModel)  # adapters have been rejected
             compile_parts(cast(FrameInterpolator, model.model), without_gradients=True)
         loaded.append((model, _allocated(device) - before))
     names = distinct_names([model for model, _ in loaded])
@@ -153,12 +153,12 @@ def _allocated(device: torch.device) -> int:
 
 
 def _choices(model: LoadedModel | Adapter) -> list[str]:
-    """Which fast paths a model of this project takes, and why."""
+    """Return the fast paths that a model of this project takes, and why."""
     return [] if isinstance(model, Adapter) else cast(FrameInterpolator, model.model).choices()
 
 
 def _settings(options: SpeedOptions, device: torch.device, precision: torch.dtype) -> dict[str, Any]:
-    """How it is measured, for people."""
+    """Describe the measurement, for readers."""
     graphs = "for this project's models, where they pay (vfi/runtime/cuda_graphs.py)" if device.type == "cuda" else "none"
     return {
         "precision": describe_precision(precision),
@@ -176,7 +176,7 @@ def _settings(options: SpeedOptions, device: torch.device, precision: torch.dtyp
 def measure_speed(
     contenders: Sequence[Contender], options: SpeedOptions, device: torch.device, precision: torch.dtype
 ) -> tuple[SpeedRow, ...]:
-    """Rows by size, then factor, then model. Not enough memory for a model at a size is a row, too."""
+    """Measure rows by size, then factor, then model. A model that does not fit into memory at a size gets a row, too."""
     sizes, factors = dict.fromkeys(options.sizes), dict.fromkeys(options.factors)
     rows: list[SpeedRow] = []
     with tqdm(total=len(sizes) * len(factors), unit="table", desc="speed", disable=None) as progress:
@@ -186,12 +186,12 @@ def measure_speed(
                 rows += _measure(contenders, pairs, factor, options, device, precision)
                 progress.update()
             if options.compile:
-                torch.compiler.reset()  # code of this size would only stand in the way of the next one's
+                torch.compiler.reset()  # compiled code of this size would only slow down the next one
     return tuple(rows)
 
 
 def real_pairs(height: int, width: int) -> list[Pair]:
-    """Pairs of frames, on the CPU: a photograph, mirrored at its edges as often as the size wants, and the same moved a bit."""
+    """Return pairs of frames on the CPU: a photograph, mirrored at its edges to the size, and the same one shifted."""
     dy, dx = (max(1, round(side * part)) for side, part in zip((height, width), _MOTION, strict=True))
     pairs = []
     for path in photograph_paths("train"):
@@ -212,7 +212,7 @@ def _measure(
     device: torch.device,
     precision: torch.dtype,
 ) -> list[SpeedRow]:
-    """A row of each model: first its memory, alone, then the time of all of them in turns."""
+    """Measure a row for each model: first its memory, alone, then the time of all of them in turn."""
     asks, memory = {}, {}
     for one in contenders:
         ask = partial(make_ask, one.model, factor, device, precision, options.scale)
@@ -236,7 +236,7 @@ def _measure(
 def _row(
     one: Contender, size: str, factor: int, precision: torch.dtype, compiled: bool, times: Sequence[float] | None
 ) -> SpeedRow:
-    """From the milliseconds of its calls; None: not enough memory."""
+    """Build a row from the milliseconds of a model's calls; None: not enough memory."""
     ours = one.model if isinstance(one.model, LoadedModel) else None
     row = SpeedRow(
         model=one.name,
@@ -258,7 +258,7 @@ def _row(
 def make_ask(
     model: LoadedModel | Adapter, factor: int, device: torch.device, precision: torch.dtype, scale: float | None
 ) -> Ask:
-    """How all frames between two are asked for, as often as one likes; CUDA graphs are its own."""
+    """Return a function that predicts all in-between frames of a pair; it owns its CUDA graphs."""
     timesteps = [number / factor for number in range(1, factor)]
     if isinstance(model, Adapter):
         return lambda img0, img1: [model.ask(img0, img1, timestep, scale) for timestep in timesteps]
@@ -269,11 +269,11 @@ def make_ask(
 
 
 def _memory(ask: Ask, pair: Pair, others: int, device: torch.device) -> tuple[int | None, int | None]:
-    """(allocated, reserved): the peak in bytes of calls as they are timed, as if the model were alone; None on a CPU.
+    """Return (allocated, reserved), the peak bytes of a timed call as if the model were alone; None on a CPU.
 
-    With its weights, its frames and the libraries' workspaces. The weights of the others are in memory, too: the `others` bytes
-    that came with loading them are taken off. What the first call takes to choose algorithms and to tune kernels is given back
-    first, or it would stay in `reserved` for the model and the factor that happen to come first.
+    This includes its weights, its frames and the libraries' workspaces. The weights of the other models are in memory, too: the
+    `others` bytes that loading them allocated are subtracted. Memory that the first call uses to choose algorithms and to tune
+    kernels is released first; otherwise it would stay in `reserved` of whichever model and factor come first.
     """
     if device.type != "cuda":
         return None, None
@@ -282,17 +282,17 @@ def _memory(ask: Ask, pair: Pair, others: int, device: torch.device) -> tuple[in
     ask(img0, img1)
     free_memory()
     torch.cuda.reset_peak_memory_stats(device)
-    for _ in range(WARMUP):  # with CUDA graphs: without one, recorded, and replayed
+    for _ in range(WARMUP):  # with CUDA graphs: eager, captured, and replayed
         ask(img0, img1)
     return torch.cuda.max_memory_allocated(device) - others, torch.cuda.max_memory_reserved(device) - others
 
 
 def _alternate(asks: dict[str, Ask], pairs: Sequence[Pair], repeats: int, device: torch.device) -> dict[str, list[float]]:
-    """Milliseconds of every timed call of each model; one that runs out of memory on the way drops out, of `asks`, too."""
+    """Time every call of each model in milliseconds; a model that runs out of memory is removed, from `asks`, too."""
     times: dict[str, list[float]] = {name: [] for name in asks}
     for number in range(WARMUP + repeats):
         for place, name in enumerate(list(times)):
-            pair = pairs[(number + place) % len(pairs)]  # another one than the model before has just read
+            pair = pairs[(number + place) % len(pairs)]  # not the one that the model before has just read
             milliseconds = if_it_fits(partial(_timed, asks[name], pair, device))
             if milliseconds is None:
                 del times[name], asks[name]
@@ -302,7 +302,7 @@ def _alternate(asks: dict[str, Ask], pairs: Sequence[Pair], repeats: int, device
 
 
 def _timed(ask: Ask, pair: Pair, device: torch.device) -> float:
-    """Milliseconds of one call, from an idle device on: kernels that wait for others would hide how long their start takes."""
+    """Time one call in milliseconds on an idle device: kernels that queue behind others would hide the time of their launch."""
     if device.type != "cuda":
         begun = time.perf_counter()
         ask(*pair)

@@ -1,10 +1,10 @@
-"""How fast is each model, and in how much memory? The file that `vfi benchmark --speed` writes and `vfi report` reads.
+"""The speed file that `vfi benchmark --speed` writes and `vfi report` reads: latency and memory of each model.
 
     speed = read_speed(Path("speed.json"))
     print(table(speed))
 
-One row for each size of frames, factor and model. Beside them, for people: the machine with its versions (`environment`), and
-how it was measured (`settings`).
+It has one row for each frame size, factor and model. `environment` (the machine and its versions) and `settings` (how it was
+measured) are for readers.
 """
 
 from __future__ import annotations
@@ -21,47 +21,47 @@ from vfi.io.dataclass_json import RecordError, from_object, write_text
 SCHEMA = "vfi-speed"
 VERSION = 1
 OWN_PRECISION = "its own"
-"""Of a model of another repository, which chooses it."""
+"""Precision of a model of another repository, which chooses it."""
 OUT_OF_MEMORY = "out of memory"
 _AGAIN = "run `vfi benchmark --speed` again"
 _HEAD = ("size", "model", "params", "rate", "precision", "ms", "p90", "frames/s", "GiB allocated", "GiB reserved", "ratio")
-_TO_THE_LEFT = (0, 1, 3, 4)  # columns of text
+_TO_THE_LEFT = (0, 1, 3, 4)  # columns of text, aligned left
 
 
 @dataclasses.dataclass(frozen=True)
 class SpeedRow:
-    """One model at one size and factor. What was not measured is None: memory on a CPU, everything where it was not enough."""
+    """One model at one size and factor. None: not measured, such as memory on a CPU, or everything where memory ran out."""
 
     model: str
     path: str | None
-    """As the benchmark was given it; None for a model of another repository."""
+    """As it was given to the benchmark; None for a model of another repository."""
     parameters: int | None
-    """Trained values; None where an adapter does not tell them."""
+    """Number of trained values; None where an adapter does not state it."""
     size: str
     """HEIGHTxWIDTH of the frames."""
     factor: int
-    """By how much the frame rate grows: a call makes factor - 1 frames from one pair."""
+    """Factor by which the frame rate grows: a call predicts factor - 1 frames from one pair."""
     precision: str
     compiled: bool
-    """Did torch.compile make its kernels?"""
+    """Whether torch.compile was used."""
     ms: float | None = None
-    """Median of one call."""
+    """Median milliseconds of one call."""
     ms_p90: float | None = None
-    """Nine of ten calls take no longer."""
+    """90th percentile of the milliseconds of one call."""
     frames_per_s: float | None = None
-    """Frames made in a second of such calls."""
+    """Frames predicted per second of such calls."""
     allocated: int | None = None
-    """Bytes: largest sum of all tensors during a call, with weights and its inputs."""
+    """Peak bytes of all tensors during a call, including weights and inputs."""
     reserved: int | None = None
-    """Bytes: what the allocator took from the device for them."""
+    """Bytes that the allocator reserved on the device for them."""
     ratio: float | None = None
-    """ms / that of the first model at the same size and factor."""
+    """ms / ms of the first model at the same size and factor."""
     out_of_memory: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
 class Speed:
-    """All of a speed file. The first model of each size and factor is what the others are compared with."""
+    """Content of a speed file. The first model of each size and factor is the baseline of the others."""
 
     environment: dict[str, Any]
     settings: dict[str, Any]
@@ -75,7 +75,7 @@ def write_speed(path: Path, speed: Speed) -> None:
 
 
 def read_speed(path: Path) -> Speed:
-    """Read and check a speed file; ResultError says what the file is instead."""
+    """Read and check a speed file; the ResultError says what the file is instead."""
     if path.is_dir():
         raise ResultError(f"{path} is a folder, not a speed file")
     if not path.is_file():
@@ -103,8 +103,10 @@ def read_speed(path: Path) -> Speed:
 
 
 def against(now: Speed, then: Speed) -> str:
-    """Each row of `now` beside that of the same model, size, factor and precision in `then`, as aligned text: how many times
-    the time and the memory, below 1 where it got better. Then what else differs, and what is in one of them alone.
+    """Compare each row of `now` with that of the same model, size, factor and precision in `then`, as aligned text.
+
+    The ratios of time and memory are below 1 where they improved. Other differences, and rows that only one of the files has,
+    follow.
     """
     before = {_which(row): row for row in then.rows}
     lines: list[tuple[str, ...]] = [("size", "model", "rate", "precision", "ms", "ms then", "time", "memory")]
@@ -135,7 +137,7 @@ def _times(now: float | None, then: float | None) -> str:
 
 
 def is_speed(path: Path) -> bool:
-    """Is this a speed file of any version? False for whatever is not a JSON file with that schema."""
+    """Return whether a file is a speed file of any version; False for anything that is not JSON with that schema."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -144,25 +146,25 @@ def is_speed(path: Path) -> bool:
 
 
 def _what_is(content: Any) -> str:
-    """A guess at what a JSON file is that is no speed file."""
+    """Guess what a JSON file is that is not a speed file."""
     if not isinstance(content, dict):
         return f"it holds a JSON {type(content).__name__}"
     return f"its schema is {content['schema']!r}" if "schema" in content else "it has no schema"
 
 
 def table(speed: Speed) -> str:
-    """The rows as aligned text, and below them how they were measured."""
+    """Format the rows as aligned text, followed by the way they were measured."""
     lines = _aligned([_HEAD, *map(_cells, speed.rows)], _TO_THE_LEFT)
     return "\n".join([*lines, *(f"{name}: {value}" for name, value in _facts(speed).items())])
 
 
 def _facts(speed: Speed) -> dict[str, Any]:
-    """How it was measured."""
+    """Return how the rows were measured."""
     return {"device": speed.environment.get("device")} | speed.settings
 
 
 def _aligned(lines: Sequence[Sequence[str]], to_the_left: Collection[int]) -> list[str]:
-    """The first line is the head; a column that is empty below it is left out."""
+    """Align the lines, of which the first is the header; columns that are empty below it are left out."""
     shown = [column for column in range(len(lines[0])) if any(line[column] for line in lines[1:])]
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
     texts = []
@@ -173,7 +175,7 @@ def _aligned(lines: Sequence[Sequence[str]], to_the_left: Collection[int]) -> li
 
 
 def _cells(row: SpeedRow) -> tuple[str, ...]:
-    """A row of the table."""
+    """Format a row of the table."""
 
     def number(value: float | None, digits: int, unit: float = 1) -> str:
         return "" if value is None else f"{value / unit:.{digits}f}"

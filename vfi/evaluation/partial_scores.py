@@ -1,12 +1,12 @@
-"""Which samples of a benchmark are measured already? Scores as they come, so that nothing is measured twice.
+"""Scores of an unfinished benchmark, stored as they are computed, so that no sample is measured twice.
 
     with Ledger(folder, settings, rank, world, say=print) as ledger:
-        for number in ledger.missing(samples):           # this process's share of what nobody has measured
-            ledger.add(number, scores)                   # anything that JSON takes; on the disk at once
-        found = ledger.finish(samples)                   # the first process: all of them, by number; the others: None
+        for number in ledger.missing(samples):           # this rank's share of the pending samples
+            ledger.add(number, scores)                   # any JSON value; written to disk at once
+        found = ledger.finish(samples)                   # rank 0: the scores of all samples by number; other ranks: None
 
-Each process writes a file of its own into `folder` and reads those of all: a benchmark that was stopped goes on, with any
-number of processes, and gives the same numbers, for JSON keeps every bit of a float. Scores of other settings are not taken.
+Each rank writes a file of its own in `folder` and reads those of all ranks: a stopped benchmark resumes with any number of
+ranks and gives the same numbers, since JSON keeps every bit of a float. Scores of other settings are discarded.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from vfi.errors import JobError
 from vfi.io.dataclass_json import write_text
 
 _SETTINGS = "settings.json"
-_LONGEST = datetime.timedelta(days=7)  # that a process may wait for the slowest one
+_LONGEST = datetime.timedelta(days=7)  # longest wait of a rank for the slowest one
 
 
 class Ledger:
-    """The scores of one benchmark; `settings` is all that they depend on, as JSON takes it."""
+    """The scores of one benchmark; `settings` is everything that they depend on, as a JSON value."""
 
     def __init__(self, folder: Path, settings: dict[str, Any], rank: int, world: int, say: Callable[[str], None]) -> None:
         self.folder, self.rank, self.world, self.say = folder, rank, world, say
@@ -44,7 +44,7 @@ class Ledger:
             self._prepare()
         self._wait()
         self.done = self._read()
-        self._wait()  # nobody adds anything before all have read the same
+        self._wait()  # no rank may add scores before all have read the same files
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -54,11 +54,11 @@ class Ledger:
             torch.distributed.destroy_process_group()
 
     def missing(self, samples: int) -> list[int]:
-        """Numbers of the samples that this process is to measure, ascending."""
+        """Return the numbers of the samples that this rank has to measure, ascending."""
         return [number for number in range(samples) if number not in self.done][self.rank :: self.world]
 
     def add(self, number: int, scores: Any) -> None:
-        """Keep the scores of a sample, on the disk, too."""
+        """Store the scores of a sample, also on disk."""
         if self.file is None:
             self.file = (self.folder / self._name(self.rank)).open("a", encoding="utf-8")
         self.file.write(json.dumps({"number": number, "scores": scores}, ensure_ascii=False) + "\n")
@@ -66,7 +66,7 @@ class Ledger:
         self.done[number] = scores
 
     def finish(self, samples: int) -> list[Any] | None:
-        """Wait for all processes -> on the first one the scores of all samples in their order, and None on the others."""
+        """Wait for all ranks -> the scores of all samples in their order on rank 0, and None on the others."""
         self._wait()
         if self.rank:
             return None
@@ -75,7 +75,7 @@ class Ledger:
         return [self.done[number] for number in range(samples)]
 
     def forget(self) -> None:
-        """Remove what was kept: the results are written."""
+        """Delete the stored scores once the results are written."""
         shutil.rmtree(self.folder)
 
     def _prepare(self) -> None:
@@ -94,13 +94,13 @@ class Ledger:
         write_text(found, self.settings)
 
     def _read(self) -> dict[int, Any]:
-        """Scores of all files; a last line that was cut short is left out."""
+        """Read the scores of all files; a truncated last line is dropped."""
         done: dict[int, Any] = {}
         for file in sorted(self.folder.glob("scores_*.jsonl")):
             lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
             whole = [line for line in lines if line.endswith("\n")]
             done |= {row["number"]: row["scores"] for row in map(json.loads, whole)}
-            if self.rank == 0 and len(whole) < len(lines):  # or the next line would be written behind it
+            if self.rank == 0 and len(whole) < len(lines):  # otherwise the next line would be appended to it
                 write_text(file, "".join(whole))
         return done
 

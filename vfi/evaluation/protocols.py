@@ -1,9 +1,9 @@
-"""How were the published numbers measured? Each benchmark as data: its frames, and how each profile pads, rounds and compares.
+"""Benchmark protocols as data: the frames of each benchmark, and how each profile pads, rounds and compares them.
 
     PROTOCOLS["snu_film_hard"].rules("vfimamba")
 
-A profile is the way of one family of repositories: `vfimamba`, `ema` (which differs from it on X-TEST alone), `rife`, `amt`. A
-protocol that a family never measured, or that its repositories quote at two values, has no such profile.
+A profile follows the evaluation of a family of repositories: `vfimamba`, `ema` (which differs from it on X-TEST alone), `rife`,
+`amt`. A protocol lacks the profile of a family that never measured it, or whose repositories quote two different values.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ Prepare = Literal["as they are", "half size", "half size, rounded", "centre crop
 
 @dataclasses.dataclass(frozen=True)
 class Padding:
-    """What is added to the inputs, and cut off the prediction."""
+    """Padding of the inputs, which is cropped from the prediction."""
 
     mode: Literal["replicate", "zeros"]
     side: Literal["centred", "bottom right"]
     divisor: int = 1
-    """Both sides become a multiple of it …"""
+    """Both sides are padded to a multiple of this …"""
     smallest: tuple[int, int] = (0, 0)
-    """… and at least so large: (height, width)."""
+    """… and to at least this (height, width)."""
 
     def amounts(self, height: int, width: int) -> tuple[int, int, int, int]:
-        """Left, right, top, bottom."""
+        """Return the padding at the left, right, top and bottom."""
         missing = [
             max(least, -(-side // self.divisor) * self.divisor) - side
             for side, least in zip((height, width), self.smallest, strict=True)
@@ -50,14 +50,14 @@ class Rules:
 
     padding: Padding | None = None
     scale: float | None = None
-    """Flow is estimated at this fraction of the frames' size; None: each model's own setting."""
+    """Estimate flow at this fraction of the frame size; None: each model's own setting."""
     rounded: bool = False
-    """Is the prediction rounded to 8 bits before it is compared?"""
+    """Whether the prediction is rounded to 8 bits before it is compared."""
     recursive: bool = False
-    """Are the frames between found by bisecting, from the model's own unrounded frames?"""
+    """Whether in-between frames are found by recursive bisection, from the model's own unrounded frames."""
     ssim: Ssim = "ssim_matlab"
     measures_ie: bool = False
-    """Is the interpolation error what is published?"""
+    """Whether the interpolation error is the published measure."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,30 +66,30 @@ class Protocol:
 
     title: str
     job: str
-    """The module that knows the published layout, and makes shards of it."""
+    """The module that knows the published layout, and converts it to shards."""
     arguments: dict[str, str]
-    """Of that job, for this protocol."""
+    """Arguments of that module's command for this protocol."""
     signs: tuple[str, ...]
-    """Patterns of files, one of which is in the set's published folder."""
+    """Glob patterns: a published folder of the set has a file that matches one of them."""
     count: int
-    """Samples, as published."""
+    """Number of samples, as published."""
     frames: int
-    """Of a sample; the first and the last are the inputs."""
+    """Frames per sample; the first and the last are the inputs."""
     truths: tuple[int, ...]
-    """Positions in a sample of the frames to be predicted."""
+    """Positions in a sample of the frames to predict."""
     profiles: dict[str, Rules]
     prepare: Prepare = "as they are"
     size: tuple[int, int] | None = None
-    """(height, width) of the published frames, where all have one."""
+    """(height, width) of the published frames, where all have the same."""
 
     def rules(self, profile: str) -> Rules:
-        """JobError for a profile that does not exist for this protocol."""
+        """Return the rules of a profile. Raises JobError for a profile that this protocol lacks."""
         if profile not in self.profiles:
             raise JobError(f"--profile {profile} does not measure on {self.title}: choose from {', '.join(self.profiles)}")
         return self.profiles[profile]
 
     def timestep(self, truth: int) -> float:
-        """Where a frame of a sample lies between the inputs."""
+        """Return the time of a sample's frame between the inputs."""
         return truth / (self.frames - 1)
 
 

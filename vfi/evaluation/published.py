@@ -1,7 +1,7 @@
-"""Which numbers were published? By protocol, as the papers or re-measurements by others give them.
+"""Published numbers by protocol, from the papers or from re-measurements by others.
 
-They stand below the measured rows of a report, and say by whose protocol they came about: a number of another profile, or with
-another TTA, can't be compared.
+They are listed below the measured rows of a report, with the protocol that they were measured by: numbers of another profile,
+or with another TTA setting, are not comparable.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ class Published(NamedTuple):
 
     model: str
     psnr: float | None
-    """dB."""
+    """PSNR in dB."""
     ssim: float | None
     ie: float | None
     note: str
-    """TTA, and who measured, where that is not the paper itself."""
+    """TTA, and who measured, if it was not the paper itself."""
 
 
 _RIFE, _IFRNET, _EMA_S, _EMA, _VFIMAMBA = "RIFE", "IFRNet", "EMA-VFI-S", "EMA-VFI", "VFIMamba"
@@ -75,7 +75,7 @@ PUBLISHED: dict[str, tuple[Published, ...]] = {
 
 
 def published_cells(protocol: str) -> list[tuple[str, str, str, str, str]]:
-    """Rows of a table: model, PSNR, SSIM, IE, note; none for a protocol without published numbers."""
+    """Return the rows of a table: model, PSNR, SSIM, IE, note; none for a protocol without published numbers."""
     return [
         (row.model, _cell(row.psnr, 2), _cell(row.ssim, 4), _cell(row.ie, 2), row.note) for row in PUBLISHED.get(protocol, ())
     ]

@@ -1,10 +1,10 @@
-"""What is in a results.json? The contract between `vfi benchmark`, which writes it, and `vfi report`, which reads it.
+"""The results file: the contract between `vfi benchmark`, which writes it, and `vfi report`, which reads it.
 
     results.json          one data set, one or more models, scored image by image; before them the two baselines
     results_pictures/     some of the frames as PNG, named in results.json relative to its folder
 
-Numbers are finite: PSNR in dB (at most 100), SSIM up to 1; None is what was not measured. Paths are as the benchmark was given
-them, except `run` and the pictures, which are relative to the folder of results.json, so that the whole can be moved.
+Numbers are finite: PSNR in dB (at most 100), SSIM up to 1; None is what was not measured. Paths are as they were given to the
+benchmark, except `run` and the pictures, which are relative to the folder of results.json, so that all of it can be moved.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ VERSION = 3
 FRAME_AVERAGE = "frame average"
 """Name of the first row of every results file: the mean of img0 and img1, which any model has to beat."""
 NEAREST_FRAME = "nearest frame"
-"""Name of the second one: img0 up to timestep 0.5, img1 after it; what a player shows without interpolation."""
+"""Name of the second row: img0 up to timestep 0.5, img1 after it, which is what a player shows without interpolation."""
 BASELINES = (FRAME_AVERAGE, NEAREST_FRAME)
 ERROR_WHITE = 0.25
-"""Mean absolute error over the colours, of colours in 0 … 1, that an error picture shows as white; 0 is black."""
+"""Mean absolute error over the colours, in 0 … 1, that an error picture shows as white; 0 is black."""
 
 
 class ResultError(ValueError):
@@ -38,12 +38,12 @@ class ResultError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class ImageScore:
-    """One image of one row."""
+    """Scores of one image of a row."""
 
     key: str
     psnr: float
     ssim: float
-    """Of the kind that the protocol names."""
+    """SSIM of the kind that the protocol names."""
     ie: float
     """Interpolation error, 0 … 255."""
     psnr_moving: float | None = None
@@ -53,9 +53,9 @@ class ImageScore:
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One model, or a baseline. Measures are means over the images that have them.
+    """A model or a baseline. Measures are means over the images that have them.
 
-    Fields about a run are None for a model of another repository, and all about a model for a baseline.
+    Fields about a run are None for a model of another repository; all fields about a model are None for a baseline.
     """
 
     model: str
@@ -74,7 +74,7 @@ class Row:
     psnr_of_changes: float | None = None
     """Temporal consistency: PSNR of the changes from frame to frame, for sets with several truths between two frames."""
     macs: int | None = None
-    """Multiply-accumulates of one frame of the first sample's size, as vfi/profiling/costs.py counts them."""
+    """Multiply-accumulates for one frame of the first sample's size, as vfi/profiling/costs.py counts them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,12 +92,12 @@ class Picture:
     predictions: dict[str, str]  # model -> file
     errors: dict[str, str]  # model -> file
     flows: dict[str, str] = dataclasses.field(default_factory=dict)
-    """Model -> file: flow from the timestep to the first frame as colours, of models that have flow."""
+    """Model -> file: flow from the timestep to the first frame as colours, for models that have flow."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Results:
-    """All of results.json. `protocol` says how the numbers were made, `environment` by what; both are for people to read."""
+    """Content of results.json. `protocol` states how the numbers were measured, `environment` on what; both are for readers."""
 
     data: str
     index_sha256: str
@@ -108,16 +108,16 @@ class Results:
     rows: tuple[Row, ...]
     pictures: tuple[Picture, ...]
     motion: tuple[float, ...] = ()
-    """How far the frames of each image's sample move on average, in pixels between the inputs; empty: not estimated."""
+    """Mean motion of the frames of each image's sample, in pixels between the inputs; empty if it was not estimated."""
 
     @property
     def models(self) -> tuple[Row, ...]:
-        """The rows of models."""
+        """Return the rows of models, without the baselines."""
         return self.rows[len(BASELINES) :]
 
 
 def check_output(out: Path, example: str) -> None:
-    """JobError for a path that no .json file can be written to."""
+    """Raise JobError for a path that no .json file can be written to."""
     if out.is_dir():
         raise JobError(f"--out {out} is a folder: give a file name, such as --out {out / example}")
     if out.suffix != ".json":
@@ -134,7 +134,7 @@ def write_results(path: Path, results: Results) -> None:
 
 
 def read_results(path: Path) -> Results:
-    """Read and check a results file; ResultError says what the file is instead."""
+    """Read and check a results file; the ResultError says what the file is instead."""
     if path.is_dir():
         inside = path / "results.json"
         raise ResultError(f"{path} is a folder, not a results file" + (f": give {inside}" if inside.is_file() else ""))
@@ -161,7 +161,7 @@ def read_results(path: Path) -> Results:
 
 
 def _what_is(content: Any) -> str:
-    """A guess at what a JSON file is that is no results file."""
+    """Guess what a JSON file is that is not a results file."""
     if not isinstance(content, dict):
         return f"it holds a JSON {type(content).__name__}"
     if "schema" in content:
@@ -173,7 +173,7 @@ def _what_is(content: Any) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """A model's row, what it is called among the others, and the file it comes from."""
+    """A model's row, its label, which is unique in its group, and the file that it comes from."""
 
     label: str
     row: Row
@@ -183,7 +183,7 @@ class Entry:
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """Everything that was measured on the same samples and may stand in one table."""
+    """Results that were measured on the same samples and may share a table."""
 
     data: str
     samples: int
@@ -194,7 +194,7 @@ class Group:
 
 
 def _title(results: Results) -> str:
-    """What was measured on, and how."""
+    """Return what was measured on, and how."""
     facts = results.protocol
     if "profile" not in facts:
         return results.data
@@ -203,9 +203,9 @@ def _title(results: Results) -> str:
 
 
 def group_by_data(files: dict[Path, Results]) -> list[Group]:
-    """One group for each set of samples and way of measuring, in the order in which they first appear.
+    """Group results by samples and way of measuring, in the order of first appearance.
 
-    Together are results on the same index and number of samples, by the same protocol and profile, all with TTA or all without.
+    A group has the same index and number of samples, the same protocol and profile, and either TTA throughout or none.
     """
     together: dict[tuple[object, ...], list[tuple[Path, Results]]] = {}
     for path, results in files.items():
@@ -228,7 +228,7 @@ QUARTERS = ("slowest quarter", "second", "third", "fastest quarter")
 
 
 def by_motion(row: Row, motion: Sequence[float]) -> list[tuple[float, float]]:
-    """PSNR by how far the frames move: (up to how many pixels, mean PSNR in dB) of each quarter of the images, slowest first.
+    """Return (upper bound of the motion in pixels, mean PSNR in dB) of each quarter of the images, slowest first.
 
     Empty for fewer than four images, or where motion was not estimated.
     """
@@ -241,15 +241,15 @@ def by_motion(row: Row, motion: Sequence[float]) -> list[tuple[float, float]]:
 
 
 MOST_CLIPS = 40
-"""A set of more clips than this has no results by clip: they would fill pages."""
+"""Most clips of a set with results by clip: more of them would fill pages."""
 _CLIP = re.compile(r"(?P<clip>.+)-\d{6,}")  # keys of shards.video: the clip and the number of its first frame
 
 
 def by_clip(images: Sequence[ImageScore]) -> dict[str, list[int]]:
     """Return the numbers of the images of each clip, and of each folder that holds several clips.
 
-    Clips and folders are read from the keys that `shards.video` gives: `davis__goat-000012` is of the clip `davis__goat` in the
-    folder `davis`, which is called `davis__*`. Empty for other keys, a single clip, and more than MOST_CLIPS of them.
+    Clips and folders are read from the keys of `shards.video`: `davis__goat-000012` is of the clip `davis__goat` in the folder
+    `davis`, which is called `davis__*`. Empty for other keys, a single clip, and more than MOST_CLIPS of them.
     """
     clips: dict[str, list[int]] = {}
     for number, image in enumerate(images):
@@ -272,7 +272,7 @@ def by_clip(images: Sequence[ImageScore]) -> dict[str, list[int]]:
 
 
 def table(results: Results) -> str:
-    """The rows as aligned text."""
+    """Format the rows as aligned text."""
     average = results.rows[0].psnr
     width = max(len(row.model) for row in results.rows)
     lines = [f"{'model':<{width}}  {'PSNR dB':>8}  {'SSIM':>7}  {'IE':>6}  {'gain dB':>8}"]

@@ -1,4 +1,4 @@
-"""Run a benchmark: models on one bench, from options to results."""
+"""Run a benchmark: all models on one data set, from options to results."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from vfi.tracking.environment import _environment
 
 
 def benchmark_all(options: Options, command: str = "") -> bool:
-    """Measure on every published set below --data_root -> False when one of those that were found could not be used."""
+    """Measure on every published set below --data_root -> False if one that was found could not be measured."""
     if options.data_root is None or options.data:
         raise JobError("--protocol all takes --data_root, the folder with the sets, in place of --data")
     if options.out.suffix or options.out.is_file():
@@ -65,9 +65,9 @@ def benchmark_all(options: Options, command: str = "") -> bool:
 
 
 def benchmark(options: Options, command: str = "") -> Results | None:
-    """Measure every model and the baselines, write everything, return what results.json holds; None but on the first process.
+    """Measure every model and the baselines, write the results, and return those of results.json on rank 0, None on the others.
 
-    Raises JobError, ShardError or CheckpointError for options that are not usable, before anything is measured.
+    Raises JobError, ShardError or CheckpointError for unusable options, before anything is measured.
     """
     _check(options)
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
@@ -114,12 +114,12 @@ def benchmark(options: Options, command: str = "") -> Results | None:
 
 
 def _say() -> Any:
-    """Print on the first process, above the progress bar."""
+    """Return a function that prints on rank 0, above the progress bar."""
     return tqdm.write if int(os.environ.get("RANK", "0")) == 0 else lambda text: None
 
 
 def _own_device(name: DeviceName) -> torch.device:
-    """Of this process; of several on one machine each has a GPU of its own."""
+    """Select the device of this rank; ranks of one machine each have a GPU of their own."""
     if name != "cpu" and torch.cuda.is_available() and "LOCAL_RANK" in os.environ:
         rank, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
         if rank >= gpus:
@@ -129,12 +129,12 @@ def _own_device(name: DeviceName) -> torch.device:
 
 
 def _unfinished(out: Path) -> Path:
-    """Where scores are kept until all are there."""
+    """Return the folder of scores until all of them are there."""
     return out.with_name(f"{out.stem}_unfinished")
 
 
 def _check(options: Options) -> None:
-    """Refuse what would fail only after the measurement."""
+    """Reject what would otherwise fail only after the measurement."""
     if not options.model:
         raise JobError("--model needs at least one run folder, such as --model runs/tiny_phase1, or shipped")
     if options.data_root is not None:
@@ -152,7 +152,7 @@ def _check(options: Options) -> None:
 
 
 def _ask(model: Model, precision: torch.dtype, scale: float | None) -> Ask:
-    """How a model is asked for a frame; one without flow has no scale to be told."""
+    """Return the predictor of a model; one without flow ignores the scale."""
     if isinstance(model, Adapter):
         return lambda img0, img1, timestep: model.ask(img0, img1, timestep.item(), scale)
     own = scale if model.has_flow else None
@@ -164,7 +164,7 @@ def _has_flow(model: Model) -> bool:
 
 
 def _flow(model: Model, precision: torch.dtype, scale: float | None) -> Any:
-    """How a model of this project, with flow, is asked for it."""
+    """Return a function that predicts the flow of a model of this project that has flow."""
     assert isinstance(model, LoadedModel)
 
     def flow(sample: Any, target: Any) -> torch.Tensor:
@@ -195,7 +195,7 @@ def _row(name: str, model: Model | None, scores: Scores, out: Path) -> Row:
 
 
 def _macs(model: Model | None, bench: Bench, precision: torch.dtype) -> int | None:
-    """Of one frame of the first sample's size. Not of Mamba-1, whose scan in plain torch takes minutes to count."""
+    """Count the MACs for one frame of the first sample's size; None for Mamba-1, whose reference scan takes minutes."""
     if not isinstance(model, LoadedModel) or model.config.model.ssm == "mamba1":
         return None
     config = model.config.model
@@ -206,6 +206,6 @@ def _macs(model: Model | None, bench: Bench, precision: torch.dtype) -> int | No
     return _macs_of(config, height, width, precision)
 
 
-@functools.cache  # it takes a second, and the models of a table are often of one size
+@functools.cache  # takes a second, and the models of a table often have the same size
 def _macs_of(config: ModelConfig, height: int, width: int, precision: torch.dtype) -> int:
     return sum(costs.count(FrameInterpolator(config, "cpu").eval(), 1, (height, width), precision).macs.values())

@@ -1,6 +1,6 @@
-"""Which frames of a benchmark does one want to see? Some samples, from the smallest gain over the frame average to the largest.
+"""Pictures of some samples of a benchmark, from the smallest gain over the frame average to the largest.
 
-They are predicted again, since which ones they are is known only after all were measured, and saved as PNG files beside
+These samples are predicted again, since they are chosen only after all were measured, and saved as PNG files next to
 results.json: frames, predictions, errors and flow.
 """
 
@@ -22,19 +22,19 @@ from vfi.evaluation.task import Bench, Sample, Target
 from vfi.metrics.flow_color import flow_picture
 
 Predict = Callable[[Sample], list[Tensor]]
-"""A frame `[1, 3, H, W]` for each target of a sample."""
+"""A sample -> a frame `[1, 3, H, W]` for each target."""
 Flow = Callable[[Sample, Target], Tensor]
 """Flow `[1, 2, H, W]` from a target's timestep to the first frame."""
 _ERROR_COLOURS = np.array([[0, 0, 4], [87, 16, 110], [188, 55, 84], [249, 142, 9], [252, 255, 224]], dtype=np.float64)
 
 
 def pictures_folder(out: Path) -> Path:
-    """Where the pictures of a results file lie."""
+    """Return the folder of the pictures of a results file."""
     return out.with_name(f"{out.stem}_pictures")
 
 
 def check_folder(out: Path) -> None:
-    """JobError when there is something else at that place."""
+    """Raise JobError if something else is at that place."""
     folder = pictures_folder(out)
     if folder.exists() and (not folder.is_dir() or any(file.suffix != ".png" for file in folder.iterdir())):
         raise JobError(f"{folder} is where the pictures go, but holds something else: move it or take another --out")
@@ -43,7 +43,7 @@ def check_folder(out: Path) -> None:
 def draw_pictures(
     out: Path, number: int, bench: Bench, average: Row, model: Row, models: Mapping[str, Predict], flows: Mapping[str, Flow]
 ) -> list[Picture]:
-    """Choose so many images by the gain of `model`, predict them by all models and save what there is to see."""
+    """Choose `number` images by the gain of `model`, predict them by all models and save the pictures."""
     gains = np.array([b.psnr - a.psnr for a, b in zip(average.images, model.images, strict=True)])
     order = np.argsort(gains, kind="stable")
     ranks = sorted({round(rank) for rank in np.linspace(0, len(order) - 1, min(number, len(order)))})
@@ -70,7 +70,7 @@ def draw_pictures(
 
 
 class _Saver:
-    """Saves the pictures of one image."""
+    """Writes the pictures of one image."""
 
     def __init__(self, folder: Path, shown_as: str, rank: int) -> None:
         self.folder, self.shown_as, self.rank = folder, shown_as, rank
@@ -78,7 +78,7 @@ class _Saver:
     def save(
         self, of: int, sample: Sample, target: Target, predictions: dict[str, Tensor], flows: dict[str, Tensor]
     ) -> Picture:
-        """All of them, and where they are."""
+        """Save all pictures and return their paths."""
         frames = {"img0": sample.img0, "img1": sample.img1, "truth": target.truth, "average": frame_average(sample)}
         return Picture(
             key=target.key,
@@ -101,12 +101,12 @@ class _Saver:
 
 
 def to_bytes(image: Tensor) -> np.ndarray:
-    """`[1, 3, H, W]` in [0, 1] -> RGB uint8 [H, W, 3], for people to look at."""
+    """Convert `[1, 3, H, W]` in [0, 1] to RGB uint8 [H, W, 3], for display."""
     return (image[0].clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
 
 
 def error_map(prediction: Tensor, truth: Tensor) -> np.ndarray:
-    """Mean absolute error over the colours, black (0) over red to white (ERROR_WHITE and more): RGB uint8 [H, W, 3]."""
+    """Draw the mean absolute error over the colours as RGB uint8 [H, W, 3], black (0) over red to white (ERROR_WHITE)."""
     error = (prediction - truth).abs().mean(1)[0].cpu().numpy() / ERROR_WHITE
     stops = np.linspace(0, 1, len(_ERROR_COLOURS))
     return np.stack([np.interp(error, stops, channel) for channel in _ERROR_COLOURS.T], axis=-1).round().astype(np.uint8)

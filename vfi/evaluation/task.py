@@ -1,4 +1,4 @@
-"""What is measured on? A shard folder as it is, or a published set by its protocol: samples with their truths, and the rules.
+"""Tasks of a benchmark: the samples and truths of a shard folder, or of a published set by its protocol, and their rules.
 
 bench = protocol_bench(options, device)
 for sample in bench.read(range(bench.samples)): …
@@ -37,7 +37,7 @@ _SSIM = {
 
 
 class Target(NamedTuple):
-    """A frame to be predicted."""
+    """A frame to predict."""
 
     key: str
     timestep: float
@@ -46,7 +46,7 @@ class Target(NamedTuple):
 
 
 class Sample(NamedTuple):
-    """Two frames `[1, 3, H, W]` in [0, 1], and what lies between."""
+    """Two frames `[1, 3, H, W]` in [0, 1], and the targets between them."""
 
     img0: Tensor
     img1: Tensor
@@ -58,21 +58,21 @@ class Bench:
     """Samples, and how a model is measured on them."""
 
     samples: int
-    """How many are measured."""
+    """Number of samples to measure."""
     available: int
     targets: int
-    """Of each sample."""
+    """Number of targets per sample."""
     rules: Rules
     facts: dict[str, str]
-    """What the numbers mean, for people."""
+    """What the numbers mean, for readers."""
     sha256: str
-    """Of the index, or of the list of files."""
+    """Hash of the index, or of the list of files."""
     read: Callable[[Sequence[int]], Iterator[Sample]]
-    """Numbers of samples, ascending -> the samples, on the device."""
+    """Sample numbers, ascending -> the samples, on the device."""
 
 
 def shard_bench(options: Options, device: torch.device) -> Bench:
-    """The middle frames of a shard folder. JobError for frames that a model can't take."""
+    """Measure on the middle frames of a shard folder. Raises JobError for frames that a model does not support."""
     index = options.folder.read_index()
     if min(index.min_size) < MIN_SIZE:
         height, width = index.min_size
@@ -95,7 +95,7 @@ def shard_bench(options: Options, device: torch.device) -> Bench:
 
 
 def protocol_bench(options: Options, device: torch.device) -> Bench:
-    """A published set, measured as --profile does. JobError for an unknown protocol, and for frames that are not the set's."""
+    """Measure on a published set, as --profile does. JobError for an unknown protocol, and for frames of another set."""
     if options.protocol not in PROTOCOLS:
         raise JobError(f"--protocol {options.protocol} does not exist: choose from {', '.join(PROTOCOLS)}")
     protocol = PROTOCOLS[options.protocol]
@@ -124,7 +124,7 @@ def protocol_bench(options: Options, device: torch.device) -> Bench:
 
 
 def _ahead(read: Callable[[int], Sample], workers: int) -> Callable[[Iterable[int]], Iterator[Sample]]:
-    """Read so many samples beforehand, each in a thread; none with 0."""
+    """Prefetch `workers` samples, each in a thread; none with 0."""
 
     def iterate(numbers: Iterable[int]) -> Iterator[Sample]:
         if not workers:
@@ -157,7 +157,7 @@ def _frame_set(samples: int, published: int) -> str:
 
 
 def _about(index: Index) -> dict[str, str]:
-    """A shard folder, for people."""
+    """Describe a shard folder, for readers."""
     return {
         "split": index.split,
         "codec": index.codec,
@@ -167,7 +167,7 @@ def _about(index: Index) -> dict[str, str]:
 
 
 def _rules(rules: Rules, tta: bool) -> dict[str, str]:
-    """Rules, for people."""
+    """Describe the rules, for readers."""
     return {
         "PSNR": _PSNR,
         "SSIM": _SSIM[rules.ssim],
@@ -181,10 +181,10 @@ def _rules(rules: Rules, tta: bool) -> dict[str, str]:
 
 
 def prepare(frame: np.ndarray, how: Prepare, device: torch.device) -> Tensor:
-    """A frame `[H, W, 3]` uint8 as the protocol wants it: `[1, 3, H, W]` float in [0, 1].
+    """Convert a frame `[H, W, 3]` uint8 as the protocol requires it: `[1, 3, H, W]` float in [0, 1].
 
     `half size` is the mean over squares of 2x2 pixels, in floats or rounded half up to 8 bits (OpenCV's INTER_AREA for either
-    type); `centre crop` leaves half of each side.
+    type); `centre crop` keeps half of each side.
     """
     height, width = frame.shape[:2]
     if how != "as they are" and (height % 4 or width % 4):

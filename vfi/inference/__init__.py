@@ -1,1 +1,1 @@
-"""A trained model outside of training: loading, arrays, tiling and in-between frames of any size."""
+"""Inference with a trained model: loading, conversion of arrays, tiling, and in-between frames of any size."""

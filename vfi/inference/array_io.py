@@ -1,12 +1,12 @@
-"""What kinds of frames can a program give, and how do they become the network's and come back?
+"""Conversion between the types of frames that programs pass and the tensors of the network.
 
     first, last, kind = read_pair(img0, img1, device)     # [B, 3, H, W] float32 in [0, 1] on `device`
-    kind.give_back(imgt)                                  # as img0 was: array or tensor, type, device, one or a batch
+    kind.give_back(imgt)                                  # like img0: array or tensor, dtype, device, single frame or batch
 
-| given | shape | values |
+| input | shape | values |
 | --- | --- | --- |
-| NumPy array | [H, W, 3] or [B, H, W, 3] | uint8, uint16: whole range · float16, float32, float64: 0 … 1 |
-| torch tensor | [3, H, W] or [B, 3, H, W] | uint8: whole range · float16, bfloat16, float32, float64: 0 … 1 |
+| NumPy array | [H, W, 3] or [B, H, W, 3] | uint8, uint16: full range · float16, float32, float64: 0 … 1 |
+| torch tensor | [3, H, W] or [B, 3, H, W] | uint8: full range · float16, bfloat16, float32, float64: 0 … 1 |
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ from vfi.errors import JobError
 from vfi.model.interpolator import MIN_SIZE
 
 Frames = TypeVar("Frames", np.ndarray, Tensor)
-"""One frame or a batch, as an array or a tensor."""
+"""A frame or a batch of frames, as an array or a tensor."""
 _ARRAY_TYPES = ("uint8", "uint16", "float16", "float32", "float64")
 _TENSOR_TYPES = (torch.uint8, torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class Kind(NamedTuple):
-    """How frames were given."""
+    """The type of the given frames."""
 
     like: np.ndarray | Tensor
-    """The first of them."""
+    """The first frame of the pair, as it was given."""
     top: int
-    """The value that means 1; whole numbers where it is above 1."""
+    """The value that means 1; above 1 for integer types."""
 
     def give_back(self, frames: Tensor) -> Any:
-        """`[B, 3, H, W]` float32 in [0, 1] -> frames of this kind; whole numbers are rounded."""
+        """Convert `[B, 3, H, W]` float32 in [0, 1] to frames of this type; integers are rounded."""
         frames = (frames * self.top).round() if self.top > 1 else frames
         frames = frames if self.like.ndim == 4 else frames[0]
         if isinstance(self.like, Tensor):
@@ -44,9 +44,9 @@ class Kind(NamedTuple):
 
 
 def read_pair(img0: Any, img1: Any, device: torch.device) -> tuple[Tensor, Tensor, Kind]:
-    """Both frames of each pair, `[B, 3, H, W]` float32 in [0, 1] on `device`, and how they were given.
+    """Return both frames of each pair, `[B, 3, H, W]` float32 in [0, 1] on `device`, and their original type.
 
-    JobError for what is neither array nor tensor, and for types, shapes, sizes, values or devices that don't go.
+    Raises JobError for what is neither array nor tensor, and for unsupported types, shapes, sizes, values or devices.
     """
     for name, image in (("img0", img0), ("img1", img1)):
         _check_type(name, image)
@@ -100,7 +100,7 @@ def _check_shape(name: str, image: np.ndarray | Tensor) -> None:
 
 
 def _check_alike(img0: Any, img1: Any) -> None:
-    """Both of one kind, type, shape and device."""
+    """Raise JobError unless both have the same container, dtype, shape and device."""
     if isinstance(img0, Tensor) != isinstance(img1, Tensor):
         raise JobError(
             f"img0 is a {type(img0).__name__} and img1 a {type(img1).__name__}: give both as arrays or both as tensors"
@@ -116,7 +116,7 @@ def _check_alike(img0: Any, img1: Any) -> None:
 
 
 def _check_range(name: str, image: np.ndarray | Tensor) -> None:
-    """Floats are in [0, 1]; one that is no number is in no range."""
+    """Raise JobError for floats outside [0, 1], which includes NaN."""
     low, high = float(image.min()), float(image.max())
     if not (low >= 0 and high <= 1):
         advice = "clamp it" if low > -1 and high < 2 else "divide it by 255, or give whole numbers as uint8"
@@ -134,7 +134,7 @@ def _top(image: np.ndarray | Tensor) -> int:
 def _tensor(image: np.ndarray | Tensor, top: int, device: torch.device) -> Tensor:
     if isinstance(image, Tensor):
         whole = image.detach().to(device)
-    else:  # a copy, whatever its strides, byte order and protection; of uint16 as float32, since torch does little with it
+    else:  # copy, whatever the strides, byte order and write protection; uint16 as float32, as torch supports it poorly
         whole = torch.tensor(np.ascontiguousarray(image, np.uint8 if image.dtype == np.uint8 else np.float32)).to(device)
         whole = whole.movedim(-1, -3)
     return (whole if whole.ndim == 4 else whole[None]).float() / top

@@ -1,11 +1,11 @@
-"""How are frames between two made, of any size, on any machine? By a model, whole or in tiles, with what stands still kept.
+"""Interpolate frames of any size on any machine, whole or in tiles, and keep static regions unchanged.
 
     between = Between(Settings(model=Path("runs/base")))
-    images = between(img0, img1, [0.25, 0.5, 0.75])      # RGB [H, W, 3], uint8 or uint16, as those given
-    wait = between.start(img0, img1, [0.5])              # a GPU works on while the next frames are read; wait() -> the images
+    images = between(img0, img1, [0.25, 0.5, 0.75])      # RGB [H, W, 3], uint8 or uint16, like img0
+    wait = between.start(img0, img1, [0.5])              # asynchronous on a GPU; wait() -> the images
 
-Memory: on a GPU it is tried, and where it is too small, tiles get smaller until they fit. On a CPU the system ends a program
-that takes too much, so there it is estimated before anything is computed.
+Memory: on a GPU whole frames are tried, and tiles get smaller until they fit. On a CPU the operating system kills a program
+that uses too much, so the need is estimated before anything is computed.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ from vfi.shipped import SHIPPED
 
 GIB = 2**30
 STILL, MOVES = 1.5 / 255, 4 / 255
-"""Up to the first difference between two frames a place stands still; from the second on it moves."""
-_AROUND = 9  # side of what has to stand still with it
+"""Largest difference between two frames at which a place is static, and the one from which on it moves."""
+_AROUND = 9  # side of the neighbourhood that must be static, too
 _FADE = 5
-_OUTSIDE = 0.75 * GIB  # of a GPU, what CUDA and the code of kernels take beside tensors: 0.7 GiB on an H100
-_AMPLE = 2**15  # bytes a pixel, several times what the largest preset takes: with so many nothing needs to be estimated
+_OUTSIDE = 0.75 * GIB  # memory of a GPU that CUDA and the code of kernels take apart from tensors: 0.7 GiB on an H100
+_AMPLE = 2**15  # bytes per pixel, several times what the largest preset takes: with this much free no estimate is needed
 
 Images = list[np.ndarray]
 
@@ -48,23 +48,23 @@ class Settings:
     """Which model, and how it is used."""
 
     model: Path | None = None
-    """What names a model (vfi.inference.loading.load); None: the model that comes with the package."""
+    """A run, folder, file or name that vfi.inference.loading.load accepts; None: the model that comes with the package."""
     device: DeviceName = "auto"
     precision: PrecisionName = "auto"
     scale: float | str | None = None
-    """Flow is estimated at this fraction of the frames' size; "auto": by size and motion; None: as trained."""
+    """Estimate flow at this fraction of the frame size; "auto": chosen by size and motion; None: as trained."""
     tta: bool = False
-    """Take the mean with the prediction of the frames turned by 180 degrees."""
+    """Average with the prediction for the frames rotated by 180 degrees."""
     tile: int | None = None
     """Largest side of a tile; None: whole frames while they fit."""
     keep_still: bool = True
-    """What is the same in both frames is so between them."""
+    """Keep regions that are the same in both frames unchanged in between."""
     max_memory: float | None = None
-    """Most GiB to take, on a GPU with what CUDA itself takes; None: what is free."""
+    """Memory limit in GiB, on a GPU including CUDA's own; None: what is free."""
 
 
 class Between:
-    """A model that makes frames between two."""
+    """A model that interpolates between two frames."""
 
     def __init__(self, settings: Settings) -> None:
         self.device = pick_device(settings.device)
@@ -73,14 +73,14 @@ class Between:
         self.settings, self.tile = settings, settings.tile
         self.lock = threading.Lock()
         self.seconds = 0.0
-        """For which the device was busy, with all that has been waited for."""
+        """Total time for which the device was busy with finished calls."""
         self.bytes_per_pixel: float | None = None
         self.before: tuple[np.ndarray, Tensor] | None = None
         self.compiled = False
         if self.tile is not None and self.tile < SMALLEST:
             raise JobError(f"--tile {self.tile} must be at least {SMALLEST}")
         if settings.scale == "auto":
-            check_scale(0.5, [self.loaded])  # a model without flow has none to estimate
+            check_scale(0.5, [self.loaded])  # raises for a model without flow
         elif isinstance(settings.scale, str):
             raise JobError(f"--scale {settings.scale}: choose auto, or a number")
         else:
@@ -89,24 +89,24 @@ class Between:
             self._limit(settings.max_memory)
 
     def __call__(self, img0: np.ndarray, img1: np.ndarray, timesteps: Sequence[float | Fraction]) -> Images:
-        """The frames at these timesteps, rounded to the frames' type; their features are computed once.
+        """Return the frames at these timesteps, rounded to the type of the inputs; features are computed once for all.
 
-        JobError for frames that do not fit into memory in any way.
+        Raises JobError for frames that do not fit into memory even as tiles.
         """
         return self.start(img0, img1, timesteps)()
 
     def start(self, img0: np.ndarray, img1: np.ndarray, timesteps: Sequence[float | Fraction]) -> Callable[[], Images]:
-        """The same, to be waited for later, by any thread."""
+        """Start the same computation; any thread may call the returned function, which waits for the frames."""
         first, last = self._upload(img0), self._upload(img1)
         self.before = (img1, last)
         clock = _Clock(self.device)
-        on_gpu = self.device.type == "cuda"  # where memory that isn't pinned would be waited for
+        on_gpu = self.device.type == "cuda"  # copies from unpinned memory would block
         times = torch.tensor([float(timestep) for timestep in timesteps], pin_memory=on_gpu)
         times = times.to(self.device, non_blocking=True)
         self._estimate(img0.shape[0], img0.shape[1])
         again = True
         while (found := self._if_it_fits(first, last, times)) is None:
-            # graphs of other sizes hold memory that may be enough
+            # CUDA graphs of other sizes hold memory that may be enough
             if not (self.loaded.graphs.drop() and again):
                 self._step_down(img0.shape[0], img0.shape[1])
             again = False
@@ -120,14 +120,14 @@ class Between:
 
         def wait() -> Images:
             seconds = clock.seconds()
-            with self.lock:  # several pairs are waited for at a time
+            with self.lock:  # several pairs can be waited for concurrently
                 self.seconds += seconds
             return list(levels.numpy().astype(img0.dtype, copy=False))
 
         return wait
 
     def _if_it_fits(self, first: Tensor, last: Tensor, times: Tensor) -> Tensor | None:
-        """The frames; None where memory is too small."""
+        """Return the frames, or None where memory does not suffice."""
         scale = auto_scale(first, last) if self.settings.scale == "auto" else self.settings.scale
         assert not isinstance(scale, str)
 
@@ -149,7 +149,7 @@ class Between:
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
-        return None  # not with the error, which holds on to its frames, and they to their tensors
+        return None  # outside the handler: the error refers to stack frames, and they to their tensors
 
     def _step_down(self, height: int, width: int) -> None:
         side = smaller(self.tile or max(height, width))
@@ -164,7 +164,7 @@ class Between:
         self.tile = side
 
     def _estimate(self, height: int, width: int) -> None:
-        """On a CPU: tiles of a size that fits."""
+        """Choose tiles of a size that fits into the memory of a CPU."""
         if self.device.type != "cpu" or self.tile:
             return
         free = available_memory() if self.settings.max_memory is None else self.settings.max_memory * GIB
@@ -200,23 +200,24 @@ class Between:
             self.loaded.graphs.limit = limit
 
     def _upload(self, image: np.ndarray) -> Tensor:
-        """[H, W, 3] -> [1, 3, H, W] in [0, 1] on the device; the second frame of a pair is the first of the next one."""
+        """Upload [H, W, 3] as [1, 3, H, W] in [0, 1]; the second frame of a pair is reused as the first of the next one."""
         if self.before is not None and self.before[0] is image:
             return self.before[1]
         on_gpu = self.device.type == "cuda"
-        planes = image.strides[2] > image.strides[1]  # frames of a video are; what lies in another order is slow to copy
+        planes = image.strides[2] > image.strides[1]  # as frames of a video are; copying another order is slow
         laid = image.transpose(2, 0, 1) if planes else image
         whole = torch.empty(laid.shape, dtype=torch.uint8 if image.dtype == np.uint8 else torch.float32, pin_memory=on_gpu)
-        np.copyto(whole.numpy(), laid)  # torch's copy waits for threads on all cores, which decode and encode
+        np.copyto(whole.numpy(), laid)  # torch's copy waits for threads on all cores, which are busy with decoding and encoding
         whole = whole.to(self.device, non_blocking=True)
         whole = whole if planes else whole.permute(2, 0, 1)
         return whole[None].to(memory_format=torch.channels_last).float() / np.iinfo(image.dtype).max
 
 
 def keep_still(made: Tensor, img0: Tensor, img1: Tensor, times: Tensor) -> Tensor:
-    """Frames `[N, 3, H, W]` at `times` [N], where nothing changes for some pixels around replaced by the mix of both frames.
+    """Replace static regions of frames `[N, 3, H, W]` at `times` [N] by the mix of both inputs.
 
-    So a caption or a background does not shiver, and grain that is the same in both stays.
+    A pixel is static where nothing changes in the pixels around it. A caption or a background then does not flicker, and grain
+    that is the same in both inputs stays.
     """
     change = F.max_pool2d((img0 - img1).abs().amax(1, keepdim=True), _AROUND, 1, _AROUND // 2)
     weight = ((MOVES - change) / (MOVES - STILL)).clamp(0, 1)
@@ -225,7 +226,7 @@ def keep_still(made: Tensor, img0: Tensor, img1: Tensor, times: Tensor) -> Tenso
 
 
 class _Clock:
-    """How long the device works on what is started between its making and `stop`."""
+    """Time for which the device works on what is started between construction and `stop`."""
 
     def __init__(self, device: torch.device) -> None:
         self.events = [torch.cuda.Event(enable_timing=True) for _ in range(2)] if device.type == "cuda" else []
@@ -239,7 +240,7 @@ class _Clock:
         self.ended = time.perf_counter()
 
     def seconds(self) -> float:
-        """Wait for it."""
+        """Wait for the end of the work and return its seconds."""
         if not self.events:
             return self.ended - self.began
         self.events[1].synchronize()

@@ -1,9 +1,9 @@
-"""At which fraction of the frames' size should flow be estimated? So that it is no longer than what networks are trained on.
+"""Choose the scale at which flow is estimated, so that motion is no longer than what networks are trained on.
 
     scale = auto_scale(img0, img1)                       # 1, 0.5 or 0.25
 
-Published results on 2K and 4K are of 0.5 and 0.25 throughout. But where little moves, the full size sees more; and where much
-moves, no size is small enough to do without. So it is decided pair by pair, from both.
+Published results on 2K and 4K use 0.5 and 0.25 throughout. But with little motion the full size shows more detail, and with
+large motion no frame size is small enough to do without. So the scale is chosen for each pair, from its size and its motion.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from vfi.config.configs import SCALES
 from vfi.metrics.motion import shrunk_grey
 
 REACH = 64.0
-"""Pixels, at the scale that is chosen, that nearly all motion stays below: a quarter of the usual crop of 256."""
+"""Pixels, at the chosen scale, below which nearly all motion stays: a quarter of the usual crop of 256."""
 LARGEST = 1088 * 1920
-"""Pixels of a frame for which flow is estimated at full size, whatever moves: a larger one takes memory that is not there."""
-_SIDE = 160  # pixels of the longer side, to which frames are shrunk
-_RADIUS = 12  # of the search, in those pixels
-_WINDOW = 5  # side of what is compared
-_PENALTY = 1e-4  # for each pixel of motion: where nothing can be told, nothing moves
+"""Most pixels of a frame for which flow is estimated at full size, whatever moves: larger frames need too much memory."""
+_SIDE = 160  # pixels of the longer side after shrinking
+_RADIUS = 12  # of the search, in pixels of the shrunk frames
+_WINDOW = 5  # side of the windows that are compared
+_PENALTY = 1e-4  # per pixel of motion: ambiguous places count as static
 _NEARLY_ALL = 0.95
 
 
 def auto_scale(img0: Tensor, img1: Tensor) -> float:
-    """The largest of SCALES that suits two frames `[1, 3, H, W]` in [0, 1], by their size and by what moves between them."""
+    """Return the largest of SCALES that suits two frames `[1, 3, H, W]` in [0, 1], by their size and motion."""
     height, width = img0.shape[-2:]
     motion = longest_motion(img0, img1)
     scales = sorted(SCALES, reverse=True)
@@ -36,9 +36,9 @@ def auto_scale(img0: Tensor, img1: Tensor) -> float:
 
 
 def longest_motion(img0: Tensor, img1: Tensor) -> float:
-    """How far nearly everything moves at most, in pixels of the frames: the 95th percentile, found by comparing windows.
+    """Return the 95th percentile of motion in pixels of the frames, found by comparing windows.
 
-    To within a 160th of the longer side, and up to 12 of those.
+    The resolution is 1/160 of the longer side, and the largest motion that is found is 12 times that.
     """
     grey0, grey1 = shrunk_grey(img0, _SIDE), shrunk_grey(img1, _SIDE)
     size, shrink = grey0.shape[2:], max(1.0, max(img0.shape[-2:]) / _SIDE)

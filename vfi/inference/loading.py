@@ -1,6 +1,6 @@
-"""How does a trained model run outside of training? Device, precision, weights, and one call from two frames to one.
+"""Load trained models and run them outside of training: device, precision, weights, and one call from two frames to one.
 
-device = pick_device("auto")
+device = pick_device("auto")                       # vfi.runtime.device
 loaded = load("runs/tiny_phase1", device)
 imgt = loaded.predict(img0, img1, timestep, pick_precision("auto", device))
 """
@@ -31,8 +31,8 @@ from vfi.shipped import SHIPPED, is_shipped, shipped_model
 
 @dataclasses.dataclass(frozen=True)
 class LoadedModel:
-    """A model in eval mode and where it came from: `path` as it was given, the run's folder (or that of the saved model), the
-    step of the checkpoint.
+    """A model in eval mode and its origin: `path` as it was given, the run's folder (or that of the saved model), the step of
+    the checkpoint.
     """
 
     model: nn.Module
@@ -47,14 +47,16 @@ class LoadedModel:
     def predict(
         self, img0: Tensor, img1: Tensor, timestep: Tensor, precision: torch.dtype, scale: float | None = None
     ) -> Tensor:
-        """`predict`, by CUDA graphs where that is faster."""
+        """Call `predict`, through CUDA graphs where that is faster."""
         return predict(self.model, img0, img1, timestep, precision, scale, self.graphs)
 
     def predict_several(
         self, img0: Tensor, img1: Tensor, timesteps: Tensor, precision: torch.dtype, scale: float | None = None
     ) -> Tensor:
-        """The frames of B pairs `[B, 3, H, W]` at several timesteps `[N]` -> `[N * B, 3, H, W]`, all pairs at the first one
-        first; each as `predict` makes it, but from features that are made once; by CUDA graphs where that is faster.
+        """Return the frames of B pairs `[B, 3, H, W]` at N timesteps `[N]` as `[N * B, 3, H, W]`, grouped by timestep.
+
+        Each frame is what `predict` returns, but features are computed once for all timesteps; through CUDA graphs where that
+        is faster.
         """
         network = cast(FrameInterpolator, self.model)
 
@@ -68,32 +70,32 @@ class LoadedModel:
             return self.graphs(forward, img0, img1, timesteps, kind=("several", precision, scale))
 
     def compile_ahead(self, predict: Callable[[], object]) -> None:
-        """Have the fused kernels that `predict` will need compiled side by side; does nothing where the network has none.
+        """Compile the fused Triton kernels that `predict` needs in parallel; does nothing where the network has none.
 
-        It is called for it, and what it gives then means nothing.
+        `predict` is called to find these kernels; its output is meaningless.
         """
         if cast(FrameInterpolator, self.model).all_fused:
             with compiling_ahead(next(self.model.parameters()).device):
                 predict()
 
     def flow(self, img0: Tensor, img1: Tensor, timestep: Tensor, precision: torch.dtype, scale: float | None = None) -> Tensor:
-        """Flow from the timestep to the first frame, `[B, 2, H, W]` in pixels; for a model that has flow."""
+        """Return the flow from the timestep to the first frame, `[B, 2, H, W]` in pixels, for a model that has flow."""
         with torch.inference_mode(), _autocast(img0.device, precision):
             flow: Tensor = self.model(img0, img1, timestep, scale=scale).flow_t0
         return flow
 
     @property
     def has_flow(self) -> bool:
-        """Does it move pixels, or only blend them?"""
+        """Return whether the model warps pixels instead of only blending them."""
         return self.config.model.phase > 1
 
     @property
     def parameters(self) -> int:
-        """Number of trained values."""
+        """Return the number of trained values."""
         return sum(parameter.numel() for parameter in self.model.parameters())
 
     def fingerprint(self) -> str:
-        """sha256 of all weights with their names."""
+        """Return the sha256 of all weights with their names."""
         digest = hashlib.sha256()
         for name, tensor in self.model.state_dict().items():
             digest.update(name.encode())
@@ -110,9 +112,10 @@ def predict(
     scale: float | None = None,
     graphs: Graphs | None = None,
 ) -> Tensor:
-    """The frame at `timestep` between two frames: `[B, 3, H, W]` in [0, 1], `[B]` -> the same in float32, clamped.
+    """Predict the frame at `timestep`: two `[B, 3, H, W]` in [0, 1] and `[B]` -> `[B, 3, H, W]` in float32, clamped to [0, 1].
 
-    `scale`: flow is estimated at this fraction of their size; None for the model's own setting. `graphs`: those of this model.
+    `scale`: flow is estimated at this fraction of the frame size; None for the model's own setting. `graphs`: the CUDA graphs
+    of this model.
     """
 
     def forward(img0: Tensor, img1: Tensor, timestep: Tensor) -> Tensor:
@@ -127,7 +130,7 @@ def predict(
 
 
 def check_scale(scale: float | None, models: Iterable[LoadedModel]) -> None:
-    """Raise JobError for a --scale that a model can't take."""
+    """Raise JobError for a --scale that a model does not support."""
     if scale is not None and scale not in SCALES:
         raise JobError(f"--scale {scale}: choose from {', '.join(map(str, SCALES))}")
     for model in models:
@@ -136,11 +139,13 @@ def check_scale(scale: float | None, models: Iterable[LoadedModel]) -> None:
 
 
 def load(path: str | Path, device: torch.device, revision: str | None = None) -> LoadedModel:
-    """Weights of a run (its newest checkpoint), a checkpoint folder, a weights file, a folder of `vfi export` or a model on the
-    hub (ORG/NAME, at `revision`), on `device` in eval mode. EMA weights where there are some, unless a file is named.
+    """Load weights onto `device`, in eval mode: EMA weights where there are some, unless a file is named.
 
-    `shipped` names the model that comes with the package; a note on stderr says which that is.
-    Raises CheckpointError for unusable weights and, naming the runs beside it, for a path that leads to none.
+    `path` is a run (its newest checkpoint is loaded), a checkpoint folder, a weights file, a folder of `vfi export`, a model on
+    the hub (ORG/NAME, at `revision`), or `shipped`, which names the model that comes with the package; a note on stderr says
+    which one that is.
+
+    Raises CheckpointError for unusable weights and for a path that leads to none; it then names the runs next to the path.
     """
     from_hub = is_hub_id(path)
     if revision is not None and not from_hub:
@@ -170,7 +175,7 @@ def _load_folder(folder: Path, path: Path, name: str, device: torch.device) -> L
 
 
 def _load_shipped(device: torch.device) -> LoadedModel:
-    """Return the model that comes with the package, and say on stderr which it is."""
+    """Return the model that comes with the package, and describe it on stderr."""
     folder = shipped_model()
     loaded = _load_folder(folder, Path(SHIPPED), f"{SHIPPED}-{folder.name}", device)
     origin, phase = loaded.origin, loaded.config.model.phase

@@ -1,9 +1,9 @@
-"""How is a frame made that is too large to be made at once? In overlapping tiles, whose borders fade into each other.
+"""Interpolate frames that are too large to process at once in overlapping tiles, whose borders are blended.
 
     imgt = tiled(predict, img0, img1, side=1024)          # predict(img0, img1) -> [N, 3, h, w]
 
-Memory is that of a tile. A pixel's weight grows from the border of a tile inwards, so that no seam shows; what differs from the
-whole is what a tile can't see: motion that comes from beyond its overlap.
+The memory is that of a single tile. A pixel's weight grows from the border of a tile inwards, so that no seam shows. The result
+differs from that of the whole frame where motion comes from beyond a tile's overlap.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ OVERLAP = 128
 """Pixels that neighbouring tiles share."""
 SMALLEST = 2 * OVERLAP
 """Side of the smallest tile."""
-_STEP = 64  # sides are multiples of it: what networks pad to at the smallest scale
+_STEP = 64  # sides are multiples of it: networks pad to it at the smallest scale
 
 Predict = Callable[[Tensor, Tensor], Tensor]
 
 
 def tiled(predict: Predict, img0: Tensor, img1: Tensor, side: int) -> Tensor:
-    """Frames `[N, 3, H, W]` between `[1, 3, H, W]`, from tiles of at most `side` pixels a side; whole where that is enough."""
+    """Interpolate `[N, 3, H, W]` between two `[1, 3, H, W]` in tiles of at most `side` pixels a side, or whole if they fit."""
     height, width = img0.shape[-2:]
     rows, columns = spans(height, side), spans(width, side)
     if len(rows) == len(columns) == 1:
@@ -43,7 +43,7 @@ def tiled(predict: Predict, img0: Tensor, img1: Tensor, side: int) -> Tensor:
 
 
 def spans(length: int, side: int) -> list[tuple[int, int]]:
-    """Where the tiles along one axis begin and end: as few as possible, of one size, each sharing OVERLAP with the next."""
+    """Return start and end of the tiles along an axis: as few as possible, of one size, each sharing OVERLAP with the next."""
     if length <= side:
         return [(0, length)]
     count = -(-(length - OVERLAP) // (side - OVERLAP))
@@ -53,13 +53,13 @@ def spans(length: int, side: int) -> list[tuple[int, int]]:
 
 
 def smaller(side: int) -> int | None:
-    """The next side to try when tiles of `side` don't fit into memory; None when there is none."""
+    """Return the next side to try when tiles of `side` don't fit into memory; None when there is none."""
     half = max(SMALLEST, side // 2 // _STEP * _STEP)
     return half if half < side else None
 
 
 def _ramp(start: int, end: int, length: int, like: Tensor) -> Tensor:
-    """Weights along one axis of a tile: up over the overlap, 1, down over it; no ramp at the borders of the frame."""
+    """Return the weights along an axis of a tile: a ramp up over the overlap, 1, a ramp down; no ramp at frame borders."""
     place = torch.arange(start, end, device=like.device, dtype=like.dtype) + 0.5
     up = (place - start) / OVERLAP if start else torch.ones_like(place)
     down = (end - place) / OVERLAP if end < length else torch.ones_like(place)

@@ -1,1 +1,1 @@
-"""Handing a model to others: its card and its graphs in other formats."""
+"""Release of a model: its card, and its graph in other formats."""

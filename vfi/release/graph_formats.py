@@ -1,9 +1,9 @@
-"""How does a traced network become a file that runs without this project? PyTorch's .pt2, or ONNX.
+"""Export of a traced network to files that run without this project: PyTorch's .pt2, and ONNX.
 
-    run = WRITERS["onnx"](folder, trace(traceable(network)))     # writes folder/model.onnx
-    imgt = run(img0, img1, timestep)                             # what the file gives
+    run = WRITERS["onnx"](folder, trace(traceable(network)))     # writes folder/model.onnx; vfi.release.traceable
+    imgt = run(img0, img1, timestep)                             # computed by the file that was written
 
-Both have the inputs img0, img1 `[B, 3, H, W]` and timestep `[B]`, all float32, and the output imgt, with any B, H and W.
+Both have the inputs img0, img1 `[B, 3, H, W]` and timestep `[B]`, all float32, and the output imgt, for any B, H and W.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ CASES = ((1, 64, 96), (2, 75, 113), (1, 32, 200), (1, 288, 512))
 """Batch, height and width: odd sides, the smallest side, and more tokens at stride 8 than a chunk of chunks has (4096)."""
 _MAX_MOTION = 12.0
 FILES = {"torch_export": "model.pt2", "onnx": "model.onnx"}
-_OPSET = 20  # the first in which GridSample has the modes that warping needs
+_OPSET = 20  # the first version whose GridSample has the modes that warping needs
 _TALKATIVE = ("torch._export.serde.serialize", "torch.onnx._internal.exporter._registration")
 _NEEDED = ("onnx", "onnxscript", "onnxruntime")
 USE = {
@@ -48,14 +48,14 @@ imgt, = session.run(None, {"img0": img0, "img1": img1, "timestep": timestep})
 
 
 def refuse_missing(kind: str) -> None:
-    """JobError where a package is missing that this kind of file needs."""
+    """Raise JobError where a package is missing that this format needs."""
     missing = [name for name in _NEEDED if kind == "onnx" and importlib.util.find_spec(name) is None]
     if missing:
         raise JobError(f"--format onnx needs {', '.join(missing)}: pip install -e '.[onnx]'")
 
 
 def write_torch_export(folder: Path, program: torch.export.ExportedProgram) -> Run:
-    """model.pt2, and what it computes once it is read back."""
+    """Write model.pt2, and return a function that runs the file."""
     path = folder / FILES["torch_export"]
     torch.export.save(program, path)
     with open_sizes(), _quiet():
@@ -64,7 +64,7 @@ def write_torch_export(folder: Path, program: torch.export.ExportedProgram) -> R
 
 
 def write_onnx(folder: Path, program: torch.export.ExportedProgram) -> Run:
-    """model.onnx, and what ONNX Runtime makes of it on a CPU."""
+    """Write model.onnx, and return a function that runs the file in ONNX Runtime on a CPU."""
     import onnxruntime
 
     path = folder / FILES["onnx"]
@@ -73,7 +73,7 @@ def write_onnx(folder: Path, program: torch.export.ExportedProgram) -> Run:
             program, dynamo=True, opset_version=_OPSET, input_names=["img0", "img1", "timestep"], output_names=["imgt"],
             verbose=False,
         )  # fmt: skip
-    assert converted is not None  # so it is with dynamo=True
+    assert converted is not None  # always set with dynamo=True
     converted.save(path)
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
 
@@ -86,7 +86,7 @@ def write_onnx(folder: Path, program: torch.export.ExportedProgram) -> Run:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without what the packages have to say to each other: what a later version will change, what is not installed."""
+    """Silence messages that concern the packages alone: future deprecations and optional packages that are not installed."""
     loggers = [logging.getLogger(name) for name in _TALKATIVE]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
@@ -108,7 +108,7 @@ WRITERS: dict[str, Callable[[Path, torch.export.ExportedProgram], Run]] = {
 
 
 def compare(original: Run, exported: Run) -> Iterator[Difference]:
-    """What two functions `(img0, img1, timestep) -> imgt` make of the same frames, on a CPU, for each of CASES."""
+    """Compare two functions `(img0, img1, timestep) -> imgt` on the same frames, on a CPU, for each of CASES."""
     for batch, height, width in CASES:
         img0, img1 = moving_photographs(batch, height, width)
         timestep = torch.linspace(0.25, 0.5, batch)
@@ -118,7 +118,7 @@ def compare(original: Run, exported: Run) -> Iterator[Difference]:
 
 
 def moving_photographs(batch: int, height: int, width: int) -> tuple[Tensor, Tensor]:
-    """[batch, 3, height, width] each: the beginning and the end of drawn scenes."""
+    """Return first and last frame of synthetic scenes, [batch, 3, height, width] each."""
     scenes = [scene(0, "val", number, height, width, _MAX_MOTION) for number in range(batch)]
     img0, img1 = (torch.stack([torch.from_numpy(one.render(t)) for one in scenes]) for t in (0.0, 1.0))
     return img0.permute(0, 3, 1, 2) / 255, img1.permute(0, 3, 1, 2) / 255

@@ -1,9 +1,9 @@
-"""What should be known of a model that travels? Its card: README.md, headed by the fields that the hub reads.
+"""Model card for exported weights: README.md, with the front matter that the hub reads.
 
     about = card(loaded, licence="cc-by-4.0", results=[Path("results.json")])
     text = about.text(described)
 
-Nothing is claimed that was not given: without results there are no numbers, and a licence that was not said is `unknown`.
+The card claims nothing that was not given: without results there are no numbers, and a missing licence is `unknown`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from vfi.evaluation.results import BASELINES, Results, Row, read_results
 from vfi.inference.loading import LoadedModel
 
 TASK = "video-frame-interpolation"
-# of the hub's identifiers those that suit weights; another licence is `other`, with its name
+# the hub's identifiers that suit weights; another licence is `other`, with its name
 _LICENCES = (
     *("apache-2.0", "mit", "bsd-2-clause", "bsd-3-clause", "gpl-3.0", "agpl-3.0", "openrail", "unlicense", "cc0-1.0"),
     *("cc-by-3.0", "cc-by-4.0", "cc-by-sa-4.0", "cc-by-nd-4.0", "cc-by-nc-4.0", "cc-by-nc-sa-4.0", "cc-by-nc-nd-4.0"),
@@ -47,7 +47,7 @@ gives `imgt`, `[B, 3, H, W]` in 0 … 1. B is 1 or more, H and W are {smallest} 
 
 @dataclasses.dataclass(frozen=True)
 class Difference:
-    """How far what was exported is from the original, in colours of 0 … 1."""
+    """Deviation of the exported model from the original, for colours in 0 … 1."""
 
     frames: str
     """Number and size of the frames."""
@@ -57,7 +57,7 @@ class Difference:
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """One results file, and the row of this model in it."""
+    """A results file, and the row of this model in it."""
 
     results: Results
     row: Row
@@ -65,14 +65,14 @@ class Measured:
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """A source of training data; the fields are the columns of the file that lists them."""
+    """A source of training data; the fields are the columns of the file that lists the sources."""
 
     name: str
     source: str
-    """Where it comes from, such as a URL."""
+    """Origin of the data, such as a URL."""
     licence: str
     what: str
-    """What of it was used."""
+    """The part of it that was used."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,14 +90,14 @@ NOT_GIVEN = Training()
 
 @dataclasses.dataclass(frozen=True)
 class Card:
-    """All that a card says, but what is known only when the files are there."""
+    """Content of a card, apart from what is known only after the export."""
 
     origin: Origin
     measured: tuple[Measured, ...]
     training: Training = NOT_GIVEN
 
     def text(self, described: Description, differences: Sequence[Difference] = (), use: str | None = None) -> str:
-        """The whole README.md; `use`: the section that says how, by default that of the weights."""
+        """Return the whole README.md; `use` is the section on usage, by default the one for weights."""
         about = described.origin
         parts = [
             f"# {about.name}\n",
@@ -115,7 +115,7 @@ class Card:
         return f"---\n{self._front_matter(about)}\n---\n\n" + "\n".join(parts) + "\n"
 
     def _front_matter(self, about: Origin) -> str:
-        from huggingface_hub import EvalResult, ModelCardData  # not before it is wanted: its import takes a while
+        from huggingface_hub import EvalResult, ModelCardData  # deferred: the import takes a while
 
         known = about.licence.lower() in _LICENCES
         evaluated = [
@@ -144,16 +144,16 @@ def card(
     trained_on: Sequence[str] = (),
     training: Training = NOT_GIVEN,
 ) -> Card:
-    """What the card of a model says. ResultError for a file that is no results file, JobError for one without this model."""
+    """Collect the content of a model's card. ResultError for an invalid results file, JobError for one without this model."""
     known = loaded.origin
     origin = dataclasses.replace(known, licence=licence or known.licence, trained_on=tuple(trained_on) or known.trained_on)
     return Card(origin, tuple(_of_model(file, loaded) for file in results), training)
 
 
 def describe_training(sources: Path | None, recipe: str, hours: float | None) -> Training:
-    """Return what a card says of the training; `sources` is a CSV file with the fields of `Source` as its columns.
+    """Describe the training for the card; `sources` is a CSV file with the fields of `Source` as its columns.
 
-    JobError for a file that can't be read, lacks a column or has an empty cell, and for hours that are not positive.
+    Raises JobError for a file that can't be read, lacks a column or has an empty cell, and for hours that are not positive.
     """
     if hours is not None and not (math.isfinite(hours) and hours > 0):
         raise JobError(f"--hours {hours} must be positive and finite: give the hours that training took, or leave it out")
@@ -182,12 +182,12 @@ def _read_sources(path: Path) -> tuple[Source, ...]:
 
 
 def use_graph(file: str, code: str, smallest: int) -> str:
-    """The section that says how a traced graph in `file` is called; `code` does so, `smallest` is the smallest side."""
+    """Return the usage section for a traced graph in `file`; `code` calls it, `smallest` is the smallest side."""
     return _USE_GRAPH.format(file=file, code=code, smallest=smallest)
 
 
 def _of_model(file: Path, loaded: LoadedModel) -> Measured:
-    """The row that was measured with this run at this step."""
+    """Return the row that was measured with this run at this step."""
     results = read_results(file)
     for row in results.models:
         same_run = row.run is not None and (file.parent / row.run).resolve() == loaded.run_folder.resolve()
@@ -234,7 +234,7 @@ def _training(training: Training) -> Iterator[str]:
 
 
 def _cell(text: str) -> str:
-    """Return text as a cell of a Markdown table takes it."""
+    """Escape text for a cell of a Markdown table."""
     return " ".join(text.split()).replace("|", "\\|")
 
 
@@ -244,7 +244,7 @@ def _results(measured: Sequence[Measured]) -> Iterator[str]:
     yield "## Results\n"
     for one in measured:
         facts = one.results.protocol | {"precision": one.results.environment.get("precision", "not said")}
-        facts.pop("source", None)  # the job that made the shards: its arguments name folders of whoever made them
+        facts.pop("source", None)  # the command that wrote the shards: its arguments name private folders
         yield f"{_what(one.results)}, {one.results.samples} of {one.results.available} samples\n"
         yield "| | PSNR dB | SSIM | IE |\n| --- | --- | --- | --- |"
         for row in (*one.results.rows[: len(BASELINES)], one.row):
@@ -264,12 +264,12 @@ def _comparison(described: Description, differences: Sequence[Difference]) -> It
 
 
 def _what(results: Results) -> str:
-    """What was measured on: the protocol and its profile, or the name of the shards."""
+    """Name the data: the protocol and its profile, or the name of the shards."""
     facts = results.protocol
     profile = f" ({facts['profile']})" if "profile" in facts else ""
     return f"{facts['protocol']}{profile}" if profile else data_name(results.data)
 
 
 def _slug(text: str) -> str:
-    """A name as the hub's fields take it."""
+    """Convert a name to the form of the hub's fields."""
     return re.sub(r"[^a-z0-9._-]+", "-", text.lower()).strip("-.")

@@ -1,12 +1,12 @@
-"""How is the network traced into one graph, in which height, width and batch stay open?
+"""Trace the network into a single graph with dynamic height, width and batch size.
 
-    network = traceable(network)                # on a CPU, in fp32; the one that was given is left as it is
+    network = traceable(network)                # on a CPU, in fp32; a copy, the original stays unchanged
     imgt = network(img0, img1, timestep)        # [B, 3, H, W] in [0, 1], [B] -> the same up to rounding, clamped
     program = trace(network)
 
-The network computes in ways that depend on the size: indices from a cache, a loop over chunks of tokens, windows without a mask
-where none is needed. A graph would keep the way of the one size that it was traced at. Here the operators have a single way for
-all sizes, at the cost of some memory and time.
+The network's computation depends on the size: indices come from a cache, chunks of tokens are processed in a loop, and windows
+get a mask only where they need one. A graph would freeze the choices for the size that it was traced at. Here the operators
+have a single code path for all sizes, at the cost of some memory and time.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _TRACED_AT = (2, 3, 80, 96)  # any size would do
 
 
 class TraceableInterpolator(nn.Module):
-    """Two frames and a timestep -> the frame between, and nothing else."""
+    """The network reduced to two frames and a timestep -> the in-between frame."""
 
     def __init__(self, network: FrameInterpolator) -> None:
         super().__init__()
@@ -46,14 +46,14 @@ class TraceableInterpolator(nn.Module):
         B, _, H, W = img0.shape
         top, bottom = _around(H, self.multiple)
         left, right = _around(W, self.multiple)
-        # padded here, so that inside of the network every size is a plain multiple and nothing is left to pad
+        # padded here, so that every size inside the network is a plain multiple and nothing is left to pad
         frames = F.pad(torch.cat((img0, img1)), (left, right, top, bottom), mode="replicate")
         imgt: Tensor = self.network(*frames.split([B, B]), timestep).imgt
         return imgt.narrow(2, top, H).narrow(3, left, W).clamp(0, 1)
 
 
 def traceable(network: FrameInterpolator) -> TraceableInterpolator:
-    """A copy of `network` for tracing; JobError names an operator that has no such form."""
+    """Return a copy of `network` for tracing. Raises JobError naming an operator that has no traceable form."""
     if network.config.backbone_mode != "gated_attn_only" and network.config.ssm != "mamba2":
         raise JobError(
             f"--ssm {network.config.ssm} cannot be traced: its operator (vfi/ops/ssm/selective_scan.py) is a loop over tokens, "
@@ -65,7 +65,7 @@ def traceable(network: FrameInterpolator) -> TraceableInterpolator:
 
 
 def open_operators(network: nn.Module, scan: str) -> None:
-    """Give the blocks in `network` operators with a single way for all sizes."""
+    """Replace the operators of the blocks in `network` by variants with a single code path for all sizes."""
     for module in network.modules():
         if isinstance(module, Mamba2SS2D):
             module.scan, module.ssd = OPEN_SCANS[scan], ssd_open
@@ -76,7 +76,7 @@ def open_operators(network: nn.Module, scan: str) -> None:
 
 
 def trace(network: nn.Module) -> torch.export.ExportedProgram:
-    """One graph for every batch, height and width. Takes half a minute and more, most of it algebra on sizes."""
+    """Trace one graph for every batch, height and width. Takes half a minute or more, mostly for symbolic algebra on sizes."""
     B = _TRACED_AT[0]
     frames = dict.fromkeys((0, 2, 3), torch.export.Dim.AUTO)
     example = (torch.zeros(_TRACED_AT), torch.zeros(_TRACED_AT), torch.full((B,), 0.5))
@@ -92,24 +92,24 @@ def trace(network: nn.Module) -> torch.export.ExportedProgram:
 
 @contextlib.contextmanager
 def open_sizes() -> Iterator[None]:
-    """PyTorch's settings for work on a graph whose sizes are formulas."""
-    # not before they are wanted: they take seconds
+    """Apply PyTorch's settings for work on a graph with symbolic sizes."""
+    # deferred: the imports take seconds
     import torch._dynamo.config
     import torch.fx.experimental._config
 
     with (
         # a batch of one is no special case
         torch.fx.experimental._config.patch(backed_size_oblivious=True),  # type: ignore[attr-defined]
-        # to remember results costs more than to make them anew
+        # caching results costs more than recomputing them
         torch._dynamo.config.patch(fake_tensor_cache_enabled=False),
     ):
         yield
 
 
 def _around(size: int, multiple: int) -> tuple[int, int]:
-    """Padding before and after, as the network pads: together they cancel `size` out, if that is a symbol.
+    """Return the padding before and after, as the network pads: together they cancel `size` out, if it is symbolic.
 
-    Nothing negative is divided, which ONNX would round the other way.
+    No negative number is divided, which ONNX would round in the other direction.
     """
     whole = (size + multiple - 1) // multiple
     before = whole * (multiple // 2) - (size + 1) // 2

@@ -1,1 +1,1 @@
-"""Reports of results: tables, charts, images and pages, and the acceptance of a phase."""
+"""Reports on results: tables, charts, images and pages, and the acceptance of a phase."""

@@ -1,9 +1,9 @@
-"""What did an ablation find? The runs of its experiments -> a Markdown table of validation PSNR, means over their seeds.
+"""Table of an ablation: validation PSNR of its experiments in Markdown, as means over their seeds.
 
     print(ablation_table(Path("runs"), "phase1"))
     mean_psnr(Path("runs"), "phase1")["Exp-1c"]
 
-Runs are told by the preset in their config.json; only those that have finished count.
+Runs are identified by the preset in their config.json; only finished ones count.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ class _Run(NamedTuple):
     config: Config
     finished: bool
     psnr: float | None
-    """Of the last validation, in dB."""
+    """PSNR of the last validation, in dB."""
     average: float | None
-    """Of the frame average on the same samples, in dB."""
+    """PSNR of the frame average on the same samples, in dB."""
 
 
 def ablation_table(output_dir: Path, ablation: AblationName) -> str:
-    """The table of the runs in `output_dir`; JobError when there are none of this ablation."""
+    """Return the table of the runs in `output_dir`; JobError when none of them belongs to this ablation."""
     rows = experiments(ablation)
     found = _runs_of(output_dir, ablation)
     if not any(found.values()):
@@ -62,18 +62,18 @@ def ablation_table(output_dir: Path, ablation: AblationName) -> str:
 
 
 def mean_psnr(output_dir: Path, ablation: AblationName) -> dict[str, float]:
-    """PSNR in dB of the experiments that have a finished run in `output_dir`: the mean over their seeds."""
+    """Return the PSNR in dB, as the mean over seeds, of each experiment that has a finished run in `output_dir`."""
     return _means(_runs_of(output_dir, ablation))
 
 
 def _runs_of(output_dir: Path, ablation: AblationName) -> dict[str, list[_Run]]:
-    """The runs of every experiment, in the order of the table."""
+    """Return the runs of every experiment, in the order of the table."""
     runs = _read_runs(output_dir)
     return {row: [run for run in runs if run.config.run.preset == row] for row in experiments(ablation)}
 
 
 def _scores(runs: Sequence[_Run]) -> list[float]:
-    """PSNR of those that count."""
+    """Return the PSNR of the runs that count."""
     return [run.psnr for run in runs if run.finished and run.psnr is not None]
 
 
@@ -94,7 +94,7 @@ def _read_runs(output_dir: Path) -> list[_Run]:
 
 
 def _notes(runs: Sequence[_Run], varied: set[str]) -> list[str]:
-    """What was measured, and which settings differ between the runs that should not."""
+    """Describe what was measured, and settings in which the runs differ but should not."""
     if not runs:
         return ["No run has finished yet."]
     averages = sorted({f"{run.average:.2f} dB" for run in runs if run.average is not None})

@@ -1,9 +1,9 @@
-"""Is a model good enough for the next phase? Thresholds on published benchmarks, on speed and on the ablation.
+"""Acceptance of a phase: thresholds on published benchmarks, on latency and on the ablation.
 
     vfi report results/*.json --out report --gate phase1          exit code 1 when one of them is not passed
 
-A gate counts the best of this project's models in the results files, by a profile of the VFIMamba family and on the complete
-set. Latency is that of the first of them in a speed file. What was not measured is not passed.
+A gate takes the best of this project's models in the results files, measured by a profile of the VFIMamba family and on the
+complete set. Latency is that of the first such model in a speed file. What was not measured is not passed.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _NOT_MEASURED = "not measured"
 
 
 class Evidence(NamedTuple):
-    """What there is to judge by."""
+    """The measurements that gates are checked against."""
 
     results: Sequence[Results]
     speeds: Sequence[Speed]
@@ -32,15 +32,15 @@ class Evidence(NamedTuple):
     """Folder of the runs of an ablation."""
 
     def rows(self, protocol: str) -> list[tuple[Results, Row]]:
-        """Rows of this project's models that count on this protocol."""
+        """Return the rows of this project's models that count on this protocol."""
         return [(one, row) for one in self.on(protocol) if _is_comparable(one) for row in one.rows if row.run is not None]
 
     def on(self, protocol: str) -> list[Results]:
-        """All that was measured on it."""
+        """Return all results on this protocol."""
         return [one for one in self.results if one.protocol.get("protocol") == protocol]
 
     def missing(self, protocol: str) -> str:
-        """Why there are no rows, and how to get some."""
+        """Explain why there are no rows, and how to get some."""
         comparable = [one for one in self.on(protocol) if _is_comparable(one)]
         if comparable:
             why = f"{_NOT_MEASURED} for a model of this project"
@@ -52,20 +52,20 @@ class Evidence(NamedTuple):
 
 
 class Threshold(NamedTuple):
-    """A measure on a benchmark."""
+    """A lower bound for a measure on a benchmark."""
 
     protocol: str
     measure: Literal["psnr", "ssim"]
     least: float
     target: float | None = None
-    """What one would like to have."""
+    """The value to aim for, above the bound."""
 
     def __str__(self) -> str:
         unit = " dB" if self.measure == "psnr" else ""
         return f"{self.protocol} {self.measure.upper()} at least {self.least:g}{unit}"
 
     def check(self, evidence: Evidence) -> tuple[bool, str]:
-        """Passed or not, and why."""
+        """Return whether the gate is passed, and why."""
         rows = [row for _, row in evidence.rows(self.protocol)]
         if not rows:
             return False, evidence.missing(self.protocol) + self._beyond()
@@ -77,7 +77,7 @@ class Threshold(NamedTuple):
         return value >= self.least, why + ("" if value >= self.least else self._beyond())
 
     def _beyond(self) -> str:
-        """A word where no published model is known to pass."""
+        """Return a remark where no published model is known to pass."""
         known = [value for row in PUBLISHED.get(self.protocol, ()) if (value := getattr(row, self.measure)) is not None]
         return f"; no published model passes it (best: {max(known):g})" if known and max(known) < self.least else ""
 
@@ -93,7 +93,7 @@ class NotBelow(NamedTuple):
         return f"{self.protocol} PSNR of phase {self.phase} not below that of phase {self.earlier}"
 
     def check(self, evidence: Evidence) -> tuple[bool, str]:
-        """Passed or not, and why."""
+        """Return whether the gate is passed, and why."""
         best: dict[tuple[str | None, int | None], Row] = {}
         for results, row in sorted(evidence.rows(self.protocol), key=lambda one: one[1].psnr):
             best[results.protocol.get("TTA"), row.phase] = row
@@ -112,7 +112,7 @@ class NotBelow(NamedTuple):
 
 
 class Reported(NamedTuple):
-    """The interpolation error is known, whatever it is."""
+    """The interpolation error is measured, whatever its value."""
 
     protocol: str
 
@@ -120,7 +120,7 @@ class Reported(NamedTuple):
         return f"{self.protocol} IE reported"
 
     def check(self, evidence: Evidence) -> tuple[bool, str]:
-        """Passed or not, and why."""
+        """Return whether the gate is passed, and why."""
         rows = [row for _, row in evidence.rows(self.protocol)]
         if not rows:
             return False, evidence.missing(self.protocol)
@@ -129,7 +129,7 @@ class Reported(NamedTuple):
 
 
 class TimesRival(NamedTuple):
-    """Time of one frame between two, in times of VFIMamba's in the same speed file."""
+    """Upper bound for the time of one in-between frame, relative to VFIMamba in the same speed file."""
 
     size: str
     most: float
@@ -138,7 +138,7 @@ class TimesRival(NamedTuple):
         return f"latency at {self.size} at most {self.most:g} x VFIMamba"
 
     def check(self, evidence: Evidence) -> tuple[bool, str]:
-        """Passed or not, and why."""
+        """Return whether the gate is passed, and why."""
         how = f"vfi benchmark --speed --sizes {self.size} --model RUN vfimamba_adapter:vfimamba"
         found = []
         for _, ours, rows in _latencies(evidence.speeds, self.size):
@@ -152,7 +152,7 @@ class TimesRival(NamedTuple):
 
 
 class Milliseconds(NamedTuple):
-    """Time of one frame between two."""
+    """Upper bound for the time of one in-between frame."""
 
     size: str
     most: float
@@ -161,7 +161,7 @@ class Milliseconds(NamedTuple):
         return f"latency at {self.size} at most {self.most:g} ms a frame"
 
     def check(self, evidence: Evidence) -> tuple[bool, str]:
-        """Passed or not, and why."""
+        """Return whether the gate is passed, and why."""
         found = [(ours.ms, ours, speed) for speed, ours, _ in _latencies(evidence.speeds, self.size) if ours.ms is not None]
         if not found:
             how = f"vfi benchmark --speed --sizes {self.size} --model RUN"
@@ -180,7 +180,7 @@ class Better(NamedTuple):
         return f"PSNR of {self.experiment} above that of {self.other}"
 
     def check(self, evidence: Evidence) -> tuple[bool, str]:
-        """Passed or not, and why."""
+        """Return whether the gate is passed, and why."""
         found = mean_psnr(evidence.output_dir, "phase1") if evidence.output_dir else {}
         lacking = [name for name in (self.experiment, self.other) if name not in found]
         if lacking:
@@ -195,7 +195,7 @@ Gate = Threshold | NotBelow | Reported | TimesRival | Milliseconds | Better
 
 
 class Verdict(NamedTuple):
-    """What became of a gate."""
+    """Outcome of a gate."""
 
     gate: Gate
     passed: bool
@@ -208,7 +208,7 @@ _FLOW = (
     Threshold("snu_film_extreme", "psnr", 26.0), Threshold("snu_film_extreme", "ssim", 0.85),
     Threshold("vimeo90k", "psnr", 36.0), Threshold("vimeo90k", "ssim", 0.978), Reported("middlebury"),
 )  # fmt: skip
-_720P, _4K = "736x1280", "2176x4096"  # as the networks take them, padded
+_720P, _4K = "736x1280", "2176x4096"  # the padded sizes that networks see
 GATES: dict[GateName, tuple[Gate, ...]] = {
     "phase1": (
         Threshold("vimeo90k", "psnr", 35.0, 35.5), Threshold("vimeo90k", "ssim", 0.975), Threshold("ucf101", "psnr", 34.5),
@@ -225,13 +225,13 @@ GATES: dict[GateName, tuple[Gate, ...]] = {
 def check(
     name: GateName, results: Sequence[Results], speeds: Sequence[Speed] = (), output_dir: Path | None = None
 ) -> list[Verdict]:
-    """All gates of a phase, in their order. `output_dir`: folder of the ablation's runs."""
+    """Check all gates of a phase, in their order. `output_dir`: folder of the ablation's runs."""
     evidence = Evidence(results, speeds, output_dir)
     return [Verdict(gate, *gate.check(evidence)) for gate in GATES[name]]
 
 
 def lines(name: GateName, verdicts: Sequence[Verdict]) -> list[str]:
-    """What to print of them."""
+    """Format the verdicts as lines to print."""
     passed = sum(verdict.passed for verdict in verdicts)
     marks = [f"{'passed' if verdict.passed else 'NOT passed'}: {verdict.gate}: {verdict.why}" for verdict in verdicts]
     return [f"gate {name}: {passed} of {len(verdicts)} passed", *marks]
@@ -242,7 +242,7 @@ def _is_comparable(results: Results) -> bool:
 
 
 def _latencies(speeds: Sequence[Speed], size: str) -> Iterator[tuple[Speed, SpeedRow, list[SpeedRow]]]:
-    """Of each speed file: the first of this project's models at this size and twice the frame rate, and all rows there."""
+    """Yield, for each speed file, this project's first model at this size and twice the frame rate, and all rows there."""
     for speed in speeds:
         rows = [row for row in speed.rows if (row.size, row.factor) == (size, 2)]
         if ours := [row for row in rows if row.path is not None]:

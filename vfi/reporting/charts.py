@@ -1,4 +1,4 @@
-"""Which curves and points does the report's page draw? Image by image, over training, and quality against speed."""
+"""Charts of the report's page: PSNR image by image, curves over training, and quality against latency."""
 
 from __future__ import annotations
 
@@ -14,30 +14,30 @@ from vfi.evaluation.results import FRAME_AVERAGE, Entry, Group
 from vfi.reporting.svg import Series, labelled_chart, line_chart, scatter_chart, thin
 
 PREFERRED_SIZE = "736x1280"
-"""Of the frames whose time stands against quality."""
+"""Frame size whose latency is plotted against quality, if it was measured."""
 
 
 def charts(group: Group, speeds: Mapping[Path, Speed]) -> str:
-    """All figures of a group."""
+    """Draw all figures of a group."""
     against = (speed_chart(group, path, speed) for path, speed in speeds.items())
     return "".join([_scatter(group), *_curves(group), *against])
 
 
 def run_folder(entry: Entry) -> Path | None:
-    """The folder of a model's run, where it is there."""
+    """Return the folder of a model's run, if it exists."""
     folder = entry.file.parent / entry.row.run if entry.row.run else None
     return folder if folder and folder.is_dir() else None
 
 
 def speed_chart(group: Group, path: Path, speed: Speed) -> str:
-    """Time of a frame against PSNR, of the models that are in both; nothing for none of them."""
+    """Plot the time of a frame against PSNR, for the models that have both; nothing if there are none."""
     found = {entry.label: timed for entry in group.entries if (timed := _timed(entry, speed))}
     sizes = [size for of_model in found.values() for size in of_model]
     if not sizes:
         return ""
     size = max(sizes, key=lambda size: (sizes.count(size), size == PREFERRED_SIZE, _area(size)))
     series = []
-    for entry in group.entries:  # every model keeps its colour, also beside one without a time
+    for entry in group.entries:  # every model keeps its colour, also next to one without a time
         row = found.get(entry.label, {}).get(size)
         text = f"{entry.label}: {row.ms:.4g} ms, {entry.row.psnr:.2f} dB" if row else ""
         series.append(Series(entry.label, [(row.ms, entry.row.psnr, text)] if row and row.ms else []))
@@ -51,7 +51,7 @@ def speed_chart(group: Group, path: Path, speed: Speed) -> str:
 
 
 def _timed(entry: Entry, speed: Speed) -> dict[str, SpeedRow]:
-    """Size -> the fastest row of this model at twice the rate: the same path, or else the same name."""
+    """Return size -> the fastest row of this model at twice the frame rate, matched by path, or else by name."""
     rows = [row for row in speed.rows if row.factor == 2 and row.ms is not None]
     of_model = [row for row in rows if row.path is not None and row.path == entry.row.path]
     of_model = of_model or [row for row in rows if row.model == entry.label]
@@ -69,7 +69,7 @@ def _figure(caption: str, svg: str, note: str = "") -> str:
 
 
 def _scatter(group: Group) -> str:
-    """PSNR of the frame average against that of each model."""
+    """Plot the PSNR of each model against that of the frame average."""
     average = {image.key: image.psnr for image in group.average.images}
     series = [
         Series(
@@ -86,9 +86,9 @@ def _scatter(group: Group) -> str:
 
 
 def _curves(group: Group) -> list[str]:
-    """Loss and validation over the training steps of every model whose run folder is there."""
+    """Plot loss and validation over the training steps of every model whose run folder exists."""
     rows = {entry.label: _metrics(run / "metrics.jsonl") for entry in group.entries if (run := run_folder(entry))}
-    names = [entry.label for entry in group.entries]  # every model keeps its colour, also beside one without curves
+    names = [entry.label for entry in group.entries]  # every model keeps its colour, also next to one without curves
     loss = [Series(name, thin(_points(rows.get(name, ()), "train", "loss"))) for name in names]
     val = [Series(name, thin(_points(rows.get(name, ()), "val", "psnr"))) for name in names]
     loss = [Series(name, [point for point in points if point[1] > 0]) for name, points in loss]
@@ -103,7 +103,7 @@ def _curves(group: Group) -> list[str]:
 
 
 def _metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics.jsonl; a last line that was cut short is left out."""
+    """Read the rows of a metrics.jsonl; a truncated last line is dropped."""
     rows = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
         try:
@@ -114,6 +114,6 @@ def _metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def _points(rows: Sequence[dict[str, Any]], event: str, name: str) -> list[tuple[float, float, str]]:
-    """(step, value, label) of one number, by step; values that are not finite are left out."""
+    """Return (step, value, label) of one metric, by step; non-finite values are dropped."""
     found = {row["step"]: row[name] for row in rows if row.get("event") == event and row.get(name) is not None}
     return [(step, y, f"step {step}: {y:.4g}") for step, y in sorted(found.items()) if math.isfinite(y)]

@@ -1,4 +1,4 @@
-"""What does the report's page hold? All that was found -> the text of one HTML file that needs nothing beside it.
+"""The report's page: a single HTML file that needs no other files.
 
 Pictures are embedded, charts are inline SVG (vfi/reporting/svg.py), style and script come from report_template.html. All text
 that comes from files is escaped.
@@ -26,7 +26,7 @@ TEMPLATE = Path(__file__).with_name("report_template.html")
 
 @dataclasses.dataclass(frozen=True)
 class Content:
-    """All that a report shows."""
+    """Everything that a report shows."""
 
     groups: Sequence[Group]
     speeds: Mapping[Path, Speed] = dataclasses.field(default_factory=dict)
@@ -35,7 +35,7 @@ class Content:
 
 
 def page(content: Content) -> str:
-    """The whole page. Raises ResultError when a picture that a results file names is missing or damaged."""
+    """Render the whole page. Raises ResultError when a picture that a results file names is missing or damaged."""
     sections = [(table.label, _table(table)) for table in (content.gate,) if table]
     sections += [(group.data, _group(group, content.speeds)) for group in content.groups]
     sections += [("Speed", _speeds(content.speeds))] if content.speeds else []
@@ -53,7 +53,7 @@ def page(content: Content) -> str:
 
 
 def about(group: Group) -> str:
-    """How many samples of which size and kind; and whether they are a part of the set, or not the published one."""
+    """Describe the number, size and kind of the samples, and whether they are a part of the set, or not the published one."""
     protocol = group.files[0][1].protocol
     part = protocol.get("frame set", "").removeprefix("all samples").lstrip("; ")
     facts = (_count(group.samples, "sample"), part, protocol.get("sizes", ""), protocol.get("codec", ""))
@@ -61,7 +61,7 @@ def about(group: Group) -> str:
 
 
 def fact(value: Any) -> str:
-    """A value of an environment or of settings as words."""
+    """Format a value of an environment or of settings as text."""
     if isinstance(value, dict):
         return ", ".join(f"{name} {fact(part)}" for name, part in value.items())
     if isinstance(value, list | tuple):
@@ -88,7 +88,7 @@ def _count(number: int, noun: str) -> str:
 
 
 def _group(group: Group, speeds: Mapping[Path, Speed]) -> str:
-    """Everything that was measured on the same samples."""
+    """Render everything that was measured on the same samples."""
     parts = [f'<p class="muted">{escape(about(group))}</p>', _table(results_table(group))]
     for title, table in (
         ("Published, not measured here", published_table(group)),
@@ -114,7 +114,7 @@ def _speeds(speeds: Mapping[Path, Speed]) -> str:
 
 
 def _table(table: Table) -> str:
-    """A table that can be sorted (by the page's script), and what has to be known to read it."""
+    """Render a table, which the page's script can sort, and the notes that explain it."""
     kinds = [_class("words" if words else "") for words in table.words]
     head = "".join(f'<th scope="col"{kind}>{escape(name)}</th>' for name, kind in zip(table.head, kinds, strict=True))
     rows = "".join(
@@ -135,7 +135,7 @@ def _class(name: str) -> str:
 
 
 def _facts(group: Group) -> str:
-    """Protocol, environment of each results file, and the settings of each run."""
+    """List the protocol, the environment of each results file, and the settings of each run."""
     parts = [
         "<h3>How this was measured</h3>",
         _list(group.files[0][1].protocol | {"index sha256": group.files[0][1].index_sha256}),

@@ -1,4 +1,4 @@
-"""How does the report's page show one sample? All of its frames, errors and flows, two of them under a before/after slider."""
+"""Pictures of a sample on the report's page: all frames, errors and flows, two of them under a before/after slider."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from vfi.reporting.tables import gain_cell
 EMBEDDED_SIDE = 640
 """Pictures with a longer side are shrunk to it."""
 SMALL_SIDE = 256
-"""Pictures up to this side are embedded as they are and enlarged without smoothing; larger ones are embedded as JPEG."""
+"""Pictures up to this side are embedded unchanged and enlarged without smoothing; larger ones are embedded as JPEG."""
 _LEFT, _RIGHT = 3, 4  # what the slider shows at first: the frame average and the first prediction
 
 
 def breakable(text: str) -> str:
-    """Escaped text that may be broken within paths and names of adapters."""
+    """Escape text and allow line breaks within paths and names of adapters."""
     return re.sub(r"([/:])(?=\S)", r"\1<wbr>", escape(text))
 
 
@@ -34,12 +34,12 @@ class _Frame(NamedTuple):
 
 
 def samples(folder: Path, results: Results) -> list[str]:
-    """One article a picture. Raises ResultError when a file that the results name is missing or damaged."""
+    """Render an article per picture. Raises ResultError when a file that the results name is missing or damaged."""
     return [_sample(folder, picture, results) for picture in results.pictures]
 
 
 def legend_of_pictures(shown: Sequence[Results]) -> str:
-    """What the colours of errors and flows mean."""
+    """Explain the colours of errors and flows."""
     text = f"Errors are absolute, averaged over the colours: black 0, white {ERROR_WHITE} and more."
     if any(picture.flows for results in shown for picture in results.pictures):
         text += (
@@ -72,7 +72,7 @@ def _sample(folder: Path, picture: Picture, results: Results) -> str:
 
 
 def _frames(picture: Picture, scores: dict[str, ImageScore]) -> list[_Frame]:
-    """Everything that there is of a sample, in the order of the strip."""
+    """Return all frames, errors and flows of a sample, in the order of the strip."""
     one = len(picture.predictions) == 1
     frames = [_Frame("first frame", picture.img0), _Frame("truth", picture.truth), _Frame("last frame", picture.img1)]
     frames.append(_Frame(FRAME_AVERAGE, picture.average, f"{scores[FRAME_AVERAGE].psnr:.2f} dB"))
@@ -90,7 +90,7 @@ def _select(label: str, options: Sequence[tuple[int, str]], chosen: int) -> str:
 
 
 def _embed(path: Path) -> tuple[str, bool]:
-    """A picture file as data URI, and whether it is small."""
+    """Return a picture file as data URI, and whether it is small."""
     try:
         data = path.read_bytes()
         with Image.open(io.BytesIO(data)) as image:

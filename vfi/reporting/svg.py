@@ -1,4 +1,4 @@
-"""How do numbers become a picture in a page? Line, scatter and labelled charts as inline SVG, coloured by the page's CSS.
+"""Line, scatter and labelled charts as inline SVG, coloured by the page's CSS.
 
 Classes: `c0` … `c5` are the colours of the series, `grid`, `axis`, `rule` and `label` the rest. All text is escaped.
 """
@@ -17,14 +17,14 @@ _LINE_HEIGHT, _LABEL_SIGNS = 13, 24
 
 
 class Series(NamedTuple):
-    """A named list of (x, y, what a pointer resting on it is told)."""
+    """A named list of (x, y, tooltip)."""
 
     name: str
     points: Sequence[tuple[float, float, str]]
 
 
 class _Axis(NamedTuple):
-    """Values to pixels: linear, or logarithmic when `log`."""
+    """Map from values to pixels: linear, or logarithmic if `log`."""
 
     low: float
     high: float
@@ -38,7 +38,7 @@ class _Axis(NamedTuple):
 
 
 def nice_ticks(low: float, high: float, count: int = 6) -> list[float]:
-    """About `count` round values (1, 2 or 5 times a power of ten apart) within low … high."""
+    """Return about `count` round values (1, 2 or 5 times a power of ten apart) within low … high."""
     step = 10 ** math.floor(math.log10((high - low) / count))
     step *= next(factor for factor in (1, 2, 5, 10) if (high - low) / (step * factor) <= count)
     first = math.ceil(low / step - 1e-9)
@@ -46,7 +46,7 @@ def nice_ticks(low: float, high: float, count: int = 6) -> list[float]:
 
 
 def log_ticks(low: float, high: float) -> list[float]:
-    """1, 2 and 5 times powers of ten within low … high, only powers of ten over more than two decades."""
+    """Return 1, 2 and 5 times powers of ten within low … high, only powers of ten over more than two decades."""
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     factors = (1, 2, 5) if math.log10(high / low) <= 2 else (1,)
     ticks = [f * 10.0**p for p in powers for f in factors if low <= f * 10.0**p <= high]
@@ -54,7 +54,7 @@ def log_ticks(low: float, high: float) -> list[float]:
 
 
 def thin(points: Sequence[tuple[float, float, str]], most: int = 300) -> list[tuple[float, float, str]]:
-    """At most `most` points: neighbours are averaged, the last point is kept as it is."""
+    """Reduce to at most `most` points: neighbours are averaged, the last point is kept unchanged."""
     if len(points) <= most:
         return list(points)
     size = math.ceil(len(points) / (most - 1))
@@ -72,7 +72,7 @@ def line_chart(
     log: bool = False,
     rules: Sequence[tuple[str, float]] = (),
 ) -> str:
-    """Lines over a shared x; `rules` are horizontal lines with a name. Values must be finite, and positive for `log`."""
+    """Draw lines over a shared x; `rules` are named horizontal lines. Values must be finite, and positive for `log`."""
     xs = [x for _, points in series for x, _, _ in points]
     ys = [y for _, points in series for _, y, _ in points] + [y for _, y in rules]
     x_axis, y_axis = _axes((min(xs), max(xs)), _padded(min(ys), max(ys), log), log_y=log)
@@ -91,7 +91,7 @@ def line_chart(
 
 
 def scatter_chart(title: str, series: Sequence[Series], x_label: str, y_label: str) -> str:
-    """Points on two axes of the same range, with the diagonal on which x = y."""
+    """Draw points on two axes of the same range, with the diagonal x = y."""
     values = [v for _, points in series for x, y, _ in points for v in (x, y)]
     span = _padded(min(values), max(values), False)
     x_axis, y_axis = _axes(span, span)
@@ -106,7 +106,7 @@ def scatter_chart(title: str, series: Sequence[Series], x_label: str, y_label: s
 
 
 def labelled_chart(title: str, series: Sequence[Series], x_label: str, y_label: str) -> str:
-    """Few points with the names of their series beside them, over a logarithmic x; it must be positive."""
+    """Draw a few points with the names of their series next to them, over a logarithmic x, which must be positive."""
     points = [(number, name, point) for number, (name, found) in enumerate(series) for point in found]
     xs, ys = [x for _, _, (x, _, _) in points], [y for _, _, (_, y, _) in points]
     x_axis, y_axis = _axes(_padded(min(xs), max(xs), True), _padded(min(ys), max(ys), False), log_x=True)
@@ -122,7 +122,7 @@ def labelled_chart(title: str, series: Sequence[Series], x_label: str, y_label: 
 
 
 def legend(names: Sequence[str]) -> str:
-    """Names of the series with their colours; nothing for fewer than two."""
+    """Render the names of the series with their colours; nothing for fewer than two."""
     if len(names) < 2:
         return ""
     items = "".join(f'<li><i class="swatch c{i % COLOURS}"></i>{escape(name)}</li>' for i, name in enumerate(names))
@@ -135,7 +135,7 @@ def _axes(x: tuple[float, float], y: tuple[float, float], *, log_x: bool = False
 
 
 def _padded(low: float, high: float, log: bool) -> tuple[float, float]:
-    """The range with some room on both sides."""
+    """Return the range with some room on both sides."""
     if log:
         room = max((high / low) ** 0.06, 1.1)
         return low / room, high * room
@@ -144,7 +144,7 @@ def _padded(low: float, high: float, log: bool) -> tuple[float, float]:
 
 
 def _frame(x_axis: _Axis, y_axis: _Axis, x_label: str, y_label: str) -> str:
-    """Grid, ticks and names of both axes."""
+    """Draw grid, ticks and names of both axes."""
     parts = []
     for value in _ticks(x_axis):
         x = x_axis(value)

@@ -1,4 +1,4 @@
-"""What stands in the tables of a report? Results, speed and verdicts -> cells, the same in Markdown and on the page.
+"""Tables of a report: cells of results, latency and verdicts, the same in Markdown and on the page.
 
 A column without a value in any row is left out.
 """
@@ -15,36 +15,36 @@ from vfi.evaluation.published import published_cells
 from vfi.evaluation.results import BASELINES, QUARTERS, Entry, Group, Row, by_clip, by_motion
 from vfi.reporting.acceptance import Verdict
 
-_LONG = 30  # signs
+_LONG = 30  # characters
 
 
 class Cell(NamedTuple):
-    """What one cell says, and how the page shows it."""
+    """Text of a cell, and how the page shows it."""
 
     text: str
     kind: str = ""
-    """A class of the page's style: best, gain, loss or muted numbers, words, long words (which wrap), or none of them."""
+    """A class of the page's style: best, gain, loss or muted numbers, words, long words (which wrap), or empty."""
 
 
 class Table(NamedTuple):
-    """A table, and what has to be known to read it."""
+    """A table, and the notes that explain it."""
 
     label: str
     head: tuple[str, ...]
     rows: tuple[tuple[Cell, ...], ...]
     notes: tuple[str, ...] = ()
     baselines: int = 0
-    """So many rows at the top are no models."""
+    """Number of rows at the top that are baselines."""
 
     @property
     def words(self) -> tuple[bool, ...]:
-        """Which columns hold words: they stand to the left, as the first one does, numbers to the right."""
+        """Return which columns hold text: like the first column they are aligned left, numbers are aligned right."""
         kinds = [{row[number].kind for row in self.rows} for number in range(len(self.head))]
         return tuple(number == 0 or bool(found & {"words", "long"}) for number, found in enumerate(kinds))
 
 
 class _Column(NamedTuple):
-    """A column before it is known whether it has values; `note` explains its head."""
+    """A column, which is dropped later if it has no values; `note` explains its header."""
 
     head: str
     cells: Sequence[Cell]
@@ -52,7 +52,7 @@ class _Column(NamedTuple):
 
 
 def results_table(group: Group) -> Table:
-    """Both baselines and the models of a group, with all that was measured."""
+    """Return both baselines and the models of a group, with all measures."""
     rows = _rows(group)
     gains = [Cell(""), *(gain_cell(row.psnr - group.average.psnr) for row in rows[1:])]
     better = ["", *(_better_on(row, group) for row in rows[1:])]
@@ -78,7 +78,7 @@ def results_table(group: Group) -> Table:
 
 
 def motion_table(group: Group) -> Table | None:
-    """PSNR of the quarters of the images by how far things move; None where that was not estimated, or on few images."""
+    """Return PSNR by quarters of the images, by motion; None where motion was not estimated, or on few images."""
     motion = next((results.motion for _, results in group.files if results.motion), ())
     quarters = [by_motion(row, motion) for row in _rows(group)]
     if not quarters[0]:
@@ -111,7 +111,7 @@ def clip_table(group: Group) -> Table | None:
 
 
 def published_table(group: Group) -> Table | None:
-    """What others have published by the same protocol."""
+    """Return published numbers for the same protocol."""
     rows = published_cells(group.files[0][1].protocol.get("protocol", ""))
     if not rows:
         return None
@@ -121,7 +121,7 @@ def published_table(group: Group) -> Table | None:
 
 
 def speed_table(speed: Speed) -> Table:
-    """All rows of a speed file, in its order."""
+    """Return all rows of a speed file, in its order."""
     rows = speed.rows
     times = [Cell(OUT_OF_MEMORY, "loss") if row.out_of_memory else Cell(_number(row.ms, 2)) for row in rows]
     columns = [
@@ -141,7 +141,7 @@ def speed_table(speed: Speed) -> Table:
 
 
 def gate_table(name: str, verdicts: Sequence[Verdict]) -> Table:
-    """What became of the gates of a phase."""
+    """Return the outcome of the gates of a phase."""
     passed = [Cell("passed", "gain") if verdict.passed else Cell("NOT passed", "loss") for verdict in verdicts]
     columns = [
         _Column("Verdict", passed),
@@ -153,7 +153,7 @@ def gate_table(name: str, verdicts: Sequence[Verdict]) -> Table:
 
 
 def from_markdown(label: str, text: str) -> Table:
-    """A Markdown table without escaped signs, as vfi/reporting/ablation.py makes it, and the lines after it as notes."""
+    """Parse a Markdown table without escaped characters, as of vfi/reporting/ablation.py; lines after it become notes."""
     lines = text.splitlines()
     head, rules, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
     are_words = [number > 0 and not rule.endswith(":") for number, rule in enumerate(rules)]
@@ -163,13 +163,13 @@ def from_markdown(label: str, text: str) -> Table:
 
 
 def gain_cell(gain: float) -> Cell:
-    """With a sign, and a true minus, which is as wide as a plus; the kind is that of what is left after rounding."""
+    """Format a gain with its sign, and with a true minus, which is as wide as a plus; the kind depends on the rounded value."""
     kind = "gain" if gain >= 0.005 else "loss" if gain <= -0.005 else "muted"
     return Cell(f"{round(gain, 2) + 0.0:+.2f}".replace("-", "−"), kind)
 
 
 def short_number(value: int | None) -> str:
-    """1234567 -> 1.23 M; None -> nothing."""
+    """Format 1234567 as 1.23 M, and None as nothing."""
     if value is None:
         return ""
     for size, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
@@ -179,7 +179,7 @@ def short_number(value: int | None) -> str:
 
 
 def _table(label: str, columns: Sequence[_Column], notes: tuple[str, ...] = (), baselines: int = 0) -> Table:
-    """The columns that have a value, as rows."""
+    """Turn the columns that have a value into rows."""
     kept = [column for column in columns if any(cell.text for cell in column.cells)]
     rows = tuple(zip(*(column.cells for column in kept), strict=True))
     notes = (*notes, *(column.note for column in kept if column.note))
@@ -209,7 +209,7 @@ def _measure(
 
 
 def _values(values: Sequence[float | None], digits: int, lower: bool) -> list[Cell]:
-    """Numbers of both baselines and of the models, of which the best is marked where there are several."""
+    """Format the numbers of baselines and models; the best model is marked where there are several."""
     known = [value for value in values[len(BASELINES) :] if value is not None]
     best = (min if lower else max)(known) if len(known) > 1 else math.nan
     kinds = [""] * len(BASELINES) + ["best" if value == best else "" for value in values[len(BASELINES) :]]
@@ -221,11 +221,11 @@ def _number(value: float | None, digits: int, unit: float = 1) -> str:
 
 
 def _precision(entry: Entry) -> str:
-    """Return what a model was computed in; one of another repository chooses that itself, and has no run."""
+    """Return the precision of a model; one of another repository chooses it itself, and has no run."""
     return entry.results.environment.get("precision", "") if entry.row.run else OWN_PRECISION
 
 
 def _better_on(row: Row, group: Group) -> str:
-    """On how many images a row beats the frame average, such as 62 / 64."""
+    """Format on how many images a row beats the frame average, such as 62 / 64."""
     pairs = zip(row.images, group.average.images, strict=True)
     return f"{sum(ours.psnr > average.psnr for ours, average in pairs)} / {group.samples}"

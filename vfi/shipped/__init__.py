@@ -1,9 +1,9 @@
-"""The trained model that comes with the package, for use without a training of one's own.
+"""The trained model that comes with the package, for use without training.
 
     folder = shipped_model()     # vfi/shipped/small, verified: a folder that `vfi export` wrote
-    is_shipped("shipped")        # the word that names it wherever a model is named: `vfi benchmark --model shipped`
+    is_shipped("shipped")        # the name of this model on all command lines: `vfi benchmark --model shipped`
 
-SHA256SUMS beside its three files is what `sha256sum README.md config.json model.safetensors` prints.
+SHA256SUMS next to its three files is the output of `sha256sum README.md config.json model.safetensors`.
 """
 
 from __future__ import annotations
@@ -13,28 +13,28 @@ from collections.abc import Iterator
 from pathlib import Path
 
 SHIPPED = "shipped"
-"""Names the shipped model; a run or folder of this name is given by its path, such as runs/shipped."""
+"""Name of the shipped model; a run or folder of this name is given by its path, such as runs/shipped."""
 FOLDER = Path(__file__).parent / "small"
 SUMS = "SHA256SUMS"
 FILES = ("README.md", "config.json", "model.safetensors")
 
 
 def is_shipped(path: str | Path) -> bool:
-    """Return whether `path` is the word that names the shipped model."""
+    """Return whether `path` is the name of the shipped model."""
     return str(path) == SHIPPED
 
 
 def has_shipped_model() -> bool:
-    """Return whether the package came with a model, whole or damaged."""
+    """Return whether the package came with a model, intact or damaged."""
     return FOLDER.is_dir()
 
 
 def shipped_model() -> Path:
     """Return the folder of the shipped model after comparing its files with their checksums.
 
-    Raises CheckpointError where the package came without a model, and for a file that is missing or is not what was shipped.
+    Raises CheckpointError where the package came without a model, and for a missing or modified file.
     """
-    from vfi.errors import CheckpointError  # not before it is needed: it imports torch, which takes seconds
+    from vfi.errors import CheckpointError  # deferred: it imports torch, which takes seconds
 
     if not has_shipped_model():
         raise CheckpointError(
@@ -50,7 +50,7 @@ def shipped_model() -> Path:
 
 
 def _damage() -> Iterator[str]:
-    """Yield what is wrong with each file."""
+    """Yield a description of what is wrong with each file."""
     try:
         lines = (FOLDER / SUMS).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:

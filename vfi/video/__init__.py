@@ -1,1 +1,1 @@
-"""Videos and folders of frames, converted to more frames."""
+"""Conversion of videos and folders of frames to more frames or slow motion."""

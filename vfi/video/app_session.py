@@ -1,10 +1,10 @@
-"""What does the web page make? Two images -> the image between and slow motion; a video -> a smoother or slower one. No Gradio.
+"""Work behind the web page, without Gradio: interpolate between two images, or convert a video to a smoother or slower one.
 
     work = Work(model, device, precision, folder)
     made = work.images(Path("a.png"), Path("b.png"), timestep=0.5, slower=8, report=print)
     left, right = compared(made.moment, "frame average")
 
-Results are files in the folder and are those of one job: the next one replaces them.
+Results are files in the folder; each job replaces those of the one before.
 """
 
 from __future__ import annotations
@@ -33,17 +33,17 @@ from vfi.video.container import Encoding, VideoInput, VideoOutput
 from vfi.video.convert import Options, between_for, check_sizes, convert
 
 MAX_FRAMES = 900
-"""Of a video: half a minute at 30 frames per second."""
+"""Most frames that a video may have: half a minute at 30 frames per second."""
 MAX_VIDEO, MAX_IMAGE = (1080, 1920), (2160, 3840)
-"""(height, width), whose pixels are the most that a frame or an image may have."""
+"""(height, width) whose product is the largest number of pixels that a video frame or an image may have."""
 CLIP_FPS = Fraction(16)
 COMPARE = ("frame average", "first frame", "second frame")
 Report = Callable[[float, str], object]
-"""Is told which part of a job is done, from 0 to 1, and what it is doing."""
+"""Called with the fraction of a job that is done, from 0 to 1, and with a description of the current step."""
 
 
 class Moment(NamedTuple):
-    """Two frames and what the model made between them: RGB uint8 `[H, W, 3]` each."""
+    """Two frames and the in-between frame of the model, each RGB uint8 `[H, W, 3]`."""
 
     img0: np.ndarray
     img1: np.ndarray
@@ -52,14 +52,14 @@ class Moment(NamedTuple):
 
 
 class Made(NamedTuple):
-    """What a job gives the page."""
+    """The results of a job, as the page shows them."""
 
     moment: Moment | None
     """None for a video in which nothing moves."""
     result: Path
-    """The image or video to be downloaded."""
+    """The image or video to download."""
     clip: Path | None
-    """The video to be played: slow motion between two images, if that was asked for."""
+    """The video to play: for two images the slow motion, None if it was not requested."""
     said: str
 
 
@@ -74,12 +74,12 @@ class Work:
 
     @property
     def about(self) -> str:
-        """Model and device, on one line."""
+        """Return the model and the device in one line."""
         model, loaded = self.model, self.model.loaded
         return f"{loaded.name}, step {loaded.step:,} · {model.device.type}, {describe_precision(model.precision)}"
 
     def images(self, path0: Path | None, path1: Path | None, timestep: float, slower: int, report: Report) -> Made:
-        """The image between two, and unless `slower` is 0 a clip that goes there and back, so many times as slow."""
+        """Interpolate between two images and, unless `slower` is 0, make a clip, back and forth, `slower` times as slow."""
         if path0 is None or path1 is None:
             raise JobError(f"the {'first' if path0 is None else 'second'} image is missing: two are needed")
         images = img0, img1 = read_image(path0), read_image(path1)
@@ -97,14 +97,14 @@ class Work:
         return Made(Moment(img0, img1, imgt, timestep), result, clip, said)
 
     def video(self, path: Path | None, slow: bool, factor: int, report: Report) -> Made:
-        """A video with `factor` times as many frames, or so many times as slow."""
+        """Convert a video to `factor` times as many frames or, with `slow`, to one `factor` times as slow."""
         if path is None:
             raise JobError("the video is missing: drop one above")
         flag = "--slowmo" if slow else "--multiplier"
         command = f"vfi interpolate {path.name} -o out.mp4 {flag} {factor}"
         out = self.results / f"{path.stem}_{'slow' if slow else 'x'}{factor}.mp4"
         wanted = dataclasses.replace(
-            self.settings, inputs=(path,), out=out, codec="libx264", pix_fmt="yuv420p",  # which all browsers play
+            self.settings, inputs=(path,), out=out, codec="libx264", pix_fmt="yuv420p",  # supported by all browsers
             slowmo=factor if slow else None, multiplier=None if slow else factor,
         )  # fmt: skip
         with self._job():
@@ -123,8 +123,10 @@ class Work:
         return Made(moment, out, out, line.removeprefix(f"{out}: "))
 
     def _look(self, path: Path, command: str) -> tuple[int, tuple[np.ndarray, np.ndarray] | None]:
-        """Number of frames, and the two neighbours, upright, between which most changes without a scene cut; None where nothing
-        does. JobError for what is too long, too large or no video.
+        """Return the number of frames and the two neighbours, upright, that differ most without a scene cut; None without
+        change.
+
+        Raises JobError for a file that is too long, too large or not a video.
         """
         count, most, before, pair = 0, 0.0, None, None
         with VideoInput(path) as video:
@@ -151,12 +153,12 @@ class Work:
         return count, (turned[0], turned[1]) if pair else None
 
     def line_of(self, error: Exception) -> str:
-        """What went wrong, without the names of temporary folders and of objects in memory."""
+        """Return the error message without the names of temporary folders and of objects in memory."""
         return re.sub(rf"{re.escape(str(self.folder))}/(?:[^/\s]+/)*| <_io\.BytesIO[^>]*>", "", message_of(error))
 
     @contextlib.contextmanager
     def _job(self) -> Iterator[None]:
-        """One at a time. Its results replace those of the one before, which the page has copied."""
+        """Run one job at a time; its results replace those of the one before, which the page has copied."""
         with self.busy:
             self._go_on()
             shutil.rmtree(self.results, ignore_errors=True)
@@ -196,7 +198,7 @@ def _check_pixels(size: Sequence[int], most: tuple[int, int], what: str, command
 
 
 def compared(moment: Moment | None, choice: str) -> tuple[np.ndarray, np.ndarray] | None:
-    """What lies left and right of the slider: what `choice` of COMPARE names, and what the model made."""
+    """Return the images left and right of the slider: the one that `choice` of COMPARE names, and the one of the model."""
     if moment is None:
         return None
     img0, img1, imgt, timestep = moment

@@ -1,16 +1,17 @@
-"""How do frames come out of a video and go into another one, with all that belongs to them?
+"""Read frames from a video file and write them to another one, with everything that belongs to them.
 
     with VideoInput(path) as source:
         sink = VideoOutput(out, source, size, base, rate, Encoding())
         for item in source.read():                     # one by one: memory does not grow with the length
             if isinstance(item, av.Packet):
-                sink.copy(item)                        # sound, subtitles: as they are
+                sink.copy(item)                        # sound and subtitles, unchanged
             else:
                 sink.write(item, pts)                  # a frame of the input, or `from_rgb(array, …)`
         sink.close()
 
-Frames of the input go out as they came, without a way through RGB. Kept are size, pixel format (10 bits stay 10), matrix and
-range of the colours, pixel aspect, rotation, language, titles, chapters, and every stream that the new container can hold.
+Frames of the input are written as they were read, without a conversion to RGB. Size, pixel format (10 bits stay 10), matrix and
+range of the colours, pixel aspect, rotation, language, titles, chapters, and every stream that the new container can hold are
+kept.
 """
 
 from __future__ import annotations
@@ -51,33 +52,33 @@ _USUAL = {
     "libvpx-vp9": {"crf": "24", "b": "0"},
     "libsvtav1": {"crf": "24"},
 }
-# with its own preset, medium, libx264 on 16 cores is slower than the model on a GPU, and what veryfast does to find motion to a
-# quarter of a pixel is a third of its work; what they lose crf 14 brings back
+# libx264 on 16 cores with its default preset, medium, is slower than the model on a GPU, and a third of the work of veryfast is
+# motion search to a quarter of a pixel; crf 14 restores the quality that both settings cost
 _USUAL_PRESET = {"libx264": {"preset": "veryfast", "x264-params": "subme=1"}}
-_SHORTEST = 0.95  # of the frames that a file promises: with fewer it was cut off
+_SHORTEST = 0.95  # of the frames that a file declares: with fewer it was truncated
 
 
 @dataclasses.dataclass(frozen=True)
 class Encoding:
-    """How the new video is compressed."""
+    """Settings of the encoder of the new video."""
 
     codec: str = ""
     """Encoder, such as libx264, libx265, libsvtav1, prores_ks; by default one that fits the container and the pixel format."""
     crf: int | None = None
-    """Quality for encoders that have it: lower is better."""
+    """Quality, for encoders that have this setting: lower is better."""
     preset: str = ""
-    """What the encoder calls its balance of time and file size, such as medium or veryfast."""
+    """The encoder's own name for its balance of speed and file size, such as medium or veryfast."""
     pix_fmt: str = ""
-    """Pixel format, such as yuv420p10le; by default the input's, or the nearest that the encoder has."""
+    """Pixel format, such as yuv420p10le; by default that of the input, or the nearest one that the encoder supports."""
 
 
 class VideoInput:
-    """A video file, open for one reading. JobError for what is none."""
+    """A video file, open for a single pass. Raises JobError for a file that is not a video."""
 
     def __init__(self, path: Path, allow_damaged: bool = False) -> None:
         self.path, self.allow_damaged = path, allow_damaged
         self.damage = ""
-        """Where reading ended early, and why."""
+        """Where and why reading ended early."""
         try:
             self.container: InputContainer = av.open(str(path))
         except (av.FFmpegError, OSError) as error:
@@ -103,7 +104,7 @@ class VideoInput:
         self.aspect = self.stream.sample_aspect_ratio
         self.chapters: list[Any] = self.container.chapters()
         self.frames = 0
-        """Read so far."""
+        """Number of frames read so far."""
 
     def __enter__(self) -> Self:
         return self
@@ -113,15 +114,15 @@ class VideoInput:
 
     @property
     def expected(self) -> int | None:
-        """Frames that the file promises; None where it does not say."""
+        """Return the number of frames that the file declares, or None where it declares none."""
         if self.stream.frames:
             return self.stream.frames
         return round(self.container.duration / av.time_base * self.rate) if self.container.duration else None
 
     def read(self) -> Iterator[av.VideoFrame | av.Packet]:
-        """Frames with growing `pts`, and packets of the other streams, in the order of the file.
+        """Yield frames with increasing `pts`, and packets of the other streams, in the order of the file.
 
-        JobError, or with `allow_damaged` an early end, where the file is damaged.
+        Raises JobError where the file is damaged; with `allow_damaged` the frames end there instead.
         """
         before: int | None = None
         try:
@@ -154,9 +155,9 @@ class VideoInput:
 
 
 class VideoOutput:
-    """A video file under way. `source`: the video that it is made from, some of which is kept; None for a folder of frames.
+    """A video file that is being written. `source`: the video that it is made from, parts of which are kept; None for a folder.
 
-    `begun`: the video that an earlier conversion left: the first frames are taken from it, without encoding them again.
+    `begun`: the partial video of a stopped conversion: the first frames are copied from it, without encoding them again.
     """
 
     def __init__(
@@ -175,14 +176,14 @@ class VideoOutput:
         self.pix_fmt = choose_pix_fmt(codec, encoding.pix_fmt, given, self.colours.bits)
         self.stream = cast(VideoStream, self.container.add_stream(codec, rate=rate.limit_denominator(1 << 16)))
         context = self.stream.codec_context
-        # with colours at half the size a side must be even: the last row or column is repeated
+        # chroma at half the size requires even sides: the last row or column is repeated
         halves = chroma_halves(self.pix_fmt)
         context.height, context.width = (side + side % 2 * half for side, half in zip(size, halves, strict=True))
         context.pix_fmt, context.time_base = self.pix_fmt, base
         context.options = _options(codec, encoding)
-        context.thread_type = "AUTO"  # by default in slices alone, by which x264 makes files a sixth larger, and is slower
+        context.thread_type = "AUTO"  # the default is slice threading, which makes files of x264 a sixth larger, and is slower
         context.color_range = 2 if self.colours.full_range else 1
-        # say which matrix the colours are in: players guess it from the size otherwise, and guess differently
+        # state the colour matrix: players guess it from the size otherwise, and disagree
         context.colorspace = (source.says_matrix if source else BT709) or self.colours.matrix
         context.color_primaries, context.color_trc = self.colours.primaries, self.colours.transfer
         self.copies: dict[Any, Any] = {}
@@ -192,7 +193,7 @@ class VideoOutput:
         if source:
             self._keep(source, slowdown)
         try:
-            context.open()  # it would be at the first frame, and what the encoder does not take is better said now
+            context.open()  # otherwise opened at the first frame: settings that the encoder rejects are better reported now
         except (av.FFmpegError, ValueError) as error:
             given = " ".join(f"{name}={value}" for name, value in context.options.items())
             why = getattr(error, "strerror", None) or error
@@ -200,11 +201,11 @@ class VideoOutput:
 
     @property
     def colours(self) -> Colours:
-        """Return how frames are to store colours: as the source, which knows all of it from its first frame on."""
+        """Return how frames store colours: as the source does, whose colours are known from its first frame on."""
         return self.source.colours if self.source else Colours()
 
     def write(self, frame: av.VideoFrame, pts: int) -> None:
-        """Encode a frame, to be shown at `pts` in the output's time base."""
+        """Encode a frame that is shown at `pts`, in the output's time base."""
         context = self.stream.codec_context
         if not self.started:
             self._start(frame)
@@ -218,7 +219,7 @@ class VideoOutput:
         self._mux(self.stream.encode(frame))
 
     def copy(self, packet: av.Packet) -> None:
-        """Put a packet of another stream in, if that stream is kept."""
+        """Write a packet of another stream, if that stream is kept."""
         if packet.stream not in self.copies:
             return
         packet.stream = self.copies[packet.stream]
@@ -228,15 +229,15 @@ class VideoOutput:
             self.early.append(packet)
 
     def close(self) -> None:
-        """Encode what is left and end the file."""
+        """Encode the remaining frames and finish the file."""
         self._mux(self.stream.encode(None))
         self._do(self.container.close)
         self.closed = True
 
     def give_up(self) -> None:
-        """Let go of a file that is thrown away; does nothing after `close`."""
+        """Close a file that is discarded; does nothing after `close`."""
         if not self.closed:
-            with contextlib.suppress(av.FFmpegError, OSError):  # what it is thrown away for has been said
+            with contextlib.suppress(av.FFmpegError, OSError):  # the reason for discarding it is already reported
                 self.container.close()
             self.closed = True
 
@@ -271,7 +272,7 @@ class VideoOutput:
             self.copies[stream] = copy
 
     def _start(self, frame: av.VideoFrame) -> None:
-        """How players are to turn the frames is known from the first of them, and must be said before anything is written."""
+        """Write the display rotation, which is known from the first frame on and must come before any packet."""
         self.started = True
         if frame.rotation:
             self.stream.set_display_rotation(frame.rotation)
@@ -292,13 +293,13 @@ _METADATA = ("title", "artist", "comment", "description", "date", "creation_time
 
 
 def default_codec(suffix: str, bits: int) -> str:
-    """The usual encoder of a container."""
+    """Return the usual encoder of a container."""
     wanted = {".webm": ("libvpx-vp9", "libsvtav1")}.get(suffix.lower(), ("libx264",) if bits <= 8 else ("libx265", "libx264"))
     return next((codec for codec in (*wanted, "mpeg4") if codec in av.codecs_available), "mpeg4")
 
 
 def choose_pix_fmt(codec: str, asked: str, given: str, bits: int) -> str:
-    """A pixel format that the encoder has: as asked for, the input's, or the nearest by bits and by size of the colours."""
+    """Return a pixel format of the encoder: the requested one, the input's, or the nearest by bits and chroma size."""
     try:
         formats = [pixels.name for pixels in av.Codec(codec, "w").video_formats or ()]
     except ValueError as error:

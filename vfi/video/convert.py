@@ -1,4 +1,4 @@
-"""Convert a video or a folder of frames to one with more frames or a slower one."""
+"""Convert a video or a folder of frames to one with more frames or to slow motion."""
 
 from __future__ import annotations
 
@@ -34,66 +34,66 @@ DEFAULT_FPS = 15.0
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Each field is a flag of the job."""
+    """Options of `vfi interpolate`; each field is a command-line flag."""
 
     inputs: tyro.conf.Positional[tuple[Path, ...]]
     """Videos, folders of frames, or two images."""
     out: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
-    """Video or folder to write; for two images the image; for several videos a folder."""
+    """Video or folder to write; for two images an image, for several videos a folder."""
     model: Path | None = None
-    """Run folder, checkpoint folder, weights file, folder of `vfi export`, or ORG/NAME on the Hugging Face hub; by default
+    """Run folder, checkpoint folder, weights file, folder of `vfi export`, or ORG/NAME on the Hugging Face hub; default:
     `shipped`, the model that comes with the package."""
     multiplier: int | None = None
-    """So many times as many frames; the default is 2."""
+    """Factor by which the number of frames grows; default: 2."""
     fps: float | None = None
-    """So many frames per second, evenly spaced, in place of a multiplier; 23.976, 29.97, 59.94 are the fractions of 1001."""
+    """Frames per second of the output, evenly spaced, instead of a multiplier; 23.976, 29.97, 59.94 are fractions of 1001."""
     slowmo: int | None = None
-    """So many times as slow, at the same frame rate; without sound and subtitles."""
+    """Slow-motion factor: the video gets this many times longer at the same frame rate, without sound and subtitles."""
     timestep: float | None = None
-    """Where the new image lies: above 0 (the first) and below 1 (the second), by default 0.5. For two images."""
+    """Time of the new image between two images: above 0 (the first) and below 1 (the second); default: 0.5."""
     input_fps: float | None = None
-    """Frames per second of a folder of frames, by default 15."""
+    """Frames per second of a folder of frames; default: 15."""
     scene_cut: float = CUT
-    """How much must change between two frames to be a scene cut, which is not blended; 0: nothing is one."""
+    """Change between two frames above which they are a scene cut, which is not blended; 0: no cuts are detected."""
     drop_duplicates: bool = False
-    """Leave out frames that repeat the one before, as in animation or after pulldown."""
+    """Drop frames that repeat the one before, as in animation or after pulldown."""
     allow_damaged: bool = False
-    """Take what comes before the damage of a damaged video."""
+    """Convert a damaged video up to the damage."""
     tta: bool = False
-    """Take the mean with the prediction of the frames turned by 180 degrees; twice the time."""
+    """Test-time augmentation: average with the prediction for the frames rotated by 180 degrees; takes twice the time."""
     codec: str = ""
-    """Encoder of the video, such as libx265, libsvtav1, prores_ks; by default H.264, for more than 8 bits H.265."""
+    """Video encoder, such as libx265, libsvtav1 or prores_ks; default: H.264, or H.265 for more than 8 bits."""
     crf: int | None = None
-    """Quality of the encoder: lower is better; by default 14 to 24, hard to tell from the original."""
+    """Quality of the encoder: lower is better; default: 14 to 24, hard to tell from the original."""
     encoder_preset: str = ""
-    """What the encoder spends on a smaller file, in its own words: ultrafast to veryslow for H.264 (by default veryfast with
-    subme=1) and H.265 (medium), 0 (smallest) to 13 (fastest) for libsvtav1."""
+    """The encoder's own name or number for its balance of speed and file size: ultrafast to veryslow for H.264 (default:
+    veryfast with subme=1) and H.265 (default: medium), 0 (smallest) to 13 (fastest) for libsvtav1."""
     pix_fmt: str = ""
-    """Pixel format of the video, such as yuv420p10le; by default that of the input."""
+    """Pixel format of the video, such as yuv420p10le; default: that of the input."""
     scale: float | Literal["auto"] | None = None
-    """Flow is estimated at this fraction of the frames' size: 1, 0.5 (for 2K), 0.25 (4K), or auto, from the size and from what
-    moves, pair by pair; by default as trained."""
+    """Estimate flow at this fraction of the frame size: 1, 0.5 (for 2K), 0.25 (4K), or auto, which decides for each pair from
+    its size and motion; default: as trained."""
     keep_still: bool = True
-    """What is the same in two frames is so between them, too: captions, backgrounds."""
+    """Keep regions that are the same in two frames unchanged in between: captions, backgrounds."""
     tile: int | None = None
-    """Make frames in overlapping tiles of at most this side; by default whole, and in tiles where memory is too small."""
+    """Interpolate in overlapping tiles of at most this side; default: whole frames, or tiles where memory does not suffice."""
     max_memory: float | None = None
-    """Take at most so many GiB (of the GPU, or of this machine); by default what is free."""
+    """Largest memory to use in GiB (of the GPU, or of this machine); default: what is free."""
     resume: bool = False
-    """Go on with what is left of a conversion that was stopped, NAME_partial; without one, start."""
+    """Resume a conversion that was stopped from its NAME_partial; starts from scratch where there is none."""
     precision: PrecisionName = "auto"
-    """auto is bf16 autocast on a GPU that has it, fp32 on the CPU."""
+    """auto is bf16 autocast on a GPU that supports it, fp32 on the CPU."""
     device: DeviceName = "auto"
-    """auto takes a GPU if there is one."""
+    """auto selects a GPU if there is one."""
 
 
 def between_for(options: Options) -> Between:
-    """The model, as the options have it."""
+    """Load the model with the settings of the options."""
     return Between(Settings(**{field.name: getattr(options, field.name) for field in dataclasses.fields(Settings)}))
 
 
 def _timeline(options: Options) -> Timeline:
-    """A new one for each video, since it counts."""
+    """Return a new timeline for each video, since it has state."""
     given = {"--multiplier": options.multiplier, "--fps": options.fps, "--slowmo": options.slowmo}
     named = [f"{name} {value}" for name, value in given.items() if value is not None]
     if len(named) > 1:
@@ -109,15 +109,15 @@ def _timeline(options: Options) -> Timeline:
 
 
 def _fraction(fps: float) -> Fraction:
-    """The rate that is meant: 29.97 is 30000 / 1001."""
+    """Return the exact rate: 29.97 is 30000 / 1001."""
     ntsc = Fraction(round(fps * 1.001) * 1000, 1001)
     return ntsc if ntsc and abs(float(ntsc) - fps) < 0.005 and fps != round(fps) else Fraction(fps).limit_denominator(1001)
 
 
 def convert(options: Options, path: Path, out: Path, model: Between, tick: Callable[[], object] = lambda: None) -> str:
-    """One video or folder of frames -> one of either kind, and a line about it. `tick` is called for each frame read."""
+    """Convert a video or folder of frames to either kind, and return a line about it; `tick` is called for each frame read."""
     line, partial, temporary = _timeline(options), Partial.of(out), _temporary(out)
-    facts = functools.partial(_facts, options, path, model)  # of all weights: for when it is stopped, or goes on
+    facts = functools.partial(_facts, options, path, model)  # hashes all weights: only for when it is stopped or resumed
     done = _done(options, partial, facts)
     with contextlib.ExitStack() as stack:
         stack.callback(_remove, temporary)
@@ -144,7 +144,7 @@ def convert(options: Options, path: Path, out: Path, model: Between, tick: Calla
 
 
 def _facts(options: Options, path: Path, model: Between) -> dict[str, Any]:
-    """What a result depends on."""
+    """Return everything that a result depends on."""
     elsewhere = ("inputs", "out", "model", "device", "tile", "max_memory", "resume", "timestep")
     flags = {name: value for name, value in dataclasses.asdict(options).items() if name not in elsewhere}
     size = path.stat().st_size if path.is_file() else len(frames_of(path))
@@ -152,7 +152,7 @@ def _facts(options: Options, path: Path, model: Between) -> dict[str, Any]:
 
 
 def _done(options: Options, partial: Partial, facts: Callable[[], dict[str, Any]]) -> int:
-    """Frames that are there already."""
+    """Return the number of frames that a stopped conversion has already written."""
     if not options.resume:
         if partial.path.exists():
             raise JobError(
@@ -168,7 +168,7 @@ def _done(options: Options, partial: Partial, facts: Callable[[], dict[str, Any]
 
 
 def _open(options: Options, path: Path, stack: contextlib.ExitStack) -> tuple[VideoInput | FolderInput, tuple[int, int]]:
-    """The frames, and their (height, width)."""
+    """Open the input; returns it and the (height, width) of its frames."""
     if not path.is_dir():
         if options.input_fps is not None:
             raise JobError(f"--input_fps {options.input_fps} is for a folder of frames: {path} has a rate of its own")
@@ -189,7 +189,7 @@ def _create(
     options: Options, path: Path, source: VideoInput | FolderInput, size: tuple[int, int], line: Timeline,
     stack: contextlib.ExitStack, partial: Path, done: int,
 ) -> VideoOutput | FolderOutput:  # fmt: skip
-    """Where the frames go; the first so many are in `partial`."""
+    """Open the output; its first `done` frames are copied from `partial`."""
     encoding = Encoding(options.codec, options.crf, options.encoder_preset, options.pix_fmt)
     if not path.suffix:
         if encoding != Encoding():
@@ -220,14 +220,14 @@ def _described(out: Path, source: VideoInput | FolderInput, counts: Counts, line
 
 
 def _pace(counts: Counts, seconds: float, model: float) -> str:
-    """How fast it was, and what one waited for: the three go on at the same time, and one of them is the slowest."""
+    """Describe the speed and the time of the three stages, which run concurrently: the slowest one is the bottleneck."""
     shares = {"reading": counts.reading, "model": model, "writing": counts.writing}
     parts = ", ".join(f"{name} {part / seconds:.0%}" for name, part in shares.items())
     return f"; {counts.written / seconds:.3g} frames/s ({parts} of the time)"
 
 
 def frames_of(folder: Path) -> list[Path]:
-    """The image files of a folder in the order of their names, frame2 before frame10; JobError for fewer than two."""
+    """Return the image files of a folder sorted by name, frame2 before frame10; JobError for fewer than two."""
     paths = [path for path in folder.iterdir() if path.suffix.lower() in IMAGE_EXTENSIONS and not path.name.startswith(".")]
     if len(paths) < 2:
         raise JobError(f"{folder} holds {len(paths)} images; two or more are needed ({', '.join(sorted(IMAGE_EXTENSIONS))})")
@@ -235,7 +235,7 @@ def frames_of(folder: Path) -> list[Path]:
 
 
 def _size_of(path: Path) -> tuple[int, int]:
-    """(height, width), read from the head of the file alone."""
+    """Read (height, width) from the header of the file alone."""
     try:
         with Image.open(path) as image:
             return image.height, image.width
@@ -244,7 +244,7 @@ def _size_of(path: Path) -> tuple[int, int]:
 
 
 def check_sizes(sizes: Mapping[Path, tuple[int, ...]]) -> None:
-    """All frames of one size, and large enough."""
+    """Raise JobError unless all frames have the same size, and are large enough."""
     first, (height, width) = next(iter(sizes.items()))
     for path, size in sizes.items():
         if size != (height, width):
@@ -260,12 +260,12 @@ def _check_size(path: Path, size: tuple[int, int]) -> None:
 
 
 def _temporary(out: Path) -> Path:
-    """Where a file is written before it gets its name; the extension stays, since writers go by it."""
+    """Return the path of an incomplete result; it keeps the extension, from which writers infer the format."""
     return out.with_name(f".{out.stem}_{os.getpid()}{out.suffix}")
 
 
 def _remove(path: Path) -> None:
-    """Of a result that was not finished; one that was has another name by now."""
+    """Remove an unfinished result; a finished one has been renamed."""
     if path.is_dir():
         for file in path.iterdir():
             file.unlink()

@@ -1,4 +1,4 @@
-"""Folders of frames as a video's input and output."""
+"""Folders of frames as input and output of a conversion."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from shards.color_conversion import Colours, to_rgb
 
 
 class FolderInput:
-    """Image files as frames, in the order given, all of one size."""
+    """Image files as frames, in the given order, all of one size."""
 
     colours = Colours()
 
@@ -23,7 +23,7 @@ class FolderInput:
         self.expected = len(paths)
 
     def read(self) -> Iterator[av.VideoFrame | av.Packet]:
-        """Each as it is needed."""
+        """Yield each frame, read when it is needed."""
         for number, path in enumerate(self.paths):
             frame = av.VideoFrame.from_ndarray(read_image(path), format="rgb24")
             frame.pts, frame.time_base = number, self.base
@@ -31,7 +31,7 @@ class FolderInput:
 
 
 class FolderOutput:
-    """A folder of numbered PNG files: 00000000.png …; `done`: so many are there."""
+    """A folder of numbered PNG files, 00000000.png …, of which `done` are already there."""
 
     pix_fmt = "rgb24"
 
@@ -39,7 +39,7 @@ class FolderOutput:
         self.folder, self.colours, self.done, self.count = folder, colours, done, 0
 
     def write(self, frame: av.VideoFrame, pts: int) -> None:
-        """The next file, unless it is there."""
+        """Write the next file, unless it is already there."""
         if self.count < self.done:
             self.count += 1
             return
@@ -48,4 +48,4 @@ class FolderOutput:
         self.count += 1
 
     def copy(self, packet: av.Packet) -> None:
-        """Nothing but frames can be kept in a folder."""
+        """Ignore the packet: a folder holds frames alone."""

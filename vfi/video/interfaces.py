@@ -1,4 +1,4 @@
-"""Interfaces of a video's input and output."""
+"""Interfaces between a conversion and its input and output."""
 
 from __future__ import annotations
 
@@ -12,27 +12,27 @@ from shards.color_conversion import Colours
 
 
 class Source(Protocol):
-    """Where frames come from."""
+    """The input: a source of frames."""
 
     colours: Colours
     base: Fraction
-    """Seconds that a frame's `pts` counts."""
+    """Duration of one unit of a frame's `pts`, in seconds."""
     rate: Fraction
-    """Frames per second, on average."""
+    """Average frames per second."""
 
     def read(self) -> Iterator[av.VideoFrame | av.Packet]:
-        """Frames in order of time, and packets of what else there is."""
+        """Yield frames in order of time, and packets of the other streams."""
 
 
 class Sink(Protocol):
-    """Where frames go."""
+    """The output: a sink of frames."""
 
     pix_fmt: str
     done: int
-    """Frames that it holds already, from a conversion that was stopped: it takes the first so many for these."""
+    """Number of frames that it already holds from a stopped conversion; it takes the first `done` frames for these."""
 
     def write(self, frame: av.VideoFrame, pts: int) -> None:
-        """Take a frame."""
+        """Write a frame."""
 
     def copy(self, packet: av.Packet) -> None:
-        """Take a packet."""
+        """Write a packet."""

@@ -1,10 +1,11 @@
-"""How does a stream of frames become one with more of them? Pair by pair, so that memory does not grow with its length.
+"""Insert in-between frames into a stream of frames, pair by pair, so that memory does not grow with its length.
 
     counts = add_frames(source, sink, Multiply(2), between, Care())
 
-`source` and `sink` are videos (vfi/video/container.py) or folders of frames; `between(img0, img1, timesteps)` begins with the
-frames between two, and gives what waits for them. Reading, converting, the model, and writing go on at the same time. Frames of
-the input go out as they came; a scene cut is not blended, and where two frames are the same nothing is computed.
+`source` and `sink` are videos (vfi/video/container.py) or folders of frames; `between(img0, img1, timesteps)` starts the
+interpolation of a pair and returns a function that waits for its frames. Reading, conversion, the model and writing run at the
+same time. Frames of the input are written as they were read; a scene cut is not blended, and nothing is computed between
+identical frames.
 """
 
 from __future__ import annotations
@@ -30,46 +31,46 @@ from vfi.video.prefetch import _ahead, _Behind
 from vfi.video.timeline import Moment, Timeline
 
 Between = Callable[[np.ndarray, np.ndarray, Sequence[Fraction]], Callable[[], list[np.ndarray]]]
-"""Two frames `[H, W, 3]` uint8 or uint16, timesteps -> what waits for the frames there, of the same kind."""
-_CONVERTING = 8  # threads for it: a frame of 4K takes one of them longer than a fast model
-_MOST_REPEATS = 4  # in a row that are dropped: a longer one is no pulldown but a picture that stands still
+"""Two frames `[H, W, 3]` uint8 or uint16, timesteps -> a function that waits for the frames there, which have the same type."""
+_CONVERTING = 8  # threads: one of them takes longer for a 4K frame than a fast model
+_MOST_REPEATS = 4  # dropped in a row: a longer run is no pulldown but a static picture
 
 
 @dataclasses.dataclass(frozen=True)
 class Care:
-    """What is looked out for."""
+    """Treatment of scene cuts and repeated frames."""
 
     scene_cut: float = CUT
     """Difference times change of histogram (shards/sequence_filter.py) above which a new scene starts; 0: never."""
     drop_duplicates: bool = False
-    """Leave out frames that repeat the one before (pulldown, animation on twos), so that motion is spread evenly."""
+    """Drop frames that repeat the one before (pulldown, animation on twos), so that motion is spread evenly."""
 
 
 @dataclasses.dataclass
 class Counts:
-    """What was done."""
+    """Statistics of a conversion."""
 
     read: int = 0
     written: int = 0
     made: int = 0
-    """By the model."""
+    """Frames that the model interpolated."""
     cuts: int = 0
     dropped: int = 0
     reading: float = 0.0
-    """Seconds for which frames were read."""
+    """Seconds spent reading frames."""
     writing: float = 0.0
-    """… and written."""
+    """Seconds spent writing frames."""
 
 
 def add_frames(
     source: Source, sink: Sink, line: Timeline, between: Between, care: Care, tick: Callable[[], object] = lambda: None
 ) -> Counts:
-    """Write all frames and those between; `tick` is called for each frame read. JobError for a source without frames.
+    """Write all frames and the in-between frames; `tick` is called for each frame read. JobError for a source without frames.
 
-    Where the sink is `done` with some frames already, those between are not made again.
+    Where the sink is already `done` with some frames, the in-between frames among them are not interpolated again.
     """
     counts = Counts()
-    # in this order: the thread that reads has to end before its source is closed, and nothing is converted for nobody
+    # in this order: the reading thread must end before its source is closed, and no frame is converted after that
     with (
         ThreadPoolExecutor(max(2, min(_CONVERTING, os.cpu_count() or 1))) as pool,
         _Behind(sink) as behind,
@@ -88,7 +89,7 @@ def add_frames(
 
 @dataclasses.dataclass(frozen=True)
 class _Shown:
-    """A frame of the source, in the forms that are needed. Its own times are changed when it is written."""
+    """A frame of the source and its conversions. The frame's own times are changed when it is written."""
 
     frame: av.VideoFrame
     pts: int
@@ -97,17 +98,17 @@ class _Shown:
 
     @property
     def image(self) -> np.ndarray:
-        """RGB `[H, W, 3]`; waits for it."""
+        """Return the frame as RGB `[H, W, 3]`, after waiting for its conversion."""
         return self.converted.result()[0]
 
     @property
     def thumbnail(self) -> np.ndarray:
-        """Small luma; waits for it."""
+        """Return the luma at a small size, after waiting for its conversion."""
         return self.converted.result()[1]
 
 
 def _shown(source: Source, counts: Counts, pool: ThreadPoolExecutor) -> Iterator[_Shown | av.Packet]:
-    """What a source has; frames are converted meanwhile."""
+    """Yield the frames and packets of a source; frames are converted in the background."""
 
     def convert(frame: av.VideoFrame) -> tuple[np.ndarray, np.ndarray]:
         return to_planes(frame, source.colours, source.colours.depth).transpose(1, 2, 0), VideoFrame(frame).thumbnail()
@@ -127,7 +128,7 @@ def _shown(source: Source, counts: Counts, pool: ThreadPoolExecutor) -> Iterator
 
 
 class _Work:
-    """One conversion under way."""
+    """One conversion in progress."""
 
     def __init__(
         self, source: Source, behind: _Behind, line: Timeline, between: Between, care: Care, counts: Counts,
@@ -139,7 +140,7 @@ class _Work:
         self.repeats = 0
 
     def take(self, after: _Shown) -> None:
-        """The next frame of the source: what lies before it can be made."""
+        """Take the next frame of the source and start the interpolation of the pair that it completes."""
         self.counts.read += 1
         if self.before is None:
             self.line.start(after.pts, self.source.base)
@@ -152,7 +153,7 @@ class _Work:
         self.before, self.repeats = after, 0
 
     def finish(self) -> None:
-        """The last frame, as long as it is shown."""
+        """Write the last frame for as long as it is shown."""
         if self.before is None:
             raise JobError("there are no frames in it")
         frame = self.before.frame
@@ -183,7 +184,7 @@ class _Work:
         self._put(moments, lambda moment: made.result()[moment.timestep] if moment.timestep else before.frame)
 
     def _put(self, moments: Sequence[Moment], frame: Callable[[Moment], av.VideoFrame]) -> None:
-        """Have frames written; `frame` waits for each."""
+        """Queue frames for writing; `frame` waits for each."""
         sink = self.behind.sink
 
         def write() -> None:
@@ -198,5 +199,5 @@ class _Work:
 
 
 def _same(before: _Shown, after: _Shown) -> bool:
-    """To the last bit? Most are told apart by their thumbnails."""
+    """Return whether two frames are bitwise equal; most differ in their thumbnails already."""
     return np.array_equal(before.thumbnail, after.thumbnail) and np.array_equal(before.image, after.image)

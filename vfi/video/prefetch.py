@@ -1,4 +1,4 @@
-"""Work that runs ahead of its reader or behind its writer, in threads."""
+"""Prefetching for a reader and background work for a writer, in threads."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from typing import Any, Self, TypeVar
 from vfi.video.interfaces import Sink
 
 T = TypeVar("T")
-_AHEAD = 4  # frames read beforehand, or pairs waiting to be written
+_AHEAD = 4  # prefetched frames, or pairs that wait to be written
 
 
 def _ahead(items: Iterator[T]) -> Generator[T]:
-    """The same, some of which are got beforehand by a thread."""
+    """Yield the items, some of which a thread prefetches."""
     waiting: queue.Queue[tuple[bool, Any]] = queue.Queue(_AHEAD)
     stop = threading.Event()
 
@@ -53,7 +53,7 @@ def _ahead(items: Iterator[T]) -> Generator[T]:
 
 
 class _Behind:
-    """Work on a sink that a thread does while one goes on. What goes wrong there is raised at the next call, or at the end."""
+    """Work on a sink in a background thread. Its errors are raised at the next call, or at the end."""
 
     def __init__(self, sink: Sink) -> None:
         self.sink = sink
@@ -72,7 +72,7 @@ class _Behind:
             raise self.error
 
     def put(self, work: Callable[[], None]) -> None:
-        """Something to be done soon."""
+        """Queue work for the thread."""
         if self.error is not None:
             raise self.error
         self.waiting.put(work)

@@ -1,10 +1,10 @@
-"""What is left of a conversion that was stopped, and how does one go on with it?
+"""Partial results of a stopped conversion, and the means to resume from them.
 
-    NAME_partial.mp4 (or a folder)       the frames that were done; plays
+    NAME_partial.mp4 (or a folder)       the frames that are done, playable
     NAME_partial.json                    what they were made from and how
 
-Going on, frames of the partial video are not encoded again: their packets go into the new file as they are, and where the two
-meet is a key frame.
+A resumed conversion does not encode the frames of the partial video again: it copies their packets into the new file, and
+starts with a key frame after them.
 """
 
 from __future__ import annotations
@@ -25,29 +25,29 @@ from av.video.stream import VideoStream
 from vfi.errors import JobError
 
 _TO_STREAM = {"h264": "h264_mp4toannexb", "hevc": "hevc_mp4toannexb"}
-"""Containers keep these codecs in another form than their encoders give them."""
+"""Bitstream filters for codecs whose packets have another form in containers than encoders emit."""
 _ANEW = "to start anew, move it away"
-_APART = Fraction(1, 500)  # seconds: some containers count thousandths
+_APART = Fraction(1, 500)  # seconds: some containers have timestamps in milliseconds
 
 
 @dataclasses.dataclass(frozen=True)
 class Partial:
-    """Where the frames of a stopped conversion lie, next to the result that they were to become."""
+    """The partial result of a stopped conversion, next to the path of the complete one."""
 
     path: Path
 
     @classmethod
     def of(cls, out: Path) -> Partial:
-        """For a result of that name."""
+        """Return the partial result that belongs to `out`."""
         return cls(out.with_name(f"{out.stem}_partial{out.suffix}"))
 
     @property
     def facts_path(self) -> Path:
-        """What it was made from."""
+        """Return the path of the file that says what the frames were made from."""
         return self.path.with_name(f"{self.path.stem}.json")
 
     def frames(self, facts: dict[str, Any]) -> int:
-        """How many are done; 0 where nothing is left. JobError for what was made from something else, or in another way."""
+        """Return the number of frames that are done, 0 without a partial result. JobError if its inputs or settings differ."""
         if not self.path.exists():
             return 0
         try:
@@ -65,13 +65,13 @@ class Partial:
         return done
 
     def keep(self, temporary: Path, facts: dict[str, Any], frames: int) -> None:
-        """What is done becomes the partial result, in place of one that it went on with."""
+        """Keep what is done as the partial result, in place of the one that it resumed from."""
         self.remove()
         temporary.replace(self.path)
         self.facts_path.write_text(json.dumps({"frames": frames, "facts": facts}, indent=1) + "\n")
 
     def remove(self) -> None:
-        """Both, if they are there."""
+        """Remove the frames and their description, if they exist."""
         if self.path.is_dir():
             shutil.rmtree(self.path)
         self.path.unlink(missing_ok=True)
@@ -79,7 +79,7 @@ class Partial:
 
 
 def copy_frames(source: Path, target: Path) -> None:
-    """The files of a folder into a new one; without taking room where the file system can do that."""
+    """Copy the files of a folder into a new one, as hard links where the file system supports them."""
     target.mkdir()
     for file in source.iterdir():
         try:
@@ -104,7 +104,7 @@ class Replay:
         self.packets = self._packets()
 
     def next(self, pts: int, base: Fraction, stream: VideoStream) -> list[av.Packet]:
-        """What goes into `stream` when the frame for `pts`, which counts `base`, would."""
+        """Return the packets to write to `stream` for the frame at `pts`, in units of `base`."""
         packet = next(self.packets)
         assert packet.pts is not None
         assert packet.time_base is not None
@@ -119,7 +119,7 @@ class Replay:
         return [packet]
 
     def close(self) -> None:
-        """Let go of the file."""
+        """Close the file."""
         self.container.close()
 
     def _packets(self) -> Iterator[av.Packet]:
@@ -130,7 +130,7 @@ class Replay:
                 yield from change.filter(packet) if change else [packet]
 
     def _check(self) -> None:
-        """They are the frames that they stand for."""
+        """Raise JobError unless the packets have the times of the frames that they replace."""
         apart = max(abs(one - other) for one, other in zip(sorted(self.wanted), sorted(self.found), strict=True))
         if apart > _APART:
             raise JobError(f"--resume: {self.path} has its frames at other times, by {float(apart):.3f} s; {_ANEW}")

@@ -1,13 +1,13 @@
-"""Which frames does the output have, and when is each shown? Times of the input's frames -> times of the output's.
+"""Timestamps and timesteps of the output's frames, computed from the timestamps of the input's frames.
 
     line = Multiply(4)                       # or Rate(Fraction(60)), or Multiply(4, slower=True): four times as slow
     base = line.start(first_pts, stream_time_base)
     for moment in line.between(pts0, pts1):  # from a frame up to the next one, which comes with the next call
-        moment.timestep, moment.pts          # 0 is the frame itself; pts counts `base`
+        moment.timestep, moment.pts          # timestep 0 is the frame itself; pts is in units of `base`
     for moment in line.last(pts, duration): …
 
-Times are whole numbers of a time base all the way, so nothing drifts, however long a video is. A frame rate that varies stays
-as varied under `Multiply`; `Rate` makes it even.
+All times are integer multiples of a time base, so nothing drifts, however long a video is. `Multiply` keeps the variation of a
+variable frame rate; `Rate` makes it constant.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ class Moment(NamedTuple):
     """A frame of the output."""
 
     timestep: Fraction
-    """Where it lies between two frames of the input: from 0, the first of them, to below 1."""
+    """Time between two frames of the input: from 0, the first of them, to below 1."""
     pts: int
-    """When it is shown, in the time base of the output."""
+    """Presentation time, in the time base of the output."""
 
 
 @dataclasses.dataclass
 class Multiply:
-    """So many times as many frames: in the same time or, slower, in so many times the time.
+    """Multiply the number of frames by `factor`: in the same time or, if `slower`, in `factor` times the time.
 
     N frames become (N - 1) factor + 1.
     """
@@ -39,30 +39,30 @@ class Multiply:
     slower: bool = False
 
     def start(self, pts: int, base: Fraction) -> Fraction:
-        """The time base of the output, for an input whose first frame is at `pts` of `base`."""
+        """Return the time base of the output, for an input whose first frame is at `pts` of `base`."""
         return base if self.slower else base / self.factor
 
     def between(self, pts: int, after: int) -> Iterator[Moment]:
-        """From the frame at `pts` up to the next one, at `after`."""
+        """Yield the output's frames from the frame at `pts` up to the next one, at `after`."""
         for step in range(self.factor):
             yield Moment(Fraction(step, self.factor), self.factor * pts + step * (after - pts))
 
     def last(self, pts: int, duration: int) -> Iterator[Moment]:
-        """The last frame."""
+        """Yield the last frame."""
         yield Moment(Fraction(0), self.factor * pts)
 
     def rate(self, rate: Fraction) -> Fraction:
-        """Frames per second of the output, where the input has `rate`."""
+        """Return the frames per second of the output, for an input at `rate`."""
         return rate if self.slower else rate * self.factor
 
     @property
     def slowdown(self) -> int:
-        """How many times as long the output is."""
+        """Return how many times as long the output is."""
         return self.factor if self.slower else 1
 
 
 class Rate:
-    """So many frames per second, evenly spaced from the first frame on, as long as the last one is shown."""
+    """Resample to `fps` frames per second, evenly spaced from the first frame on, for as long as the last one is shown."""
 
     slowdown = 1
 
@@ -70,30 +70,30 @@ class Rate:
         self.fps = fps
 
     def start(self, pts: int, base: Fraction) -> Fraction:
-        """The time base of the output, which counts both the input's times and the output's frames in whole numbers."""
+        """Return the time base of the output, in which the input's times and the output's frames are integers."""
         period = 1 / self.fps
         denominator = base.denominator * period.denominator
         common = math.gcd(base.numerator * period.denominator, period.numerator * base.denominator)
         out = Fraction(common, denominator)
-        self.units, self.step = int(base / out), int(period / out)  # of the input's time base, and between two frames
+        self.units, self.step = int(base / out), int(period / out)  # of the input's time base, and between two output frames
         self.next = pts * self.units
         return out
 
     def between(self, pts: int, after: int) -> Iterator[Moment]:
-        """From the frame at `pts` up to the next one, at `after`."""
+        """Yield the output's frames from the frame at `pts` up to the next one, at `after`."""
         begin, end = pts * self.units, after * self.units
         while self.next < end:
             yield Moment(Fraction(self.next - begin, end - begin), self.next)
             self.next += self.step
 
     def last(self, pts: int, duration: int) -> Iterator[Moment]:
-        """The last frame, as often as its `duration` holds."""
+        """Yield the last frame, repeated for its `duration`."""
         while self.next < (pts + duration) * self.units:
             yield Moment(Fraction(0), self.next)
             self.next += self.step
 
     def rate(self, rate: Fraction) -> Fraction:
-        """Frames per second of the output."""
+        """Return the frames per second of the output."""
         return self.fps
 
 

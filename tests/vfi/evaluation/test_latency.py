@@ -1,4 +1,4 @@
-"""vfi benchmark --speed: rows, turns, ratios by a clock of our own, frames, what memory is too small for, and the file."""
+"""vfi benchmark --speed: rows, alternation, ratios by a fake clock, frames, models that exceed the memory, and the file."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ wrong = lambda device: lambda img0, img1, timestep, scale: None
 
 @pytest.fixture
 def adapters(tmp_path, monkeypatch):
-    """A module of models that go on a clock of their own, which is the one that is read."""
+    """Write a module of models that advance a fake clock, which is the one that is read."""
     (tmp_path / "speed_adapters.py").write_text(ADAPTERS)
     monkeypatch.syspath_prepend(str(tmp_path))
     sys.modules.pop("speed_adapters", None)
@@ -283,7 +283,7 @@ def test_memory_that_is_short_later_on_or_for_one_of_ours(runs, adapters, tmp_pa
 
 
 def test_memory_is_that_of_the_model_alone(monkeypatch):
-    """An allocator by hand: a call takes 1000 bytes to tune, later ones 50 beside weights of 300, of which 200 are others'."""
+    """A fake allocator: tuning takes 1000 bytes, later calls 50, on top of weights of 300, of which 200 are others'."""
     peak = [0]
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: peak.__setitem__(0, 300))
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: peak[0])

@@ -1,4 +1,4 @@
-"""Scores that outlive their process: nothing is measured twice, nothing of other settings is taken."""
+"""Scores that outlive their process: nothing is measured twice, and scores of other settings are discarded."""
 
 from __future__ import annotations
 

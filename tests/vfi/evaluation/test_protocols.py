@@ -1,4 +1,4 @@
-"""Published ways of measuring, against the same worked out by hand with numpy; and that each of their facts matters."""
+"""Published protocols, compared with the same computation by hand in numpy; every fact of a protocol affects the result."""
 
 from __future__ import annotations
 
@@ -172,7 +172,7 @@ def test_every_fact_changes_the_numbers(name, profile):
 
 
 def test_bisecting_asks_for_the_middle_of_its_own_frames():
-    """Seven frames between: each the middle of two that are there, padded all the time, never rounded."""
+    """Seven in-between frames: each is the middle of two that are already there, always padded, never rounded."""
     asked = []
 
     def middle(img0, img1, timestep):

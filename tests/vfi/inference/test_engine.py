@@ -1,4 +1,4 @@
-"""Frames between two: what stands still stays, flow is estimated at a size that suits, memory is thought of beforehand."""
+"""In-between frames: static regions are kept, flow is estimated at a suitable size, memory is estimated in advance."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_a_caption_stays_to_the_bit_unless_that_is_not_wanted(run, monkeypatch):
 
 
 def moved(size: tuple[int, int], pixels: int) -> tuple[Tensor, Tensor]:
-    """A photograph of that size, and the same after it moved to the side."""
+    """Return a photograph of that size, and the same one shifted sideways."""
     photo = torch.from_numpy(data.astronaut()).permute(2, 0, 1)[None].float() / 255
     large = F.interpolate(photo, size=(size[0], size[1] + pixels), mode="bicubic").clamp(0, 1)
     return large[..., : size[1]], large[..., pixels:]
@@ -130,7 +130,7 @@ def test_colours_may_lie_side_by_side_or_one_after_the_other(run):
 
 
 def test_on_a_cpu_tiles_are_of_a_size_that_fits(run, monkeypatch, capsys):
-    """Nothing larger is ever asked of the network, whose memory for a tile is counted anew here."""
+    """The network never gets a larger input; its memory for a tile is computed independently here."""
     sizes = []
     monkeypatch.setattr(
         LoadedModel, "predict_several", lambda self, a, b, *rest: sizes.append(tuple(a.shape[2:])) or (a + b) / 2

@@ -1,4 +1,4 @@
-"""Tiles: they cover the frame, they overlap, no seam shows, and the frame is nearly that of the whole."""
+"""Tiles cover the frame and overlap, no seam shows, and the result is close to that of the whole frame."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The table of an ablation: means over seeds of what has finished, and what makes runs not comparable."""
+"""Table of an ablation: means over the seeds of finished runs, and settings that make runs incomparable."""
 
 from __future__ import annotations
 

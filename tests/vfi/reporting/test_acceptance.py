@@ -1,4 +1,4 @@
-"""Thresholds on results, speed and the ablation: passed, missed, not measured, and not on the whole set."""
+"""Thresholds on results, latency and the ablation: passed, missed, not measured, and not on the whole set."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Video in, video out: frames and times exact, everything that belongs to a video kept, nothing broken left behind."""
+"""Video in, video out: exact frames and times, everything that belongs to a video is kept, no broken files are left behind."""
 
 from __future__ import annotations
 

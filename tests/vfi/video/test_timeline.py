@@ -1,4 +1,4 @@
-"""Times of the output's frames, against times worked out from the definition in seconds."""
+"""Times of the output's frames, compared with times computed in seconds from the definition."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an interrupt leaves plays, and going on with it ends in what would have been made at once."""
+"""An interrupted conversion leaves a playable video, and resuming it gives the result of an uninterrupted one."""
 
 from __future__ import annotations
 
