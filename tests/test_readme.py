@@ -1,4 +1,4 @@
-"""The README tells the truth: its tree is the tree, its commands exist, their flags are known."""
+"""The README and the docs tell the truth: the tree is the tree, commands exist, their flags are known, links lead somewhere."""
 
 from __future__ import annotations
 
@@ -12,12 +12,16 @@ import pytest
 from vfi import cli
 
 ROOT = Path(__file__).parents[1]
-TEXT = (ROOT / "README.md").read_text()
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+# test_cluster_doc.py looks at the commands of one, and those of the other are as they were on their day
+OTHERS = {ROOT / "docs" / "cluster.md", ROOT / "docs" / "experiments.md"}
+TEXT = "\n".join(page.read_text() for page in PAGES if page not in OTHERS)
+BLOCKS = re.findall(r"```(\w*)\n(.*?)```", TEXT, flags=re.DOTALL)
 
 
 def tree_paths() -> list[str]:
     """Paths of the block under 'The tree', by indentation."""
-    block = next(body for _, body in blocks_of(TEXT) if body.startswith("README.md"))
+    block = next(body for _, body in BLOCKS if body.startswith("README.md"))
     parents: list[str] = []
     paths = []
     for line in block.splitlines():
@@ -39,15 +43,10 @@ def test_tree_lists_what_each_package_holds_and_nothing_else():
     assert modules | folders == {path for path in paths if path.startswith(packages) and path.rstrip("/") not in packages}
 
 
-def blocks_of(text: str) -> list[tuple[str, str]]:
-    """Language and body of each fenced block."""
-    return re.findall(r"```(\w*)\n(.*?)```", text, flags=re.DOTALL)
-
-
-def commands(blocks: list[tuple[str, str]]) -> list[list[str]]:
+def commands() -> list[list[str]]:
     """Words of every command line of the bash blocks, without comments and environment settings."""
     found = []
-    for kind, body in blocks:
+    for kind, body in BLOCKS:
         if kind == "bash":
             for line in body.replace("\\\n", " ").splitlines():
                 words = [word for word in shlex.split(line, comments=True) if not re.match(r"^[A-Z_]+=", word)]
@@ -61,25 +60,24 @@ def module_of(words: list[str]) -> tuple[str, list[str]] | None:
         return cli.module_of(words[1]), words[2:]
     if "-m" in words:
         at = words.index("-m")
-        return words[at + 1], words[at + 2 :]
+        name = words[at + 1]
+        return (name, words[at + 2 :]) if name.partition(".")[0] in ("launch", "shards", "vfi") else None
     return None
 
 
-def test_readme_and_docs_show_every_job():
-    pages = [TEXT, *(path.read_text() for path in sorted((ROOT / "docs").glob("*.md")))]
-    everywhere = [words for page in pages for words in commands(blocks_of(page))]
-    shown = {started[0] for words in everywhere if (started := module_of(words))}
+def test_every_job_is_shown():
+    shown = {started[0] for words in commands() if (started := module_of(words))}
     jobs = {path.stem for path in (ROOT / "shards").glob("*.py") if 'if __name__ == "__main__"' in path.read_text()}
     assert shown >= {f"shards.{job}" for job in jobs} >= {"shards.video", "shards.verify"}
     assert shown >= {cli.module_of(job) for job in cli.JOBS if job != "demo"}
-    assert ["make", "demo"] in commands(blocks_of(TEXT))
-    assert ["make", "test"] in commands(blocks_of(TEXT))
+    assert ["make", "demo"] in commands()
+    assert ["make", "test"] in commands()
 
 
 def cases() -> dict[str, set[str]]:
-    """Module -> flags that the README gives it."""
+    """Module -> flags that the pages give it."""
     flags: dict[str, set[str]] = {}
-    for words in commands(blocks_of(TEXT)):
+    for words in commands():
         if started := module_of(words):
             module, arguments = started
             flags.setdefault(module, set()).update(word for word in arguments if re.match(r"^-{1,2}[a-z]", word))
@@ -100,12 +98,33 @@ def test_flags_are_known(module, flags, capsys):
 
 def test_make_targets_exist():
     makefile = (ROOT / "Makefile").read_text()
-    for words in commands(blocks_of(TEXT)):
+    for words in commands():
         if words[0] == "make":
             assert re.search(rf"^{words[1]}:", makefile, flags=re.MULTILINE)
 
 
-def test_accelerate_configs_of_the_readme_exist():
+def test_accelerate_configs_exist():
     files = re.findall(r"--config_file (\S+)", TEXT)
     assert files
     assert all((ROOT / file).is_file() for file in files)
+
+
+def prose(page: Path) -> str:
+    """Return a page without its blocks of code."""
+    return re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+
+
+def anchors(page: Path) -> set[str]:
+    """Names under which a page's headings are linked: in lower case, without punctuation, with - for each space."""
+    headings = re.findall(r"^#+ (.*)", prose(page), flags=re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize(
+    "page", [*PAGES, ROOT / "findings" / "README.md", ROOT / "recipes" / "README.md"], ids=lambda page: page.name
+)
+def test_links_lead_to_files_and_headings(page):
+    links = re.findall(r"\]\((?!https?:)([^)#]*)#?([^)]*)\)", prose(page))
+    targets = [((page.parent / path).resolve() if path else page, anchor) for path, anchor in links]
+    assert not [str(target) for target, _ in targets if not target.exists()]
+    assert not [f"{target}#{anchor}" for target, anchor in targets if anchor and anchor not in anchors(target)]

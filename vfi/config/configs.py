@@ -224,6 +224,9 @@ class RunConfig:
     """Run or checkpoint with the attention (NAME or PATH), or `untrained`: random attention, the control arm."""
     timeout_minutes: float = 20.0
     """When no process has moved for so long, the one that hangs is named and the run ends."""
+    profile: int = 0
+    """Steps of which a profile is written after a few others, into profile/ of the run folder: a trace and, on a CUDA GPU, a
+    snapshot of its memory; 0: none."""
     dry_run: bool = False
     """A few steps of everything, with validation and saving, in a folder that is removed afterwards."""
 

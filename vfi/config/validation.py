@@ -38,7 +38,8 @@ def validate(config: Config) -> None:
         if value is not None and value < 1:
             raise ConfigError(f"{flag} is {value}; it must be at least 1")
     for flag, value in (("--num_workers", data.num_workers), ("--warmup_steps", optim.warmup_steps), ("--seed", run.seed),
-                        ("--freeze_backbone", optim.freeze_backbone), ("--keep_best", run.keep_best)):  # fmt: skip
+                        ("--freeze_backbone", optim.freeze_backbone), ("--keep_best", run.keep_best),
+                        ("--profile", run.profile)):  # fmt: skip
         if value < 0:
             raise ConfigError(f"{flag} is {value}; it must not be negative")
     for flag, crop in (("--crop", data.crop), *(("--curriculum_crops", crop) for crop in data.curriculum_crops)):
@@ -157,6 +158,7 @@ def _refuse_without_effect(config: Config) -> None:
         (run, RunConfig(), bool(data.val_path), "--val_path", "keep_best"),
         (model, ModelConfig(), model.ssd_backend != "reference", "a --ssd_backend with kernels", "ssd_precision"),
         (data, DataConfig(), data.curriculum, "--curriculum", "curriculum_T curriculum_crops"),
+        (run, RunConfig(), not run.dry_run, "--no-dry_run", "profile"),
         (run, RunConfig(), scan, "a --backbone_mode with a scan", "matvlm_plan"),
         (run, RunConfig(), run.matvlm_plan != "off", "--matvlm_plan A, B or C", "matvlm_donor"),
     ]

@@ -48,6 +48,7 @@ from vfi.training.losses import training_losses
 from vfi.training.optimizer import annealing, build_optimizer, carry_over, freeze, learning_rate
 from vfi.training.progress_bar import progress
 from vfi.training.state import Snapshot, gather_random, read_snapshot, restore, scaler_state
+from vfi.training.step_profiler import StepProfiler
 from vfi.training.throughput import Meter
 from vfi.training.validation import Score, Validation
 
@@ -311,13 +312,16 @@ class Trainer:
         self.describe()
         meter = Meter(self.loader.plan.global_batch)
         self.train_mode()
-        bar = progress(self.step, self.total, self.accelerator.is_main_process)
-        with contextlib.closing(self.tracker), self.watch, bar:
+        is_main = self.accelerator.is_main_process
+        bar = progress(self.step, self.total, is_main)
+        profiler = StepProfiler(self.folder / "profile", self.run.profile * is_main, self.accelerator.device, self.say)
+        with contextlib.closing(self.tracker), self.watch, bar, profiler:
             self.catch_up()
             self.keep_snapshot()
             first = self.step
             while self.step < self.total:
-                self.train_step(meter, bar)
+                with profiler.step(self.step + 1):
+                    self.train_step(meter, bar)
                 if self.step == first + 1:
                     self.tracker.log(self.step, "start", seconds=round(time.time() - psutil.Process().create_time(), 1))
 

@@ -122,6 +122,8 @@ def test_unsupported_flag_is_refused_by_name(flags):
         ("--resume x --start_from y", "--resume x and --start_from y both give the first weights"),
         ("--keep_best -1", "--keep_best is -1"),
         ("--keep_best 2", "--keep_best 2 has no effect without --val_path"),
+        ("--profile -1", "--profile is -1; it must not be negative"),
+        ("--profile 2 --dry_run", "--profile 2 has no effect without --no-dry_run"),
         ("--ema 1", "--ema is 1.0; it is a decay such as 0.999"),
         ("--ema -0.1", "--ema is -0.1"),
         ("--data_path A B", "--data_path has 2 folders and there is no --mixed_ratio: give one number a folder, such as "

@@ -240,7 +240,7 @@ def kernel_obstacle(device: torch.device) -> str | None:
         return f"{torch.cuda.get_device_name(device)} is older than compute capability 7.0, which Triton needs"
     for package in ("mamba_ssm", "triton", "einops"):
         if importlib.util.find_spec(package) is None:
-            return f"the package {package} is not installed; README.md has the command"
+            return f"the package {package} is not installed; docs/performance.md has the command"
     return None
 
 

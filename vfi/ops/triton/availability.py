@@ -19,7 +19,7 @@ def fused_obstacle(device: torch.device) -> str | None:
         needed = ".".join(map(str, _CAPABILITY))
         return f"{torch.cuda.get_device_name(device)} is older than compute capability {needed}, which the fused kernels need"
     if importlib.util.find_spec("triton") is None:
-        return "the package triton is not installed; README.md has the command"
+        return "the package triton is not installed; docs/performance.md has the command"
     return None
 
 
