@@ -1,9 +1,9 @@
-"""How fast do samples arrive? The training loader on shards of each codec, beside loose PNG files read by a plain Dataset.
+"""Compare the sample rates of the training loader on shards of each codec with those of loose PNG files in a plain Dataset.
 
     python -m vfi.benchmark_data --data shards/mine/train --out data_benchmark.json
 
 The same frames are written as loose PNG files and as shards of every codec into a temporary folder; all are then read with
-the same crop and augmentation, batched and scaled to floats, for a few seconds each, by as many worker processes as asked for.
+the same crop and augmentation, batched and scaled to floats, for a few seconds each, with each number of worker processes.
 """
 
 from __future__ import annotations
@@ -48,28 +48,28 @@ _SEED = 0
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Each field is a flag of the job."""
+    """Options of the benchmark; each field is a flag."""
 
     data: Path
-    """Shard folder to take frames from."""
+    """Shard folder that provides the frames."""
     out: Path | None = None
-    """Also write the numbers to this .json."""
+    """Also write the results to this .json file."""
     samples: int = 128
-    """Samples that are read over and over."""
+    """Number of samples, which are read repeatedly."""
     codecs: tuple[str, ...] = ("png", "qoi", "jpeg")
     """Codecs to compare."""
     workers: tuple[int, ...] = (0, 1, 2)
-    """Numbers of loader processes to try; 0 reads in the main process."""
+    """Numbers of worker processes to compare; 0 reads in the main process."""
     batch_size: int = 16
-    """Samples of a batch."""
+    """Samples per batch."""
     crop: int = 256
     """Side of the crop in pixels."""
     seconds: float = 3.0
-    """How long each case is measured in a round, after its start."""
+    """Seconds for which each case is measured in a round, after its start."""
     rounds: int = 3
-    """Rounds through all cases; the median of a case counts, so that what else the machine does hits all alike."""
+    """Rounds over all cases; the median of a case counts, so that other load on the machine affects all cases alike."""
     folder: Path | None = None
-    """Where the temporary files go; by default the system's temporary folder. Its disk is part of what is measured."""
+    """Folder for the temporary files, whose disk is part of the measurement; default: the system's temporary folder."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,11 +80,11 @@ class Case:
     workers: int
     samples_per_s: float
     megabytes: float
-    """All of its files."""
+    """Total size of its files."""
 
 
 class LooseFiles(Dataset):
-    """What most projects do: a folder of PNG files a sample, opened one by one."""
+    """Common baseline: a folder of PNG files for each sample, opened one by one."""
 
     def __init__(self, folder: Path, samples: int, config: DataConfig) -> None:
         self.folder, self.samples, self.config = folder, samples, config
@@ -102,7 +102,7 @@ class LooseFiles(Dataset):
 
 
 def loose_batches(folder: Path, samples: int, config: DataConfig) -> Iterator[tuple[Tensor, ...]]:
-    """Endless batches of `LooseFiles`, as floats."""
+    """Yield endless batches of `LooseFiles`, as floats."""
     dataset = LooseFiles(folder, samples, config)
     workers = config.num_workers
     loader = DataLoader(dataset, config.batch_size, shuffle=True, num_workers=workers, drop_last=True,
@@ -114,7 +114,7 @@ def loose_batches(folder: Path, samples: int, config: DataConfig) -> Iterator[tu
 
 @contextlib.contextmanager
 def _one_thread() -> Iterator[None]:
-    """Rates are for processes: torch's own threads would share the work."""
+    """Limit torch to one thread: rates are per process, and torch's own threads would share the work."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -122,7 +122,7 @@ def _one_thread() -> Iterator[None]:
 
 
 def rate(batches: Iterator[object], batch_size: int, seconds: float) -> float:
-    """Samples a second."""
+    """Return the samples per second."""
     for _ in range(_WARM_UP):
         next(batches)
     count, start = 0, time.perf_counter()
@@ -159,7 +159,7 @@ def measure(options: Options) -> list[Case]:
 
 
 def table(cases: Sequence[Case]) -> str:
-    """A row a source, a column a number of workers: samples/s, and how many times the loose files' rate that is."""
+    """Format one row per source and one column per number of workers: samples/s, and the ratio to the loose files' rate."""
     counts = sorted({case.workers for case in cases})
     found = {(case.source, case.workers): case.samples_per_s for case in cases}
     lines = [f"{'samples/s':<10}" + "".join(f"{f'{count} workers':>18}" for count in counts) + f"{'MB':>10}"]
@@ -172,9 +172,9 @@ def table(cases: Sequence[Case]) -> str:
 
 @clear_errors(ShardError, FrameTooSmallError)
 def main(argv: Sequence[str] | None = None) -> None:
-    """The job: measure, print the table, write the numbers."""
+    """Entry point: measure, print the table, and write the results."""
     options = tyro.cli(Options, prog="python -m vfi.benchmark_data", description=__doc__, args=argv)
-    set_numerics()  # as training does, which decides on the memory of a CPU's tensors, too
+    set_numerics()  # as in training; it also affects the memory allocation of CPU tensors
     cases = measure(options)
     print(table(cases))
     if options.out is not None:
@@ -204,7 +204,7 @@ def _loose_frames(folder: Path, number: int) -> list[Path]:
 
 
 def _write_loose(options: Options, folder: Path) -> int:
-    """The first, middle and last frame of some samples as PNG files; how many samples."""
+    """Write the first, middle and last frame of some samples as PNG files, and return the number of samples."""
     numbers = evenly_spaced(read_index(options.data).samples, options.samples)
     batches = evaluation_batches(options.data, _CPU, numbers=numbers)
     for number, batch in enumerate(tqdm(batches, total=len(numbers), desc="loose files", disable=None)):
@@ -217,7 +217,7 @@ def _write_loose(options: Options, folder: Path) -> int:
 
 
 def _write_shards(loose: Path, out: Path, count: int, codec: str) -> None:
-    """The loose files as shards."""
+    """Write the loose files as shards."""
     tasks = [
         writer.ShardTask(f"samples {part.start} to {part.stop - 1}", len(part), functools.partial(_samples, loose, part, codec))
         for part in writer.chunks(count, writer.SAMPLES_PER_SHARD)

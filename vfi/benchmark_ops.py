@@ -1,11 +1,11 @@
-"""How fast is each operator that has kernels of our own, by itself, beside PyTorch's form of it?
+"""Compare the speed and memory of each operator with fused Triton kernels to PyTorch's implementation of it.
 
-    vfi operators                                   on a GPU: all of them, at the sizes that training and 4K have
+    vfi operators                                   on a GPU: all of them, at the sizes of training and 4K
     vfi operators --only warp --out warp.json
 
-Times are medians of calls one after the other, with an empty cache and without waiting for the processor; memory is what a call
-takes beside its inputs. The floor: inputs read and outputs written once, back with gradients once more and the inputs
-again, at the rate of a copy that is measured in the same run; what products need is not in it.
+Times are medians of consecutive calls, with an empty cache and without waiting for the CPU; memory is what a call allocates in
+addition to its inputs. The roofline bound (column "floor"): inputs read and outputs written once, in the backward pass once
+more with gradients and the inputs again, at the rate of a copy that is measured in the same run; arithmetic is not included.
 """
 
 from __future__ import annotations
@@ -46,50 +46,50 @@ _HALF = torch.bfloat16
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Each field is a flag of the job."""
+    """Options of `vfi operators`; each field is a flag."""
 
     only: str = ""
-    """Part of the names of the operators to be measured; by default all."""
+    """Substring of the names of the operators to be measured; default: all."""
     out: Path | None = None
-    """Also write everything to this .json."""
+    """Also write all results to this .json file."""
 
 
 class Forms(NamedTuple):
-    """An operator twice, of the same inputs; modules have the same weights."""
+    """Both implementations of an operator, for the same inputs; modules have the same weights."""
 
     ours: Callable[..., Tensor]
     plain: Callable[..., Tensor]
     weights: tuple[nn.Parameter, ...] = ()
-    """Of `ours`, and those of `plain` after them."""
+    """Weights of `ours`, followed by those of `plain`."""
 
 
 class Operator(NamedTuple):
-    """What is measured."""
+    """Operator to be measured."""
 
     name: str
     inputs: tuple[Tensor, ...]
-    """Of no memory ("meta"), channels-last where they are maps [B, C, H, W]."""
+    """Tensors without memory ("meta"), channels-last if they are maps [B, C, H, W]."""
     build: Callable[[torch.device], Forms]
 
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """Of a call: milliseconds, and bytes beside its inputs."""
+    """Cost of a call: milliseconds, and bytes in addition to its inputs."""
 
     forward_ms: float
     both_ms: float
-    """Forward and backward pass."""
+    """Time of the forward and backward pass."""
     nbytes: int
-    """Of both."""
+    """Bytes of both passes."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One operator."""
+    """Results of one operator."""
 
     name: str
     size: str
-    """Of its first input."""
+    """Shape of its first input."""
     floor_ms: float
     both_floor_ms: float
     ours: Cost
@@ -98,7 +98,7 @@ class Row:
 
 @clear_errors()
 def main(argv: Sequence[str] | None = None) -> None:
-    """The job: measure, print the table, write the numbers."""
+    """Entry point: measure, print the table, and write the results."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     options = tyro.cli(Options, prog="vfi operators", description=__doc__, args=arguments)
     if options.out:
@@ -120,14 +120,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         rows.append(measure(operator, device, gbs))
         ours, plain = rows[-1].ours.both_ms, rows[-1].plain.both_ms
         print(f"{operator.name}: {ours:.3f} ms, plain {plain:.3f} ms", file=sys.stderr, flush=True)
-        if options.out:  # each time: whoever stops the job keeps it
+        if options.out:  # after each operator, so that an interrupted run keeps its results
             content = {"schema": SCHEMA, "version": VERSION, "environment": told, "rows": list(map(dataclasses.asdict, rows))}
             write_text(options.out, json.dumps(content, indent=1) + "\n")
     print(table(rows, told))
 
 
 def all_operators() -> list[Operator]:
-    """At the sizes of base: 32 pairs of 256x256 in training, a pair of 2176x4096."""
+    """Return the operators at the sizes of base: 32 pairs of 256x256 in training, and a pair of 2176x4096."""
     return [
         scan(64, 32, 32, 256),
         scan(64, 16, 16, 512),
@@ -145,7 +145,7 @@ def all_operators() -> list[Operator]:
 
 
 def scan(frames: int, H: int, W: int, C: int) -> Operator:
-    """An SS2D with its projections."""
+    """Return an SS2D with its projections."""
 
     def build(device: torch.device) -> Forms:
         backend = "reference" if kernel_obstacle(device) else "mamba_ssm"
@@ -156,7 +156,7 @@ def scan(frames: int, H: int, W: int, C: int) -> Operator:
 
 
 def attention(frames: int, H: int, W: int, C: int) -> Operator:
-    """Shifted windows of 8, with the projections."""
+    """Return attention in shifted windows of 8, with its projections."""
 
     def build(device: torch.device) -> Forms:
         ours, plain = (GatedWindowAttention(C, _config(attention_backend=name), True, device) for name in ("fused", "sdpa"))
@@ -166,7 +166,7 @@ def attention(frames: int, H: int, W: int, C: int) -> Operator:
 
 
 def activation(frames: int, C: int, H: int, W: int, residual: bool = False) -> Operator:
-    """Bias, skip connection and PReLU."""
+    """Return bias, skip connection and PReLU."""
 
     def build(device: torch.device) -> Forms:
         from vfi.ops.pointwise.bias_prelu_kernels import bias_prelu
@@ -183,7 +183,7 @@ def activation(frames: int, C: int, H: int, W: int, residual: bool = False) -> O
 
 
 def warp(frames: int, C: int, H: int, W: int) -> Operator:
-    """Features moved by a flow, of a pixel or so and another one for each pixel."""
+    """Return a warp of features by a flow of about one pixel, different for each pixel."""
 
     def build(device: torch.device) -> Forms:
         from vfi.ops.warp.warp_kernels import backward_warp_fused
@@ -194,7 +194,7 @@ def warp(frames: int, C: int, H: int, W: int) -> Operator:
 
 
 def layer_norm(frames: int, H: int, W: int, C: int) -> Operator:
-    """Over channels, as autocast has it: in fp32, and back."""
+    """Return a layer norm over channels, as under autocast: to fp32, and back."""
 
     def build(device: torch.device) -> Forms:
         from vfi.ops.pointwise import layer_norm_kernels
@@ -208,7 +208,7 @@ def layer_norm(frames: int, H: int, W: int, C: int) -> Operator:
 
 
 def side_by_side(pairs: int, C: int, H: int, W: int) -> Operator:
-    """What RefineNet mixes at the finest level: maps from below, shuffled to pixels, features of both frames, the frames."""
+    """Return RefineNet's finest concatenation: pixel-shuffled maps from below, features of both frames, the frames."""
 
     def build(device: torch.device) -> Forms:
         from vfi.ops.pointwise.concat_kernels import stack_channels
@@ -224,7 +224,7 @@ def side_by_side(pairs: int, C: int, H: int, W: int) -> Operator:
 
 
 def loss(predictions: int, B: int, H: int, W: int) -> Operator:
-    """The training loss of all predictions at once."""
+    """Return the training loss of all predictions at once."""
 
     def build(device: torch.device) -> Forms:
         fused, plain = (functools.partial(laplacian_loss, backend=name) for name in ("fused", "torch"))
@@ -234,7 +234,7 @@ def loss(predictions: int, B: int, H: int, W: int) -> Operator:
 
 
 def measure(operator: Operator, device: torch.device, gbs: float) -> Row:
-    """Both forms, one after the other."""
+    """Measure both implementations, one after the other."""
     inputs = [_filled(given, device) for given in operator.inputs]
     ours, plain, weights = operator.build(device)
     costs = []
@@ -251,7 +251,7 @@ def measure(operator: Operator, device: torch.device, gbs: float) -> Row:
 
 
 def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
-    """What a call takes beside what there is."""
+    """Return the bytes that a call allocates in addition to the present ones."""
     before = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
     call()
@@ -259,7 +259,7 @@ def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
 
 
 def table(rows: Sequence[Row], told: dict[str, Any]) -> str:
-    """For people."""
+    """Format the results as a readable table."""
     versions = ", ".join(f"{name} {told['packages'][name]}" for name in ("torch", "triton") if name in told["packages"])
     head = f"{told['device']}, bf16 autocast, {versions}; floor: {told['gbs']:,.0f} GB/s; ms, and MiB of both passes"
     lines = [["", "", "floor", "forward", "plain", "", "floor", "both", "plain", "", "MiB", "plain"]]
@@ -275,7 +275,7 @@ def table(rows: Sequence[Row], told: dict[str, Any]) -> str:
 
 
 def _run(function: Callable[..., Tensor], inputs: Sequence[Tensor], leaves: Sequence[Tensor]) -> Tensor:
-    """A call under autocast; with `leaves` also back to those that it depends on."""
+    """Call `function` under autocast; with `leaves`, also run the backward pass to those that it depends on."""
     with torch.autocast(inputs[0].device.type, _HALF):
         output = function(*inputs)
     if leaves:
@@ -302,7 +302,7 @@ def _map(*size: int, dtype: torch.dtype = _HALF) -> Tensor:
 
 
 def _filled(given: Tensor, device: torch.device) -> Tensor:
-    """Random numbers of this size, in this order in memory."""
+    """Return random numbers with the shape and memory order of `given`."""
     return torch.empty_like(given, device=device).normal_()
 
 

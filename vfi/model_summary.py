@@ -1,14 +1,14 @@
-"""What does a model cost at which size, and where? Parameters, MACs, memory and time, by part.
+"""Report what a model costs at each frame size and in each part: parameters, MACs, memory and time.
 
     vfi model --preset base --phase 1 --sizes 736x1280 2176x4096
     vfi model --preset base --phase 1 --device cuda --training --json base.json
 
 With a GPU (or --measure) time and memory are measured; without, they are estimated from shapes alone. Every flag of the model
 works as in training. MACs are multiply-accumulates of convolutions, matrix products and attention with the scan in plain
-torch: in chunks of Q = 64 tokens it takes Q(S + P) + 2SP a token and head of width P and state S.
+PyTorch: in chunks of Q = 64 tokens it takes Q(S + P) + 2SP for each token and head of width P and state S.
 
-Beside the time of every part is its floor: what goes in and comes out once, with the weights, at the rate of a copy, or its
-products at the rate of large ones, whichever takes longer. Both rates are measured on the same device.
+Next to the time of every part is its roofline bound ("floor"): its inputs, outputs and weights once at the rate of a copy, or
+its products at the rate of large ones, whichever takes longer. Both rates are measured on the same device.
 """
 
 from __future__ import annotations
@@ -57,40 +57,40 @@ T = TypeVar("T")
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Each field is a flag of the job, beside those of the model."""
+    """Options of `vfi model`; each field is a flag, in addition to those of the model."""
 
     preset: str = "small"
     """Named set of defaults, see vfi/config/presets.py."""
     sizes: tuple[str, ...] = ("256x448", "736x1280", "1088x1920")
     """Frame sizes, HEIGHTxWIDTH."""
     batch: int = 1
-    """Pairs of frames at once at these sizes."""
+    """Pairs of frames per call at these sizes."""
     device: DeviceName = "auto"
-    """auto takes a GPU if there is one."""
+    """Device; auto uses a GPU if there is one."""
     precision: PrecisionName = "auto"
-    """auto is bf16 autocast on a GPU that has it, fp32 on the CPU."""
+    """Precision; auto is bf16 autocast on a GPU that supports it, fp32 on the CPU."""
     tf32: bool = False
-    """As in vfi.train."""
+    """Allow TF32 in fp32 products, as in vfi.train."""
     count: bool = True
-    """Count MACs and estimate memory. That takes minutes for the many operators of --ssm mamba1 in plain torch."""
+    """Count MACs and estimate memory. This takes minutes for the many operators of --ssm mamba1 in plain PyTorch."""
     measure: bool = False
-    """Run the model; the default on a GPU. Otherwise memory is estimated."""
+    """Run the model and measure it; default: on a GPU only. Otherwise memory is estimated."""
     repeats: int = 10
-    """Timed calls, after warm-up; the median counts."""
+    """Number of timed calls after warm-up; the median counts."""
     training: bool = False
-    """Measure training steps, too: forward, loss, backward, AdamW."""
+    """Also measure training steps: forward, loss, backward, AdamW."""
     train_batch: int | None = None
-    """Samples of a training step; default: the preset's --batch_size."""
+    """Samples per training step; default: the preset's --batch_size."""
     crop: int = 256
     """Side of the square crops of a training step."""
     plain: bool = False
-    """Also measure the parts of the same network by PyTorch's operators, with mamba-ssm's scan where that can run."""
+    """Also measure the parts of the same network with PyTorch's operators, and with mamba-ssm's scan where it can run."""
     assume_tflops: float | None = None
-    """Rate of arithmetic (TFLOP/s) for an estimate of the time without a measurement; with --assume_gbs."""
+    """Arithmetic rate (TFLOP/s) to estimate the time without a measurement; together with --assume_gbs."""
     assume_gbs: float | None = None
-    """Rate of memory (GB/s) for the same estimate."""
+    """Memory rate (GB/s) for the same estimate."""
     json: Path | None = None
-    """Also write everything to this .json."""
+    """Also write all results to this .json file."""
     markdown: bool = False
     """Print only time and memory, as a Markdown table with one row for this model."""
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
@@ -98,7 +98,7 @@ class Options:
 
 @clear_errors(ConfigError)
 def main(argv: Sequence[str] | None = None) -> None:
-    """The job: count, measure or estimate, print, and write the JSON."""
+    """Entry point: count, measure or estimate, print, and write the JSON."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     options, config = from_command_line(arguments)
     summary = summarise(options, config, command=shlex.join(["vfi", "model", *arguments]))
@@ -110,7 +110,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def from_command_line(argv: Sequence[str]) -> tuple[Options, Config]:
-    """Flags -> checked options and the settings that the model is built from. The preset gives the model's defaults."""
+    """Parse flags to checked options and the config of the model. The preset provides the model's defaults."""
     argv = command_line.expand_aliases(argv)
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     finder.add_argument("--preset", default=Options.preset)
@@ -135,7 +135,7 @@ def from_command_line(argv: Sequence[str]) -> tuple[Options, Config]:
 
 
 def _check(options: Options) -> None:
-    """Refuse what can't be measured, before anything is built."""
+    """Raise JobError for what can't be measured, before anything is built."""
     for flag in ("batch", "repeats"):
         if getattr(options, flag) < 1:
             raise JobError(f"--{flag} {getattr(options, flag)} must be at least 1")
@@ -157,13 +157,13 @@ def _check(options: Options) -> None:
 
 
 def summarise(options: Options, config: Config, command: str = "") -> Summary:
-    """Count at every size, then measure what was asked for."""
+    """Count at every size, then run the requested measurements."""
     device = pick_device(options.device)
     precision = pick_precision(options.precision, device)
     if options.measure and device.type == "cuda":
         set_numerics(options.tf32)
     torch.manual_seed(_SEED)
-    # fast paths are chosen by device: on the CPU `auto` is plain torch everywhere, whose operators can be counted
+    # fast paths depend on the device: on the CPU, `auto` is plain PyTorch everywhere, whose operators can be counted
     names = [field.name for field in dataclasses.fields(config.model) if field.name.endswith("_backend")]
     plain: dict[str, Any] = dict.fromkeys(names, "auto")
     reference = FrameInterpolator(dataclasses.replace(config.model, **plain), "cpu").eval()
@@ -200,9 +200,9 @@ def _with_plain(
     config: Config, options: Options, sizes: list[SizeSummary], training: TrainingSummary | None, device: torch.device,
     precision: torch.dtype,
 ) -> tuple[list[SizeSummary], TrainingSummary | None]:  # fmt: skip
-    """The same, with the times of the parts by PyTorch's operators."""
+    """Add the times of the parts with PyTorch's operators."""
     plain = dataclasses.replace(config.model, attention_backend="sdpa", pointwise_backend="torch")
-    if plain.ssm == "mamba2":  # the other has no fused form
+    if plain.ssm == "mamba2":  # only this one has a fused implementation
         plain = dataclasses.replace(plain, ssd_backend="reference" if kernel_obstacle(device) else "mamba_ssm")
     model = FrameInterpolator(plain, device).eval()
     found = [_if_it_fits(partial(_parts, model, options, size, device, precision)) for size in sizes]
@@ -220,7 +220,7 @@ def _with_plain(
 
 
 def _rates(options: Options, device: torch.device, precision: torch.dtype) -> Rates | None:
-    """Those that floors go by: as assumed, or measured where the model is. None where nothing is counted."""
+    """Return the rates for roofline bounds, as assumed or measured on the model's device; None if nothing is counted."""
     if not options.count:
         return None
     if options.assume_tflops and options.assume_gbs:
@@ -241,7 +241,7 @@ def _count(model: FrameInterpolator, options: Options, size: str, precision: tor
 
 
 def levels(model: FrameInterpolator, batch: int, size: tuple[int, int]) -> list[Level]:
-    """The pyramid of a batch of frames of (H, W)."""
+    """Return the pyramid levels of a batch of frames of (H, W)."""
     config, backbone = model.config, model.backbone
     multiple = round(STRIDE / config.scale)
     H, W = (side + -side % multiple for side in size)
@@ -254,7 +254,7 @@ def levels(model: FrameInterpolator, batch: int, size: tuple[int, int]) -> list[
 
 
 def _with_blocks(level: Level, config: ModelConfig, batch: int) -> Level:
-    """Windows and scans of a level that has LGS blocks."""
+    """Add the windows and scans of a level that has LGS blocks."""
     blocks = config.depths[level.level - FIRST_STAGE_LEVEL]
     level = dataclasses.replace(level, blocks=blocks)
     if config.backbone_mode != "mamba2_only":
@@ -275,7 +275,7 @@ def _with_blocks(level: Level, config: ModelConfig, batch: int) -> Level:
 def _measure(
     model: nn.Module, options: Options, summary: SizeSummary, device: torch.device, precision: torch.dtype
 ) -> SizeSummary:
-    """Time, memory and time by part at one size. Not enough memory for it is a finding."""
+    """Measure time, memory and time by part at one size. Insufficient memory is a result, not an error."""
     step, make = _calls(model, options, summary.size, device, precision)
 
     def measure() -> SizeSummary:
@@ -291,7 +291,7 @@ def _measure(
 def _parts(
     model: nn.Module, options: Options, summary: SizeSummary, device: torch.device, precision: torch.dtype
 ) -> dict[str, float]:
-    """Time by part at one size."""
+    """Measure the time by part at one size."""
     step, make = _calls(model, options, summary.size, device, precision)
     return timing.measure_parts(model, step, make, device, options.repeats)
 
@@ -299,7 +299,7 @@ def _parts(
 def _calls(
     model: nn.Module, options: Options, size: str, device: torch.device, precision: torch.dtype
 ) -> tuple[Callable[..., Tensor], Callable[[], tuple[Tensor, ...]]]:
-    """A forward pass, and what makes frames for it."""
+    """Return a forward pass, and a function that creates frames for it."""
     H, W = parse_size(size)
 
     def step(frames: tuple[Tensor, ...], graphs: Graphs | None = None) -> Tensor:
@@ -313,7 +313,7 @@ def _calls(
 
 
 def _measure_training(config: Config, options: Options, device: torch.device, precision: torch.dtype) -> TrainingSummary:
-    """Forward, loss, backward and AdamW on random frames."""
+    """Measure forward, loss, backward and AdamW on random frames."""
     batch, crop = config.data.batch_size, config.data.crop
 
     def measure() -> TrainingSummary:
@@ -325,17 +325,17 @@ def _measure_training(config: Config, options: Options, device: torch.device, pr
 
 
 def _training_parts(step: TrainingStep, options: Options) -> dict[str, Measured]:
-    """Forward and backward pass of the parts by themselves."""
+    """Measure the forward and backward pass of each part alone."""
     frames = step.make_frames()
     return timing.measure_training_parts(step.model, step.loss, frames, step.device, step.precision, options.repeats)
 
 
 def _if_it_fits(measure: Callable[[], T]) -> T | None:
-    """What was measured; None where memory did not suffice for it."""
+    """Return the measurement, or None if memory was insufficient."""
     try:
         return measure()
     except torch.OutOfMemoryError:
-        pass  # the error holds on to its frames, and they to their tensors, until here
+        pass  # the error holds its frames, and they their tensors, until here
     memory.free_memory()
     return None
 

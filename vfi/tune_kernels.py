@@ -1,11 +1,11 @@
-"""Which configurations of kernels are the fastest on this GPU? JOB: tunes them and keeps what was found.
+"""Tune the launch configurations of all Triton kernels for this GPU, and store the fastest.
 
-    vfi tune                                   base, small and tiny; adds this card to vfi/ops/triton/tuned_kernels.json
+    vfi tune                                   base, small and tiny; adds this GPU to vfi/ops/triton/tuned_kernels.json
     vfi tune --presets base --batch_size 32 --precisions bf16 --out mine.json
 
-Our own kernels (vfi/profiling/kernel_search.py) run without it with what was fastest on an H100; those of mamba-ssm, if it is
-installed, are tuned by Triton, without it in the first step, each time that a job starts on a machine without Triton's cache.
-The file belongs into the repository: whoever has such a card, and the same minor version of Triton, need not tune again.
+Without it, this project's fused Triton kernels (vfi/profiling/kernel_search.py) use what was fastest on an H100; those of
+mamba-ssm, if it is installed, are tuned by Triton in the first step, each time that a command starts on a machine without
+Triton's cache. Commit the file: others with the same GPU and the same minor version of Triton then need not tune again.
 """
 
 from __future__ import annotations
@@ -37,31 +37,35 @@ _SHOWN = ("torch", "triton", "mamba-ssm")
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Each field is a flag of the job."""
+    """Options of `vfi tune`; each field is a flag."""
 
     presets: tuple[str, ...] = ("base", "small", "tiny")
-    """Presets, or ablations, whose kernels are tuned: by a training step of phase 2 or 3 in each precision. What they share is
-    tuned with the first of them: name the largest first."""
+    """Presets or ablations whose kernels are tuned, by a training step of phase 2 or 3 in each precision. Shared kernels are
+    tuned with the first of them: name the largest first.
+    """
     precisions: tuple[Literal["bf16", "fp32"], ...] = ("bf16", "fp32")
-    """Of the forward pass: minutes each."""
+    """Precisions of the forward pass; each takes minutes."""
     batch_size: int = 8
-    """Pairs of frames at once; the size does not belong to what a configuration is kept for. Best that of training."""
+    """Pairs of frames per step, preferably that of training; configurations do not depend on it."""
     crop: int = 256
-    """Side of the frames in pixels."""
+    """Side of the square frames in pixels."""
     out: Path = tuned_configs.FILE
-    """File that the card is added to. What it says there of kernels that are not tuned now stays."""
+    """File to which the GPU is added. Its entries for kernels that are not tuned now are kept."""
 
 
 @clear_errors()
 def main(argv: Sequence[str] | None = None) -> None:
-    """The job: tune, say what was found, write."""
+    """Entry point: tune, report the results, and write them."""
     options = tyro.cli(Options, prog="vfi tune", description=__doc__, args=argv)
     for line in tune(options):
         print(line, flush=True)
 
 
 def tune(options: Options) -> Iterator[str]:
-    """Tune and write; a line for each kernel of ours and each preset. JobError without a GPU that has kernels to be tuned."""
+    """Tune and write, and yield a line for each fused kernel and each preset.
+
+    Raises JobError without a GPU that has kernels to be tuned.
+    """
     if not torch.cuda.is_available():
         raise JobError("there is no CUDA GPU here: kernels are tuned on the card that they run on")
     device = torch.device("cuda", torch.cuda.current_device())
@@ -75,19 +79,19 @@ def tune(options: Options) -> Iterator[str]:
     kernels: tuned_configs.Kernels = {}
     earlier = tuned_configs.entry(device, options.out, "fused") if options.out.exists() else {}
     if not theirs:
-        # read when the kernels are imported: what was found earlier is not looked up
+        # read when the kernels are imported: disables the lookup of earlier results
         os.environ["TRITON_CACHE_AUTOTUNING"] = "0"
         import_kernel()
     for preset in options.presets:
         config = presets.get(preset)
-        phase = max(2, config.model.phase)  # there is optical flow, too
+        phase = max(2, config.model.phase)  # so that optical flow is included
         config = presets.override(config, phase=phase, batch_size=options.batch_size, crop=options.crop)
         for precision in (PRECISIONS[name] for name in options.precisions):
             if not ours:
                 for one in search_step(TrainingStep(config, device, precision), {one.key for one in found}):
                     found.append(one)
                     content["fused"] = with_earlier(found, earlier)
-                    write(options.out, tuned_configs.card(device), content)  # each time: whoever stops the job keeps it
+                    write(options.out, tuned_configs.card(device), content)  # each time, so an interrupted run keeps results
                     yield str(one)
                 free_memory()
             if not theirs:
@@ -103,7 +107,7 @@ def tune(options: Options) -> Iterator[str]:
 
 
 def _tune_mamba_ssm(config: Config, device: torch.device, precision: torch.dtype) -> tuned_configs.Kernels:
-    """By a training step, in which Triton tunes them."""
+    """Tune mamba-ssm's kernels by a training step, in which Triton tunes them."""
     step = TrainingStep(presets.override(config, ssd_backend="mamba_ssm"), device, precision)
     for tuner in tuned_configs.tuners():
         tuner.cache.clear()
@@ -114,7 +118,7 @@ def _tune_mamba_ssm(config: Config, device: torch.device, precision: torch.dtype
 
 
 def merge(known: tuned_configs.Kernels, new: tuned_configs.Kernels) -> tuned_configs.Kernels:
-    """Both; what was found first stays."""
+    """Return both; an earlier result takes precedence."""
     merged = {}
     for name in sorted({**known, **new}):
         entries = [*known.get(name, ()), *new.get(name, ())]
@@ -124,14 +128,14 @@ def merge(known: tuned_configs.Kernels, new: tuned_configs.Kernels) -> tuned_con
 
 
 def with_earlier(found: Sequence[Found], earlier: tuned_configs.Kernels) -> tuned_configs.Kernels:
-    """What was found, and for shape classes that were not searched for what was found earlier."""
+    """Return the new results, and the earlier ones of shape classes that were not searched."""
     searched = [(one.kernel, launch_config.written(one.shape_class)) for one in found]
     rest = {name: [one for one in entries if (name, one["key"]) not in searched] for name, entries in earlier.items()}
     return merge(as_entries(found), {name: entries for name, entries in rest.items() if entries})
 
 
 def write(path: Path, card: str, content: dict[str, Any]) -> None:
-    """Put a card into the file, in place of what it had for it; mamba-ssm's kernels, or ours, if not in `content`, stay."""
+    """Store a GPU's entry in the file, replacing its previous one; kernels of a kind that `content` lacks are kept."""
     cards = json.loads(path.read_text()) if path.exists() else {}
     entry = cards.get(card, {}) | content
     cards[card] = entry | {whose: entry.get(whose, {}) for whose in ("kernels", "fused")}

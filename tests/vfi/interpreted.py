@@ -1,4 +1,4 @@
-"""How a process begins in which Triton kernels are interpreted: by a name of its own, for there are two files `conftest`."""
+"""Environment of a process in which Triton kernels are interpreted; a separate name, because there are two files `conftest`."""
 
 from __future__ import annotations
 

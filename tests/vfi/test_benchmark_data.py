@@ -1,4 +1,4 @@
-"""The loader's benchmark: the same frames everywhere, every case measured, and what it refuses."""
+"""Data benchmark: the same frames everywhere, every case measured, and rejected options."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Operators by themselves: both forms are the same function, and what is measured is told."""
+"""Operator benchmark: both implementations are the same function, and all measurements are reported."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""vfi model: counts against formulas and PyTorch's own counter, memory against a list of live tensors, and the job itself."""
+"""vfi model: counts against formulas and PyTorch's own counter, memory against a list of live tensors, and the command."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Metrics of images and motion."""
+"""Image and motion metrics."""

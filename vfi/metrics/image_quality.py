@@ -1,11 +1,11 @@
-"""How close is a predicted frame to the true one? PSNR and SSIM, one number an image.
+"""Image quality of a predicted frame against the ground truth: PSNR and SSIM, one value for each image.
 
     psnr(prediction, truth), ssim_matlab(prediction, truth)      # and ssim_skimage, interpolation_error
     psnr_in(prediction, truth, region)                           # of a part of the image
-    psnr_of_changes(predictions, truths, img0, img1)             # of several frames in a row: do they flicker?
+    psnr_of_changes(predictions, truths, img0, img1)             # of consecutive frames: temporal consistency
 
-All take RGB in [0, 1], `[B, 3, H, W]`, and return `[B]`. They compute in float32 (float64 if given float64) whatever autocast
-says, without convolutions, so that TF32 cannot round them on a GPU. The SSIM that the repositories of the field call
+All take RGB in [0, 1], `[B, 3, H, W]`, and return `[B]`. They compute in float32 (float64 if given float64), also under
+autocast, and without convolutions, so that TF32 cannot round them on a GPU. The SSIM that the repositories of the field call
 `ssim_matlab` is neither scikit-image's nor TensorFlow's, and its values must not be compared with theirs.
 """
 
@@ -20,7 +20,7 @@ from torch import Tensor
 from vfi.ops.precision import fp32_island
 
 PSNR_MAX = 100.0
-"""PSNR of equal images in dB: the formula says infinity, which would swallow every mean."""
+"""PSNR of equal images in dB: the formula gives infinity, which would dominate every mean."""
 
 _RADIUS = 5
 _SIGMA = 1.5
@@ -29,17 +29,17 @@ _C2 = 0.03**2
 
 
 def psnr(prediction: Tensor, truth: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio in dB, −10·log10 of the mean squared error over colours and pixels; at most PSNR_MAX.
+    """Return the peak signal-to-noise ratio in dB, −10·log10 of the mean squared error over colours and pixels.
 
-    `[B, 3, H, W]` in [0, 1] -> `[B]`. Values are compared as they are: neither rounded nor clamped. NaN stays NaN.
+    `[B, 3, H, W]` in [0, 1] -> `[B]`, at most PSNR_MAX. Values are neither rounded nor clamped. NaN stays NaN.
     """
     return fp32_island(_psnr, *_comparable(prediction, truth))
 
 
 def psnr_in(prediction: Tensor, truth: Tensor, region: Tensor) -> Tensor:
-    """`psnr` over the pixels of `region`, `[B, 1, H, W]` bool; what lies outside has no influence, be it NaN.
+    """Return `psnr` over the pixels of `region`, `[B, 1, H, W]` bool; pixels outside have no influence, even if NaN.
 
-    `[B, 3, H, W]` in [0, 1] -> `[B]`; NaN for an image whose region is empty: there is nothing to compare.
+    `[B, 3, H, W]` in [0, 1] -> `[B]`; NaN for an image with an empty region, where there is nothing to compare.
     """
     prediction, truth = _comparable(prediction, truth)
     wanted = (len(truth), 1, *truth.shape[2:])
@@ -49,13 +49,13 @@ def psnr_in(prediction: Tensor, truth: Tensor, region: Tensor) -> Tensor:
 
 
 def psnr_of_changes(predictions: Sequence[Tensor], truths: Sequence[Tensor], img0: Tensor, img1: Tensor) -> Tensor:
-    """Temporal consistency: how close are the changes from frame to frame to the true ones? In dB, at most PSNR_MAX.
+    """Return the temporal consistency in dB, at most PSNR_MAX: the PSNR of the changes from frame to frame.
 
     Of the n frames between `img0` and `img1`, each `[B, 3, H, W]` in [0, 1] -> `[B]`: −10·log10 of the mean of (Δp − Δt)² over
     all n + 1 changes img0 → f1 → … → fn → img1, colours and pixels; Δp is a change of the predicted sequence, Δt the true one.
-    An error that stays the same over the frames only counts where it comes and goes, one that alternates counts each time. For
-    n = 1 it is `psnr`: both changes are wrong by the error of the one frame. img0 and img1 are in both sequences, and what they
-    show cancels out.
+    An error that is constant over the frames counts only where it appears and disappears; one that alternates counts each time.
+    For n = 1 it is `psnr`: both changes have the error of the single frame. img0 and img1 are in both sequences, and their
+    content cancels out.
     """
     shapes = [tuple(frame.shape) for frame in (img0, *predictions, *truths, img1)]
     if not predictions or len(predictions) != len(truths) or len(set(shapes)) != 1:
@@ -68,16 +68,16 @@ def psnr_of_changes(predictions: Sequence[Tensor], truths: Sequence[Tensor], img
 
 
 def ssim_matlab(prediction: Tensor, truth: Tensor) -> Tensor:
-    """Structural similarity over the colour × H × W volume: 3-D Gaussian 11×11×11, σ 1.5, K1 .01, K2 .03, data range 1.
+    """Return the structural similarity of the colour × H × W volume: 3-D Gaussian 11×11×11, σ 1.5, K1 .01, K2 .03, range 1.
 
-    `[B, 3, H, W]` in [0, 1] -> `[B]`, the mean of the map; 1 for equal images. The volume has a single channel and is continued
-    over its faces by its border values (also along the three colours). Images are taken one by one, to bound the memory.
+    `[B, 3, H, W]` in [0, 1] -> `[B]`, the mean of the map; 1 for equal images. The volume has a single channel and is padded by
+    replication (also along the three colours). Images are processed one by one, to bound the memory.
     """
     return fp32_island(_ssim_matlab, *_comparable(prediction, truth))
 
 
 def ssim_skimage(prediction: Tensor, truth: Tensor) -> Tensor:
-    """scikit-image's structural similarity of 8-bit images: means over 7x7 pixels, each colour alone, without the border.
+    """Return scikit-image's structural similarity of 8-bit images: means over 7x7 pixels, per colour, without the border.
 
     `[B, 3, H, W]` in [0, 1] -> `[B]` float64. Both are rounded to 8 bits; the sides must be at least 7.
     """
@@ -89,7 +89,7 @@ def ssim_skimage(prediction: Tensor, truth: Tensor) -> Tensor:
 
 
 def interpolation_error(prediction: Tensor, truth: Tensor) -> Tensor:
-    """Mean of |prediction - truth| over pixels and colours of 8-bit images (IE of the Middlebury benchmark).
+    """Return the mean of |prediction - truth| over pixels and colours of 8-bit images (IE of the Middlebury benchmark).
 
     `[B, 3, H, W]` in [0, 1] -> `[B]`, from 0 to 255. Both are rounded to 8 bits.
     """
@@ -102,7 +102,7 @@ def _bytes(image: Tensor) -> Tensor:
 
 
 def _comparable(prediction: Tensor, truth: Tensor) -> tuple[Tensor, Tensor]:
-    """Both images in one floating type, at least float32; ValueError for shapes that do not fit."""
+    """Return both images in one floating-point dtype, at least float32; raise ValueError for shapes that do not match."""
     if prediction.shape != truth.shape or prediction.ndim != 4 or prediction.shape[1] != 3:
         raise ValueError(f"expected two tensors [B, 3, H, W], got {tuple(prediction.shape)} and {tuple(truth.shape)}")
     dtype = torch.promote_types(torch.promote_types(prediction.dtype, truth.dtype), torch.float32)
@@ -115,12 +115,12 @@ def _psnr(prediction: Tensor, truth: Tensor) -> Tensor:
 
 def _psnr_in(prediction: Tensor, truth: Tensor, region: Tensor) -> Tensor:
     squares = (prediction - truth).square().mean(1, keepdim=True)
-    inside = torch.where(region, squares, 0.0)  # no product: NaN times 0 is NaN
+    inside = torch.where(region, squares, 0.0)  # not a product, because NaN times 0 is NaN
     return _decibels(inside.flatten(1).sum(1) / region.flatten(1).sum(1))
 
 
 def _psnr_of_changes(*frames: Tensor) -> Tensor:
-    """Predicted and true frames in turns, as they follow in time."""
+    """Compute `psnr_of_changes` from predicted and true frames in alternation, in temporal order."""
     predicted, true = (itertools.pairwise(frames[start::2]) for start in (0, 1))
     changes = zip(predicted, true, strict=True)
     errors = [((p1 - p0) - (t1 - t0)).square().flatten(1).mean(1) for (p0, p1), (t0, t1) in changes]
@@ -136,7 +136,7 @@ def _ssim_matlab(prediction: Tensor, truth: Tensor) -> Tensor:
 
 
 def _ssim_map(x: Tensor, y: Tensor) -> Tensor:
-    """SSIM of every voxel, `[3, H, W]`."""
+    """Return the SSIM of every voxel, `[3, H, W]`."""
     mean_x, mean_y = _blur(x), _blur(y)
     spread = _blur(x * x + y * y) - mean_x.square() - mean_y.square()
     covariance = _blur(x * y) - mean_x * mean_y
@@ -145,7 +145,7 @@ def _ssim_map(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _blur(volume: Tensor) -> Tensor:
-    """Gaussian mean of a volume with replicated borders: one axis at a time, each a weighted sum of shifted copies."""
+    """Return the Gaussian mean of a volume with replicated borders, axis by axis, each a weighted sum of shifted copies."""
     offsets = range(-_RADIUS, _RADIUS + 1)
     weights = torch.exp(-torch.tensor([float(offset) ** 2 for offset in offsets], dtype=torch.float64) / (2 * _SIGMA**2))
     weights /= weights.sum()

@@ -1,13 +1,13 @@
-"""How different do two pictures look to a network? LPIPS v0.1 with AlexNet: 0 for equal pictures, more the less alike.
+"""Perceptual distance of two images: LPIPS v0.1 with AlexNet, 0 for equal images, larger for less similar ones.
 
     lpips = load_lpips(Path("weights"), device)
     lpips(prediction, truth)                             # [B, 3, H, W] in [0, 1] twice -> [B]
 
-The folder holds two published files, under their published names: `alexnet-owt-7be5be79.pth` (torchvision's AlexNet, 233 MiB)
-and `alex.pth` (how much each of its features counts, 6 KiB; richzhang/PerceptualSimilarity). Nothing is downloaded.
+The folder contains two published files, under their published names: `alexnet-owt-7be5be79.pth` (torchvision's AlexNet,
+233 MiB) and `alex.pth` (the weights of its features, 6 KiB; richzhang/PerceptualSimilarity). Nothing is downloaded.
 
 Source: Zhang et al., The Unreasonable Effectiveness of Deep Features as a Perceptual Metric, arXiv 1801.03924; version 0.1 of
-their repository, which scales the input. AlexNet in the form of Krizhevsky, arXiv 1404.5997.
+their repository, which scales the input. AlexNet as in Krizhevsky, arXiv 1404.5997.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from vfi.errors import JobError
 from vfi.ops.precision import fp32_island
 
 MIN_SIDE = 31
-"""The least height and width in pixels: below it nothing is left for the second pooling."""
+"""Minimum height and width in pixels: below it nothing is left for the second pooling."""
 
 _SHIFT = (-0.030, -0.088, -0.188)
 _SCALE = (0.458, 0.448, 0.450)
 _EPS = 1e-10
 
-# all that torch.load has been seen to raise for files with bytes cut off or changed
+# all exceptions that torch.load was observed to raise for truncated or modified files
 _DAMAGE = (
     *(OSError, EOFError, RuntimeError, ValueError, LookupError, TypeError, AttributeError, AssertionError),
     *(pickle.UnpicklingError, struct.error),
@@ -48,7 +48,7 @@ class _Stage(NamedTuple):
     stride: int
     padding: int
     pooled: bool
-    """Is its input pooled first?"""
+    """Whether its input is pooled first."""
 
 
 _STAGES = (
@@ -61,7 +61,7 @@ _STAGES = (
 
 
 class _Published(NamedTuple):
-    """A file of weights: its name, where it is published, and what its tensors are called in `Lpips`."""
+    """File of weights: its name, its source, and the names of its tensors in `Lpips`."""
 
     name: str
     origin: str
@@ -87,10 +87,11 @@ _FILES = (
 
 
 class Lpips(nn.Module):
-    """The distance of two pictures in the features of AlexNet's five stages; `load_lpips` makes one that has learnt.
+    """Distance of two images in the features of AlexNet's five stages; `load_lpips` returns one with trained weights.
 
-    At every place the features of a stage (after the ReLU) are scaled to length 1 over the channels. The squares of their
-    differences are weighted by channel, summed, averaged over the places, and added up over the stages.
+    At every position the features of a stage (after the ReLU) are normalised to length 1 over the channels. The squares of
+    their
+    differences are weighted by channel, summed, averaged over the positions, and summed over the stages.
     """
 
     shift: Tensor
@@ -108,10 +109,12 @@ class Lpips(nn.Module):
         self.register_buffer("scale", torch.tensor(_SCALE).view(1, 3, 1, 1), persistent=False)
 
     def forward(self, prediction: Tensor, truth: Tensor) -> Tensor:
-        """`[B, 3, H, W]` in [0, 1] twice -> `[B]`, from 0; symmetric. ValueError for other shapes and sides below MIN_SIDE.
+        """Return the distance of `[B, 3, H, W]` in [0, 1] twice -> `[B]`, non-negative and symmetric.
 
-        In the type of the weights, fp32, whatever autocast says. On a GPU the convolutions run in TF32 where
-        vfi.runtime.numerics was told to allow it. Values are taken as they are: neither rounded nor clamped.
+        It is computed in the dtype of the weights, fp32, also under autocast. On a GPU the convolutions run in TF32 if
+        vfi.runtime.numerics allows it. Values are neither rounded nor clamped. Raises ValueError for other shapes and sides
+        below
+        MIN_SIDE.
         """
         if prediction.shape != truth.shape or prediction.ndim != 4 or prediction.shape[1] != 3:
             raise ValueError(f"expected two tensors [B, 3, H, W], got {tuple(prediction.shape)} and {tuple(truth.shape)}")
@@ -125,7 +128,7 @@ class Lpips(nn.Module):
         return torch.stack([((x - y).square() * weight).sum(1).mean((1, 2)) for x, y, weight in stages]).sum(0)
 
     def _features(self, image: Tensor) -> Iterator[Tensor]:
-        """Of each stage, `[B, C, h, w]`, of length 1 over the channels; one at a time, to bound the memory."""
+        """Yield the features of each stage, `[B, C, h, w]`, of length 1 over the channels; one by one, to bound the memory."""
         x = (2 * image.to(self.shift.dtype) - 1 - self.shift) / self.scale
         for stage, convolution in zip(_STAGES, self.convolutions, strict=True):
             x = F.max_pool2d(x, 3, 2) if stage.pooled else x
@@ -134,9 +137,9 @@ class Lpips(nn.Module):
 
 
 def load_lpips(folder: Path, device: torch.device) -> Lpips:
-    """LPIPS with the published weights from `folder`, in eval mode on `device`; none of them is trained any further.
+    """Return LPIPS with the published weights from `folder`, frozen, in eval mode on `device`.
 
-    JobError for a file that is missing, damaged or of something else; it names the file, and where it is published.
+    Raises JobError for a file that is missing, damaged or not the published one; it names the file and where it is published.
     """
     lpips = Lpips()
     shapes = {name: list(tensor.shape) for name, tensor in lpips.state_dict().items()}
@@ -146,14 +149,14 @@ def load_lpips(folder: Path, device: torch.device) -> Lpips:
 
 
 def _read(folder: Path, file: _Published, shapes: dict[str, list[int]]) -> dict[str, Tensor]:
-    """The tensors of a published file that are used, under their names in `Lpips`."""
+    """Return the tensors of a published file that are used, under their names in `Lpips`."""
     path = folder / file.name
     if not path.is_file():
         raise JobError(f"{path} is missing: LPIPS reads {file.name} there, which is published in {file.origin}")
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
     except _DAMAGE as error:
-        # what torch says of a pickle that it refuses goes on with how to load it in spite of that
+        # when torch refuses a pickle, the lines after the first say how to load it anyway
         reason = str(error).partition("\n")[0] or type(error).__name__
         raise JobError(f"{path} cannot be loaded: {reason}. Fetch it anew from {file.origin}") from error
     tensors = found if isinstance(found, dict) else {}

@@ -1,14 +1,14 @@
-"""How much moves between two frames? A flow that no network of this project has a part in, so that it can sort what they do.
+"""Amount of motion between two frames, from a flow that is independent of this project's networks, to sort their results by.
 
     motion = estimate(img0, img1)                        # one pair, [1, 3, H, W] in [0, 1]
     motion.length                                        # mean length of the flow, in pixels
     psnr_in(prediction, truth, motion.moving)            # of vfi.metrics.image_quality: only where something moves
-    Image.fromarray(flow_picture(flow))                  # any flow [2, H, W] as colours
+    Image.fromarray(flow_picture(flow))                  # of vfi.metrics.flow_color: any flow [2, H, W] as colours
 
 The flow is iterative Lucas-Kanade on a pyramid (scikit-image's `optical_flow_ilk`; Le Besnerais and Champagnat, ICIP 2005).
-It is made for sorting. Tried on photographs of 256×448: moved as a whole by 1 to 12 pixels, the length is right to 6 %, by 30
-it is a seventh too short. With one object before a still background it is a seventh too long, at worst half or twice the true
-one: the outline is not sharp.
+It is intended for sorting. In tests on photographs of 256×448 that were shifted as a whole, the length is accurate to 6 % for
+shifts of 1 to 12 pixels, and a seventh too short for 30. With one object in front of a static background it is a seventh too
+long, at worst half or twice the true one: the outline is not sharp.
 """
 
 from __future__ import annotations
@@ -25,30 +25,31 @@ from vfi.ops.warp.warp import backward_warp, resize_flow
 MOVING = 1.0
 """A pixel moves if its flow is longer than this, in pixels of the full frame."""
 LONGER_SIDE = 448
-"""Frames are shrunk to this for estimating: the time does not grow with the frame, and the pyramid reaches long motion."""
+"""Frames are reduced to this size for the estimate: the time does not grow with them, and the pyramid covers long motion."""
 
 _GREY = (0.299, 0.587, 0.114)
-# Of the settings tried on photographs moved by known amounts these are the fastest within a few per cent. Without the filter
-# (a median before each warp) windows with little texture give vectors of any length.
+# The fastest of the settings within a few per cent of the best, on photographs moved by known amounts. Without the filter (a
+# median before each warp), windows with little texture give vectors of arbitrary length.
 _RADIUS, _WARPS, _PREFILTER = 7, 5, True
-_NEIGHBOURS = 5  # pixels a side, over which staying is compared with moving: wider, and objects get a margin
+_NEIGHBOURS = 5  # side in pixels of the area over which staying and moving are compared: a larger one adds a margin to objects
 
 
 class Motion(NamedTuple):
-    """What moves between two frames, as seen from the first."""
+    """Motion between two frames, as seen from the first."""
 
     length: float
-    """Mean over the frame of the length of the flow from img0 to img1, in pixels of the full frame."""
+    """Mean length of the flow from img0 to img1 over the frame, in pixels of the full frame."""
     moving: Tensor
-    """`[1, 1, H, W]`, bool: pixels of img0 that move by more than MOVING until img1; on the device of the frames."""
+    """`[1, 1, H, W]`, bool: pixels of img0 that move by more than MOVING to img1; on the device of the frames."""
 
 
 def estimate(img0: Tensor, img1: Tensor) -> Motion:
-    """The motion from img0 to img1, each `[1, 3, H, W]` in [0, 1], sides of at least 2; ValueError for other shapes.
+    """Estimate the motion from img0 to img1, each `[1, 3, H, W]` in [0, 1], sides of at least 2; ValueError for other shapes.
 
-    Computed on the CPU in fp32: half a second for 256×448, 2 to 3 for 4K. Where staying explains the change as well as the
-    flow does, nothing moves: so it is beside moving objects, where Lucas-Kanade spreads their flow by the radius of its window.
-    NaN in a frame makes the length NaN.
+    It is computed on the CPU in fp32: half a second for 256×448, 2 to 3 for 4K. Where no motion explains the change as well as
+    the flow does, nothing moves: this is the case next to moving objects, where Lucas-Kanade spreads their flow by the radius
+    of
+    its window. NaN in a frame makes the length NaN.
     """
     if img0.shape != img1.shape or img0.ndim != 4 or img0.shape[:2] != (1, 3) or min(img0.shape[2:]) < 2:
         raise ValueError(f"expected two tensors [1, 3, H, W], H and W from 2, got {tuple(img0.shape)} and {tuple(img1.shape)}")
@@ -60,7 +61,7 @@ def estimate(img0: Tensor, img1: Tensor) -> Motion:
 
 
 def shrunk_grey(image: Tensor, longer_side: int) -> Tensor:
-    """`[1, 3, H, W]` -> brightness `[1, 1, h, w]` in fp32; its longer side at most `longer_side`, by area means."""
+    """Return the brightness `[1, 1, h, w]` of `[1, 3, H, W]` in fp32, reduced to at most `longer_side` by area means."""
     weights = torch.tensor(_GREY, device=image.device).view(1, 3, 1, 1)
     grey = (image.detach().float() * weights).sum(1, keepdim=True)
     longer = max(grey.shape[2:])
@@ -71,8 +72,8 @@ def shrunk_grey(image: Tensor, longer_side: int) -> Tensor:
 
 
 def _lucas_kanade(grey0: Tensor, grey1: Tensor) -> Tensor:
-    """Flow `[1, 2, h, w]` for `backward_warp`: grey1 moved back by it looks like grey0."""
-    from skimage.registration import optical_flow_ilk  # takes a second to import, and few jobs need it
+    """Return the flow `[1, 2, h, w]` for `backward_warp` that warps grey1 to look like grey0."""
+    from skimage.registration import optical_flow_ilk  # takes a second to import, and few commands need it
 
     frames = (grey0[0, 0].numpy(), grey1[0, 0].numpy())
     rows, columns = optical_flow_ilk(*frames, radius=_RADIUS, num_warp=_WARPS, prefilter=_PREFILTER)
@@ -80,7 +81,7 @@ def _lucas_kanade(grey0: Tensor, grey1: Tensor) -> Tensor:
 
 
 def _stays(grey0: Tensor, grey1: Tensor, flow: Tensor) -> Tensor:
-    """Where grey1 as it is differs no more from grey0 than grey1 moved back, in the mean of the neighbours; `[1, 1, h, w]`."""
+    """Return where grey1 differs no more from grey0 than the warped grey1, averaged over the neighbourhood; `[1, 1, h, w]`."""
     unmoved, moved = (
         F.avg_pool2d((grey0 - other).abs(), _NEIGHBOURS, 1, _NEIGHBOURS // 2, count_include_pad=False)
         for other in (grey1, backward_warp(grey1, flow))

@@ -1,1 +1,1 @@
-"""The network: architecture only, no files, ranks, losses or accelerate."""
+"""The network: architecture only, without file access, ranks, losses or accelerate."""

@@ -1,9 +1,9 @@
-"""What is where in the two frames? A pyramid of features: plain convolutions at strides 1, 2, 4, LGS blocks at 8 and 16.
+"""Feature pyramid of the two frames: plain convolutions at strides 1, 2 and 4, LGS blocks at strides 8 and 16.
 
     frames [2B, 3, H, W], frame 0 of all pairs first  ->  levels 0 … 4: [2B, F * 2^l, H / 2^l, W / 2^l]
 
-Features do not depend on the timestep: one pass serves any number of frames in between. Source: the pyramid of EMA-VFI and
-VFIMamba; LGS (local-global synergy) block: interleaved scan beside gated window attention.
+Features do not depend on the timestep: one pass serves any number of in-between frames. Source: the pyramid of EMA-VFI and
+VFIMamba; the LGS (local-global synergy) block runs an interleaved scan and gated window attention in parallel.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ STRIDE = 2 ** (LEVELS - 1)  # height and width of the frames must be multiples o
 
 
 class LGSBlock(nn.Module):
-    """[2B, H, W, C] -> the same shape: x + branches(norm x), then x + fusion(norm x).
+    """Transform [2B, H, W, C] -> the same shape: x + branches(norm x), then x + fusion(norm x).
 
-    With --mixing it takes and gives streams [2B, H, W, n, C], and hyper-connections stand in for both sums. `index` is the
-    block's place in its stage: odd blocks shift their windows.
+    With --mixing, input and output are streams [2B, H, W, n, C], and hyper-connections replace both sums. `index` is the
+    position of the block in its stage: odd blocks shift their windows.
     """
 
     def __init__(self, dim: int, config: ModelConfig, index: int, device: torch.device) -> None:
@@ -53,7 +53,7 @@ class LGSBlock(nn.Module):
         return self.mixing2(self.mixing1(x, self._local_and_global), self._fused)
 
     def _local_and_global(self, x: Tensor) -> Iterator[Tensor]:
-        # autocast leaves layer norms in fp32; what follows takes half precision, so it is cast once and not by each
+        # autocast leaves layer norms in fp32, but the branches take half precision: cast once here instead of in every branch
         normed = self.norm1(x).to(x.dtype)
         for branch in self.branches.values():
             yield branch(normed)
@@ -63,7 +63,7 @@ class LGSBlock(nn.Module):
 
 
 class HybridBackbone(nn.Module):
-    """Frames -> list of feature maps, finest first."""
+    """Compute the feature maps of all levels from the frames, finest level first."""
 
     def __init__(self, config: ModelConfig, device: torch.device) -> None:
         super().__init__()
@@ -94,9 +94,9 @@ class HybridBackbone(nn.Module):
 
 
 def of_each_frame(t: Tensor) -> tuple[Tensor, Tensor]:
-    """[2B, …] -> what belongs to frame 0 of all pairs and to frame 1, [B, …] each.
+    """Split [2B, …] into the parts of frame 0 and of frame 1 of all pairs, [B, …] each.
 
-    Not `chunk(2)`: what that makes of 2B, if B is traced as a symbol, is not known to be B.
+    `chunk(2)` is avoided: when 2B is traced as a symbol, the size of its result is not known to be B.
     """
     pairs = t.shape[0] // 2
     frame0, frame1 = t.split([pairs, pairs])
@@ -104,5 +104,5 @@ def of_each_frame(t: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def level_widths(config: ModelConfig) -> list[int]:
-    """Channels at each level."""
+    """Return the number of channels at each level."""
     return [config.width * 2**level for level in range(LEVELS)]

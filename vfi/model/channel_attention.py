@@ -1,4 +1,4 @@
-"""How are the branches' channels weighed against each other? A convolution body with channel attention: ECAB or CAB."""
+"""Fusion of the branches: a convolution body with channel attention, ECAB or CAB."""
 
 from __future__ import annotations
 
@@ -15,16 +15,19 @@ _GATE_SQUEEZE = 30
 
 
 def eca_kernel_size(channels: int) -> int:
-    """|log2(C) / 2 + 1/2|, up to the next odd number: 32 -> 3, 64 -> 3, 128 -> 5, 256 -> 5, 512 -> 5 (ECA-Net's code)."""
+    """Return |log2(C) / 2 + 1/2|, raised to the next odd number, as the code of ECA-Net does.
+
+    32 -> 3, 64 -> 3, 128 -> 5, 256 -> 5, 512 -> 5.
+    """
     k = int(abs(math.log2(channels) / 2 + 0.5))
     return k if k % 2 else k + 1
 
 
 class ECA(nn.Module):
-    """[B, H, W, C] -> the same, weighed by channel: global average -> 1-D convolution over channels, no bias -> sigmoid.
+    """Weight the channels of [B, H, W, C]: global average -> 1-D convolution over channels, no bias -> sigmoid.
 
-    Channels are the last dimension here as they are in memory: in PyTorch's order what belongs to the average in the backward
-    pass would lie in memory otherwise than what it is added to.
+    Channels are the last dimension here, as they are in memory: in PyTorch's order, the gradient of the average would have a
+    different memory layout from the gradient that it is added to.
     """
 
     def __init__(self, channels: int) -> None:
@@ -38,7 +41,7 @@ class ECA(nn.Module):
 
 
 class SqueezeExcite(nn.Module):
-    """[B, H, W, C] -> the same: channel attention through a bottleneck of C/30 channels."""
+    """Weight the channels of [B, H, W, C] through a bottleneck of C/30 channels."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -51,9 +54,9 @@ class SqueezeExcite(nn.Module):
 
 
 class ChannelAttentionBlock(PointwiseModule):
-    """[B, H, W, C] -> the same shape: conv C -> C/3, GELU, conv C/3 -> C, then a gate a channel.
+    """Transform [B, H, W, C] -> the same shape: conv C -> C/3, GELU, conv C/3 -> C, then a gate for each channel.
 
-    Where there are kernels, so on a GPU, the map between the convolutions has a multiple of 8 channels, the last ones zeros.
+    With fused kernels (on a GPU), the map between the convolutions is zero-padded to a multiple of 8 channels.
     """
 
     def __init__(self, channels: int, gate: nn.Module) -> None:
@@ -70,5 +73,5 @@ class ChannelAttentionBlock(PointwiseModule):
 
 
 def fusion_block(channels: int, use_ecab: bool) -> ChannelAttentionBlock:
-    """ECAB, or CAB: the same body with the gate of ECA-Net or of squeeze-and-excitation."""
+    """Return ECAB, or CAB: the same body with the gate of ECA-Net or of squeeze-and-excitation."""
     return ChannelAttentionBlock(channels, ECA(channels) if use_ecab else SqueezeExcite(channels))

@@ -1,6 +1,6 @@
-"""How is a network run, for the same numbers? Parts of it compiled, or with activations that are computed anew.
+"""Execution options that keep the results: compile modules of a network, or recompute their activations.
 
-Both change `forward` of parts in place: modules, parameters and their names stay as they are.
+Both replace `forward` of modules in place: modules, parameters and their names stay as they are.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ from vfi.ops.attention.window_attention import gated_window_attention
 from vfi.ops.pointwise.dispatch import give_pointwise
 from vfi.ops.ssm.scan_order import Scan
 
-_VARIANTS = 64  # of the same code: widths, windows shifted or not, crops of a curriculum, frozen or not; by default the ninth
-# would run uncompiled, with a word in the log
+_VARIANTS = 64  # of the same code: widths, shifted windows or not, crops of a curriculum, frozen or not; by default
+# the ninth would run uncompiled, with only a log message
 
 
 def compile_parts(network: FrameInterpolator, without_gradients: bool = False) -> None:
-    """Compile, for training, what lies between the sums of an LGS block, the flow stages and RefineNet.
+    """Compile, for training, the computations between the sums of an LGS block, the flow stages and RefineNet.
 
-    To be called before `recompute`. Left as they are: the reordering and the core of the scan, which have kernels of their own;
-    the residual mixing, for it is recorded by hooks, which compiled code would leave out; and, unless asked for, forward
-    passes without gradients, for frames to be validated on come in all sizes.
+    Call it before `recompute`. Three things stay uncompiled: the reordering and the core of the scan, which have fused Triton
+    kernels; the residual mixing, because it is recorded by hooks, which compiled code would skip; and, unless
+    `without_gradients` is set, forward passes without gradients, because validation frames come in all sizes.
     """
-    from torch._dynamo import config as dynamo  # it takes a second to load
+    from torch._dynamo import config as dynamo  # imported here because it takes a second to load
 
     for module in network.modules():
         if isinstance(module, SS2D):
@@ -51,7 +51,7 @@ def compile_parts(network: FrameInterpolator, without_gradients: bool = False) -
     dynamo.recompile_limit = max(dynamo.recompile_limit, _VARIANTS)
     for part in _compiled(network):
         compiled = torch.compile(part.forward, dynamic=False)
-        give_pointwise(part, None)  # the compiler makes kernels of what lies between convolutions itself
+        give_pointwise(part, None)  # the compiler generates its own kernels between the convolutions
         part.forward = compiled if without_gradients else _in_training(compiled, part.forward)
 
 
@@ -67,14 +67,14 @@ def _in_training(compiled: Callable[..., Any], plain: Callable[..., Any]) -> Cal
     def forward(*args: Any) -> Any:
         if not torch.is_grad_enabled():
             return plain(*args)
-        # features are moved before: that has a kernel of its own
+        # warp the features before the call: that has a fused Triton kernel
         return compiled(*(list(one) if isinstance(one, MovedFeatures) else one for one in args))
 
     return forward
 
 
 def recompute(network: FrameInterpolator) -> None:
-    """Keep for the backward pass what goes into an LGS block, a flow stage or RefineNet, and compute the rest anew there."""
+    """Keep only the inputs of LGS blocks, flow stages and RefineNet for the backward pass, and recompute the rest there."""
     parts: list[nn.Module] = [part for part in network.modules() if isinstance(part, LGSBlock | FlowStage | RefineNet)]
-    for part in parts:  # nothing in them is random
+    for part in parts:  # they draw no random numbers
         part.forward = functools.partial(checkpoint, part.forward, use_reentrant=False, preserve_rng_state=False)

@@ -1,8 +1,9 @@
-"""How did things move? Flows from the wanted time to both frames, and whom to trust where, in three stages, coarse to fine.
+"""Motion estimation: flows from the timestep to both frames and a blending mask, in three stages, coarse to fine.
 
-The stages work on the grids of levels 4, 3 and 2 (strides 16, 8, 4). Each sees the backbone's features of both frames moved
-by the flow so far, the frames as they are and moved, that flow, the mask and the timestep; it adds a residual flow and mask
-on a grid twice as fine. Source: IFNet (RIFE, arXiv 2011.06294); features in place of images at the coarse stages: EMA-VFI.
+The stages work on the grids of levels 4, 3 and 2 (strides 16, 8, 4). Each sees the backbone's features of both frames,
+warped by the flow so far, the original and the warped frames, that flow, the mask and the timestep; it adds a residual flow
+and mask on a grid twice as fine. Source: IFNet (RIFE, arXiv 2011.06294); features in place of images at the coarse stages:
+EMA-VFI.
 """
 
 from __future__ import annotations
@@ -23,19 +24,19 @@ STAGE_LEVELS = (4, 3, 2)
 _WIDTHS = {4: 12, 3: 8, 2: 4}  # channels of a stage, times F
 _BLOCKS = 3
 _OUT = 5  # flow_t0, flow_t1, mask logit
-_TRUTH_DETAIL = 4  # the teacher's grid has this stride: it sees each 4x4 pixels of the truth as 48 channels
+_TRUTH_DETAIL = 4  # the teacher's grid has this stride: it sees each 4x4 pixels of the ground truth as 48 channels
 
 
 class Motion(NamedTuple):
-    """Motion on one grid, fp32. Read by name."""
+    """Motion on one grid, in fp32. Access the fields by name."""
 
     flow: Tensor
     """[2B, 2, h, w]: flow_t0 of all pairs, then flow_t1, in pixels of this grid."""
     mask_logit: Tensor
-    """[B, 1, h, w], to be added to the prior of the timestep."""
+    """[B, 1, h, w], which is added to the prior of the timestep."""
 
     def at(self, size: tuple[int, int]) -> Motion:
-        """The same on another grid."""
+        """Return this motion resized to another grid of (height, width) = `size`."""
         if self.flow.shape[2:] == size:
             return self
         mask_logit = F.interpolate(self.mask_logit, size=size, mode="bilinear", align_corners=False)
@@ -43,7 +44,7 @@ class Motion(NamedTuple):
 
 
 class FlowStage(nn.Module):
-    """One grid: what is seen there -> residual Motion on a grid twice as fine. Starts as no motion at all."""
+    """Predict, from the inputs on one grid, a residual Motion on a grid twice as fine; initially no motion at all."""
 
     def __init__(self, feature_width: int, width: int, extra: int = 0) -> None:
         super().__init__()
@@ -58,9 +59,9 @@ class FlowStage(nn.Module):
 
 
 class FlowNet(PointwiseModule):
-    """Features and frames -> Motion of each stage, on the grids of strides 8, 4 and 2.
+    """Estimate the Motion of each stage, on the grids of strides 8, 4 and 2, from features and frames.
 
-    `forward(features, frames, timestep)`: `features` as the backbone gives them, `frames` `[2B, 3, H, W]`, `timestep` `[B]`.
+    `forward(features, frames, timestep)`: `features` as the backbone returns them, `frames` `[2B, 3, H, W]`, `timestep` `[B]`.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -79,7 +80,7 @@ class FlowNet(PointwiseModule):
         return motions
 
     def teach(self, features: list[Tensor], frames: Tensor, timestep: Tensor, motion: Motion, imgt: Tensor) -> Motion:
-        """The teacher's Motion: the last stage's, corrected by a stage that sees the truth `[B, 3, H, W]`."""
+        """Return the teacher's Motion: the last stage's, corrected by a stage that sees the ground truth `[B, 3, H, W]`."""
         assert self.teacher is not None, "the network was built without a teacher"
         level = STAGE_LEVELS[-1]
         start = Motion(*(t.detach() for t in motion)).at((features[level].shape[2], features[level].shape[3]))
@@ -87,7 +88,7 @@ class FlowNet(PointwiseModule):
         return _add(start, self.teacher(seen))
 
     def _seen(self, features: Tensor, frames: Tensor, motion: Motion, timestep: Tensor, *more: Tensor) -> Tensor:
-        """Everything that a stage sees, on its grid, side by side for each pair."""
+        """Concatenate all inputs of a stage on its grid, for each pair."""
         size = features.shape[2:]
         small = F.interpolate(frames, size=size, mode="area")
         time = timestep.view(-1, 1, 1, 1).expand(-1, 1, *size)
@@ -102,7 +103,7 @@ class FlowNet(PointwiseModule):
 
 
 def _still(features: Tensor) -> Motion:
-    """No motion and no preference."""
+    """Return zero flow and a neutral mask."""
     frames, _, h, w = features.shape
     return Motion(
         features.new_zeros((frames, 2, h, w), dtype=torch.float32), features.new_zeros((frames // 2, 1, h, w)).float()

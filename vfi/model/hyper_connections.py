@@ -1,4 +1,4 @@
-"""How do the branches of a block meet the shortcut? A plain sum, or n residual streams with learned mixing.
+"""Residual connections of a block: a plain sum, or n residual streams with learned mixing.
 
     X [2B, H, W, n, C]   ->   X' = H_res X + sum over branches b of H_post[b]^T F_b(H_pre X)
 
@@ -6,12 +6,12 @@
 | -------- | ------- | --------- | ---------------------------------------------------------------------------- |
 | none     | one stream: x + sum of F_b(x)                                                                      |
 | hc       | free    | free      | free; Hyper-Connections, arXiv 2409.19606                                    |
-| mhc      | sigmoid | 2 sigmoid | Sinkhorn: doubly stochastic, almost; mHC, arXiv 2512.24880                   |
+| mhc      | sigmoid | 2 sigmoid | Sinkhorn: approximately doubly stochastic; mHC, arXiv 2512.24880             |
 | mhc_lite | sigmoid | 2 sigmoid | weighted mean of all n! permutations: exactly so; mHC-lite, arXiv 2601.05732 |
 
-Every mixing starts close to the plain block. A stage begins with n copies of its input and ends with the streams' mean, so
-the first H_res of a stage (it sees copies) and the last one (only the mean follows) change nothing while they are doubly
-stochastic: H_res is at work from two blocks a stage on.
+Every mixing starts close to the plain block. A stage begins with n copies of its input and ends with the mean of the
+streams. The first H_res of a stage (its input is copies) and the last one (only the mean follows) therefore change nothing
+while they are doubly stochastic: H_res has an effect only with two or more blocks in a stage.
 """
 
 from __future__ import annotations
@@ -33,18 +33,18 @@ from vfi.ops.precision import fp32_island
 
 Sublayer = Callable[[Tensor], Iterable[Tensor]]  # [2B, H, W, C] -> the output of each branch, of the same shape
 
-_GATE = 0.01  # of the dynamic part, at the start
-_SKIP_LEAK = 0.01  # at the start no element of H_res is further than this from the identity's
-_READ_LEAK = 0.03  # at the start H_pre gives this much to all the other streams together
+_GATE = 0.01  # initial gate of the dynamic part
+_SKIP_LEAK = 0.01  # initially no element of H_res differs from the identity's by more than this
+_READ_LEAK = 0.03  # initial weight of H_pre for all the other streams together
 _EPS = 1e-6
 
 
 def sinkhorn(logits: Tensor, iterations: int) -> Tensor:
-    """exp(logits [..., n, n]) after `iterations` normalisations of its columns and rows: close to doubly stochastic.
+    """Normalise the columns and rows of exp(logits [..., n, n]) `iterations` times: close to doubly stochastic.
 
-    Rows come last and sum to 1 up to rounding, so that equal streams stay as they are. Columns sum to 1 in the limit, which
-    wide logits approach slowly: after 20 iterations on normal logits the worst of 2000 4x4 matrices is off by 2e-7 at spread
-    0.5, 1e-5 at 1 and 3e-2 at 2. In logarithms: no logit is too wide for finite values and gradients.
+    Rows are normalised last and sum to 1 up to rounding, so that equal streams stay equal. Columns sum to 1 in the limit, which
+    wide logits approach slowly: after 20 iterations on normal logits, the worst of 2000 4x4 matrices is off by 2e-7 at spread
+    0.5, 1e-5 at 1 and 3e-2 at 2. The computation is in logarithms, so values and gradients stay finite for logits of any width.
     """
     for _ in range(iterations):
         logits = logits.log_softmax(-2).log_softmax(-1)
@@ -52,12 +52,12 @@ def sinkhorn(logits: Tensor, iterations: int) -> Tensor:
 
 
 def permutation_mixture(logits: Tensor, permutations: Tensor) -> Tensor:
-    """sum_k softmax(logits [..., n!])_k P_k over `permutations` [n!, n, n]: doubly stochastic up to rounding."""
+    """Return sum_k softmax(logits [..., n!])_k P_k over `permutations` [n!, n, n]: doubly stochastic up to rounding."""
     return (logits.softmax(-1) @ permutations.flatten(1).to(logits.dtype)).unflatten(-1, permutations.shape[1:])
 
 
 class FreeMatrices(nn.Module):
-    """hc: every coefficient is static + gate * tanh(dynamic). Starts at a one-hot H_pre, H_post = 1, H_res = I."""
+    """hc: every coefficient is static + gate * tanh(dynamic). It starts at a one-hot H_pre, H_post = 1 and H_res = I."""
 
     def __init__(self, streams: int, sinkhorn_iterations: int) -> None:
         super().__init__()
@@ -77,7 +77,7 @@ class FreeMatrices(nn.Module):
         return logits.unflatten(-1, (self.streams, self.streams))
 
     def start(self, reads: int, branches: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Static logits of H_pre [n] (which reads stream `reads`), H_post [branches * n] and H_res [width]."""
+        """Return static logits of H_pre [n] (which reads stream `reads`), H_post [branches * n] and H_res [width]."""
         identity = torch.eye(self.streams)
         return identity[reads], torch.ones(branches * self.streams), identity.flatten()
 
@@ -102,7 +102,7 @@ class SinkhornMatrices(FreeMatrices):
         return sinkhorn(logits.unflatten(-1, (self.streams, self.streams)), self.iterations)
 
     def start(self, reads: int, branches: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Static logits of H_pre [n] (which mostly reads stream `reads`), H_post [branches * n] and H_res [width]."""
+        """Return static logits of H_pre [n] (which mostly reads stream `reads`), H_post [branches * n] and H_res [width]."""
         read = torch.full((self.streams,), _READ_LEAK / (self.streams - 1))
         read[reads] = 1 - _READ_LEAK
         return read.logit(), torch.zeros(branches * self.streams), self._start_skip()
@@ -112,13 +112,13 @@ class SinkhornMatrices(FreeMatrices):
 
 
 class PermutationMatrices(SinkhornMatrices):
-    """mhc_lite: as mhc, but H_res = a weighted mean of all permutations; the identity's weight starts at 1 - _SKIP_LEAK."""
+    """mhc_lite: as mhc, but H_res is a weighted mean of all permutations; the identity's weight starts at 1 - _SKIP_LEAK."""
 
     permutations: Tensor
 
     def __init__(self, streams: int, sinkhorn_iterations: int) -> None:
         super().__init__(streams, sinkhorn_iterations)
-        orders = torch.tensor(list(itertools.permutations(range(streams))))  # the identity first
+        orders = torch.tensor(list(itertools.permutations(range(streams))))  # the identity comes first
         self.register_buffer("permutations", torch.eye(streams)[orders], persistent=False)
         self.width = len(orders)
 
@@ -132,7 +132,7 @@ class PermutationMatrices(SinkhornMatrices):
 
 
 def _dominant_logit(count: int) -> float:
-    """The logit whose softmax beside `count` - 1 zeros is 1 - _SKIP_LEAK."""
+    """Return the logit whose softmax among `count` - 1 zeros is 1 - _SKIP_LEAK."""
     return math.log((count - 1) * (1 - _SKIP_LEAK) / _SKIP_LEAK)
 
 
@@ -145,10 +145,11 @@ def _frame_mean(x: Tensor) -> Tensor:
 
 
 class MixingCoefficients(nn.Module):
-    """Streams [2B, H, W, n, C] -> H_pre [..., n], H_post [..., branches, n], H_res [..., n, n]; fp32 whatever autocast says.
+    """Compute H_pre [..., n], H_post [..., branches, n] and H_res [..., n, n] from streams [2B, H, W, n, C], always in fp32.
 
-    ... is 2B, H, W, or 2B, 1, 1 with pooled coefficients. A linear map of the RMS-normed state (all streams of a token, or
-    of the mean token) gives the dynamic part; each of the three groups has a gate for it, and a static part.
+    ... is 2B, H, W, or 2B, 1, 1 with pooled coefficients. A linear map of the RMS-normalised state (all streams of a token, or
+    of the mean token) gives the dynamic part; each of the three groups has a gate for it, and a static part. Autocast has no
+    influence on the precision.
     """
 
     annealing: Tensor
@@ -162,14 +163,14 @@ class MixingCoefficients(nn.Module):
         self.kind = kinds[config.mixing](streams, config.sinkhorn_iterations)
         self.shapes: tuple[tuple[int, ...], ...] = ((streams,), (branches, streams), (self.kind.width,))
         self.sizes = [math.prod(shape) for shape in self.shapes]
-        # The mixings of a stage read different streams. With equal reads and writes the streams, equal at the start of a
-        # stage, would get equal gradients and, but for rounding, stay equal for ever.
+        # The mixings of a stage read different streams. With equal reads and writes, the streams, which are equal at the start
+        # of a stage, would get equal gradients and, apart from rounding, stay equal for ever.
         self.static = nn.Parameter(torch.cat(self.kind.start(index % streams, branches)))
         self.gates = nn.Parameter(torch.full((3,), _GATE))
-        # zeros: only the static part counts at first (and no random number is drawn, so that the rest of a network starts as
-        # it does without mixing)
+        # zeros: initially only the static part counts (and no random number is drawn, so that the rest of the network is
+        # initialised as it is without mixing)
         self.weight = nn.Parameter(torch.zeros(sum(self.sizes), streams * dim))
-        # saved with the weights: they are trained under it
+        # saved with the weights, because they are trained with this factor
         self.register_buffer("annealing", torch.zeros(()))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -188,12 +189,12 @@ class MixingCoefficients(nn.Module):
         )
         mixing = self.kind.skip(skip)
         identity = torch.eye(mixing.shape[-1], dtype=mixing.dtype, device=mixing.device)
-        # exact at both ends: the learnt matrix at 0, the identity at 1
+        # exact at both ends: the learned matrix at 0, the identity at 1
         return self.kind.read(read), self.kind.write(write), (1 - annealing) * mixing + annealing * identity
 
 
 class PlainResidual(nn.Module):
-    """none: x + the sum of what the branches say."""
+    """none: x + the sum of the branch outputs."""
 
     def forward(self, x: Tensor, sublayer: Sublayer) -> Tensor:
         for output in sublayer(x):
@@ -202,18 +203,20 @@ class PlainResidual(nn.Module):
 
 
 class HyperConnections(nn.Module):
-    """Streams [2B, H, W, n, C] -> the same shape: one read, then mixed streams plus one weighted write a branch."""
+    """Update streams [2B, H, W, n, C]: one read, then the mixed streams plus one weighted write for each branch."""
 
     def __init__(self, dim: int, branches: int, index: int, config: ModelConfig) -> None:
         super().__init__()
         self.coefficients = MixingCoefficients(dim, branches, index, config)
 
     def forward(self, x: Tensor, sublayer: Sublayer) -> Tensor:
-        # Recomputed in the backward pass: what forty normalisations keep for it is several times the size of the streams.
+        # Recomputed in the backward pass: the intermediate results of forty normalisations take several times the memory of the
+        # streams.
         read, write, skip = checkpoint(self.coefficients, x, use_reentrant=False, preserve_rng_state=False)
         outputs = tuple(sublayer(_weighted_sum(read, x).to(x.dtype)))
-        # Products of fp32 coefficients and half-precision streams are fp32 sums without an fp32 copy of the streams kept for
-        # the backward pass; and being no matrix products, they are exact where H_res is the identity, with TF32 allowed too.
+        # Products of fp32 coefficients and half-precision streams are summed in fp32 without keeping an fp32 copy of the
+        # streams for the backward pass; and as they are not matrix products, they are exact where H_res is the identity, even
+        # with TF32 allowed.
         rows = []
         for stream in range(x.shape[-2]):
             row = _weighted_sum(skip[..., stream, :], x)
@@ -224,19 +227,19 @@ class HyperConnections(nn.Module):
 
 
 def _weighted_sum(weights: Tensor, x: Tensor) -> Tensor:
-    """weights [..., n], x [..., n, C] -> [..., C]."""
+    """Sum x [..., n, C] over n with weights [..., n]: [..., C]."""
     return (weights.unsqueeze(-1) * x).sum(-2)
 
 
 def residual_mixing(dim: int, branches: int, index: int, config: ModelConfig) -> nn.Module:
-    """The mixing of a sub-layer with this many branches, the `index`-th mixing of its stage (from 0)."""
+    """Return the mixing of a sub-layer with `branches` branches, the `index`-th mixing of its stage (from 0)."""
     if config.mixing == "none":
         return PlainResidual()
     return HyperConnections(dim, branches, index, config)
 
 
 def stage_ends(config: ModelConfig) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
-    """What makes the streams of a stage from its input [2B, H, W, C], and its output [2B, H, W, C] from the streams."""
+    """Return the functions that open a stage's streams from its input and close them to its output, both [2B, H, W, C]."""
     if config.mixing == "none":
         return _every_token, _every_token
     return functools.partial(_copies, streams=config.mixing_streams), _stream_mean
@@ -251,9 +254,10 @@ def _stream_mean(x: Tensor) -> Tensor:
 
 
 def set_annealing(model: nn.Module, value: float) -> None:
-    """Let every H_res of `model` be (1 - value) * H_res + value * I; 0: as learnt, 1: the identity. ValueError outside.
+    """Set every H_res of `model` to (1 - value) * H_res + value * I; 0: as learned, 1: the identity.
 
-    For between two steps: a backward pass computes its coefficients anew, with the factor of that moment.
+    Call it between two steps only: a backward pass recomputes its coefficients, with the factor at that moment. Raises
+    ValueError outside 0 … 1.
     """
     if not 0 <= value <= 1:
         raise ValueError(f"the annealing factor is {value}; it must lie in 0 … 1")
@@ -263,29 +267,29 @@ def set_annealing(model: nn.Module, value: float) -> None:
 
 
 def annealing_factor(model: nn.Module) -> float:
-    """The largest annealing factor of `model`; 0 without mixing."""
+    """Return the largest annealing factor of `model`; 0 without mixing."""
     factors = [module.annealing.item() for module in model.modules() if isinstance(module, MixingCoefficients)]
     return max(factors, default=0.0)
 
 
 class MixingRecord(NamedTuple):
-    """What the last forward pass did in one mixing."""
+    """State of one mixing in the last forward pass."""
 
     place: int
-    """Among the mixings of its stage; 0 begins a stage."""
+    """Position among the mixings of its stage; 0 begins a stage."""
     mean: Tensor
-    """[n, n] H_res, the mean over tokens and frames."""
+    """[n, n] H_res, averaged over tokens and frames."""
     row_error: Tensor
-    """[] largest |row sum - 1| of H_res of any token."""
+    """[] largest |row sum - 1| of H_res over all tokens."""
     column_error: Tensor
-    """[] likewise for columns."""
+    """[] largest |column sum - 1|, likewise."""
     annealing: Tensor
     """[] the annealing factor."""
 
 
 @contextlib.contextmanager
 def recording(model: nn.Module) -> Iterator[dict[str, MixingRecord]]:
-    """While active, every forward pass of `model` leaves a MixingRecord for each mixing, by name, in order of use.
+    """While active, store a MixingRecord of every mixing at each forward pass of `model`, by name, in order of use.
 
     with recording(model) as records:
         model(img0, img1, timestep)
@@ -313,10 +317,11 @@ def _record(records: dict[str, MixingRecord], name: str, module: nn.Module, inpu
 
 
 def mixing_report(records: dict[str, MixingRecord]) -> dict[str, float]:
-    """The worst row- and column-sum error, the largest composite gain of a stage and the annealing factor; {} without mixing.
+    """Return the worst row- and column-sum error, the largest composite gain of a stage and the annealing factor.
 
-    Composite gain: the largest absolute row or column sum of the product of all H_res (their means over tokens) from the
-    start of a stage up to any of its mixings; it bounds how much the skip path amplifies signals and gradients.
+    Empty without mixing. Composite gain: the largest absolute row or column sum of the product of all H_res (their means over
+    tokens) from the start of a stage up to any of its mixings; it bounds how much the skip path amplifies signals and
+    gradients.
     """
     if not records:
         return {}

@@ -1,10 +1,10 @@
-"""How is the frame between made? The whole method on one screen.
+"""The network that predicts the in-between frame: the whole method on one screen.
 
     img0, img1 [B, 3, H, W] RGB in [0, 1], timestep [B] in (0, 1)  ->  Prediction
 
-Phase 1: features of both frames -> RefineNet -> a mask that blends the frames and a residual colour. From phase 2 on, flow
-moves frames and features to the timestep before RefineNet sees them. Both start from a cross-fade.
-Any H and W from 32 up: frames are padded inside to multiples of 16 / scale and the prediction is cropped back.
+Phase 1: features of both frames -> RefineNet -> a mask that blends the frames, and a residual colour. From phase 2 on,
+frames and features are warped to the timestep by the flow before they enter RefineNet. Both start from a cross-fade.
+Height and width are at least 32: frames are padded internally to multiples of 16 / scale, and the prediction is cropped back.
 """
 
 from __future__ import annotations
@@ -27,54 +27,54 @@ MIN_SIZE = 32
 
 
 class Stage(NamedTuple):
-    """What one flow stage says on its own, at full size; for the loss only."""
+    """Output of one flow stage at full size; used by the loss only."""
 
     flow: Tensor
     """[B, 4, H, W]: flow_t0, flow_t1."""
     merge: Tensor
-    """[B, 3, H, W]: the frames moved by it and blended by its mask."""
+    """[B, 3, H, W]: the frames warped by this flow and blended by this stage's mask."""
 
 
 class Prediction(NamedTuple):
-    """What the model says, `[B, …, H, W]` in fp32. Read by name."""
+    """Output of the model, `[B, …, H, W]` in fp32. Access the fields by name."""
 
     imgt: Tensor
-    """[B, 3, H, W] the frame between; not clamped, so that a loss sees colours outside [0, 1]."""
+    """[B, 3, H, W] in-between frame; not clamped, so that a loss sees colours outside [0, 1]."""
     mask_logit: Tensor
-    """[B, 1, H, W] before the sigmoid; the mask weighs warped0 against warped1."""
+    """[B, 1, H, W] before the sigmoid; the mask weights warped0 against warped1."""
     residual: Tensor
     """[B, 3, H, W] colour added to the blend."""
     warped0: Tensor
-    """[B, 3, H, W] img0 moved to the timestep; without flow img0 itself."""
+    """[B, 3, H, W] img0 warped to the timestep; without flow, img0 itself."""
     warped1: Tensor
-    """[B, 3, H, W] likewise for img1."""
+    """[B, 3, H, W] img1, likewise."""
     flow_t0: Tensor | None = None
     """[B, 2, H, W] (dx, dy) in pixels from the timestep to frame 0; None in phase 1."""
     flow_t1: Tensor | None = None
-    """[B, 2, H, W] likewise to frame 1."""
+    """[B, 2, H, W] (dx, dy) in pixels from the timestep to frame 1; None in phase 1."""
     stages: tuple[Stage, ...] = ()
-    """What each flow stage says; in training only."""
+    """Output of each flow stage; in training only."""
     teacher: Stage | None = None
-    """What the teacher says; in training only, and only where the network has one."""
+    """Output of the teacher; in training only, and only if the network has a teacher."""
 
 
 class Encoded(NamedTuple):
-    """All of a pair of frames that does not depend on the timestep: made once, it serves any number of timesteps."""
+    """Everything about a pair of frames that does not depend on the timestep, computed once for any number of them."""
 
     frames: Tensor
-    """[2B, 3, H', W'], frame 0 of all pairs first, padded."""
+    """[2B, 3, H', W'] padded frames, frame 0 of all pairs first."""
     padding: tuple[int, int, int, int]
-    """Left, right, top, bottom."""
+    """Padded pixels at the left, right, top and bottom."""
     features: list[Tensor]
-    """Of the frames at full size, finest first."""
+    """Features of the frames at full size, finest level first."""
     small_frames: Tensor
-    """The frames at the size at which flow is estimated."""
+    """Frames at the size at which flow is estimated."""
     small_features: list[Tensor]
-    """Their features."""
+    """Features of `small_frames`, finest level first."""
 
 
 class FrameInterpolator(PointwiseModule):
-    """The network of one ModelConfig, built for a kind of device (which decides the fast paths)."""
+    """Network of one ModelConfig, built for one type of device (which determines the fast paths)."""
 
     def __init__(self, config: ModelConfig, device: torch.device | str = "cpu") -> None:
         super().__init__()
@@ -90,11 +90,19 @@ class FrameInterpolator(PointwiseModule):
     def forward(
         self, img0: Tensor, img1: Tensor, timestep: Tensor, imgt: Tensor | None = None, scale: float | None = None
     ) -> Prediction:
-        """`imgt` is the true frame, for the teacher in training; `scale` is that of the config unless given."""
+        """Predict the frame at `timestep`.
+
+        `imgt` is the ground truth, which the teacher sees in training; `scale` defaults to that of the config.
+        """
         return self.decode(self.encode(img0, img1, scale), timestep, imgt)
 
     def encode(self, img0: Tensor, img1: Tensor, scale: float | None = None) -> Encoded:
-        """Frames -> their features, for `decode`. `scale` 1, 0.5 or 0.25: flow is estimated at this fraction of their size."""
+        """Compute the features of the frames for `decode`.
+
+        `scale` 1, 0.5 or 0.25: flow is estimated at this fraction of the frame size. Raises ValueError for shapes or a scale
+        that
+        the network can't take.
+        """
         scale = self.config.scale if scale is None else scale
         check_frames(img0, img1, scale)
         if scale != 1 and self.flow is None:
@@ -108,11 +116,14 @@ class FrameInterpolator(PointwiseModule):
         return Encoded(frames, padding, features, small, self.backbone(small))
 
     def decode(self, encoded: Encoded, timestep: Tensor, imgt: Tensor | None = None) -> Prediction:
-        """The frame at `timestep` `[B]` between the encoded frames."""
+        """Predict the frame at `timestep` `[B]` between the encoded frames.
+
+        Raises ValueError if `timestep` is not `[B]`.
+        """
         frames, padding = encoded.frames, encoded.padding
         if timestep.shape != (frames.shape[0] // 2,):
             raise ValueError(f"timestep must be [B] = [{frames.shape[0] // 2}]; given {list(timestep.shape)}")
-        # without knowing better the mask is a cross-fade: sigmoid(logit(1 - t)) = 1 - t
+        # the prior of the mask is a cross-fade: sigmoid(logit(1 - t)) = 1 - t
         prior = torch.logit(1 - timestep.float(), eps=1e-6).view(-1, 1, 1, 1)
         motions = self._estimate_flow(encoded, timestep)
         motion = motions[-1] if motions else None
@@ -137,7 +148,7 @@ class FrameInterpolator(PointwiseModule):
         return self._with_stages(prediction, encoded, motions, timestep, prior, imgt) if self.training else prediction
 
     def _estimate_flow(self, encoded: Encoded, timestep: Tensor) -> list[Motion]:
-        """Motion of every stage, the last one at full size; empty in phase 1."""
+        """Return the Motion of every stage, the last one at full size; empty in phase 1."""
         if self.flow is None:
             return []
         motions = self.flow(encoded.small_features, encoded.small_frames, timestep)
@@ -152,7 +163,7 @@ class FrameInterpolator(PointwiseModule):
         prior: Tensor,
         imgt: Tensor | None,
     ) -> Prediction:
-        """Add what the loss wants to know of the stages, and of the teacher."""
+        """Add the outputs of the stages, and of the teacher, for the loss."""
         assert self.flow is not None
         size = (encoded.frames.shape[2], encoded.frames.shape[3])
 
@@ -170,7 +181,7 @@ class FrameInterpolator(PointwiseModule):
             )
             taught = self.flow.teach(encoded.small_features, encoded.small_frames, timestep, motions[-1], truth)
             teacher = stage(taught)
-        # the last stage's flow has moved the frames already
+        # the frames are already warped by the flow of the last stage
         last = stage(motions[-1], (prediction.warped0, prediction.warped1))
         return prediction._replace(stages=(*map(stage, motions[:-1]), last), teacher=teacher)
 
@@ -178,12 +189,12 @@ class FrameInterpolator(PointwiseModule):
         return (backward_warp if self.pointwise is None else self.pointwise.backward_warp)(x, flow, top)
 
     def choices(self) -> list[str]:
-        """Which fast path each operator took and why, one line each."""
+        """Return one line for each fast-path decision: what the operator uses, and why."""
         return sorted({str(module.choice) for module in self.modules() if hasattr(module, "choice")})
 
     @property
     def all_fused(self) -> bool:
-        """Did all of them take kernels of our own?"""
+        """Whether all operators use fused Triton kernels."""
         return all(": fused" in choice for choice in self.choices())
 
 
@@ -198,15 +209,16 @@ def check_frames(img0: Tensor, img1: Tensor, scale: float = 1.0) -> None:
 
 
 def _blend(mask_logit: Tensor, warped0: Tensor, warped1: Tensor) -> Tensor:
-    """mask * warped0 + (1 - mask) * warped1, fp32, in one pass."""
+    """Compute mask * warped0 + (1 - mask) * warped1 in fp32, in one pass."""
     mask = mask_logit.sigmoid()
     return torch.lerp(warped1.to(mask.dtype), warped0.to(mask.dtype), mask)
 
 
 def _padding(image: Tensor, multiple: int) -> tuple[int, int, int, int]:
-    """(left, right, top, bottom) that brings both sides to multiples of `multiple`, centred.
+    """Return the centred (left, right, top, bottom) that pads both sides to multiples of `multiple`.
 
-    Written without a remainder: for a size that is traced as a symbol, and a multiple already, this is plainly 0.
+    It is written without a remainder so that, for a size that is traced as a symbol and already a multiple, the result is
+    provably 0.
     """
     extra_h, extra_w = ((size + multiple - 1) // multiple * multiple - size for size in image.shape[2:])
     return extra_w // 2, extra_w - extra_w // 2, extra_h // 2, extra_h - extra_h // 2

@@ -1,6 +1,6 @@
-"""What do the plain convolutions share? Blocks, and initial weights that keep the signal's size through twenty layers.
+"""Convolution blocks, and initial weights that preserve the signal variance through twenty layers.
 
-PyTorch's default shrinks it by half a layer; without normalisation nothing of a frame's detail then reaches the head, and
+PyTorch's default halves the signal in each layer; without normalisation no detail of a frame then reaches the head, and
 training starts with a long plateau at the cross-fade.
 """
 
@@ -12,16 +12,18 @@ from torch import Tensor, nn
 
 from vfi.ops.pointwise.dispatch import PointwiseModule
 
-_SLOPE = 0.25  # of PReLU below zero, when training starts
+_SLOPE = 0.25  # initial slope of PReLU below zero
 
 
 class Conv(nn.Conv2d):
-    """A convolution that can leave its bias to what follows. The map may have more channels, zeros, than it takes, and the
-    result can have so: cuDNN copies, at each call, a map in half precision that has no multiple of 8.
+    """Convolution that can leave its bias to the next operator and accept or return zero-padded channels.
+
+    Its input may have additional channels of zeros, and so may its output: cuDNN copies, at each call, a half-precision map
+    whose number of channels is not a multiple of 8.
     """
 
     def forward(self, x: Tensor, with_bias: bool = True, multiple: int = 1) -> Tensor:
-        """`multiple`: the result's channels are a multiple of this."""
+        """Convolve `x`; the result is padded with zero channels to a multiple of `multiple`."""
         weight, bias = self.weight, self.bias if with_bias else None
         more_in, more_out = x.shape[1] - self.in_channels, -self.out_channels % multiple
         if more_in or more_out:
@@ -31,7 +33,7 @@ class Conv(nn.Conv2d):
 
 
 def scaled_conv(c_in: int, c_out: int, kernel: int, stride: int = 1, *, activated: bool = False) -> Conv:
-    """A convolution whose output has the variance of its input, after a PReLU if it is `activated`; bias zero (He et al.)."""
+    """Return a convolution that preserves the variance of its input, after a PReLU if `activated`; zero bias (He et al.)."""
     conv = Conv(c_in, c_out, kernel, stride, kernel // 2)
     nn.init.kaiming_normal_(conv.weight, a=_SLOPE if activated else 1.0)
     zero(conv.bias)
@@ -39,7 +41,7 @@ def scaled_conv(c_in: int, c_out: int, kernel: int, stride: int = 1, *, activate
 
 
 class ConvPReLU(nn.Sequential, PointwiseModule):
-    """3x3 convolution and PReLU. With kernels the map may have more channels, zeros, than the convolution takes."""
+    """3x3 convolution and PReLU. With fused kernels, the input may have more channels (zeros) than the convolution takes."""
 
     def __init__(self, c_in: int, c_out: int, stride: int = 1) -> None:
         super().__init__(scaled_conv(c_in, c_out, 3, stride, activated=True), nn.PReLU(c_out, _SLOPE))
@@ -52,7 +54,7 @@ class ConvPReLU(nn.Sequential, PointwiseModule):
 
 
 class ResidualBlock(PointwiseModule):
-    """x + conv(act(conv(x))), then an activation. Starts without the sum's second part, as a plain activation."""
+    """x + conv(act(conv(x))), then an activation. Initially the second summand is zero: the block is a plain activation."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -71,7 +73,7 @@ class ResidualBlock(PointwiseModule):
 
 
 class LayerNorm(nn.LayerNorm, PointwiseModule):
-    """Over channels, the last dimension. In fp32 under autocast, and with kernels given back in the dtype of x."""
+    """Layer norm over channels, the last dimension. It runs in fp32 under autocast; with fused kernels, in the dtype of x."""
 
     def forward(self, x: Tensor) -> Tensor:
         if self.pointwise is None:
@@ -80,7 +82,7 @@ class LayerNorm(nn.LayerNorm, PointwiseModule):
 
 
 def zero(*parameters: Tensor | None) -> None:
-    """Set parameters to zero."""
+    """Set the given parameters to zero."""
     with torch.no_grad():
         for parameter in parameters:
             if parameter is not None:

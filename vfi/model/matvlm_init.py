@@ -1,16 +1,16 @@
-"""How does the scan start from trained attention? MaTVLM's initialisation: x <- W_V, B <- W_K, C <- W_Q, out_proj <- W_O.
+"""Initialise the scan from trained attention, as MaTVLM does: x <- W_V, B <- W_K, C <- W_Q, out_proj <- W_O.
 
 Without softmax, attention is y_i = sum_j (q_i . k_j) v_j, and SSD is the same sum over j <= i with C, B, x for q, k, v. So
-the weights of a window attention are copied into the SS2D of a receiver, block by block at the same level and place:
+the weights of a window attention are copied into the SS2D of a receiver, block by block at the same level and position:
 
-- plan A: any layout of Mamba-2; what overlaps is copied and the rest is reported.
+- plan A: any layout of Mamba-2; the common part is copied and the rest is reported.
 - plan B: --expand 1 --ssd_groups per_head, --d_state equal to --head_dim: every slice matches.
-- plan C: as B with --xb_share k: x and B are the means of k heads of W_V and W_K (as grouped-query attention is made from
-  full attention), C is exact.
+- plan C: as B with --xb_share k: x and B are the means of k heads of W_V and W_K (the way grouped-query attention is derived
+  from full attention), C is exact.
 
-"Exact" speaks of the projections. Between them and the sum remain what attention lacks: the short convolution and SiLU on
-x, B and C, the time step and its decay, D, the gate z with its RMSNorm, and the causal order; all of them keep their own first
-values, and attention's softmax and scale have no counterpart. Training closes that gap, it does not start at zero.
+"Exact" refers to the projections. What attention lacks stays in between: the short convolution and SiLU on x, B and C, the
+time step and its decay, D, the gate z with its RMSNorm, and the causal order. All of these keep their own initial values,
+and attention's softmax and scale have no counterpart. Training closes that gap; it does not start at zero.
 
 Source: MaTVLM (arXiv 2503.13440), after MambaInLlama (arXiv 2408.15237).
 """
@@ -30,25 +30,25 @@ from vfi.model.ss2d import SS2D, Mamba2SS2D
 
 PLANS = ("A", "B", "C")
 TRAINED_STEPS = 1000
-"""A donor that was trained for fewer steps than this counts as untrained."""
+"""A donor trained for fewer steps than this counts as untrained."""
 _WEIGHTS = ("qkv_gate.weight", "out_proj.weight")  # of a GatedWindowAttention; rows of the first: q, k, v, gate
 
 
 class Copied(NamedTuple):
-    """What one part of an SS2D took over. Rows are those of in_proj, and columns of out_proj."""
+    """Weights that one part of an SS2D took over. Rows are those of in_proj, or columns of out_proj."""
 
     part: str
     """x, B, C or out_proj."""
     source: str
-    """What went into it."""
+    """Name of the donor's weights."""
     rows: int
-    """Rows that were overwritten …"""
+    """Number of rows that were overwritten …"""
     of: int
-    """… of so many that the part has."""
+    """… out of all rows of the part."""
     used: int
-    """Rows of the donor that went in …"""
+    """Number of donor rows that were used …"""
     available: int
-    """… of so many."""
+    """… out of all rows of the donor."""
 
     def __str__(self) -> str:
         axis = "columns" if self.part == "out_proj" else "rows"
@@ -59,11 +59,11 @@ class Copied(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class TransplantReport:
-    """What was copied from where."""
+    """Report of which weights were copied from where."""
 
     lines: tuple[str, ...]
     warning: str | None
-    """Set if the donor is not trained."""
+    """Set if the donor is not trained, else None."""
 
     def __str__(self) -> str:
         return "\n".join((*self.lines, *([f"WARNING: {self.warning}"] if self.warning else [])))
@@ -72,13 +72,13 @@ class TransplantReport:
 def init_mamba_from_attn(
     backbone: nn.Module, donor_state: Mapping[str, Tensor], plan: str, donor_steps: int | None
 ) -> TransplantReport:
-    """Start every SS2D of `backbone` from the attention at the same place of a donor.
+    """Initialise every SS2D of `backbone` from the donor's attention at the same position.
 
     Args:
         donor_state: weights by name of a backbone or of a whole model (names with `backbone.`), with window attention and the
             same --width and --head_dim, and at least as many blocks.
         plan: A, B or C.
-        donor_steps: optimiser steps that the donor was trained; 0 or None if it was not.
+        donor_steps: optimiser steps for which the donor was trained; 0 or None if it was not.
 
     Raises:
         ValueError: the donor lacks a block or has another width, or the receiver does not have the layout of the plan. Nothing
@@ -106,9 +106,9 @@ def init_mamba_from_attn(
 def matvlm_init_mamba2(ss2d: SS2D, attention_weights: Mapping[str, Tensor], plan: str) -> list[Copied]:
     """Copy `qkv_gate.weight` and `out_proj.weight` of one GatedWindowAttention into one SS2D, in place.
 
-    Heads stay together: B and C of a head come from the K and Q of one head of the donor, so that their product means what it
-    meant there, and x and the columns of out_proj from its V and W_O. Where heads share x and B, plan A gives them those of
-    the first head of the group and leaves C and out_proj of the others alone; plan C gives them the group's mean.
+    Heads stay together: B and C of a head come from the K and Q of one head of the donor, so that their product keeps its
+    meaning, and x and the columns of out_proj come from its V and W_O. Where heads share x and B, plan A gives them those of
+    the first head of the group and leaves C and out_proj of the others as they are; plan C gives them the mean of the group.
     """
     mamba = _check(ss2d, attention_weights, plan, "SS2D")
     dim, d, share = mamba.in_proj.in_features, mamba.head_dim, mamba.share
@@ -117,7 +117,7 @@ def matvlm_init_mamba2(ss2d: SS2D, attention_weights: Mapping[str, Tensor], plan
     _, xbc, _ = mamba.in_proj.weight.split(mamba.splits)
     x, B, C = xbc.split(mamba.inner_splits)
 
-    # for every head (or group of heads) of the scan: the donor's heads that it comes from
+    # for every head (or group of heads) of the scan: the donor heads that it is copied from
     groups = [range(g, g + share) for g in range(0, mamba.heads, share)]
     if plan == "C":
         of_group = [list(group) for group in groups]
@@ -129,7 +129,7 @@ def matvlm_init_mamba2(ss2d: SS2D, attention_weights: Mapping[str, Tensor], plan
         mean = ""
     of_b, of_c = of_group, of_head
     if mamba.groups < mamba.heads:
-        # one B and one C for all heads: as much of the donor's heads, end to end, as the state holds
+        # one B and one C for all heads: as many rows of the donor's heads, one after another, as the state holds
         q, k, of_b, of_c = q.flatten(0, 1).unsqueeze(0), k.flatten(0, 1).unsqueeze(0), [[0]], [[0]]
     return [
         _copy("x", mean + "W_V", x, v, of_group),
@@ -140,7 +140,7 @@ def matvlm_init_mamba2(ss2d: SS2D, attention_weights: Mapping[str, Tensor], plan
 
 
 def _copy(part: str, source: str, target: Tensor, donor: Tensor, sources: Sequence[Sequence[int]]) -> Copied:
-    """Each head of `target [heads * rows, dim]` <- the mean of some heads of `donor [heads, rows, dim]`, in the common rows."""
+    """Set each head of `target [heads * rows, dim]` to the mean of heads of `donor [heads, rows, dim]`, in the common rows."""
     slots = target.unflatten(0, (len(sources), -1))
     rows = min(slots.shape[1], donor.shape[1])
     for slot, heads in zip(slots, sources, strict=True):
@@ -151,7 +151,7 @@ def _copy(part: str, source: str, target: Tensor, donor: Tensor, sources: Sequen
 
 
 def untrained_donor(config: ModelConfig, seed: int) -> dict[str, Tensor]:
-    """Weights of a backbone with random attention that fits `config`: the control arm, which has no knowledge to copy."""
+    """Return weights of a backbone with random attention that fits `config`: the control arm, with nothing learned to copy."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         config = dataclasses.replace(config, backbone_mode="gated_attn_only", attention_backend="sdpa")
@@ -159,7 +159,7 @@ def untrained_donor(config: ModelConfig, seed: int) -> dict[str, Tensor]:
 
 
 def _attention_weights(state: Mapping[str, Tensor], scan: str) -> dict[str, Tensor]:
-    """The donor's attention beside (or in place of) the scan of this name."""
+    """Return the donor's attention weights that lie next to, or in place of, the scan of this name; else raise ValueError."""
     place = scan.removesuffix("ss2d") + "attention."
     for prefix in ("", "backbone."):
         if all(prefix + place + name in state for name in _WEIGHTS):
@@ -172,7 +172,7 @@ def _attention_weights(state: Mapping[str, Tensor], scan: str) -> dict[str, Tens
 
 
 def _check(ss2d: SS2D, weights: Mapping[str, Tensor], plan: str, name: str) -> Mamba2SS2D:
-    """The SS2D, if plan and donor fit it; ValueError names the settings that would."""
+    """Return the SS2D if plan and donor fit it; otherwise raise a ValueError that names the settings that would."""
     if plan not in PLANS:
         raise ValueError(f"--matvlm_plan {plan!r} does not exist; choose from {', '.join(PLANS)}")
     if not isinstance(ss2d, Mamba2SS2D):
@@ -181,7 +181,7 @@ def _check(ss2d: SS2D, weights: Mapping[str, Tensor], plan: str, name: str) -> M
     rows, donor_dim = weights[_WEIGHTS[0]].shape
     if donor_dim != dim:
         raise ValueError(f"{name}: the donor has {donor_dim} channels here and this model {dim}: use the donor's --width")
-    gates = rows - 3 * dim  # one a head with --gate headwise; else the number of heads can't be seen
+    gates = rows - 3 * dim  # one for each head with --gate headwise; else the number of heads is unknown
     if 0 < gates < dim and gates * d != dim:
         raise ValueError(
             f"{name}: the donor has {gates} heads and this model's --head_dim {d} makes {dim // d}: use its --head_dim"

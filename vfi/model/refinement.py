@@ -1,4 +1,4 @@
-"""What colour has each pixel of the frame between? RefineNet: a decoder from both frames' features to mask and residual."""
+"""RefineNet: a decoder from the features of both frames to the mask and residual colour of the in-between frame."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from vfi.model.layers import ConvPReLU, ResidualBlock, scaled_conv, zero
 from vfi.ops.pointwise.dispatch import PointwiseModule
 from vfi.ops.warp.warp import resize_flow
 
-_REACH = 4  # rows that a level, and at level 0 the head, look up and down: up to four 3x3 convolutions
+_REACH = 4  # receptive radius in rows of a level, including the head at level 0: up to four 3x3 convolutions
 _BAND_PIXELS = 2**20  # of a pair, at level 0: half as many as 1080p has, which is still refined as a whole
 
 
 class MovedFeatures(Sequence[Tensor]):
-    """Features of each level, moved when they are asked for: so those of one level are in memory at a time.
+    """Features of each level, warped on access, so that only those of one level are in memory at a time.
 
-    `warp(x, flow, top)` as `backward_warp`; `flow` is that of the finest level.
+    `warp(x, flow, top)` has the signature of `backward_warp`; `flow` is that of the finest level.
     """
 
     def __init__(self, warp: Callable[..., Tensor], features: Sequence[Tensor], flow: Tensor) -> None:
@@ -37,7 +37,7 @@ class MovedFeatures(Sequence[Tensor]):
         return self.warp(*self._with_flow(level))
 
     def in_rows(self, level: int) -> Callable[[int, int], Tensor]:
-        """What gives those of a level from a first row to before a last one; the flow is resized here, once."""
+        """Return a function of (first, last) that warps rows first … last - 1 of a level; the flow is resized once, here."""
         features, flow = self._with_flow(level)
         return lambda first, last: self.warp(features, flow[:, :, first:last], first)
 
@@ -46,7 +46,7 @@ class MovedFeatures(Sequence[Tensor]):
         return features, resize_flow(self.flow, (features.shape[2], features.shape[3]))
 
 
-# who looks for the tensors that a module is given, or puts others in their place, finds these, too
+# lets code that collects or replaces the tensors among a module's inputs find these, too
 register_pytree_node(
     MovedFeatures,
     lambda moved: ([list(moved.features), moved.flow], moved.warp),
@@ -55,7 +55,7 @@ register_pytree_node(
 
 
 class _Mix(nn.Sequential):
-    """What refines maps that lie side by side, which it has made: of those that it is given its caller would hold on to."""
+    """Refine concatenated maps, which it builds itself: maps passed as arguments would be kept alive by the caller."""
 
     def forward(self, maps: Callable[[], Tensor]) -> Tensor:
         take, refine = self
@@ -64,9 +64,9 @@ class _Mix(nn.Sequential):
 
 
 class RefineNet(PointwiseModule):
-    """Features of both frames, coarse to fine, and at full size the frames themselves -> mask logit and residual.
+    """Decode the features of both frames, coarse to fine, and at full size the frames, to mask logit and residual.
 
-    `forward(features, images, timestep)`: `features` as the backbone gives them ([2B, C, h, w], finest first), `images`
+    `forward(features, images, timestep)`: `features` as the backbone returns them ([2B, C, h, w], finest first), `images`
     `[B, 6, H, W]` (both warped frames), `timestep` `[B]`; returns `[B, 1, H, W]` and `[B, 3, H, W]` in fp32. The last layer
     starts at zero, so an untrained network returns a plain cross-fade.
     """
@@ -81,7 +81,7 @@ class RefineNet(PointwiseModule):
         self.mix = nn.ModuleList(
             _Mix(ConvPReLU(c_in, c_out), ResidualBlock(c_out)) for c_in, c_out in zip(inputs, widths, strict=True)
         )
-        # 1x1 convolution and pixel shuffle: an upsampling whose backward pass is deterministic on a GPU
+        # 1x1 convolution and pixel shuffle: an upsampling with a deterministic backward pass on a GPU
         self.up = nn.ModuleList(
             nn.Sequential(scaled_conv(widths[level + 1], 4 * widths[level], 1), nn.PixelShuffle(2))
             for level in range(LEVELS - 1)
@@ -106,7 +106,7 @@ class RefineNet(PointwiseModule):
         images: tuple[Tensor, ...] = (),
         then: Callable[[Tensor], Tensor] = lambda x: x,
     ) -> Tensor:
-        """What `then` makes of a level, mixed. Large maps without gradients in bands of rows: the same numbers."""
+        """Return `then` of a refined level. Large maps without gradients go in bands of rows, with the same results."""
         H, W = (2 * side for side in below.shape[2:])
         pixels = _BAND_PIXELS >> level  # the same memory at each level: twice the channels, a quarter of the pixels
         if self.pointwise is None or torch.is_grad_enabled() or 2 * pixels >= H * W:
@@ -118,7 +118,7 @@ class RefineNet(PointwiseModule):
             rest = (_rows(image, first, last) for image in images)
             return self._beside(level, _rows(below, first // 2, last // 2), *of_each_frame(maps(first, last)), *rest)
 
-        rows, bands = max(2, pixels // W // 2 * 2), []  # of the level below there are half as many
+        rows, bands = max(2, pixels // W // 2 * 2), []  # even, because the level below has half as many
         for top in range(0, H, rows):
             first, last = max(0, top - _REACH), min(H, top + rows + _REACH)
             mixed = then(self.mix[level](functools.partial(band, first, last)))
@@ -126,13 +126,13 @@ class RefineNet(PointwiseModule):
         return torch.cat(bands, dim=2)
 
     def _beside(self, level: int, below: Tensor, *parts: Tensor) -> Tensor:
-        """What comes from the level below, upsampled, and maps of this level."""
+        """Concatenate the upsampled map from the level below and maps of this level."""
         up = self.up[level]
         assert isinstance(up, nn.Sequential)
         return self._stacked(up[0](below), *parts)
 
     def _stacked(self, shuffled: Tensor | None, *parts: Tensor) -> Tensor:
-        """The pixel shuffle of the first, and the others, side by side in the dtype of the first."""
+        """Concatenate the pixel shuffle of `shuffled` and `parts` in the dtype of the first."""
         dtype = (parts[0] if shuffled is None else shuffled).dtype
         if self.pointwise is not None:
             return self.pointwise.stack_channels(parts, dtype, shuffled)

@@ -1,10 +1,10 @@
-"""Branch A of an LGS block: what do far-away pixels of both frames say? Mamba-2 (or Mamba-1) over four scan orders.
+"""Branch A of an LGS block: global context from both frames, by Mamba-2 (or Mamba-1) over four scan directions.
 
-The plain form runs one Mamba over four reordered copies of the tokens. `in_proj` and the gate act on each token alone and
-`out_proj` is linear, so here the projection is computed once a pixel, its output is reordered, the gate is applied back in
-place, and the four orders are summed before `out_proj`: the same numbers for a quarter of the projection work. On a
-GPU all that lies between the two projections is one operator (vfi/ops/ssm/fused_ss2d.py).
-Parameters carry the names of `mamba_ssm.Mamba2` and `mamba_ssm.Mamba`, which differ in nothing else here.
+The reference runs one Mamba over four reordered copies of the tokens. `in_proj` and the gate act on each token alone and
+`out_proj` is linear, so here the projection is computed once for each pixel, its output is reordered, the gate is applied
+after the inverse reordering, and the four directions are summed before `out_proj`: the same results for a quarter of the
+projection work. On a GPU, everything between the two projections is one operator (vfi/ops/ssm/fused_ss2d.py).
+Parameters have the names of `mamba_ssm.Mamba2` and `mamba_ssm.Mamba`, which differ in nothing else here.
 Sources: Mamba-2 (arXiv 2405.21060), Mamba (arXiv 2312.00752), VFIMamba (arXiv 2407.02315).
 """
 
@@ -27,16 +27,20 @@ from vfi.ops.ssm.scan_order import ALL, SCANS
 from vfi.ops.ssm.selective_scan import choose_selective_scan, selective_scan_elements
 from vfi.ops.ssm.ssd import choose_ssd, ssd_elements
 
-# The kernels address the elements of a tensor by int32: the four orders go through them in one call where they fit.
+# The kernels index the elements of a tensor by int32: the four directions are processed in one call if they fit.
 MAX_ELEMENTS = 2**31
-# Without gradients nothing is kept between the orders, so fewer at a time save memory: 1 GiB of fp32 for the largest tensor.
+# Without gradients nothing is kept between the directions, so processing fewer at a time saves memory: 1 GiB of fp32 for the
+# largest tensor.
 LEAN_ELEMENTS = 2**28
-_DT_RANGE = (1e-3, 1e-1)  # the time steps that the biases start with, log-uniform, as in Mamba
+_DT_RANGE = (1e-3, 1e-1)  # range of the initial time steps, log-uniform, as in Mamba
 _CONV_KERNEL = 4
 
 
 def pairs_at_once(one: int, pairs: int) -> int:
-    """How many pairs may go through the kernels in one call, if one order of one pair has `one` elements."""
+    """Return how many pairs fit into one call, if one scan direction of one pair has `one` elements.
+
+    Raises ValueError if a single pair does not fit.
+    """
     if one > MAX_ELEMENTS:
         raise ValueError(
             f"the scan of one pair in one order has a tensor of {one} elements, more than the kernels can address "
@@ -46,16 +50,16 @@ def pairs_at_once(one: int, pairs: int) -> int:
 
 
 def orders_at_once(one: int, gradients: bool) -> int:
-    """How many orders (4, 2 or 1) go through the kernels in one call, if one order of all pairs has `one` elements."""
+    """Return how many directions (4, 2 or 1) go into one call, if one direction of all pairs has `one` elements."""
     limit = MAX_ELEMENTS if gradients else LEAN_ELEMENTS
     return next((orders for orders in (4, 2) if orders * one <= limit), 1)
 
 
 class SS2D(nn.Module):
-    """[2B, H, W, C], frame 0 of all pairs first -> the same shape. What both kinds share; `ss2d` makes one."""
+    """Scan [2B, H, W, C], frame 0 of all pairs first -> the same shape. Base of both kinds; build one with `ss2d`."""
 
     splits: tuple[int, ...]
-    """Widths of the parts that `in_proj` makes of a pixel; the parts go to `_scan_orders`."""
+    """Widths of the parts into which the output of `in_proj` is split; the parts are the arguments of `_scan_orders`."""
     in_proj: nn.Linear
     conv1d: nn.Conv1d
     out_proj: nn.Linear
@@ -78,33 +82,33 @@ class SS2D(nn.Module):
         return torch.cat(parts, dim=1).flatten(0, 1) if len(parts) > 1 else parts[0].flatten(0, 1)
 
     def elements(self, tokens: int) -> int:
-        """Elements of the largest tensor that a sequence of so many tokens needs in one order."""
+        """Return the elements of the largest tensor that a sequence of `tokens` tokens needs in one direction."""
         raise NotImplementedError
 
     def some_pairs(self, x: Tensor, orders: int) -> Tensor:
-        """What `forward` does with as many pairs as fit into one call, `orders` at once."""
+        """Apply the layer to as many pairs as fit into one call, `orders` directions at once."""
         pixels = self.in_proj(x).split(self.splits, dim=-1)
         sums = (self._scan_orders(*pixels, orders=ALL[k : k + orders]) for k in range(0, len(ALL), orders))
         return self.out_proj(functools.reduce(torch.add, sums).to(pixels[0].dtype))
 
     def _scan_orders(self, *pixels: Tensor, orders: range) -> Tensor:
-        """Parts of the projected pixels `[2B, H, W, …]` -> gated output `[2B, H, W, inner]`, summed over these orders."""
+        """Scan parts of projected pixels `[2B, H, W, …]`: gated output `[2B, H, W, inner]`, summed over these directions."""
         raise NotImplementedError
 
     def _unscan(self, y: Tensor, like: Tensor, orders: range) -> Tensor:
-        """[sequences, L, inner] -> [orders, 2B, H, W, inner] in the dtype of `like [2B, H, W, …]`."""
+        """Reorder [sequences, L, inner] back to [orders, 2B, H, W, inner] in the dtype of `like [2B, H, W, …]`."""
         frames, H, W, _ = like.shape
         return self.scan.unscan(y.to(like.dtype), frames // 2, H, W, orders)
 
     def _convolved(self, x: Tensor, orders: range) -> Tensor:
-        """Reordered, through the short causal convolution and SiLU: [sequences, L, channels]."""
+        """Reorder x and apply the short causal convolution and SiLU: [sequences, L, channels]."""
         return F.silu(causal_conv1d(self.scan.scan(x, orders), self.conv1d.weight.squeeze(1), self.conv1d.bias))
 
 
 class Mamba2SS2D(SS2D):
-    """SSD: heads of `head_dim` channels, each with one decay; B and C for all heads (shared) or one a head (per_head).
+    """SSD: heads of `head_dim` channels with one decay each; B and C are shared by all heads, or one for each (per_head).
 
-    With xb_share k > 1, x and B are made for heads / k and each serves k heads (d_xb of MaTVLM plan C).
+    With xb_share k > 1, x and B are computed for heads / k, and each serves k heads (d_xb of MaTVLM plan C).
     """
 
     def __init__(self, dim: int, config: ModelConfig, device: torch.device) -> None:
@@ -163,7 +167,10 @@ class Mamba2SS2D(SS2D):
 
 
 class Mamba1SS2D(SS2D):
-    """Selective scan: every channel has its own time step and decays; no norm, so the gate multiplies the sum of the orders."""
+    """Selective scan: every channel has its own time step and decays.
+
+    It has no norm, so the gate multiplies the sum over the directions.
+    """
 
     def __init__(self, dim: int, config: ModelConfig, device: torch.device) -> None:
         super().__init__(dim, config, device)
@@ -193,7 +200,7 @@ class Mamba1SS2D(SS2D):
         y = self.island(
             self.selective_scan,
             x,
-            F.linear(dt, self.dt_proj.weight),  # its bias is added in the scan's own precision
+            F.linear(dt, self.dt_proj.weight),  # the scan adds the bias in its own precision
             -self.A_log.float().exp(),
             B,
             C,
@@ -204,13 +211,13 @@ class Mamba1SS2D(SS2D):
 
 
 def ss2d(dim: int, config: ModelConfig, device: torch.device) -> SS2D:
-    """The SS2D of config.ssm for `dim` channels."""
+    """Return the SS2D of config.ssm for `dim` channels."""
     kinds: dict[str, type[SS2D]] = {"mamba2": Mamba2SS2D, "mamba1": Mamba1SS2D}
     return kinds[config.ssm](dim, config, device)
 
 
 class GatedRMSNorm(nn.Module):
-    """RMSNorm(y * silu(z)) * weight over each of `groups` equal parts of the last dimension, in fp32."""
+    """Compute RMSNorm(y * silu(z)) * weight over each of `groups` equal parts of the last dimension, in fp32."""
 
     def __init__(self, dim: int, groups: int) -> None:
         super().__init__()
@@ -234,7 +241,7 @@ def _call(function: Callable[..., Tensor], *args: Any) -> Tensor:
 
 
 def _repeat(t: Tensor, times: int) -> Tensor:
-    """[N, L, heads, width] -> every head `times` times in a row; a view where times is 1."""
+    """Repeat every head of [N, L, heads, width] `times` times in a row; a view if times is 1."""
     return t.unsqueeze(3).expand(-1, -1, -1, times, -1).flatten(2, 3)
 
 
@@ -243,7 +250,7 @@ def _conv1d(channels: int) -> nn.Conv1d:
 
 
 def _initial_dt_bias(size: int) -> Tensor:
-    """The inverse of softplus at time steps drawn log-uniformly from `_DT_RANGE`."""
+    """Return the inverse of softplus of time steps drawn log-uniformly from `_DT_RANGE`."""
     low, high = map(math.log, _DT_RANGE)
     dt = torch.empty(size).uniform_(low, high).exp()
     return dt + torch.log(-torch.expm1(-dt))

@@ -1,4 +1,4 @@
-"""Branch B of an LGS block: what do nearby pixels of the same frame say? Attention in windows with a gate on its output."""
+"""Branch B of an LGS block: local context from the same frame, by window attention with a gate on its output."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from vfi.config.configs import ModelConfig
 from vfi.model.layers import zero
 from vfi.ops.attention.window_attention import choose_window_attention, import_fused
 
-# gate -> logits a head and token
+# gate -> logits for each head and token
 _GATE_WIDTH = {"headwise": lambda head_dim: 1, "elementwise": lambda head_dim: head_dim, "off": lambda head_dim: 0}
 
 
 class GatedWindowAttention(nn.Module):
-    """[2B, H, W, C] -> the same shape, each frame on its own. Odd blocks shift their windows by half a window.
+    """Attend within windows of each frame: [2B, H, W, C] -> the same shape. Odd blocks shift their windows by half a window.
 
     The gate is computed from the same normalised input as the query: Y' = sigmoid(X W_g) * Y before the output projection.
     """

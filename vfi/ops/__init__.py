@@ -1,1 +1,1 @@
-"""One file an operator: a reference in plain torch and the fast path beside it, with the same signature."""
+"""Operators: for each, a reference in plain PyTorch and a fast path with the same signature."""

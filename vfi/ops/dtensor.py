@@ -1,4 +1,4 @@
-"""Is a tensor in shards on several processes (torch's DTensor)?"""
+"""Detection of tensors that are sharded over several processes (torch's DTensor)."""
 
 from __future__ import annotations
 
@@ -10,6 +10,9 @@ if TYPE_CHECKING:
 
 
 def is_in_shards(tensor: Any) -> TypeGuard[DTensor]:
-    """The class takes a second to import, so it is left alone unless somebody has made one."""
+    """Return whether `tensor` is a DTensor.
+
+    Importing the class takes a second, so it is only looked up if its module is already imported.
+    """
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)

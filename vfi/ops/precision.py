@@ -1,4 +1,4 @@
-"""Which parts stay in fp32 under bf16 or fp16 autocast? Whatever is called through `fp32_island`."""
+"""Operations that stay in fp32 under bf16 or fp16 autocast: everything called through `fp32_island`."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ _HALF = (torch.float16, torch.bfloat16)
 
 
 def fp32_island(function: Callable[..., Result], *args: Any, **kwargs: Any) -> Result:
-    """Call `function` with autocast off and every fp16 or bf16 tensor argument raised to fp32; float64 stays float64."""
+    """Call `function` with autocast off and every fp16 or bf16 tensor argument converted to fp32; float64 stays float64."""
     tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
     device = tensors[0].device.type if tensors else "cpu"
     args, kwargs = tuple(map(_raise, args)), {name: _raise(value) for name, value in kwargs.items()}
-    if not torch.is_autocast_enabled(device):  # a region would become a graph of its own where the network is traced
+    if not torch.is_autocast_enabled(device):  # a region would become a separate graph where the network is traced
         return function(*args, **kwargs)
     with torch.autocast(device, enabled=False):
         return function(*args, **kwargs)

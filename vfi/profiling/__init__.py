@@ -1,1 +1,1 @@
-"""Costs of a network: parameters, MACs, memory and time, by part."""
+"""Costs of a network: parameters, MACs, memory and time, for each part."""

@@ -1,14 +1,17 @@
-"""What does a network cost? Parameters, MACs, memory and time, by part.
+"""Costs of a network from its shapes: parameters, MACs, memory and traffic, for each part.
 
     cost = count(model, batch=1, size=(736, 1280), precision=torch.bfloat16)      # no GPU, nothing is computed
+
+and from vfi.profiling.timing, which measures:
+
     measured = measure(step, make_frames, device, repeats=10)
     milliseconds = measure_parts(model, step, make_frames, device, repeats=10)
     floors = floors_ms(cost, measure_rates(device, torch.bfloat16))
 
-A part is a child of the network, of the backbone, or of the blocks of one stage: new modules become parts by themselves.
+A part is a child of the network, of the backbone, or of the blocks of one stage: new modules automatically become parts.
 MACs (multiply-accumulates, half the FLOPs) are those of convolutions, matrix products and attention, as PyTorch's
 `FlopCounterMode` counts them. Not counted: elementwise work, norms, softmax, gathers, warping, and the short convolution and
-the carried states of the scan.
+the propagated states of the scan.
 """
 
 from __future__ import annotations
@@ -33,11 +36,11 @@ from vfi.model.backbone import LEVELS
 FIRST_STAGE_LEVEL = LEVELS - 2
 """Pyramid level of the backbone's first stage of blocks; the second one follows."""
 REST = "rest"
-"""What runs outside of every part: padding, blending, residual sums."""
+"""Everything that runs outside all parts: padding, blending, residual sums."""
 
 
 def part_of(path: str) -> str | None:
-    """The part that a module or parameter belongs to, by its dotted path; None for a module that contains parts."""
+    """Return the part of a module or parameter with this dotted path; None for a module that contains parts."""
     names = path.split(".")
     if names[:2] == ["backbone", "stages"]:
         inner = [name for name in names[4:] if name != "branches"]
@@ -47,13 +50,13 @@ def part_of(path: str) -> str | None:
 
 
 def part_names(model: nn.Module) -> list[str]:
-    """Every part of a model once, in the order of its modules."""
+    """Return the names of all parts of a model, in the order of its modules."""
     paths = [name for name, _ in (*model.named_modules(), *model.named_parameters())]
     return list(dict.fromkeys(part for path in paths if path != "backbone.stages" and (part := part_of(path))))
 
 
 def parameters_by_part(model: nn.Module) -> dict[str, int]:
-    """Number of trained values of every part, in the order of the model; together all of them."""
+    """Return the number of trained values of every part, in the order of the model; they add up to the whole model."""
     numbers = dict.fromkeys((*part_names(model), REST), 0)
     for name, parameter in model.named_parameters():
         numbers[part_of(name) or REST] += parameter.numel()
@@ -62,7 +65,7 @@ def parameters_by_part(model: nn.Module) -> dict[str, int]:
 
 @dataclasses.dataclass
 class _Call:
-    """One call of a part's module: readings of a clock, and the call it happened in."""
+    """One call of a part's module: clock readings, and the call that contains it."""
 
     part: str
     parent: int | None
@@ -93,7 +96,7 @@ def watch_parts(model: nn.Module, clock: Callable[[], Any]) -> Iterator[list[_Ca
 
 @contextmanager
 def _registered(hooks: Sequence[RemovableHandle]) -> Iterator[None]:
-    """Remove them afterwards."""
+    """Remove the hooks afterwards."""
     try:
         yield
     finally:
@@ -102,7 +105,7 @@ def _registered(hooks: Sequence[RemovableHandle]) -> Iterator[None]:
 
 
 def _outermost(module: nn.Module, path: str = "") -> Iterator[tuple[nn.Module, str]]:
-    """The topmost modules of every part that are called as functions, which lists and dicts of modules are not."""
+    """Yield the topmost modules of every part that are called as functions, which lists and dicts of modules are not."""
     for name, child in module.named_children():
         child_path = f"{path}.{name}" if path else name
         part = part_of(child_path) if child_path != "backbone.stages" else None
@@ -113,9 +116,9 @@ def _outermost(module: nn.Module, path: str = "") -> Iterator[tuple[nn.Module, s
 
 
 def by_part(calls: Sequence[_Call], elapsed: Callable[[Any, Any], float]) -> dict[str, float]:
-    """Sum of every part's calls, without that of the parts that were called inside them."""
+    """Return the sum over every part's calls, without the parts that were called inside them."""
     sums: dict[str, float] = {}
-    for call in calls:  # a caller comes before what it calls
+    for call in calls:  # a caller comes before its callees
         amount = elapsed(call.start, call.end)
         sums[call.part] = sums.get(call.part, 0) + amount
         if call.parent is not None:
@@ -124,10 +127,10 @@ def by_part(calls: Sequence[_Call], elapsed: Callable[[Any, Any], float]) -> dic
 
 
 class CostCounter(TorchDispatchMode):
-    """Watches every operator that runs inside it, on real or on fake tensors, with gradients off.
+    """Count every operator that runs inside it, on real or on fake tensors, with gradients off.
 
-    `macs`: in all; `by_kind`: by kind of operator; `peak`: largest number of bytes alive at once of the tensors that were
-    made inside; `operations`: (MACs, bytes read and written) of every operator that touches memory.
+    `macs`: total; `by_kind`: by kind of operator; `peak`: largest number of bytes alive at once in tensors that were created
+    inside; `operations`: (MACs, bytes read and written) of every operator that accesses memory.
     """
 
     def __init__(self) -> None:
@@ -144,7 +147,7 @@ class CostCounter(TorchDispatchMode):
         read = [value for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
         given = [tensor.untyped_storage() for tensor in read]
         new = [storage for tensor in made if (storage := tensor.untyped_storage()) not in self._seen and storage not in given]
-        if func.is_view or not (new or func._schema.is_mutable):  # or a question, such as that for a tensor's device
+        if func.is_view or not (new or func._schema.is_mutable):  # or a query, such as that for a tensor's device
             return out
         formula = _formulas().get(func.overloadpacket)
         macs = formula(*args, **kwargs, out_val=out) // 2 if formula else 0
@@ -169,18 +172,18 @@ class CostCounter(TorchDispatchMode):
 
 @functools.cache
 def _formulas() -> dict[Any, Callable[..., int]]:
-    """Floating-point operations of an operator, by its packet."""
-    from torch.utils.flop_counter import flop_registry, sdpa_flop_count  # takes half a second, and few want to count
+    """Return the functions that count the floating-point operations of an operator, by its packet."""
+    from torch.utils.flop_counter import flop_registry, sdpa_flop_count  # takes half a second, and is rarely needed
 
     def attention(q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> int:
         return sdpa_flop_count(q.shape, k.shape, v.shape)
 
-    # before torch 2.15 the registry knows attention on GPUs only
+    # before torch 2.15 the registry only has attention on GPUs
     return flop_registry | {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention}
 
 
 def _nbytes(tensor: Tensor) -> int:
-    """Bytes that reading a tensor needs: an expanded one repeats what it has."""
+    """Return the bytes that are read for a tensor: an expanded one repeats its data."""
     return min(tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes())
 
 
@@ -192,7 +195,7 @@ def _kind(operator: str) -> str:
 
 
 class Traffic(NamedTuple):
-    """Bytes of the calls of a part: everything that goes in and comes out, and its weights."""
+    """Bytes of the calls of a part: all inputs and outputs, and its weights."""
 
     inputs: int = 0
     outputs: int = 0
@@ -200,33 +203,36 @@ class Traffic(NamedTuple):
 
     @property
     def forward(self) -> int:
-        """Each is read or written at least once."""
+        """Return the bytes of a forward pass, where each is read or written at least once."""
         return sum(self)
 
     @property
     def training(self) -> int:
-        """Backward, too: inputs, weights and the gradient of the outputs are read, the gradients of the others written."""
+        """Return the bytes of both passes.
+
+        Backward, inputs, weights and the gradient of the outputs are read, and the gradients of inputs and weights written.
+        """
         return 3 * self.inputs + 2 * self.outputs + 3 * self.weights
 
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """What one forward pass costs, from its shapes alone. MACs by part and by kind add up to the same."""
+    """Cost of one forward pass, from its shapes alone. MACs by part and by kind add up to the same total."""
 
     macs: dict[str, int]
     by_kind: dict[str, int]
     peak_bytes: int
-    """Weights, inputs, and the most tensors alive at once."""
+    """Weights, inputs, and the maximum of tensors alive at once."""
     operations: list[tuple[int, int]]
     """(MACs, bytes) of every operator."""
     traffic: dict[str, Traffic]
-    """By part; what lies between the operators of one part does not count."""
+    """Traffic of each part; intermediate results between the operators of one part do not count."""
 
 
 def count(model: nn.Module, batch: int, size: tuple[int, int], precision: torch.dtype) -> Cost:
-    """Cost of `model(img0, img1, timestep)` for a batch of frames of (H, W), for a model on the CPU in plain torch.
+    """Return the cost of `model(img0, img1, timestep)` for a batch of frames of (H, W); the model is on the CPU, unfused.
 
-    Nothing is computed and no memory is taken: the frames are fake tensors, which have a shape and no content.
+    Nothing is computed and no memory is allocated: the frames are fake tensors, which have a shape and no content.
     """
     counter = CostCounter()
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
@@ -246,7 +252,7 @@ def count(model: nn.Module, batch: int, size: tuple[int, int], precision: torch.
 
 @contextmanager
 def _watch_traffic(model: nn.Module, precision: torch.dtype) -> Iterator[dict[str, Traffic]]:
-    """Traffic by part, with weights of that precision; the model itself is the part REST, without weights."""
+    """Record the traffic of each part, with weights of that precision; the model itself is the part REST, without weights."""
     traffic: dict[str, Traffic] = {}
 
     def add(part: str, module: nn.Module, given: object, output: object) -> None:
@@ -268,7 +274,7 @@ def _watch_traffic(model: nn.Module, precision: torch.dtype) -> Iterator[dict[st
 
 
 def receptive_fields(levels: Sequence[nn.Module]) -> list[int]:
-    """Pixels, along one axis, that a value sees through the convolutions of all levels up to and with each of these."""
+    """Return the receptive field in pixels, along one axis, of the convolutions of all levels up to each one."""
     field = jump = 1
     fields = []
     for level in levels:

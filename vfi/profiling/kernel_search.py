@@ -1,11 +1,11 @@
-"""Which blocks, warps and stages of our own kernels are the fastest on this GPU? Tried option by option, kernel by kernel.
+"""Search for the fastest blocks, warps and stages of the fused Triton kernels on this GPU, option by option, kernel by kernel.
 
     found = list(search_step(TrainingStep(config, device, torch.bfloat16), known=()))
-    kernels = as_entries(found)                 # what was faster than what the code says, for tuned_kernels.json
+    kernels = as_entries(found)                 # everything faster than the defaults in the code, for tuned_kernels.json
 
-A training step tells which SS2Ds, window attentions and operators between convolutions run on what, and the loss; each is then
-run alone, forward and backward, and of it the kernel in question is measured. A choice counts where it is more than 3 % and one
-microsecond faster than the code's and the results are the same.
+A training step shows which SS2Ds, window attentions, loss and operators between convolutions run on which inputs; each is then
+run alone, forward and backward, and only the kernel in question is measured. A choice counts if it is more than 3 % and one
+microsecond faster than the default in the code, and the results are the same.
 """
 
 from __future__ import annotations
@@ -32,34 +32,34 @@ from vfi.training.synthetic_step import TrainingStep
 Key = tuple[str, launch_config.ShapeClass]
 """A kernel and its shape class."""
 _VALUES = {"num_warps": (1, 2, 4, 8), "num_stages": (1, 2, 3, 4), "TOKENS": (16, 32, 64), "maxnreg": (0, 128, 168)}
-_FACTORS = (0.25, 0.5, 2)  # of what the code says for other blocks
+_FACTORS = (0.25, 0.5, 2)  # multiples of the default that are tried for other block sizes
 _NEVER = (
-    ("scan", "num_stages", 1),  # Triton 3.6 compiles it into reads of memory that is not there, and that into others
+    ("scan", "num_stages", 1),  # Triton 3.6 compiles it into out-of-bounds reads, which affect later launches
     ("scan", "num_warps", 8),
-    ("scan_gradients", "num_warps", 1),  # it takes minutes to compile what a warp has not the registers for
+    ("scan_gradients", "num_warps", 1),  # a single warp lacks the registers, and compiling takes minutes
     ("scan_key_gradients", "num_warps", 1),
 )
-_GAIN = 0.97  # of the time that a choice may take to be kept
-_SHORTEST_GAIN = 0.001  # ms, about what CUDA's clock tells apart
+_GAIN = 0.97  # maximum fraction of the default's time for a choice to be kept
+_SHORTEST_GAIN = 0.001  # ms, about the resolution of CUDA's clock
 _REPEATS = 5
-_AHEAD = 20_000_000  # cycles, 10 ms, in which a run is launched
-_ROUNDING = {torch.float32: 1e-3, torch.bfloat16: 2**-6, torch.float16: 2**-9}  # sums in another order; a mistake is larger
+_AHEAD = 20_000_000  # cycles, 10 ms, in which a run is queued
+_ROUNDING = {torch.float32: 1e-3, torch.bfloat16: 2**-6, torch.float16: 2**-9}  # another summation order; a mistake is larger
 
 
 class Found(NamedTuple):
-    """What came out for a kernel and a shape class."""
+    """Result of the search for a kernel and a shape class."""
 
     kernel: str
     shape_class: launch_config.ShapeClass
     default: launch_config.Options
     options: launch_config.Options
-    """The fastest; `default` where nothing was faster."""
+    """The fastest options; `default` if nothing was faster."""
     before: float
-    """Milliseconds of its launches in one run, by the default."""
+    """Milliseconds of its launches in one run, with the default."""
     after: float
     tried: int
     skipped: int
-    """Of these: could not be compiled, did not fit into the GPU, or gave other results."""
+    """Of the tried options: could not be compiled, exceeded the GPU's resources, or gave other results."""
 
     @property
     def key(self) -> Key:
@@ -73,29 +73,29 @@ class Found(NamedTuple):
 
 
 def search_step(step: TrainingStep, known: Collection[Key]) -> Iterator[Found]:
-    """Search for all kernels of a step that can be chosen for, but for those that are `known`."""
+    """Search for all kernels of a step that have options, except those that are `known`."""
     step.compile_ahead()
     yield from search(parts_of(step), known)
 
 
 def as_entries(found: Sequence[Found]) -> tuned_configs.Kernels:
-    """What is worth keeping, in the form of the file."""
+    """Return the results worth keeping, in the format of the file."""
     kernels: tuned_configs.Kernels = {}
     for one in found:
         if one.options != one.default:
-            chosen = {option: value for option, value in one.options.items() if value}  # 0 is "maxnreg" left to the compiler
+            chosen = {option: value for option, value in one.options.items() if value}  # 0 leaves "maxnreg" to the compiler
             entry = {"key": launch_config.written(one.shape_class), "config": chosen}
             kernels.setdefault(one.kernel, []).append(entry)
     return dict(sorted(kernels.items()))
 
 
 class Part:
-    """What a training step ran: `part()` is one run alone, forward and backward, on what the step gave it.
+    """One operation of a training step: `part()` runs it alone, forward and backward, on the inputs that it had in the step.
 
     Args:
-        run: gives one tensor.
-        given: its arguments, in which tensors that require a gradient get one.
-        parameters: what else gets one.
+        run: returns one tensor.
+        given: its arguments; tensors among them that require a gradient get one.
+        parameters: other tensors that get one.
     """
 
     def __init__(
@@ -108,7 +108,7 @@ class Part:
         self.grad = torch.empty(0)
 
     def __call__(self) -> list[Tensor]:
-        """Output and all gradients."""
+        """Return the output and all gradients."""
         with torch.autocast(self.device.type, self.precision, enabled=self.precision != torch.float32):
             y = self.run(*self.given)
         if not y.requires_grad:
@@ -119,7 +119,7 @@ class Part:
         return [y.detach(), *torch.autograd.grad(y, (*asked, *self.parameters), self.grad)]
 
     def milliseconds(self, kernel: str) -> float:
-        """Of all launches of a kernel in a run; the median of some runs."""
+        """Return the time of all launches of a kernel in a run, the median of several runs."""
         sums = []
         with launch_config.timed(kernel) as events:
             for _ in range(_REPEATS):
@@ -131,14 +131,14 @@ class Part:
         return statistics.median(sums)
 
     def agrees(self, results: Sequence[Tensor], wanted: Sequence[Tensor]) -> bool:
-        """Are these results the same but for rounding?"""
+        """Return whether these results are the same up to rounding."""
         most = _ROUNDING[self.precision]
         pairs = zip(results, wanted, strict=True)
         return all(bool((one - other).float().norm() <= most * other.float().norm()) for one, other in pairs)
 
 
 def parts_of(step: TrainingStep) -> list[Part]:
-    """The parts that a training step runs, one of each kind."""
+    """Return the parts that a training step runs, one of each kind."""
     met: dict[Hashable, Part] = {}
 
     def note(run: Callable[..., Tensor], given: tuple[Any, ...], kind: Hashable, parameters: Sequence[Tensor] = ()) -> None:
@@ -176,11 +176,11 @@ def _layout(t: Tensor) -> Hashable:
 
 
 class _Chooser:
-    """In the place of `launches.configuration`: what was found or is tried, else what the code says."""
+    """Replacement for `launch_config.configuration`: options that were found or are tried, else the default in the code."""
 
     def __init__(self) -> None:
         self.asked: dict[Key, launch_config.Options] = {}
-        """What for, and what the code says."""
+        """Requested kernels and shape classes, with the defaults in the code."""
         self.taken: dict[Key, launch_config.Options] = {}
 
     def __call__(
@@ -225,7 +225,7 @@ def _search_one(key: Key, default: launch_config.Options, users: Sequence[Part],
             return None
 
     best, tried, skipped = fastest(default, lambda option: candidates(kernel, option, default[option]), measure)
-    before, after = measure(default), measure(best)  # once more, one after the other: the least of many is partly luck
+    before, after = measure(default), measure(best)  # again, one after the other: the minimum of many is partly luck
     if before is None or after is None:
         raise RuntimeError(f"{kernel} does not give the same twice, with {default} or with {best}")
     if after >= min(_GAIN * before, before - _SHORTEST_GAIN):
@@ -238,7 +238,7 @@ def fastest(
     values: Callable[[str], Sequence[int]],
     measure: Callable[[launch_config.Options], float | None],
 ) -> tuple[launch_config.Options, int, int]:
-    """The fastest that is found when one option after the other is changed; how many were tried, and could not be measured."""
+    """Return the fastest options, changing one after another; how many were tried, and how many could not be measured."""
     best, least, tried, skipped = default, measure(default), 0, 0
     for option in default:
         before = best
@@ -255,13 +255,13 @@ def fastest(
 
 
 def candidates(kernel: str, option: str, default: int) -> list[int]:
-    """The values of an option that are tried."""
+    """Return the values of an option that are tried."""
     values = _VALUES.get(option, sorted({max(1, int(default * factor)) for factor in _FACTORS}))
     return [value for value in values if (kernel, option, value) not in _NEVER]
 
 
 def _compile_ahead(part: Part, chooser: _Chooser, defaults: dict[Key, launch_config.Options]) -> None:
-    """Have compiled side by side what is tried of each option alone."""
+    """Compile in parallel all candidates that change a single option."""
     if part.device.type != "cuda":
         return
     with compiling_ahead(part.device, failing=True):

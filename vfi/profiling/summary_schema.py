@@ -1,4 +1,4 @@
-"""The contents of a model summary."""
+"""Contents of a model summary."""
 
 from __future__ import annotations
 
@@ -13,27 +13,27 @@ OUT_OF_MEMORY = "out of memory"
 
 @dataclasses.dataclass(frozen=True)
 class Level:
-    """One level of the pyramid at one size; lengths in pixels of the frames."""
+    """One pyramid level at one frame size; lengths in pixels of the frames."""
 
     level: int
     stride: int
     channels: int
     tokens: int
-    """Places of one frame."""
+    """Tokens of one frame."""
     conv_field: int
-    """What a value sees through the convolutions that lead here, along one axis."""
+    """Receptive field through the convolutions up to this level, along one axis."""
     blocks: int = 0
     window: int | None = None
     """Side of an attention window; every other block shifts it by half."""
     scan_tokens: int | None = None
-    """Length of a scan, which sees all of it: global."""
+    """Length of a scan, every token of which sees the whole: global."""
     scan_macs: int | None = None
-    """Of all blocks, for the whole batch; None where the formula above does not hold."""
+    """MACs of all blocks, for the whole batch; None if the formula does not apply."""
 
 
 @dataclasses.dataclass(frozen=True)
 class SizeSummary:
-    """All that is known about one size; what was not counted or measured is empty or None."""
+    """All results for one size; those that were not counted or measured are empty or None."""
 
     size: str
     levels: list[Level]
@@ -44,27 +44,27 @@ class SizeSummary:
     out_of_memory: bool = False
     measured: Measured | None = None
     graph_ms: float | None = None
-    """As the jobs run it: by a CUDA graph where that pays (vfi/runtime/cuda_graphs.py)."""
+    """As the commands run it: with a CUDA graph where that is faster (vfi/runtime/cuda_graphs.py)."""
     parts_ms: dict[str, float] | None = None
     floors_ms: dict[str, float] | None = None
     plain_parts_ms: dict[str, float] | None = None
-    """Of the same network by PyTorch's operators."""
+    """Times of the same network with PyTorch's operators."""
     plain_out_of_memory: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainingSummary:
-    """A training step; `measured` is None if there was not enough memory."""
+    """Costs of a training step; `measured` is None if there was not enough memory."""
 
     batch: int
     crop: int
     measured: Measured | None
     samples_per_s: float | None
     parts: dict[str, Measured] | None = None
-    """Forward and backward pass of parts by themselves; the rest is loss, optimizer, and what lies between."""
+    """Forward and backward pass of each part alone; the rest is loss, optimizer and the work between parts."""
     floors_ms: dict[str, float] | None = None
     plain_parts: dict[str, Measured] | None = None
-    """Of the same network by PyTorch's operators."""
+    """The same network with PyTorch's operators."""
     plain_out_of_memory: bool = False
 
 

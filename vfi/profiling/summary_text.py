@@ -1,4 +1,4 @@
-"""A model summary as text and as Markdown."""
+"""Model summary as text and as Markdown."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from vfi.profiling.summary_schema import OUT_OF_MEMORY, Level, Summary, Training
 
 _LEVELS_NOTE = " (every other block shifts its windows by half; a scan sees all of its tokens)"
 _TOTAL = "total"
-_SHOWN = ("torch", "triton", "mamba-ssm")  # versions that belong beside a time
+_SHOWN = ("torch", "triton", "mamba-ssm")  # versions that are shown with a time
 
 
 def text(summary: Summary) -> str:
-    """Everything, as aligned tables."""
+    """Format the whole summary as aligned tables."""
     sizes, macs = summary.sizes, [size.macs for size in summary.sizes]
     head = ["", *(size.size for size in sizes)]
     parts = _in_order(summary.parameters, *macs)
@@ -50,7 +50,7 @@ def text(summary: Summary) -> str:
 
 
 def describe(summary: Summary) -> str:
-    """What was looked at, and on what."""
+    """Describe the model and the environment of the measurement."""
     told = summary.environment
     versions = ", ".join(f"{name} {version}" for name, version in told["packages"].items() if name in _SHOWN)
     line = (
@@ -66,7 +66,7 @@ def _on(flag: bool) -> str:
 
 
 def _in_order(*numbers: dict[str, Any]) -> list[str]:
-    """Names with a number other than zero anywhere."""
+    """Return the names with a non-zero number in any of the dicts."""
     return [name for name in dict.fromkeys(name for one in numbers for name in one) if any(one.get(name) for one in numbers)]
 
 
@@ -79,7 +79,7 @@ def _gib(nbytes: int | None) -> str:
 
 
 class _Column(NamedTuple):
-    """Of a table by part: milliseconds, and bytes if they are known."""
+    """Columns of a table by part: milliseconds, and bytes if they are known."""
 
     title: str
     ms: dict[str, float]
@@ -94,7 +94,7 @@ class _Column(NamedTuple):
         return [self.title, "", *(["floor", ""] if self.floors else []), *plain, *memory]
 
     def row(self, part: str) -> list[str]:
-        """Time, its share, the floor, how many times that it is, the plain form's time, how many times this one it is."""
+        """Return time, share, roofline bound, ratio to it, the time with PyTorch's operators, and the speedup over that."""
         total = sum(self.ms.values())
         ms, floor, plain = (sum(one.values()) if part == _TOTAL else one.get(part, 0.0) for one in self[1:4])
         cells = [f"{ms:.2f}", f"{100 * ms / total:3.0f} %"]
@@ -140,7 +140,7 @@ def _level_rows(found: Iterable[Level]) -> list[list[str]]:
 
 
 def _run_rows(summary: Summary) -> list[list[str]]:
-    """Measured figures where there are some, and always the estimate, each labelled."""
+    """Return measured figures if available, and always the estimate, each labelled."""
     rows = []
     sizes = summary.sizes
     if summary.environment["measured"]:
@@ -158,7 +158,7 @@ def _run_rows(summary: Summary) -> list[list[str]]:
 
 
 def _assumed(summary: Summary) -> str:
-    """The rates behind an estimate of the time, if there is one."""
+    """Return the rates behind an estimate of the time, if there is one."""
     tflops, gbs = (summary.environment[f"assumed_{rate}"] for rate in ("tflops", "gbs"))
     return f", each operator alone at {tflops:g} TFLOP/s or {gbs:g} GB/s" if tflops else ""
 
@@ -173,7 +173,7 @@ def _training_line(training: TrainingSummary) -> str:
 
 
 def markdown(summary: Summary) -> str:
-    """Time and memory as a Markdown table: the model is its row, the sizes are its columns."""
+    """Return time and memory as a Markdown table: the model is its row, the sizes are its columns."""
     measured = summary.environment["measured"]
     cells = []
     for size in summary.sizes:

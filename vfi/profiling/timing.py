@@ -17,22 +17,22 @@ from vfi.profiling.costs import Cost, _outermost, _registered, by_part, watch_pa
 
 WARMUP = 3
 _ROTATION = 3  # different inputs, so that none of them stays in a cache
-_CACHE_BYTES = 2**28  # more than a GPU has of it
-_HEAD_START, _PARTS_HEAD_START = 60_000_000, 10_000_000  # clock cycles, 30 and 5 ms: longer than Python takes to launch it
+_CACHE_BYTES = 2**28  # larger than the cache of any GPU
+_HEAD_START, _PARTS_HEAD_START = 60_000_000, 10_000_000  # clock cycles, 30 and 5 ms: longer than Python takes to launch a call
 
 
 class Rates(NamedTuple):
-    """What a device does at best."""
+    """Peak rates of a device."""
 
     tflops: float
-    """10^12 operations a second, of products of large matrices."""
+    """10^12 operations per second, in products of large matrices."""
     gbs: float
-    """10^9 bytes read or written a second, by a copy."""
+    """10^9 bytes read or written per second, by a copy."""
 
 
 def measure_rates(device: torch.device, precision: torch.dtype, repeats: int = 10) -> Rates:
-    """Rates of this device, with products of numbers of that precision."""
-    side, nbytes = (8192, 2**30) if device.type == "cuda" else (256, 2**26)  # what no cache holds
+    """Measure the rates of this device, with matrix products in that precision."""
+    side, nbytes = (8192, 2**30) if device.type == "cuda" else (256, 2**26)  # larger than any cache
     pair = torch.empty(2, nbytes, dtype=torch.uint8, device=device).unbind()
     copied = measure(lambda pair: pair[0].copy_(pair[1]), lambda: pair, device, repeats)
     product = measure(
@@ -42,7 +42,10 @@ def measure_rates(device: torch.device, precision: torch.dtype, repeats: int = 1
 
 
 def floors_ms(cost: Cost, rates: Rates, training: bool = False) -> dict[str, float]:
-    """The least that every part can take, in ms: its products or its traffic, whichever takes longer. Training: both passes."""
+    """Return the roofline bound of every part in ms: its products or its traffic, whichever takes longer.
+
+    `training`: both passes.
+    """
     floors = {}
     for part, traffic in cost.traffic.items():
         products = (3 if training else 1) * 2e-9 * cost.macs[part] / rates.tflops
@@ -52,13 +55,16 @@ def floors_ms(cost: Cost, rates: Rates, training: bool = False) -> dict[str, flo
 
 
 def roofline_ms(operations: Sequence[tuple[int, int]], tflops: float, gbs: float) -> float:
-    """Time if every operator ran alone at the full rate of either arithmetic (TFLOP/s) or memory (GB/s)."""
+    """Return the time if every operator ran alone at the full rate of either arithmetic (TFLOP/s) or memory (GB/s)."""
     return 1e3 * sum(max(2 * macs / (tflops * 1e12), nbytes / (gbs * 1e9)) for macs, nbytes in operations)
 
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """`ms`: median of one call. Bytes are the peak of a call after warm-up, with weights and its inputs; None on a CPU."""
+    """Time and memory of a call.
+
+    `ms`: median of one call. Bytes are the peak of a call after warm-up, including weights and inputs; None on a CPU.
+    """
 
     ms: float
     allocated: int | None = None
@@ -69,7 +75,7 @@ Step = Callable[[tuple[Tensor, ...]], object]
 
 
 def measure(step: Step, make_frames: Callable[[], tuple[Tensor, ...]], device: torch.device, repeats: int) -> Measured:
-    """Time and memory of `step(frames)`; torch.OutOfMemoryError is the caller's to catch."""
+    """Measure time and memory of `step(frames)`; the caller handles torch.OutOfMemoryError."""
     frames = make_frames()
     on_gpu = device.type == "cuda"
     if on_gpu:
@@ -77,7 +83,7 @@ def measure(step: Step, make_frames: Callable[[], tuple[Tensor, ...]], device: t
     for _ in range(WARMUP):
         step(frames)
     allocated = reserved = None
-    if on_gpu:  # before the other inputs exist; what warm-up took for the choice of algorithms stays in `reserved`
+    if on_gpu:  # before the other inputs exist; the memory for choosing algorithms in the warm-up stays in `reserved`
         torch.cuda.reset_peak_memory_stats(device)
         step(frames)
         allocated, reserved = torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)
@@ -94,7 +100,10 @@ def measure(step: Step, make_frames: Callable[[], tuple[Tensor, ...]], device: t
 def measure_parts(
     model: nn.Module, step: Step, make_frames: Callable[[], tuple[Tensor, ...]], device: torch.device, repeats: int
 ) -> dict[str, float]:
-    """Median milliseconds of every part over calls of `step(frames)`, which calls the model once. Together: the whole call."""
+    """Return the median milliseconds of every part over calls of `step(frames)`, which calls the model once.
+
+    They add up to the whole call.
+    """
     rotation = [make_frames() for _ in range(_ROTATION)]
     step(rotation[0])
     clock, elapsed = _clock(device)
@@ -111,9 +120,11 @@ def measure_parts(
 def measure_training_parts(
     model: nn.Module, step: Step, frames: tuple[Tensor, ...], device: torch.device, precision: torch.dtype, repeats: int
 ) -> dict[str, Measured]:
-    """Forward and backward pass of every part, each of its calls by itself: on what it is given in `step(frames)`, which calls
-    the model with gradients. Time of all calls, memory that the largest takes beside what it is given. Parts that call others,
-    as the residual mixing does, are left out.
+    """Measure the forward and backward pass of every part, each of its calls alone, with its arguments from `step(frames)`.
+
+    `step` calls the model with gradients. The result is the time of all calls, and the memory of the largest call in addition
+    to
+    its arguments. Parts that call others, such as the residual mixing, are left out.
     """
     given: list[tuple[nn.Module, Any]] = []
     with watch_parts(model, lambda: None) as calls, _watch_given(model, given):
@@ -148,7 +159,7 @@ def measure_training_parts(
 
 @contextmanager
 def _watch_given(model: nn.Module, given: list[tuple[nn.Module, Any]]) -> Iterator[None]:
-    """Write down the arguments of every call of a part's module, in the order of `watch_parts`."""
+    """Record the arguments of every call of a part's module, in the order of `watch_parts`."""
 
     def add(module: nn.Module, args: Any, kwargs: Any) -> None:
         given.append((module, (args, kwargs)))
@@ -160,7 +171,7 @@ def _watch_given(model: nn.Module, given: list[tuple[nn.Module, Any]]) -> Iterat
 
 
 def milliseconds(call: Callable[[], object], device: torch.device, repeats: int = 20) -> float:
-    """Median of calls that find nothing of their inputs in the GPU's cache, and none of which waits for the processor."""
+    """Return the median time of calls that find none of their inputs in the GPU's cache and never wait for the CPU."""
     clock, elapsed = _clock(device)
     other = torch.empty(_CACHE_BYTES, dtype=torch.uint8, device=device)
     times = []
@@ -174,13 +185,13 @@ def milliseconds(call: Callable[[], object], device: torch.device, repeats: int 
 
 
 def run_ahead(device: torch.device, cycles: int = _HEAD_START) -> None:
-    """Let what is launched next wait for a while in the GPU's queue, so that none of it waits for the processor."""
+    """Delay the next launches in the GPU's queue, so that none of them waits for the CPU."""
     if device.type == "cuda":
         torch.cuda._sleep(cycles)
 
 
 def _clock(device: torch.device) -> tuple[Callable[[], Any], Callable[[Any, Any], float]]:
-    """A function that takes a reading, and one that gives the milliseconds between two of them."""
+    """Return a function that takes a reading, and one that returns the milliseconds between two of them."""
     if device.type != "cuda":
         return time.perf_counter, lambda start, end: 1e3 * (end - start)
 

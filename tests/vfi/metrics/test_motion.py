@@ -1,4 +1,4 @@
-"""How much moves, against photographs moved by known amounts; colours of flows."""
+"""Motion estimates against photographs moved by known amounts; colour coding of flows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Compiled, and with activations computed anew: the same outputs, loss and gradients; and what each of them is for."""
+"""Compilation and activation recomputation: the same outputs, loss and gradients, and the intended savings of each."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Phases 2 and 3: flow, warps, scale, teacher; features that serve any number of timesteps."""
+"""Phases 2 and 3: flow, warps, scale and teacher; features that serve any number of timesteps."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Residual mixing: its constraints, the plain block as its limit, streams that part, precision, every switch in training."""
+"""Residual mixing: its constraints, the plain block as its limit, diverging streams, precision, every switch in training."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The network: equal to its published parts, any size, every switch."""
+"""The network: agreement with its published parts, any size, every switch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Attention -> Mamba-2: every slice by brute force, what it computes, and what is refused."""
+"""Attention -> Mamba-2: every slice by brute force, the resulting computation, and rejected inputs."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Each switch of the network changes the computation that it names, and nothing else.
 
-For every switch: the parameters that come, go or change shape lie in its scope; a module outside the scope that both
-networks have, given the same weights and the same inputs, gives the same output to the bit; and the prediction differs.
+For every switch: all parameters that are added, removed or reshaped lie in its scope; a module outside the scope that both
+networks have gives bitwise the same output for the same weights and inputs; and the prediction differs.
 """
 
 from __future__ import annotations

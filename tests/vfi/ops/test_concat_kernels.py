@@ -1,4 +1,4 @@
-"""Stacked channels against torch.cat, bit for bit: interpreted on the CPU, and compiled on a GPU."""
+"""Fused concatenation against torch.cat, bit for bit: interpreted on the CPU, and compiled on a GPU."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What kernels compute, against float64: interpreted on the CPU, and compiled on a GPU."""
+"""Mathematical functions of the kernels against float64: interpreted on the CPU, and compiled on a GPU."""
 
 from __future__ import annotations
 

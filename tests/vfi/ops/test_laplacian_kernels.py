@@ -1,4 +1,4 @@
-"""The kernels of the training loss against PyTorch's operators in float64: interpreted on the CPU, and compiled on a GPU."""
+"""Fused kernels of the training loss against PyTorch's operators in float64: interpreted on the CPU, and compiled on a GPU."""
 
 from __future__ import annotations
 

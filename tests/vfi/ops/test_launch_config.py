@@ -1,4 +1,4 @@
-"""Our own kernels are launched as is kept for their card and shape class, and as their code says where nothing is."""
+"""Launch configurations of the fused Triton kernels: those stored for their GPU and shape class, else the defaults."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Fused kernels between the convolutions: how they are chosen, and that the network is the same with them and without."""
+"""Fused kernels between the convolutions: how they are chosen, and that the network gives the same results with and without."""
 
 from __future__ import annotations
 

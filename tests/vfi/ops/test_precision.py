@@ -1,4 +1,4 @@
-"""Each fp32 island: from half-precision inputs under autocast comes what comes in fp32, and without the island it would not."""
+"""Each fp32 island: half-precision inputs under autocast give the fp32 result, and would not without the island."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Kernels are compiled side by side before they are run: here for a GPU that isn't there, on a GPU those of a network."""
+"""Parallel compilation of kernels before they run: for an absent GPU here, and those of a network on a GPU."""
 
 from __future__ import annotations
 

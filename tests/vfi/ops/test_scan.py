@@ -1,4 +1,4 @@
-"""Branch A: token orders, the Mamba-1 recurrence, and both kinds of SS2D against independent Mambas."""
+"""Branch A: scan directions, the Mamba-1 recurrence, and both kinds of SS2D against independent Mambas."""
 
 from __future__ import annotations
 

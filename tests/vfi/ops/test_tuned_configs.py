@@ -1,4 +1,4 @@
-"""Kernels take the configuration that is kept for their card and shape class, and search for it where none is."""
+"""Tuned configurations: kernels use the stored ones for their GPU and shape class, and search for the others."""
 
 from __future__ import annotations
 

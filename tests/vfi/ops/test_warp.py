@@ -1,4 +1,4 @@
-"""Backward warping and flows at other sizes, against loops in float64 and whole-pixel shifts."""
+"""Backward warping and resized flows, against loops in float64 and whole-pixel shifts."""
 
 from __future__ import annotations
 

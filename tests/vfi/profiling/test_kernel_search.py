@@ -1,4 +1,4 @@
-"""The fastest options of a kernel are found, kept and used: by times that are made up, on a GPU by its own."""
+"""Search, storage and use of a kernel's fastest options: with invented times, and on a GPU with its own."""
 
 from __future__ import annotations
 

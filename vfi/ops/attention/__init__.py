@@ -1,1 +1,1 @@
-"""Gated window attention: the reference and its Triton kernels."""
+"""Gated window attention: the reference and its fused Triton kernels."""

@@ -1,9 +1,9 @@
-"""How does gated window attention run without copies? As one Triton kernel forward and one backward, over the map in place.
+"""Gated window attention without copies: one fused Triton kernel forward and one backward, in place on the map.
 
-The windows are index arithmetic: tokens outside the frame are masked, none is padded or moved. Every sum is made inside of one
-program, in one order, and every gradient is written once, so that all is the same bit for bit each time. A program has a whole
-window of one head, and the backward pass needs nothing but the input again. A window of more than 64 tokens would not fit into
-registers: several programs share it, for which the logarithms of the softmax's sums and the output are kept.
+The windows are index arithmetic: tokens outside the frame are masked, and nothing is padded or rearranged. Every sum is
+computed inside one program, in a fixed order, and every gradient is written once, so the results are bitwise reproducible. A
+program handles a whole window of one head, and the backward pass needs only the input. A window of more than 64 tokens would
+not fit into registers: several programs share it, for which the output and the logarithms of the softmax sums are kept.
 Source: FlashAttention-2 (arXiv 2307.08691).
 """
 
@@ -25,12 +25,12 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def gated_window_attention_fused(projected: Tensor, heads: int, head_dim: int, window: int, shift: int) -> Tensor:
-    """`gated_window_attention` of the parts of one projection.
+    """Compute `gated_window_attention` of the parts of one projection.
 
     Args:
         projected: `[B, H, W, 3 * C + g]` in bf16, fp16 or fp32, with C = heads * head_dim: queries, keys, values and logits of
-            the gate one after another, each `[heads, d]`. g is 0 (no gate), heads (headwise) or C (elementwise). Read where it
-            lies, also as a slice of the last dimension of a wider map.
+            the gate one after another, each `[heads, d]`. g is 0 (no gate), heads (headwise) or C (elementwise). It is read in
+            place, also as a slice of the last dimension of a wider map.
         head_dim: 16, 32 or 64.
         shift: the grid of windows starts this many tokens above and left of the frame, 0 … window - 1.
 
@@ -73,7 +73,7 @@ class _Fused(torch.autograd.Function):
 
 
 class Tiles(NamedTuple):
-    """How a kernel runs where a card is not known better: `tokens` of a window a program, against as many at a time."""
+    """Default launch of a kernel on a GPU without tuned configurations: a program handles `tokens` of a window at a time."""
 
     tokens: int
     num_warps: int
@@ -81,7 +81,10 @@ class Tiles(NamedTuple):
 
 
 def forward_tiles(window: int, head_dim: int, dtype: torch.dtype) -> Tiles:
-    """fp32 without TF32 has no tensor cores and holds whole operands in registers: it gets more warps or fewer tokens."""
+    """Return the default launch of the forward kernel.
+
+    fp32 without TF32 has no tensor cores and holds whole operands in registers: it gets more warps or fewer tokens.
+    """
     if dtype != torch.float32:
         return Tiles(_tokens_up_to(64, window), num_warps=4, num_stages=2)
     if head_dim < 64:
@@ -90,7 +93,10 @@ def forward_tiles(window: int, head_dim: int, dtype: torch.dtype) -> Tiles:
 
 
 def backward_tiles(window: int, head_dim: int, dtype: torch.dtype) -> Tiles:
-    """Whole windows of up to 64 tokens where registers hold them, else parts. No program needs 64 KiB of shared memory."""
+    """Return the default launch of the backward kernels.
+
+    Whole windows of up to 64 tokens if they fit into registers, else parts. No program needs 64 KiB of shared memory.
+    """
     if dtype != torch.float32:
         in_registers = window <= 8 or head_dim < 64
         return Tiles(_tokens_up_to(64 if in_registers else 32, window), num_warps=4, num_stages=2)
@@ -100,7 +106,7 @@ def backward_tiles(window: int, head_dim: int, dtype: torch.dtype) -> Tiles:
 
 
 def _tokens_up_to(most: int, window: int) -> int:
-    """A power of two from 16 on, which is the least that a tensor core takes."""
+    """Return a power of two, at most `most` and at least 16, the minimum for a tensor core."""
     return min(most, max(16, triton.next_power_of_2(window**2)))
 
 
@@ -114,19 +120,19 @@ def _launch(
     window: int,
     shift: int,
 ) -> None:
-    """Runs a kernel over the parts of every head of every window. `maps`: `[B, H, W, …]` each, the projection first."""
+    """Run a kernel over the parts of every head of every window. `maps`: `[B, H, W, …]` each, the projection first."""
     B, H, W, channels = maps[0].shape
     gate_width = channels // heads - 3 * head_dim
     tf32 = maps[0].dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
     shape_class = maps[0].dtype, window, head_dim, gate_width, tf32
     default = {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages}
-    if kernel is not window_attention_backward:  # which has a whole window
+    if kernel is not window_attention_backward:  # that one handles a whole window
         default["TOKENS"] = tiles.tokens
     options = launch_config.configuration(kernel.__name__, shape_class, default, maps[0].device)
     tokens = options.get("TOKENS", tiles.tokens)
     pixels = [_pixels(t) for t in maps]
     strides = [t.stride(0) for t in pixels]
-    unit = math.gcd(16, *strides)  # known to the compiler, which so sees where 16 bytes may be read at once
+    unit = math.gcd(16, *strides)  # a compile-time constant, so that the compiler can use 16-byte loads
     down, across = -(-(H + shift) // window), -(-(W + shift) // window)
     parts = -(-(window**2) // tokens)
     with torch.cuda.device_of(maps[0]):
@@ -146,14 +152,14 @@ def _launch(
 
 
 def _pixels(t: Tensor) -> Tensor:
-    """`[B, H, W, channels]` -> `[B * H * W, channels]`, a view unless pixels lie at different strides or channels apart."""
+    """Reshape `[B, H, W, channels]` to `[B * H * W, channels]`: a view if pixels are evenly spaced and channels adjacent."""
     pixels = t.flatten(0, 2)
     return pixels if pixels.stride(-1) == 1 else pixels.contiguous()
 
 
 @triton.jit
 def _place(heads, H, W, down, across, shift, WINDOW: tl.constexpr, TOKENS: tl.constexpr):
-    """Of this program: its first token, head, first pixel of the frame, top and left of the window. Heads are neighbours."""
+    """Return this program's first token, head, first pixel of the frame, and top left of its window. Heads are adjacent."""
     PARTS: tl.constexpr = (WINDOW * WINDOW + TOKENS - 1) // TOKENS
     place = tl.program_id(0)
     start, place = (place % PARTS) * TOKENS, place // PARTS
@@ -165,7 +171,7 @@ def _place(heads, H, W, down, across, shift, WINDOW: tl.constexpr, TOKENS: tl.co
 
 @triton.jit
 def _pixel(start, first, top, left, H, W, WINDOW: tl.constexpr, TOKENS: tl.constexpr):
-    """`[TOKENS]`: the pixels of tokens of a window, from its token `start` on, and whether they are in the frame."""
+    """Return the pixels `[TOKENS]` of tokens of a window, from its token `start` on, and whether they are in the frame."""
     token = start + tl.arange(0, TOKENS)
     row, column = top + token // WINDOW, left + token % WINDOW
     inside = (token < WINDOW * WINDOW) & (row >= 0) & (row < H) & (column >= 0) & (column < W)
@@ -184,7 +190,7 @@ def _write(at, value, inside):
 
 @triton.jit
 def _read_gate(row, C, head, lane, inside, GATE_WIDTH: tl.constexpr):
-    """Logits `[TOKENS, 1]` or `[TOKENS, HEAD_DIM]`."""
+    """Load the gate's logits, `[TOKENS, 1]` or `[TOKENS, HEAD_DIM]`."""
     if GATE_WIDTH == 1:
         gate = tl.load(row + 3 * C + head, mask=inside, other=0.0)[:, None]
     else:
@@ -194,7 +200,7 @@ def _read_gate(row, C, head, lane, inside, GATE_WIDTH: tl.constexpr):
 
 @triton.jit
 def _scores(q, k, SCALE: tl.constexpr, PRECISION: tl.constexpr):
-    """`[queries, keys]` in fp32, for exp2, which the hardware has."""
+    """Compute the scores `[queries, keys]` in fp32, scaled for exp2, which is a hardware instruction."""
     return tl.dot(q, tl.trans(k), input_precision=PRECISION) * (SCALE * LOG2_E)
 
 
@@ -227,7 +233,7 @@ def window_attention_forward(
     if GATE_WIDTH > 0:
         gate = _read_gate(row, C, head, lane, asked, GATE_WIDTH)
     q = _read(row[:, None] + lane, asked)
-    highest = tl.full((TOKENS,), -1e38, tl.float32)  # not -inf, which a part of a window without a token would keep
+    highest = tl.full((TOKENS,), -1e38, tl.float32)  # not -inf, which would remain for a part of a window without any token
     total = tl.full((TOKENS,), 0.0, tl.float32)
     y = tl.full((TOKENS, HEAD_DIM), 0.0, tl.float32)
     for other in range(0, WINDOW * WINDOW, TOKENS):
@@ -269,7 +275,10 @@ def window_attention_backward(
     SCALE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """A program has a whole window. y = s o, o = P v, s = sigmoid(gate): dv = P^T s dy, dscores = P (s dy v^T - s dy . o)."""
+    """Compute the gradients of a whole window in each program.
+
+    y = s o, o = P v, s = sigmoid(gate): dv = P^T s dy, dscores = P (s dy v^T - s dy . o).
+    """
     start, head, first, top, left = _place(heads, H, W, down, across, shift, WINDOW, TOKENS)
     C = heads * HEAD_DIM
     lane = head * HEAD_DIM + tl.arange(0, HEAD_DIM)[None, :]
@@ -330,7 +339,7 @@ def window_attention_backward_in_parts(
     SCALE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """`window_attention_backward` for some tokens of a window: as queries of all others, and as keys of all others."""
+    """Compute `window_attention_backward` for some tokens of a window: as queries and as keys of all others."""
     start, head, first, top, left = _place(heads, H, W, down, across, shift, WINDOW, TOKENS)
     C = heads * HEAD_DIM
     lane = head * HEAD_DIM + tl.arange(0, HEAD_DIM)[None, :]
@@ -371,7 +380,7 @@ def window_attention_backward_in_parts(
         if GATE_WIDTH > 0:
             far_gate = _read_gate(far_row, C, head, lane, inside, GATE_WIDTH)
             far_do = (far_do * sigmoid(far_gate.to(tl.float32))).to(v.dtype)
-        # transposed; queries outside the frame have do = 0 and add nothing
+        # transposed; queries outside the frame have do = 0 and contribute nothing
         p = tl.exp2(_scores(k, far_q, SCALE, PRECISION) - far_log_sum)
         dp = tl.dot(v, tl.trans(far_do), input_precision=PRECISION)
         dk = tl.dot((p * (dp - far_mean)).to(v.dtype), far_q, dk, input_precision=PRECISION)

@@ -1,1 +1,1 @@
-"""The Laplacian pyramid loss: the reference and its Triton kernels."""
+"""Laplacian pyramid loss: the reference and its fused Triton kernels."""

@@ -1,4 +1,4 @@
-"""The Laplacian pyramid loss: its reference and the choice of the fused kernels."""
+"""Laplacian pyramid loss: its reference and the choice of the fused kernels."""
 
 from __future__ import annotations
 
@@ -15,11 +15,13 @@ LEVELS = 5
 
 
 def laplacian_loss(prediction: Tensor, truth: Tensor, backend: str = "auto") -> Tensor:
-    """Sum over five levels, and the coarse image left below them, of the mean absolute difference of the Laplacian pyramids.
+    """Return the mean absolute difference of the Laplacian pyramids, summed over five levels and the remaining coarse image.
 
-    `[B, C, H, W]` twice, sides from 64 up -> `[]`; of N predictions `[N, B, C, H, W]` -> `[N]`. Source: the loss of EMA-VFI and
-    VFIMamba (5 levels, 5x5 binomial filter, plain sum), which leaves the coarse image out: then nothing holds the mean colour.
-    The pyramid is linear, so one pyramid of the difference does for two. `backend`: --loss_backend; float64 takes torch.
+    `[B, C, H, W]` twice, sides of at least 64 -> `[]`; for N predictions `[N, B, C, H, W]` -> `[N]`. Source: the loss of
+    EMA-VFI
+    and VFIMamba (5 levels, 5x5 binomial filter, plain sum), which omits the coarse image: then nothing constrains the mean
+    colour. The pyramid is linear, so a single pyramid of the difference suffices. `backend`: --loss_backend; float64 uses
+    torch.
     """
     fused, _ = choose_loss(backend, truth.device)
     return fp32_island(_laplacian_loss, prediction, truth, fused)
@@ -27,7 +29,7 @@ def laplacian_loss(prediction: Tensor, truth: Tensor, backend: str = "auto") -> 
 
 @functools.cache
 def choose_loss(backend: str, device: torch.device) -> tuple[bool, str]:
-    """Is the pyramid made by kernels (vfi/ops/loss/laplacian_kernels.py), and a line that says why."""
+    """Return whether fused kernels compute the pyramid (vfi/ops/loss/laplacian_kernels.py), and a line with the reason."""
     return takes_fused("loss", backend, device)
 
 
@@ -52,10 +54,12 @@ def _laplacian_loss(prediction: Tensor, truth: Tensor, fused: bool = False) -> T
     return torch.stack([*sizes, size(current)]).sum(0)
 
 
-@functools.cache  # made anew they would be copied to the GPU, which waits for that, dozens of times a step
+@functools.cache  # otherwise they would be copied to the GPU, with a wait, dozens of times per step
 def _filters(channels: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The 5x5 binomial filter for each channel, and what it does to zeros with a pixel in every second place of every second
-    row, times four: one 3x3 filter of these pixels for each of the four places.
+    """Return the 5x5 binomial filter for each channel, and its four 3x3 phases for upsampling.
+
+    The latter are its effect, times four, on an image with a pixel in every second column of every second row and zeros between
+    them: one 3x3 filter of these pixels for each of the four positions.
     """
     with torch.inference_mode(False):
         taps = torch.tensor([1, 4, 6, 4, 1], dtype=dtype, device=device) / 16
@@ -65,15 +69,15 @@ def _filters(channels: int, dtype: torch.dtype, device: torch.device) -> tuple[T
 
 
 def _shrunk(x: Tensor) -> Tensor:
-    """Half the size, rounded up: filtered, with edges reflected, then every second pixel."""
+    """Return `x` at half the size, rounded up: filtered with reflected edges, then every second pixel."""
     channels = x.shape[1]
     return F.conv2d(_padded(x, (2, 2, 2, 2), "reflect"), _filters(channels, x.dtype, x.device)[0], stride=2, groups=channels)
 
 
 def _expanded(coarse: Tensor, shape: torch.Size) -> Tensor:
-    """Twice the size: zeros in between, then the filter with four times its weight, edges reflected there."""
+    """Return `coarse` at twice the size: zeros in between, then the filter with four times its weight and reflected edges."""
     channels, (odd_h, odd_w) = coarse.shape[1], (side % 2 for side in shape[2:])
-    # the edge lies on a pixel, or one place beyond it
+    # the edge lies on a pixel, or one position beyond it
     x = _padded(coarse, (1, odd_w, 1, odd_h), "reflect")
     x = _padded(x, (0, 1 - odd_w, 0, 1 - odd_h), "replicate")
     x = F.pixel_shuffle(F.conv2d(x, _filters(channels, x.dtype, x.device)[1], groups=channels), 2)
@@ -81,10 +85,10 @@ def _expanded(coarse: Tensor, shape: torch.Size) -> Tensor:
 
 
 def _padded(x: Tensor, sides: tuple[int, int, int, int], mode: str) -> Tensor:
-    """`F.pad(x, sides, mode)` for reflect and replicate, whose backward passes are not deterministic on a GPU."""
+    """Return `F.pad(x, sides, mode)` for reflect and replicate, whose own backward passes are not deterministic on a GPU."""
     if not torch.are_deterministic_algorithms_enabled():
         return F.pad(x, sides, mode)
-    skipped = int(mode == "reflect")  # the edge itself is not repeated
+    skipped = int(mode == "reflect")  # reflection does not repeat the edge itself
     for axis, before, after in ((2, *sides[2:]), (3, *sides[:2])):
         end = x.shape[axis] - skipped
         x = torch.cat((x.narrow(axis, skipped, before).flip(axis), x, x.narrow(axis, end - after, after).flip(axis)), dim=axis)

@@ -1,11 +1,11 @@
-"""How is the size of a Laplacian pyramid found without its bands in memory? Two Triton kernels a level, and two back.
+"""Laplacian pyramid L1 norm without the bands in memory: two fused Triton kernels per level forward, and two backward.
 
     sizes = pyramid_sizes(images, levels=5)      # [N, B, C, H, W] in fp32 -> [N]: sum over levels of the mean absolute value
 
-A level is half the size by a 5x5 binomial filter with reflected edges; its band is what is lost by that, and of a band nothing
-but the signs is kept for the backward pass, a byte each. A coarse pixel takes a fine one with a weight that is a product of one
-for rows and one for columns, and gives it something with another such weight; both ways, and back through them, each kernel
-gathers what it needs, so that sums have one order. Source: the Laplacian pyramid (Burt and Adelson, 1983).
+Each level halves the size by a 5x5 binomial filter with reflected edges; its band is the detail lost by that. Of a band, only
+the signs are kept for the backward pass, one byte each. A coarse pixel collects fine ones with weights that are products of a
+row weight and a column weight, and is spread back to fine ones with other such weights. Both directions and their gradients
+are gathers, so that every sum has a fixed order. Source: the Laplacian pyramid (Burt and Adelson, 1983).
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from torch.autograd.function import once_differentiable
 from vfi.ops.triton import launch_config
 
 _DEFAULT = {"BLOCK": 512, "num_warps": 4}  # pixels of a program
-_SIZES = ("H", "W", "h", "w", "images", "blocks", "first")  # a kernel is compiled once for all of them
+_SIZES = ("H", "W", "h", "w", "images", "blocks", "first")  # a kernel is compiled once for all their values
 
 
 def pyramid_sizes(images: Tensor, levels: int) -> Tensor:
-    """Mean absolute values of the bands and of the coarse image that is left, summed up: `[N, B, C, H, W]` in fp32 -> `[N]`.
+    """Sum the mean absolute values of the bands and of the remaining coarse image: `[N, B, C, H, W]` in fp32 -> `[N]`.
 
-    Sides from 2^(levels + 1) up.
+    Sides are at least 2^(levels + 1).
     """
     if images.dtype != torch.float32 or images.dim() != 5:
         raise TypeError(f"pyramid_sizes takes [N, B, C, H, W] in fp32 and was given {list(images.shape)} in {images.dtype}")
@@ -64,7 +64,7 @@ class _PyramidSizes(torch.autograd.Function):
                 coarse = images.new_empty(planes, h, w)
                 pyramid_shrink[_blocks((h, w), shrink), planes](fine, coarse, H, W, h, w, **shrink)
             signs.append(images.new_empty(planes, H, W, dtype=torch.int8))
-            share = len(images) / (planes * H * W)  # of a pixel in the mean of its level
+            share = len(images) / (planes * H * W)  # weight of a pixel in the mean of its level
             pyramid_band[blocks[level], planes](
                 fine, coarse, signs[-1], sums, share, H, W, h, w, sum(blocks), first, LAST=last, **band
             )
@@ -107,15 +107,17 @@ def _blocks(shape: tuple[int, int] | torch.Size, options: launch_config.Options)
 
 @triton.jit
 def _tap(distance):
-    """The filter's weight, 1 4 6 4 1 sixteenths, at a distance in pixels; zero beyond two."""
+    """Return the filter weight, 1 4 6 4 1 sixteenths, at a distance in pixels; zero beyond two."""
     squared = distance * distance
     return tl.where(squared == 0, 0.375, tl.where(squared == 1, 0.25, tl.where(squared == 4, 0.0625, 0.0)))
 
 
 @triton.jit
 def _taken(coarse, fine, side):
-    """With which weight pixel `coarse` takes `fine`, along an axis with `side` of these: as itself, and as reflected at either
-    edge."""
+    """Return the weight of `fine` in pixel `coarse` when downsampling an axis of `side` fine pixels.
+
+    It includes the reflections of `fine` at both edges.
+    """
     weight = _tap(fine - 2 * coarse)
     weight += tl.where(fine > 0, _tap(fine + 2 * coarse), 0.0)
     return weight + tl.where(fine < side - 1, _tap(2 * (side - 1) - fine - 2 * coarse), 0.0)
@@ -123,7 +125,7 @@ def _taken(coarse, fine, side):
 
 @triton.jit
 def _given(coarse, fine, side):
-    """With which weight fine pixel `fine` is given `coarse`, which stands at every second place between zeros."""
+    """Return the weight of `coarse` in pixel `fine` when upsampling: coarse pixels at even positions, zeros between them."""
     place = 2 * coarse
     weight = _tap(place - fine)
     weight += tl.where(place > 0, _tap(place + fine), 0.0)
@@ -138,7 +140,7 @@ def _mirrored(place, side):
 
 @_kernel
 def pyramid_shrink(fine, coarse, H, W, h, w, BLOCK: tl.constexpr):
-    """Filtered, every second pixel of every second row. Program: (block of coarse pixels, plane)."""
+    """Filter, and keep every second pixel of every second row. Program: (block of coarse pixels, plane)."""
     plane = tl.program_id(1).to(tl.int64)
     pixel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = pixel < h * w
@@ -155,8 +157,11 @@ def pyramid_shrink(fine, coarse, H, W, h, w, BLOCK: tl.constexpr):
 
 @_kernel
 def pyramid_band(fine, coarse, signs, sums, share, H, W, h, w, blocks, first, LAST: tl.constexpr, BLOCK: tl.constexpr):
-    """Fine pixels less what the coarse ones give them: their signs, and the sum of their sizes times `share`, sums [planes,
-    blocks] from block `first` on. LAST: the image itself. Program: (block of fine pixels, plane)."""
+    """Compute the band: fine pixels minus the upsampled coarse ones. Stores its signs and the sum of its absolute values.
+
+    The sums are multiplied by `share` and stored in sums [planes, blocks] from block `first` on. LAST: the band is the image
+    itself. Program: (block of fine pixels, plane).
+    """
     plane = tl.program_id(1).to(tl.int64)
     pixel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = pixel < H * W
@@ -172,7 +177,7 @@ def pyramid_band(fine, coarse, signs, sums, share, H, W, h, w, blocks, first, LA
 
 @triton.jit
 def _from_coarse(coarse, i, j, H, W, h, w, inside, BACK: tl.constexpr):
-    """What the coarse pixels around (i, j) give it; BACK: as much of each as it takes of this one."""
+    """Sum the contributions of the coarse pixels around (i, j) to it; BACK: with the weights of downsampling instead."""
     total = tl.zeros_like(i).to(tl.float32)
     for down in tl.static_range(-1, 2):
         row = i // 2 + down
@@ -187,7 +192,7 @@ def _from_coarse(coarse, i, j, H, W, h, w, inside, BACK: tl.constexpr):
 
 @_kernel
 def pyramid_coarse_gradient(signs, grad, coarse, share, H, W, h, w, images, BLOCK: tl.constexpr):
-    """From the gradient of a coarse pixel by way of the coarser levels take off that by way of this level's band, in place.
+    """Subtract the gradient through this level's band from that through the coarser levels, in place, for coarse pixels.
 
     Program: (block of coarse pixels, plane).
     """
@@ -211,7 +216,7 @@ def pyramid_coarse_gradient(signs, grad, coarse, share, H, W, h, w, images, BLOC
 
 @_kernel
 def pyramid_fine_gradient(signs, grad, coarse, fine, share, H, W, h, w, images, LAST: tl.constexpr, BLOCK: tl.constexpr):
-    """Gradient of a level's image: by way of its band, and of the coarse image. Program: (block of fine pixels, plane)."""
+    """Compute the gradient of a level's image through its band and the coarse image. Program: (block of fine pixels, plane)."""
     plane = tl.program_id(1).to(tl.int64)
     pixel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = pixel < H * W

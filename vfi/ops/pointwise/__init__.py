@@ -1,1 +1,1 @@
-"""Operators between the convolutions: their dispatch and Triton kernels."""
+"""Operators between the convolutions: their dispatch and fused Triton kernels."""

@@ -1,8 +1,8 @@
-"""How do a convolution's bias, a skip connection and PReLU cost one pass over the map? As one Triton kernel each way.
+"""Convolution bias, skip connection and PReLU in one pass over the map: one fused Triton kernel in each direction.
 
 A channels-last map is a matrix of pixels and channels, read once and written once, 16 bytes at a time. The backward pass needs
-nothing but the inputs again. Bias and slope get their gradients from sums that a bounded number of programs make, each over its
-own pixels in one order: all is the same bit for bit each time.
+only the inputs. A bounded number of programs compute the partial sums of the gradients of bias and slope, each over its own
+pixels in a fixed order: the results are bitwise reproducible.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ from vfi.ops.triton import launch_config
 from vfi.ops.triton.availability import multiprocessors
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-# 54 registers on an H100: nine programs a multiprocessor, each with 64 bytes of each map a thread under way
+# 54 registers on an H100: nine programs on a multiprocessor, each with 64 bytes of each map in flight per thread
 _FORWARD = {"num_warps": 4, "TOGETHER": 4}
-# of a single warp, so that none waits for another: measured 4 to 20 % faster than four
+# a single warp, so that no warp waits for another: measured 4 to 20 % faster than four
 _BACKWARD = {"num_warps": 1, "TOGETHER": 4, "PROGRAMS": 8}
 
 
 def bias_prelu(x: Tensor, bias: Tensor, slope: Tensor, residual: Tensor | None = None, overwrite: bool = False) -> Tensor:
-    """PReLU(x + bias + residual), computed in fp32.
+    """Return PReLU(x + bias + residual), computed in fp32.
 
     Args:
         x: `[B, C, H, W]` in bf16, fp16 or fp32. It and `residual` are copied unless they are dense and channels-last.
-        bias, slope: `[C]`. A slope of each channel below zero.
+        bias, slope: `[C]`. The slope of each channel applies below zero.
         residual: like `x`.
-        overwrite: the result takes the place of `x`, which is given up; without gradients.
+        overwrite: write the result to the memory of `x`, which becomes invalid; without gradients only.
 
     Returns:
         `[B, C, H, W]` in x's dtype, channels-last.
@@ -57,7 +57,7 @@ def bias_prelu(x: Tensor, bias: Tensor, slope: Tensor, residual: Tensor | None =
 
 
 def _forward(x: Tensor, bias: Tensor, slope: Tensor, residual: Tensor | None, y: Tensor) -> Tensor:
-    """Fills y, which may be x."""
+    """Fill y, which may be x."""
     tile, rows = _tile(bias_prelu_forward, x, residual, _FORWARD), _rows(x)
     programs = -(-rows // (tile.rows * tile.together)) * tile.blocks
     _launch(bias_prelu_forward, programs, tile, x, bias, slope, residual, y, rows)
@@ -84,7 +84,7 @@ class _Fused(torch.autograd.Function):
         sums = x.new_empty(2, programs, x.shape[1], dtype=torch.float32)
         tensors = x, bias, slope, residual, _channels_last(grad), dx, sums
         _launch(bias_prelu_backward, programs * tile.blocks, tile, *tensors, rows, programs)
-        d_bias, d_slope = sums.sum(dim=1).unbind()  # a tensor taken apart by Python takes longer than the kernel
+        d_bias, d_slope = sums.sum(dim=1).unbind()  # unpacking a tensor in Python takes longer than the kernel
         return (
             dx if to_x else None,
             d_bias.to(bias.dtype) if to_bias else None,
@@ -94,7 +94,7 @@ class _Fused(torch.autograd.Function):
 
 
 class Tile(NamedTuple):
-    """What a program has at once: `together` times as much as its threads read with one instruction each, rows x channels."""
+    """Data of a program at a time: rows x channels, `together` times what its threads read with one instruction each."""
 
     channels: int
     blocks: int  # of channels
@@ -102,11 +102,11 @@ class Tile(NamedTuple):
     together: int
     num_warps: int
     programs: int
-    """A multiprocessor, in the backward pass."""
+    """Programs for each multiprocessor, in the backward pass."""
 
 
 def _tile(kernel: Any, x: Tensor, residual: Tensor | None, default: launch_config.Options) -> Tile:
-    """Of a launch."""
+    """Return the Tile of a launch."""
     C = x.shape[1]
     channels, vector = _in_a_row(C, x.dtype)
     options = launch_config.configuration(kernel.__name__, (x.dtype, channels, vector, residual is not None), default, x.device)
@@ -116,8 +116,9 @@ def _tile(kernel: Any, x: Tensor, residual: Tensor | None, default: launch_confi
 
 @functools.cache
 def _in_a_row(C: int, dtype: torch.dtype) -> tuple[int, int]:
-    """Channels of a program, in blocks of a cache line or two: the fewer it has, the fewer the sums that it leaves; and those
-    that a thread reads with one instruction.
+    """Return the channels of a program, and those that a thread reads with one instruction.
+
+    A program has the channels of a cache line or two: with fewer channels it stores fewer partial sums.
     """
     return min(64, triton.next_power_of_2(C)), math.gcd(C, 16 // dtype.itemsize)
 
@@ -145,16 +146,16 @@ def _launch(kernel: Any, programs: int, tile: Tile, x: Tensor, *others: Tensor |
 
 @triton.jit
 def _lanes(C: tl.constexpr, CHANNELS: tl.constexpr):
-    """`[CHANNELS]`: this program's channels, and which there are. Blocks of channels are neighbours."""
+    """Return this program's channels `[CHANNELS]`, and which of them exist. Blocks of channels are adjacent."""
     lane = tl.program_id(0) % tl.cdiv(C, CHANNELS) * CHANNELS + tl.arange(0, CHANNELS)
     return lane, lane < C
 
 
 @triton.jit
 def _places(lane, known, left, C: tl.constexpr, ROWS: tl.constexpr, TOGETHER: tl.constexpr):
-    """`[TOGETHER, ROWS, CHANNELS]`: offsets from a row on, and which of them exist where `left` rows do.
+    """Return offsets `[TOGETHER, ROWS, CHANNELS]` from a row on, and which of them exist if `left` rows remain.
 
-    A thread reads the same channels of the same row of ROWS each time: sums over TOGETHER need no other thread.
+    A thread always reads the same channels of the same row of ROWS: sums over TOGETHER need no other thread.
     """
     row = tl.arange(0, TOGETHER)[:, None, None] * ROWS + tl.arange(0, ROWS)[None, :, None]
     return row * C + lane[None, None, :], (row < left) & known[None, None, :]
@@ -162,7 +163,7 @@ def _places(lane, known, left, C: tl.constexpr, ROWS: tl.constexpr, TOGETHER: tl
 
 @triton.jit
 def _sum(x, bias, residual, start, at, inside):
-    """x + bias + residual in fp32. `start` in int64: a map may have 2^31 elements and more."""
+    """Return x + bias + residual in fp32. `start` is int64, because a map may have 2^31 elements or more."""
     v = tl.load(x + start + at, mask=inside, other=0.0).to(tl.float32) + bias
     if residual is not None:
         v += tl.load(residual + start + at, mask=inside, other=0.0).to(tl.float32)
@@ -211,7 +212,7 @@ def bias_prelu_backward(
     ROWS: tl.constexpr,
     TOGETHER: tl.constexpr,
 ):
-    """sums `[2, programs, C]`: a program's part of the gradients of bias and slope."""
+    """Compute dx, and in sums `[2, programs, C]` each program's part of the gradients of bias and slope."""
     lane, known = _lanes(C, CHANNELS)
     program = tl.program_id(0) // tl.cdiv(C, CHANNELS)
     bias_, slope_ = _per_channel(bias, lane, known), _per_channel(slope, lane, known)

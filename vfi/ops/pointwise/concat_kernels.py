@@ -1,10 +1,10 @@
-"""How do maps come to lie side by side in the channels of one? By one Triton kernel forward and one backward.
+"""Concatenation of maps along channels: one fused Triton kernel forward and one backward.
 
-`torch.cat` first copies maps of other types and strides, a pixel shuffle is one copy more, and cuDNN then copies what has no
-multiple of 8 channels. Here a program moves all channels of some pixels, or its neighbours move the rest: if each map had its
-own launch, most sectors of memory would be written in two parts. Where 8 channels, which are 16 bytes in half precision, are
-neighbours in one map, rows of them are moved as they are; others are read one by one, each for many pixels, and put together.
-The backward pass makes the same moves the other way.
+`torch.cat` first copies maps of other types and strides, a pixel shuffle is another copy, and cuDNN then copies maps whose
+number of channels is not a multiple of 8. Here a program moves all channels of some pixels, or shares them with adjacent
+programs: with a separate launch for each map, most memory sectors would be written in two parts. Where 8 channels (16 bytes in
+half precision) are adjacent in one map, they are moved as rows; the others are read one by one, each for many pixels, and
+assembled. The backward pass makes the same moves in the other direction.
 """
 
 from __future__ import annotations
@@ -22,13 +22,14 @@ from torch.autograd.function import once_differentiable
 from vfi.ops.triton import launch_config
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-# of a program: pixels, one for each thread, so that a thread has all 8 channels that it puts together; channels, about
+# of a program: pixels, one for each thread, so that a thread has all 8 channels that it assembles; and the approximate number
+# of channels
 _DEFAULT = {"stack_maps": {"PIXELS": 32, "CHANNELS": 32}, "unstack_maps": {"PIXELS": 128, "CHANNELS": 128}}
-_WIDEST = 32  # channels of a row that are moved at once
+_WIDEST = 32  # maximum channels of a row that are moved at once
 
 
 class Strides(NamedTuple):
-    """Where a map lies: its frames are `frame_areas` times a frame's pixels and `frame` apart, whatever the size of frames."""
+    """Memory layout of a map: frames are `frame_areas` times the pixels of a frame plus `frame` apart, for any frame size."""
 
     frame_areas: int
     frame: int
@@ -38,35 +39,34 @@ class Strides(NamedTuple):
 
 
 class Owner(NamedTuple):
-    """Where a channel comes from."""
+    """Source of an output channel."""
 
     map_: int
     channel: int
 
 
 class Row(NamedTuple):
-    """Channels that are moved as they are."""
+    """Channels that are moved as one row."""
 
     start: int
     width: int
     map_: int
     first: int
-    """Channel of the map."""
+    """First channel in the map."""
 
 
 _NOBODY = Owner(-1, 0)
 
 
 def stack_channels(parts: Sequence[Tensor], dtype: torch.dtype, shuffled: Tensor | None = None, multiple: int = 8) -> Tensor:
-    """`torch.cat` of maps, the first of which may be yet to be shuffled to pixels, with zeros after the last channel.
+    """Concatenate maps like `torch.cat`, optionally after a pixel shuffle of another map, padded with zero channels.
 
     Args:
-        parts: `[B, C_i, H, W]` each, in bf16, fp16 or fp32 and of any strides. They are read where they lie if pixels follow
-            one another evenly, as in channels-last maps, contiguous ones, slices of either's frames or channels, and scalars
-            that were expanded.
+        parts: `[B, C_i, H, W]` each, in bf16, fp16 or fp32, with any strides. They are read in place if their pixels are evenly
+            spaced, as in channels-last maps, contiguous ones, slices of either's frames or channels, and expanded scalars.
         dtype: of the output, bf16, fp16 or fp32.
-        shuffled: `[B, 4 * C_0, H / 2, W / 2]`, as `F.pixel_shuffle(shuffled, 2)` takes it.
-        multiple: the output's channels are a multiple of this.
+        shuffled: `[B, 4 * C_0, H / 2, W / 2]`, the input of `F.pixel_shuffle(shuffled, 2)`.
+        multiple: the number of output channels is a multiple of this.
 
     Returns:
         `[B, C, H, W]`, channels-last: `torch.cat((F.pixel_shuffle(shuffled, 2), *parts), 1).to(dtype)` and the zeros, bit for
@@ -86,7 +86,7 @@ def stack_channels(parts: Sequence[Tensor], dtype: torch.dtype, shuffled: Tensor
 
 
 def _size(t: Tensor, is_shuffled: bool) -> tuple[int, int, int] | None:
-    """(B, H, W) of what a map becomes; None if it is no such map."""
+    """Return (B, H, W) of a map after the shuffle; None if it is not a valid map."""
     if t.dim() != 4 or (is_shuffled and t.shape[1] % 4):
         return None
     B, _, H, W = t.shape
@@ -128,7 +128,7 @@ class _Stack(torch.autograd.Function):
 
 
 def _launch(kernel: Any, stacked: Tensor, maps: Sequence[Tensor | None], widths: list[int], first_is_shuffled: bool) -> None:
-    """Moves between the channels of `stacked`, channels-last, and those of maps, `widths` each in it. None is left out."""
+    """Copy between channels of `stacked`, channels-last, and maps with `widths` channels each. None entries are skipped."""
     B, channels, H, W = stacked.shape
     places = [None if t is None else _place_in_memory(t) for t in maps]
     strides = tuple(None if place is None else place[1] for place in places)
@@ -156,7 +156,7 @@ def _launch(kernel: Any, stacked: Tensor, maps: Sequence[Tensor | None], widths:
 
 
 def _place_in_memory(t: Tensor) -> tuple[Tensor, Strides]:
-    """A map and its strides; those of a copy if its pixels do not follow one another evenly."""
+    """Return a map and its Strides; those of a copy if its pixels are not evenly spaced."""
     B, C, H, W = t.shape
     frame, channel, down, across = t.stride()
     frames, channels = divmod(frame, H * W or 1), divmod(channel, H * W or 1) if C > 1 else (0, 0)
@@ -170,9 +170,9 @@ def _place_in_memory(t: Tensor) -> tuple[Tensor, Strides]:
 def moves(
     widths: tuple[int, ...], strides: tuple[Strides | None, ...], channels: int, keep_zeros: bool
 ) -> tuple[tuple[Row, ...], tuple[int, ...], tuple[Owner, ...]]:
-    """What is moved: rows, starts of 8 channels that are put together, and their owners, 8 for each.
+    """Plan the moves: rows, starts of groups of 8 channels that are assembled, and their owners, 8 for each group.
 
-    Maps without strides are left out and not counted, and so are 8 channels of none if zeros are not kept.
+    Maps without strides are skipped and not counted, and so are groups of 8 channels without an owner unless `keep_zeros`.
     """
     known = [stride for stride in strides if stride is not None]
     owners: list[Owner] = []
@@ -197,30 +197,30 @@ def moves(
 
 
 def _is_half(left: Row, right: Row) -> bool:
-    """Of a row that may be moved at once."""
+    """Return whether the rows are the two halves of a row that may be moved at once."""
     follows = (left.start + left.width, left.map_, left.first + left.width) == (right.start, right.map_, right.first)
     return follows and left.width == right.width < _WIDEST
 
 
 class _Place(NamedTuple):
-    """What a program moves."""
+    """Pixels of a program."""
 
     frame: Any
     start: Any
-    """Pixels that others have before it."""
+    """Number of pixels in the frame before those of this program."""
     pixel: Any
-    """`[PIXELS]` in the frame."""
+    """`[PIXELS]` positions in the frame."""
     inside: Any
     """`[PIXELS]`, whether they are in the frame."""
     spot: Any
-    """`[PIXELS]`, which pixels they were before the shuffle."""
+    """`[PIXELS]` positions of their source pixels before the shuffle."""
     corner: Any
-    """`[PIXELS]`, which of 4 pixels they become in it."""
+    """`[PIXELS]`, which of the 4 pixels of the shuffle they are."""
 
 
 @triton.jit
 def _pixels(program, area, W, blocks, SHUFFLED: tl.constexpr, PIXELS: tl.constexpr):
-    """The _Place of a program. If SHUFFLED, its pixels lie in two rows of the frame."""
+    """Return the _Place of a program. If SHUFFLED, its pixels lie in two rows of the frame."""
     frame = (program // blocks).to(tl.int64)
     start = program % blocks * PIXELS
     place = tl.arange(0, PIXELS)
@@ -242,7 +242,7 @@ def _at(
     map_, frame, channel, pixel, area,
     FRAME_AREAS: tl.constexpr, FRAME: tl.constexpr, CHANNEL_AREAS: tl.constexpr, CHANNEL: tl.constexpr, PIXEL: tl.constexpr,
 ):  # fmt: skip
-    """Where a channel of a pixel lies in a map of such Strides."""
+    """Return the address of a channel of a pixel in a map with such Strides."""
     frame_stride = area.to(tl.int64) * FRAME_AREAS + FRAME
     channel_stride = area.to(tl.int64) * CHANNEL_AREAS + CHANNEL
     return map_ + frame * frame_stride + channel * channel_stride + pixel * PIXEL
@@ -250,7 +250,7 @@ def _at(
 
 @triton.jit
 def _shuffled_row(map_, place, area, FIRST: tl.constexpr, WIDTH: tl.constexpr, STRIDES: tl.constexpr, PIXELS: tl.constexpr):
-    """Where the channels `[PIXELS / 4, 4 * WIDTH]` lie that become WIDTH, and which of them are in the frame."""
+    """Return the addresses of the channels `[PIXELS / 4, 4 * WIDTH]` that become WIDTH, and which of them are in the frame."""
     spot = place.start // 4 + tl.arange(0, PIXELS // 4)
     row = _at(map_, place.frame, 4 * FIRST, spot.to(tl.int64), area // 4, *STRIDES[0])
     return row[:, None] + tl.arange(0, 4 * WIDTH)[None, :], (spot < area // 4)[:, None]
@@ -258,7 +258,7 @@ def _shuffled_row(map_, place, area, FIRST: tl.constexpr, WIDTH: tl.constexpr, S
 
 @triton.jit
 def _column(maps, place, area, MAP: tl.constexpr, CHANNEL: tl.constexpr, STRIDES: tl.constexpr, SHUFFLED: tl.constexpr):
-    """Where the channel of a map lies in all pixels, `[PIXELS]`."""
+    """Return the addresses `[PIXELS]` of a channel of a map in all pixels."""
     if SHUFFLED and MAP == 0:
         at = _at(maps[MAP], place.frame, 4 * CHANNEL + place.corner, place.spot, area // 4, *STRIDES[MAP])
     else:
@@ -327,7 +327,7 @@ def _stack_eight(
 
 @triton.jit
 def _eight(row, inside, START: tl.constexpr, CHANNELS: tl.constexpr):
-    """Where 8 channels from START on lie, and which of them are in the frame and the map."""
+    """Return the addresses of 8 channels from START on, and which of them are in the frame and the map."""
     channel = START + tl.arange(0, 8)[None, :]
     known = inside[:, None]
     if START + 8 > CHANNELS:

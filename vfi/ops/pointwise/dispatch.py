@@ -1,7 +1,8 @@
-"""Which operators between the convolutions run as kernels of our own? All or none of these, chosen when a network is built.
+"""Choice between fused Triton kernels and PyTorch for the operators between the convolutions, when a network is built.
 
-Each costs several passes over a map in PyTorch and one here: bias, skip connection and PReLU; channels side by side, with the
-pixel shuffle; warping; layer norms in half precision. Modules that can do without are left as they are where there is no GPU.
+All of them are fused, or none. Each takes several passes over a map in PyTorch and one as a fused kernel: bias, skip
+connection and PReLU; concatenation of channels, with the pixel shuffle; warping; layer norms in half precision. Without a GPU,
+modules use PyTorch's operators.
 """
 
 from __future__ import annotations
@@ -17,42 +18,43 @@ from vfi.ops.warp.warp import backward_warp
 
 
 class Pointwise(NamedTuple):
-    """The kernels."""
+    """The fused operators."""
 
     bias_prelu: Callable[..., Tensor]
     """vfi/ops/pointwise/bias_prelu_kernels.py."""
     stack_channels: Callable[..., Tensor]
     """vfi/ops/pointwise/concat_kernels.py."""
     backward_warp: Callable[..., Tensor]
-    """vfi/ops/warp/warp_kernels.py; PyTorch's in deterministic runs, for the kernels sum up the gradient of `x` in any
-    order."""
+    """vfi/ops/warp/warp_kernels.py; PyTorch's warping in deterministic runs, because the kernels sum the gradient of `x` in an
+    arbitrary order.
+    """
     layer_norm: Callable[[Tensor, Tensor, Tensor, float], Tensor]
     """vfi/ops/pointwise/layer_norm_kernels.py."""
 
 
 class PointwiseModule(nn.Module):
-    """A module that takes such kernels where it has them."""
+    """Module that uses the fused operators if it has them."""
 
     pointwise: Pointwise | None = None
 
     def bias_prelu(self, x: Tensor, bias: Any, slope: Any, residual: Tensor | None = None) -> Tensor:
-        """By its kernel, of a map that nothing else needs: without gradients the result takes its place."""
+        """Apply the fused bias and PReLU to a map that nothing else needs: without gradients the result overwrites it."""
         assert self.pointwise is not None
         activated: Tensor = self.pointwise.bias_prelu(x, bias, slope, residual, not torch.is_grad_enabled())
         return activated
 
 
 def give_pointwise(network: nn.Module, pointwise: Pointwise | None) -> None:
-    """Let all modules of `network` take these kernels, or PyTorch's operators."""
+    """Let all modules of `network` use these fused operators, or PyTorch's if None."""
     for module in network.modules():
         if isinstance(module, PointwiseModule):
             module.pointwise = pointwise
 
 
 def choose_pointwise(backend: str, device: torch.device) -> tuple[Pointwise | None, str]:
-    """The kernels, or None for PyTorch's operators, and a line that says what was taken and why.
+    """Return the fused operators, or None for PyTorch's, and a line that states the choice and the reason.
 
-    fused raises where the kernels can't run.
+    The backend `fused` raises if the kernels can't run.
     """
     taken, line = takes_fused("pointwise", backend, device)
     return _import() if taken else None, line

@@ -1,6 +1,6 @@
-"""How does a layer norm keep a half-precision map in half precision? As one Triton kernel each way, with sums in fp32.
+"""Layer norm that keeps a half-precision map in half precision: one fused Triton kernel in each direction, sums in fp32.
 
-Autocast makes it three passes: a copy in fp32, the norm, and a copy back. Source: Layer Normalization (arXiv 1607.06450).
+With autocast it takes three passes: a copy in fp32, the norm, and a copy back. Source: Layer Normalization (arXiv 1607.06450).
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from torch.autograd.function import once_differentiable
 from vfi.ops.triton import launch_config
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-_PROGRAMS = 1024  # of the backward pass: each leaves a sum for every parameter
+_PROGRAMS = 1024  # of the backward pass: each stores a partial sum for every parameter
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """`F.layer_norm` over the last dimension: x `[..., C]` in bf16, fp16 or fp32, weight and bias `[C]` -> as x."""
+    """Apply `F.layer_norm` over the last dimension: x `[..., C]` in bf16, fp16 or fp32, weight, bias `[C]`; result like x."""
     if x.dtype not in DTYPES:
         raise TypeError(f"the fused layer norm takes bf16, fp16 or fp32 and was given {x.dtype}")
     if not weight.shape == bias.shape == x.shape[-1:]:
@@ -50,7 +50,7 @@ class _LayerNorm(torch.autograd.Function):
         x, weight, bias = ctx.saved_tensors
         C = x.shape[-1]
         rows, tile = x.numel() // C, _tile(layer_norm_backward, x)
-        each = math.ceil(rows / (tile["ROWS"] * _PROGRAMS))  # blocks of rows of a program
+        each = math.ceil(rows / (tile["ROWS"] * _PROGRAMS))  # blocks of rows for each program
         programs = math.ceil(rows / (tile["ROWS"] * each)) if rows else 0
         dx = torch.empty_like(x)
         sums = x.new_empty(2, programs, C, dtype=torch.float32)
@@ -62,7 +62,7 @@ class _LayerNorm(torch.autograd.Function):
 
 
 def _tile(kernel: Any, x: Tensor) -> launch_config.Options:
-    """Rows of a program, about 2048 numbers, and the channels of a row up to a power of two."""
+    """Return the rows of a program, about 2048 elements, and the channels of a row rounded up to a power of two."""
     channels = triton.next_power_of_2(x.shape[-1])
     default = {"ROWS": max(1, 2048 // channels), "num_warps": 4}
     return launch_config.configuration(kernel.__name__, (x.dtype, channels), default, x.device) | {"CHANNELS": channels}
@@ -70,7 +70,7 @@ def _tile(kernel: Any, x: Tensor) -> launch_config.Options:
 
 @triton.jit
 def _normed(x, at, known, C: tl.constexpr, eps):
-    """Rows with mean 0 and variance 1, and what they were multiplied with."""
+    """Return rows with mean 0 and variance 1, and the factor that scaled them."""
     value = tl.load(x + at, mask=known, other=0.0).to(tl.float32)
     value = tl.where(known, value - (tl.sum(value, 1) / C)[:, None], 0.0)
     scale = 1 / tl.sqrt(tl.sum(value * value, 1) / C + eps)
@@ -79,7 +79,7 @@ def _normed(x, at, known, C: tl.constexpr, eps):
 
 @triton.jit(do_not_specialize=["rows"])
 def layer_norm_forward(x, weight, bias, y, eps, rows, C: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr):
-    """Program: a block of rows."""
+    """Normalise rows. Program: a block of rows."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     channel = tl.arange(0, CHANNELS)
     at = row[:, None] * C + channel[None, :]
@@ -94,7 +94,10 @@ def layer_norm_forward(x, weight, bias, y, eps, rows, C: tl.constexpr, ROWS: tl.
 def layer_norm_backward(
     x, weight, grad, dx, sums, eps, rows, each, C: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr
 ):
-    """dx, and of weight and bias what the rows of this program add: sums [2, programs, C]. Program: `each` blocks of rows."""
+    """Compute dx, and in sums [2, programs, C] this program's part of the gradients of weight and bias.
+
+    Program: `each` blocks of rows.
+    """
     program = tl.program_id(0)
     channel = tl.arange(0, CHANNELS)
     w = tl.load(weight + channel, mask=channel < C, other=0.0).to(tl.float32)

@@ -1,1 +1,1 @@
-"""State-space operators: scan orders, recurrences, the short convolution and the fused SS2D."""
+"""State-space operators: scan directions, recurrences, the short convolution and the fused SS2D."""

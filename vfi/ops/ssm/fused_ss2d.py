@@ -1,9 +1,10 @@
-"""How is the core of an SS2D computed in one go? From projected pixels to the gated, normed sum of the four orders, in Triton.
+"""Fused core of an SS2D in Triton: from projected pixels to the gated, normalised sum of the four scan directions.
 
-    sum over orders of RMSNorm(unscan(ssd(silu(conv(scan(x, B, C))), scan(dt))) * silu(z)) * weight
+    sum over directions of RMSNorm(unscan(ssd(silu(conv(scan(x, B, C))), scan(dt))) * silu(z)) * weight
 
-The convolution reads the pixels in the orders by index, and the norm puts the outputs back in place: nothing is reordered for
-its own sake (vfi/ops/ssm/ss2d_common.py). For the backward pass nothing but the projected pixels is kept; all is computed anew.
+The convolution reads the pixels in each direction by index, and the norm writes the outputs back to the pixels: there is no
+separate reordering (vfi/ops/ssm/ss2d_common.py). Only the projected pixels are kept for the backward pass; everything else is
+recomputed.
 """
 
 from __future__ import annotations
@@ -19,14 +20,15 @@ from vfi.ops.triton import launch_config
 from vfi.ops.triton.availability import fused_obstacle, multiprocessors
 
 HEAD_DIMS, STATES = (16, 32, 64), (16, 32, 64, 128)
-"""Widths of a head and of a state that the kernels have tiles for."""
-_LEAN_BYTES = 2**30  # of one output an order that are in memory at a time, where none is kept
-_STATE_BYTES = 2**27  # of states and their gradients that are in memory at a time
-_FULL = 8  # programs for each multiprocessor that keep a GPU busy; fewer sequences are cut into segments
-_SHORTEST = 4  # chunks in a segment
+"""Widths of a head and of a state for which the kernels have tiles."""
+_LEAN_BYTES = 2**30  # of one output per direction in memory at a time, where none is kept
+_STATE_BYTES = 2**27  # of states and their gradients in memory at a time
+_FULL = 8  # programs for each multiprocessor that keep a GPU busy; with fewer, sequences are cut into segments
+_SHORTEST = 4  # minimum number of chunks in a segment
 
 
-# Blocks and warps where a card is not known better (vfi/ops/triton/launch_config.py): the fastest of those measured on an H100.
+# Default blocks and warps where nothing is tuned for the GPU (vfi/ops/triton/launch_config.py): the fastest measured on an
+# H100.
 _LAUNCH: dict[str, dict[str, int]] = {
     "convolve": {"BLOCK": 32, "WIDTH": 128, "num_warps": 4},
     "time_steps": {"num_warps": 4},
@@ -37,7 +39,7 @@ _LAUNCH: dict[str, dict[str, int]] = {
     "gated_norm": {"BLOCK": 2, "num_warps": 4},
     "gated_norm_gradients": {"BLOCKS": 16, "num_warps": 1},
 }
-# (warps, stages) of the kernels with products: of half-precision operands, and of fp32.
+# (warps, stages) of the kernels with matrix products: of half-precision operands, and of fp32.
 _SCAN_LAUNCH: dict[str, tuple[tuple[int, int], tuple[int, int]]] = {
     "scan": ((4, 3), (4, 2)),
     "scan_states": ((4, 2), (2, 3)),
@@ -45,26 +47,28 @@ _SCAN_LAUNCH: dict[str, tuple[tuple[int, int], tuple[int, int]]] = {
     "scan_key_gradients": ((4, 3), (4, 3)),
     "scan_gradients": ((4, 3), (4, 1)),
 }
-# of these, `vfi tune` also tries "maxnreg", the most registers of a thread, so that more programs run at once; 0 leaves that to
-# the compiler
+# for these, `vfi tune` also tries "maxnreg", the maximum registers of a thread, so that more programs run at once; 0 leaves it
+# to the compiler
 _FEWER_REGISTERS = ("scan", "scan_key_gradients")
-_TILE_BYTES = 8192  # of a state in operands; wider ones get shorter chunks and fewer stages, to fit into shared memory
-_ROW_BYTES = 256  # of a key in operands; wider ones likewise, where shared memory is small
-# compute capabilities with 99 KB of it a program; others have 163 and more (CUDA C++ Programming Guide, compute capabilities)
+_TILE_BYTES = 8192  # of a state's operands; wider states get shorter chunks and fewer stages, to fit into shared memory
+_ROW_BYTES = 256  # of a key's operands; wider keys likewise, where shared memory is small
+# compute capabilities with 99 KB of shared memory for a program; others have at least 163 KB (CUDA C++ Programming Guide,
+# compute capabilities)
 _SMALL = ((8, 6), (8, 9), (12, 0), (12, 1))
 
 
 class Shape(NamedTuple):
-    """What a tensor's shape does not tell."""
+    """Settings that the shapes of the tensors do not determine."""
 
     heads: int
     head_dim: int
     state: int
     together: int
-    """Frames that make a sequence: 2 interleaved, 1 alone."""
+    """Frames that form a sequence: 2 interleaved, or 1 alone."""
     precision: str
-    """Products of the scan: fp32 (three of TF32 each), tf32, or input (operands in the type of the pixels); auto is input, but
-    for fp16 that is tf32, which rounds alike and has the range of fp32."""
+    """Matrix products of the scan: fp32 (three products of TF32 each), tf32, or input (operands in the dtype of the pixels).
+    auto is input, except tf32 for fp16: it rounds alike and has the range of fp32.
+    """
 
     @property
     def inner(self) -> int:
@@ -73,12 +77,12 @@ class Shape(NamedTuple):
 
     @property
     def channels(self) -> int:
-        """Channels of x, B and C, which go through the convolution."""
+        """Channels of x, B and C, which pass through the convolution."""
         return self.inner + 2 * self.state
 
 
 class Parameters(NamedTuple):
-    """Parameters of an SS2D, as `mamba_ssm.Mamba2` has them; A is negative."""
+    """Parameters of an SS2D, as in `mamba_ssm.Mamba2`; A is negative."""
 
     conv_weight: Tensor
     """[channels, 4]."""
@@ -95,7 +99,7 @@ class Parameters(NamedTuple):
 
 
 def fused_ss2d(projected: Tensor, parameters: Parameters, shape: Shape) -> Tensor:
-    """Projected pixels `[2B, H, W, z | x, B, C | dt]`, frame 0 of all pairs first -> `[2B, H, W, inner]`, in their dtype.
+    """Compute `[2B, H, W, inner]` from projected pixels `[2B, H, W, z | x, B, C | dt]`, frame 0 of all pairs first, same dtype.
 
     Any H and W; fp32, bf16 or fp16. Sums, decays and states are fp32.
     """
@@ -111,7 +115,7 @@ def fused_ss2d(projected: Tensor, parameters: Parameters, shape: Shape) -> Tenso
 
 
 def ss2d_obstacle(device: torch.device, head_dim: int, state: int, groups: int) -> str | None:
-    """Why the fused kernels can't run; None where they can."""
+    """Return why the fused kernels can't run; None if they can."""
     if obstacle := fused_obstacle(device):
         return obstacle
     if groups != 1:
@@ -140,20 +144,20 @@ class _FusedSS2D(torch.autograd.Function):
 
 
 class Tokens(NamedTuple):
-    """What the scan works on, in the order of its n sequences."""
+    """Inputs of the scan, in the order of its n sequences."""
 
     x: Tensor
-    """[n, L, inner], or with B and C [n, L, channels] before their SiLU."""
+    """[n, L, inner], or together with B and C [n, L, channels], before their SiLU."""
     keys: Tensor
     """[n, L, 2 * state]: B | C."""
     steps: Tensor
-    """[n, heads, chunks * chunk], as the next: dt."""
+    """[n, heads, chunks * chunk], like `decays`: dt."""
     decays: Tensor
-    """Logarithm to 2 of the decay since the chunk began."""
+    """Base-2 logarithm of the decay since the start of the chunk."""
 
 
 class _Run:
-    """One call: what all kernels are told, and the launches in their order."""
+    """One call: the arguments that all kernels share, and the launches in their order."""
 
     def __init__(self, projected: Tensor, parameters: Parameters, shape: Shape) -> None:
         from vfi.ops.ssm import ss2d_bwd_kernels, ss2d_fwd_kernels
@@ -167,7 +171,7 @@ class _Run:
         self.parameters = Parameters(*(t.detach().contiguous() for t in parameters))
         self.z, self.map, self.raw_steps = projected.split((shape.inner, shape.channels, shape.heads), dim=-1)
         self.frames, self.pixels = frames, self.H * self.W
-        self.sequences, self.L = frames // shape.together, shape.together * self.pixels  # of one order
+        self.sequences, self.L = frames // shape.together, shape.together * self.pixels  # of one direction
         half = projected.dtype == torch.bfloat16 or (projected.dtype == torch.float16 and shape.precision == "input")
         self.dot = projected.dtype if half and shape.precision in ("auto", "input") else torch.float32
         tile, self.small = shape.head_dim * shape.state * self.dot.itemsize, _is_small(projected.device)
@@ -184,32 +188,32 @@ class _Run:
         }  # fmt: skip
 
     def new(self, *size: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Memory for what a kernel writes."""
+        """Allocate an uninitialised output of a kernel."""
         return torch.empty(size, dtype=dtype, device=self.projected.device)
 
     def options(self, name: str) -> launch_config.Options:
-        """Blocks, warps and stages of a kernel."""
+        """Return the blocks, warps and stages of a kernel."""
         default = _LAUNCH.get(name)
         if default is None:
             warps, stages = _SCAN_LAUNCH[name][self.dot == torch.float32]
             stages = min(stages, 2) if self.small and self.dot == torch.float32 else stages
-            # not 1 for the scan, which Triton 3.6 then compiles into reads of memory that is not there
+            # not 1 for the scan: Triton 3.6 compiles that into out-of-bounds reads
             default = {"num_warps": warps, "num_stages": min(stages, 2 if name == "scan" else 1) if self.wide else stages}
             default |= {"maxnreg": 0} if name in _FEWER_REGISTERS else {}
         return launch_config.configuration(name, self.shape_classes[name], default, self.projected.device)
 
     def launch(self, name: str, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
-        """Run a kernel."""
+        """Launch a kernel."""
         asked = {option: value for option, value in self.options(name).items() if (option, value) != ("maxnreg", 0)}
         self.kernels[name][grid](*arguments, **constants, **asked)
 
     @property
     def grid_of_pixels(self) -> tuple[int, int, int, int]:
-        """What turns a pixel into its place in a sequence, and back."""
+        """Return the sizes that map a pixel to its position in a sequence, and back."""
         return self.L, self.sequences, self.H, self.W
 
     def without_gradients(self) -> Tensor:
-        """The result alone; fewer orders at a time where memory asks for it."""
+        """Compute the result alone, with fewer directions at a time if they would take too much memory."""
         one = self.frames * self.pixels * (self.shape.inner + self.shape.channels) * self.projected.element_size()
         at_once = next((orders for orders in (4, 2) if orders * one <= _LEAN_BYTES), 1)
         out = None
@@ -220,7 +224,7 @@ class _Run:
         return out
 
     def tokens(self, orders: range, activated: bool) -> Tokens:
-        """What the scan works on, of these orders; x not `activated` comes with B and C, all before their SiLU."""
+        """Return the scan's inputs for these directions; without `activated`, x includes B and C, all before their SiLU."""
         shape, p, n = self.shape, self.parameters, len(orders) * self.sequences
         x = self.new(n, self.L, shape.inner if activated else shape.channels, dtype=self.projected.dtype)
         keys = self.new(n, self.L, 2 * shape.state, dtype=self.dot)
@@ -239,18 +243,18 @@ class _Run:
         return Tokens(x, keys, steps, decays)
 
     def segments(self, n: int) -> tuple[int, int]:
-        """Into how many segments of how many chunks the sequences are cut."""
+        """Return the number of segments into which sequences are cut, and the number of chunks in each."""
         wanted = math.ceil(_FULL * multiprocessors(self.projected.device) / (n * self.shape.heads))
         each = max(math.ceil(self.chunks / wanted), min(_SHORTEST, self.chunks))
         return math.ceil(self.chunks / each), each
 
     def scan(self, tokens: Tokens) -> Tensor:
-        """One output an order, [n, L, inner]."""
+        """Return one output per direction, [n, L, inner]."""
         shape, n = self.shape, len(tokens.keys)
         x, keys, steps, decays = tokens
         activated = x.shape[2] == shape.inner
         segments, each = self.segments(n)
-        before = keys  # not read where there is one segment
+        before = keys  # not read if there is only one segment
         if segments > 1:
             before = self.new(n, segments, shape.heads, shape.state, shape.head_dim)
             totals = self.new(n, segments, shape.heads)
@@ -268,7 +272,7 @@ class _Run:
         return y
 
     def norm(self, y: Tensor, orders: range, out: Tensor | None) -> Tensor:
-        """Gated, normed and summed over the orders of y, and added to `out`."""
+        """Apply gate and norm to y, sum over its directions, and add the sum to `out`."""
         inner, add = self.shape.inner, out is not None
         if out is None:
             out = self.new(self.frames, self.H, self.W, inner, dtype=self.projected.dtype)
@@ -280,7 +284,7 @@ class _Run:
         return out
 
     def backward(self, d_out: Tensor) -> tuple[Tensor, ...]:
-        """Gradients of the pixels and of each parameter, in their order."""
+        """Return the gradients of the pixels and of each parameter, in their order."""
         shape, p = self.shape, self.parameters
         d_projected = self.new(*self.projected.shape, dtype=self.projected.dtype)
         dz, d_map, d_raw = d_projected.split((shape.inner, shape.channels, shape.heads), dim=-1)
@@ -288,7 +292,7 @@ class _Run:
 
         n = 4 * self.sequences
         tokens = self.tokens(range(4), activated=False)
-        dy = self.scan(tokens)  # at first the outputs
+        dy = self.scan(tokens)  # initially the outputs
         d_norm = self.norm_gradients(dy, d_out.contiguous(), dz, d_stride)
         d_steps = self.new(*tokens.steps.shape)
         d_heads = self.new(n, self.chunks, shape.heads, 2)
@@ -317,7 +321,7 @@ class _Run:
         return d_projected, d_conv[:4].t(), d_conv[4], d_A, d_D, d_bias.sum(0), d_norm.sum(0)
 
     def norm_gradients(self, y: Tensor, d_out: Tensor, dz: Tensor, d_stride: int) -> Tensor:
-        """That of the weight, by program; those of the outputs y take their place, and dz is filled."""
+        """Return the gradient of the weight, by program; overwrite the outputs y with their gradients, and fill dz."""
         inner = self.shape.inner
         blocks = math.ceil(self.pixels / self.options("gated_norm_gradients")["BLOCKS"])
         d_norm = self.new(blocks * self.frames, inner)
@@ -328,13 +332,13 @@ class _Run:
         return d_norm
 
     def sequences_with_states(self, n: int) -> list[slice]:
-        """Parts of the sequences: of one at a time, the states and the gradients of them are in memory."""
+        """Split the sequences into parts, so that the states and their gradients of only one part are in memory at a time."""
         one = 2 * self.chunks * self.shape.inner * self.shape.state * self.dot.itemsize
         at_once = max(1, min(n, _STATE_BYTES // one))
         return [slice(first, first + at_once) for first in range(0, n, at_once)]
 
     def scan_gradients(self, tokens: Tokens, dy: Tensor, d_steps: Tensor, d_heads: Tensor) -> None:
-        """Fill d_steps and d_heads; the gradient of tokens.x takes its place."""
+        """Fill d_steps and d_heads; overwrite tokens.x with its gradient."""
         p, shape, n = self.parameters, self.shape, len(dy)
         x, keys, steps, decays = tokens
         states = self.new(n, self.chunks, shape.heads, shape.state, shape.head_dim, dtype=self.dot)
@@ -364,7 +368,7 @@ class _Run:
 def _shape_classes(
     pixels: torch.dtype, dot: torch.dtype, precision: str, chunk: int, shape: Shape
 ) -> dict[str, launch_config.ShapeClass]:
-    """What the fastest options of each kernel depend on: what it is compiled for, but for forms of it that hardly differ."""
+    """Return what each kernel's fastest options depend on: what it is compiled for, except variants that hardly differ."""
     heads, width = _power_of_two(shape.heads), _power_of_two(shape.inner)
     return {
         "convolve": (pixels, dot, shape.together),
@@ -386,7 +390,7 @@ def _triton_type(dtype: torch.dtype) -> Any:
 
 
 def _is_small(device: torch.device) -> bool:
-    """Is its shared memory?"""
+    """Return whether the GPU has little shared memory."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) in _SMALL
 
 

@@ -1,15 +1,15 @@
-"""In which order does the scan read the pixels of two frames? Interleaved or each frame alone, both in four orders.
+"""Scan directions over the pixels of two frames: interleaved, or each frame alone, both in four directions.
 
-The four orders are rows, columns, and both reversed. A sequence holds
+The four directions are rows, columns, and both reversed. A sequence contains
 
-- interleaved: both frames of a pair; tokens at the same place are neighbours: (p0, f0), (p0, f1), (p1, f0), (p1, f1), …
+- interleaved: both frames of a pair; tokens at the same position are adjacent: (p0, f0), (p0, f1), (p1, f0), (p1, f1), …
 - flip: one frame.
 
 Sources: VFIMamba, section 3.2 (interleaved rearrangement), VMamba (arXiv 2401.10166, the cross-scan of one image).
 
 A reordering is a gather of whole tokens by a cached index, and its gradient is the gather by the inverse index: one kernel
-each way, and no atomic additions, so the result is the same every time. `OPEN_SCANS` do the same by transposing and reversing,
-without an index: for a network that is traced, in which H and W stay open.
+in each direction and no atomic additions, so the result is reproducible. `OPEN_SCANS` do the same by transposing and
+reversing, without an index: for a traced network in which H and W are symbolic.
 """
 
 from __future__ import annotations
@@ -24,43 +24,43 @@ import torch
 from torch import Tensor
 
 ALL = range(4)
-"""The four orders. Every function here also takes a part of them, so that few tokens are in memory at a time."""
+"""The four scan directions. Every function here also accepts a part of them, to limit the tokens in memory at a time."""
 _CACHE_BYTES = 64 * 2**20
-"""What the cached indices may hold; one of a 4096x2304 pair at stride 8 has 9 MiB."""
+"""Maximum size of the cached indices; one of a 4096x2304 pair at stride 8 takes 9 MiB."""
 
 
 def interleaved_scan(x: Tensor, orders: range = ALL) -> Tensor:
-    """[2B, H, W, C], frame 0 of all pairs first, -> [4B, 2*H*W, C], order by order (row k*B + b: order k of pair b)."""
+    """Reorder [2B, H, W, C], frame 0 of all pairs first, to [4B, 2*H*W, C] (row k*B + b: direction k of pair b)."""
     return _scan(x, 2, orders)
 
 
 def interleaved_unscan(y: Tensor, B: int, H: int, W: int, orders: range = ALL) -> Tensor:
-    """[4B, 2*H*W, C] -> [4, 2B, H, W, C]: every order put back in place; each of the four inverts `interleaved_scan`."""
+    """Invert `interleaved_scan` for every direction: [4B, 2*H*W, C] -> [4, 2B, H, W, C]."""
     return _unscan(y, 2, B, H, W, orders)
 
 
 def interleaved_merge(y: Tensor, B: int, H: int, W: int) -> Tensor:
-    """[4B, 2*H*W, C] -> [2B, H, W, C]: the inverse of `interleaved_scan`, summed over the four orders."""
+    """Invert `interleaved_scan` and sum over the four directions: [4B, 2*H*W, C] -> [2B, H, W, C]."""
     return interleaved_unscan(y, B, H, W).sum(0)
 
 
 def flip_scan(x: Tensor, orders: range = ALL) -> Tensor:
-    """[2B, H, W, C] -> [4 * 2B, H*W, C], order by order and each frame alone (row k*2B + f: order k of frame f)."""
+    """Reorder [2B, H, W, C] to [4 * 2B, H*W, C], each frame alone (row k*2B + f: direction k of frame f)."""
     return _scan(x, 1, orders)
 
 
 def flip_unscan(y: Tensor, B: int, H: int, W: int, orders: range = ALL) -> Tensor:
-    """[4 * 2B, H*W, C] -> [4, 2B, H, W, C]: every order put back in place; each of the four inverts `flip_scan`."""
+    """Invert `flip_scan` for every direction: [4 * 2B, H*W, C] -> [4, 2B, H, W, C]."""
     return _unscan(y, 1, B, H, W, orders)
 
 
 class Scan(NamedTuple):
-    """A way to read two frames."""
+    """Functions that reorder two frames to sequences, and back."""
 
     scan: Callable[[Tensor, range], Tensor]
     unscan: Callable[[Tensor, int, int, int, range], Tensor]
     sequences: int
-    """Sequences that the two frames of a pair make in one order; together they hold every pixel once."""
+    """Number of sequences that the two frames of a pair form in one direction; together they contain every pixel once."""
 
 
 SCANS = {"interleaved": Scan(interleaved_scan, interleaved_unscan, 1), "flip": Scan(flip_scan, flip_unscan, 2)}
@@ -97,7 +97,7 @@ OPEN_SCANS = {
 
 
 def _scan(x: Tensor, together: int, orders: range) -> Tensor:
-    """`together` frames make a sequence: [F, H, W, C] -> [orders * F / together, together * H * W, C]."""
+    """Reorder [F, H, W, C], `together` frames to a sequence, to [orders * F / together, together * H * W, C]."""
     frames, H, W, C = x.shape
     out = _Gather.apply(x.reshape(-1, C), *_indices(together, frames, H, W, orders, x.device))
     return out.view(-1, together * H * W, C)
@@ -110,7 +110,7 @@ def _unscan(y: Tensor, together: int, B: int, H: int, W: int, orders: range) -> 
 
 
 class _Gather(torch.autograd.Function):
-    """Pixels [T, C] -> [K * T, C] in K orders; the gradient of a pixel is the sum over the places it was read at."""
+    """Gather pixels [T, C] to [K * T, C] in K directions; a pixel's gradient is the sum over the positions that read it."""
 
     @staticmethod
     def forward(ctx: Any, pixels: Tensor, source: Tensor, place: Tensor) -> Tensor:
@@ -123,7 +123,7 @@ class _Gather(torch.autograd.Function):
 
 
 class _Permute(torch.autograd.Function):
-    """Tokens [K * T, C] in K orders -> [K, T, C], every order in the order of the pixels."""
+    """Reorder tokens [K * T, C] of K directions to [K, T, C], each in the order of the pixels."""
 
     @staticmethod
     def forward(ctx: Any, tokens: Tensor, source: Tensor, place: Tensor) -> Tensor:
@@ -137,7 +137,7 @@ class _Permute(torch.autograd.Function):
 
 
 def _rows(index: Tensor) -> Tensor:
-    """Index [K, T] inside each order -> row numbers of the orders laid end to end."""
+    """Convert an index [K, T] inside each direction to row numbers of the concatenated directions."""
     K, T = index.shape
     return (index + torch.arange(0, K * T, T, dtype=index.dtype, device=index.device).unsqueeze(1)).flatten()
 
@@ -147,15 +147,15 @@ _cache_lock = threading.Lock()
 
 
 def _indices(together: int, frames: int, H: int, W: int, orders: range, device: torch.device) -> tuple[Tensor, Tensor]:
-    """`source [K, T]`: the pixel that each place of each order reads, T = frames*H*W; `place [K, T]`: where each pixel went."""
+    """Return `source [K, T]`, the pixel at each position, T = frames*H*W, and `place [K, T]`, the position of each pixel."""
     key = (together, frames, H, W, device)
     with _cache_lock:
         known = _cache.pop(key) if key in _cache else None
         source, place = known or _make_indices(*key)
-        if type(source) is Tensor:  # and not a tensor without content, as it is made where shapes alone are followed
+        if type(source) is Tensor:  # and not a fake tensor without data, as in tracing
             _cache[key] = source, place
         while len(_cache) > 1 and sum(t.nbytes for pair in _cache.values() for t in pair) > _CACHE_BYTES:
-            _cache.popitem(last=False)  # the one that was not used for longest
+            _cache.popitem(last=False)  # the least recently used one
     chosen = slice(orders.start, orders.stop)
     return source[chosen], place[chosen]
 

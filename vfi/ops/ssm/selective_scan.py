@@ -1,4 +1,4 @@
-"""How is the Mamba-1 recurrence computed? A reference in plain torch, and mamba_ssm's CUDA kernel beside it.
+"""Mamba-1 recurrence: a reference in plain PyTorch, and mamba_ssm's CUDA kernel.
 
 For every channel d with state [S], tokens i = 0 … L-1, dt = softplus(raw dt + dt_bias) and A < 0:
 
@@ -23,21 +23,23 @@ from vfi.ops.precision import fp32_island
 from vfi.ops.ssm.ssd import choose_kernel, kernel_obstacle, mamba1_obstacle
 
 SelectiveScan = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
-# States that the reference holds at once, N * L * D * S, in each of about eight tensors: what stays in a CPU's cache is twice
-# as fast there; a GPU wants fewer and larger pieces (128 MiB a tensor in fp32).
+# States that the reference computes at once, N * L * D * S, in each of about eight tensors: what fits into a CPU's cache is
+# twice as fast there; a GPU needs fewer and larger pieces (128 MiB per tensor in fp32).
 _SLICE = {"cpu": 2**20, "cuda": 2**25}
-# The kernel keeps the state of every channel at the end of each such stretch, and as many decays.
+# The kernel keeps the state of every channel at the end of each stretch of this length, and equally many decays.
 _KERNEL_CHUNK = 2048
 
 
 def selective_scan_reference(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, dt_bias: Tensor) -> Tensor:
-    """y `[N, L, D]` of the recurrence above, in the dtype of `x`, for any L; computed in fp32, or fp64 for fp64 inputs.
+    """Return y `[N, L, D]` of the recurrence above, in the dtype of `x`, for any L.
+
+    It is computed in fp32, or fp64 for fp64 inputs.
 
     Args:
         x: `[N, L, D]` input. dt: `[N, L, D]` raw step, before bias and softplus. A: `[D, S]`, negative.
         B, C: `[N, L, S]`. D, dt_bias: `[D]`.
 
-    Nothing of size N * L * D * S is kept: rows and channels are taken in slices, and the backward pass computes them again.
+    Nothing of size N * L * D * S is kept: rows and channels are processed in slices, and the backward pass recomputes them.
     """
     return fp32_island(_selective_scan_reference, x, dt, A, B, C, D, dt_bias).to(x.dtype)
 
@@ -59,7 +61,7 @@ def _selective_scan_reference(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Te
 
 
 def _slice(xdt: Tensor, step: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tensor:
-    """sum over S of the states times C, for some of the rows and channels: `[n, L, d]`."""
+    """Return the sum over S of the states times C, for some of the rows and channels: `[n, L, d]`."""
     return checkpoint(_read_states, xdt, step, A, B, C, use_reentrant=False, preserve_rng_state=False)
 
 
@@ -69,7 +71,7 @@ def _read_states(xdt: Tensor, step: Tensor, A: Tensor, B: Tensor, C: Tensor) -> 
 
 
 class _Recurrence(torch.autograd.Function):
-    """h_i = exp(log_decay_i) * h_{i-1} + added_i along dimension 1 of two `[n, L, d, S]` tensors, from h_{-1} = 0.
+    """Compute h_i = exp(log_decay_i) * h_{i-1} + added_i along dimension 1 of two `[n, L, d, S]` tensors, from h_{-1} = 0.
 
     The gradient is the same recurrence from the last token to the first: g_i = dh_i + exp(log_decay_{i+1}) * g_{i+1}.
     """
@@ -84,7 +86,7 @@ class _Recurrence(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
         log_decay, h = ctx.saved_tensors
-        # decay_{i+1} belongs to token i; nothing follows the last token, so any decay does there
+        # decay_{i+1} belongs to token i; nothing follows the last token, so its decay is arbitrary
         following = log_decay.roll(-1, dims=1).flip(1)
         g = _recurrence(following, gradients[0].flip(1)).flip(1)
         d_log_decay = g * log_decay.exp()
@@ -94,7 +96,7 @@ class _Recurrence(torch.autograd.Function):
 
 
 def _recurrence(log_decay: Tensor, added: Tensor) -> Tensor:
-    """In chunks of about sqrt(L) tokens: position by position in all chunks at once, then from chunk to chunk."""
+    """Compute chunks of about sqrt(L) tokens: position by position in all chunks at once, then from chunk to chunk."""
     L = added.shape[1]
     Q = math.isqrt(L - 1) + 1
     # padded tokens come last: nothing reads them
@@ -111,9 +113,9 @@ def _recurrence(log_decay: Tensor, added: Tensor) -> Tensor:
 
 
 def selective_scan_mamba_ssm(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, dt_bias: Tensor) -> Tensor:
-    """`selective_scan_reference` by mamba_ssm's CUDA kernel (states in fp32)."""
+    """Compute `selective_scan_reference` with mamba_ssm's CUDA kernel (states in fp32)."""
     kernel = _import_kernel()
-    x, dt, B, C = (t.transpose(1, 2).contiguous() for t in (x, dt, B, C))  # it wants channels before tokens
+    x, dt, B, C = (t.transpose(1, 2).contiguous() for t in (x, dt, B, C))  # the kernel takes channels before tokens
     return kernel(x, dt, A, B, C, D, delta_bias=dt_bias, delta_softplus=True).transpose(1, 2)
 
 
@@ -125,12 +127,15 @@ def _import_kernel() -> Callable[..., Tensor]:
 
 
 def selective_scan_elements(L: int, D: int, S: int) -> int:
-    """Elements of the largest tensor that the kernel addresses for one sequence (it counts them in 32 bits)."""
+    """Return the elements of the largest tensor that the kernel addresses for one sequence (with 32-bit indices)."""
     return max(L * D, math.ceil(L / _KERNEL_CHUNK) * D * 2 * S)
 
 
 def choose_selective_scan(backend: str, device: torch.device) -> tuple[SelectiveScan, str]:
-    """The function for a backend name and a line that says what was taken and why; a named backend that can't run raises."""
+    """Return the function for a backend name, and a line that states the choice and the reason.
+
+    A named backend that can't run raises.
+    """
     functions = {"reference": selective_scan_reference, "mamba_ssm": selective_scan_mamba_ssm}
     name, choice = choose_kernel("selective_scan", backend, device, {"mamba_ssm": _kernel_obstacle})
     return functions[name], choice

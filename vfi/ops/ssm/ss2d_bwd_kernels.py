@@ -1,4 +1,4 @@
-"""Triton kernels of the fused SS2D's backward pass (the mathematics: vfi/ops/ssm/ss2d_common.py)."""
+"""Fused Triton kernels of the backward pass of the SS2D (for the mathematics, see vfi/ops/ssm/ss2d_common.py)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ def scan_state_gradients(
     keys, decays, dy, state_gradients, L, heads,
     P: tl.constexpr, S: tl.constexpr, Q: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of the state after each chunk, [n, chunks, heads, S, P], from the last to the first. Program: (head, n)."""
+    """Compute the gradient of the state after each chunk, [n, chunks, heads, S, P], from the last to the first.
+
+    Program: (head, n).
+    """
     head, n = tl.program_id(0), tl.program_id(1).to(tl.int64)
     q, s, p = tl.arange(0, Q), tl.arange(0, S), tl.arange(0, P)
     chunks = tl.cdiv(L, Q)
@@ -39,10 +42,11 @@ def scan_key_gradients(
     x_, keys, steps, decays, states, state_gradients, dy, d_keys, d_heads, L, heads,
     P: tl.constexpr, S: tl.constexpr, Q: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of B and C by way of the states before and after a chunk, summed over heads: d_keys [n, L, B | C].
+    """Compute the gradients of B and C through the states before and after a chunk, summed over heads: d_keys [n, L, B | C].
 
-    x [n, L, inner | B, C] is given before its SiLU. Of each chunk and head also sum(h * dh'), the gradient of its whole decay
-    by way of the state, and sum(x * dy), that of D: d_heads [n, chunks, heads, 2]. Program: (chunk, sequence).
+    x [n, L, inner | B, C] is passed before its SiLU. For each chunk and head, also store sum(h * dh'), the gradient of the
+    chunk's
+    whole decay through the state, and sum(x * dy), that of D: d_heads [n, chunks, heads, 2]. Program: (chunk, sequence).
     """
     chunk, n = tl.program_id(0), tl.program_id(1).to(tl.int64)
     inner = heads * P
@@ -78,11 +82,12 @@ def scan_gradients(
     convolved, keys, steps, decays, D, states, state_gradients, dy, d_keys, sums, L, heads,
     P: tl.constexpr, S: tl.constexpr, Q: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of x, B and C before their SiLU, which take the place of `convolved`, head after head.
+    """Compute the gradients of x, B and C before their SiLU, which overwrite `convolved`, head by head.
 
-    Those of the products C B^T, which all heads share, are summed up; they become gradients of B and C together with d_keys
-    [n, L, B | C]. Of what the decays do, `step_gradients` makes the rest from sums [5, n, heads, chunks * Q]: over the rows and
-    over the columns of a chunk, from the state before, to the state after, and by way of dt x. Program: (chunk, n).
+    Those of the products C B^T, which all heads share, are summed; together with d_keys [n, L, B | C] they give the gradients
+    of
+    B and C. For the gradients of the decays, `step_gradients` completes sums [5, n, heads, chunks * Q]: over the rows and over
+    the columns of a chunk, from the state before, to the state after, and through dt x. Program: (chunk, n).
     """
     chunk, n = tl.program_id(0), tl.program_id(1).to(tl.int64)
     inner = heads * P
@@ -145,8 +150,10 @@ def scan_gradients(
 
 @_kernel
 def step_gradients(steps, decays, A, sums, d_heads, d_steps, heads, Q: tl.constexpr, HEADS: tl.constexpr):
-    """From the sums of `scan_gradients` to the gradients of the steps, d_steps [n, heads, chunks * Q], and of A, which takes
-    the first place of d_heads [n, chunks, heads, 2]. Program: (chunk, sequence)."""
+    """Compute the gradients of the steps, d_steps [n, heads, chunks * Q], and of A, from the sums of `scan_gradients`.
+
+    The gradient of A overwrites the first component of d_heads [n, chunks, heads, 2]. Program: (chunk, sequence).
+    """
     chunk, n = tl.program_id(0), tl.program_id(1).to(tl.int64)
     head = tl.arange(0, HEADS)[:, None]
     size = tl.num_programs(0) * Q
@@ -172,8 +179,10 @@ def time_step_gradients(
     raw, stride, dt_bias, d_steps, d_raw, d_stride, d_bias, L, size, sequences, H, W, heads,
     BLOCK: tl.constexpr, HEADS: tl.constexpr, TOGETHER: tl.constexpr,
 ):  # fmt: skip
-    """Back through softplus and the four orders: d_steps [n, heads, size] -> d_raw of the pixels; of the bias d_bias
-    [programs, heads]. Program: (block of pixels of a frame, frame)."""
+    """Backpropagate through softplus and the four directions: d_steps [n, heads, size] -> d_raw of the pixels.
+
+    Also store the gradient of the bias, d_bias [programs, heads]. Program: (block of pixels of a frame, frame).
+    """
     block, frame = tl.program_id(0), tl.program_id(1)
     pixel = block * BLOCK + tl.arange(0, BLOCK)
     head = tl.arange(0, HEADS)
@@ -194,7 +203,7 @@ def time_step_gradients(
 
 @triton.jit
 def _where_read(d_convolved, frame, pixel, L, order, sequences, H, W, channel, channels, TOGETHER: tl.constexpr):
-    """Where the gradients lie of the tokens that an order makes of the pixels, and their places in the sequence."""
+    """Return the addresses of the gradients of the tokens that a direction reads from the pixels, and their positions."""
     sequence, place = _places(frame, pixel, L, order, sequences, H, W, TOGETHER)
     d_convolved += (order * sequences + sequence).to(tl.int64) * L * channels
     return d_convolved + (place.to(tl.int64) * channels)[:, None] + channel[None, :], place
@@ -202,7 +211,7 @@ def _where_read(d_convolved, frame, pixel, L, order, sequences, H, W, channel, c
 
 @triton.jit
 def _read_later(at, place, later, L, channels, here):
-    """The gradients of tokens `later` by so many places than `at`; zero behind the last one."""
+    """Load the gradients of tokens `later` positions after `at`; zero beyond the last one."""
     return tl.load(at + later * channels, mask=here & (place + later < L)[:, None], other=0.0).to(tl.float32)
 
 
@@ -211,8 +220,12 @@ def convolution_gradients(
     map_, stride, weight, d_convolved, d_map, d_stride, d_weights, L, sequences, H, W, channels,
     BLOCK: tl.constexpr, WIDTH: tl.constexpr, TOGETHER: tl.constexpr,
 ):  # fmt: skip
-    """Back through the convolution and the four orders: d_map of the pixels; of the weights and the bias, by block,
-    d_weights [blocks, TAPS + 1, channels]. Program: (block of pixels of a frame, frame, block of channels)."""
+    """Backpropagate through the convolution and the four directions: d_map of the pixels.
+
+    Also store the gradients of weights and bias by block, d_weights [blocks, TAPS + 1, channels]. Program: (block of pixels of
+    a
+    frame, frame, block of channels).
+    """
     block, frame = tl.program_id(0), tl.program_id(1)
     pixel = block * BLOCK + tl.arange(0, BLOCK)
     channel = tl.program_id(2) * WIDTH + tl.arange(0, WIDTH)
@@ -228,7 +241,7 @@ def convolution_gradients(
     at3, place3 = _where_read(d_convolved, frame, pixel, L, 3, sequences, H, W, channel, channels, TOGETHER)
     for tap in tl.static_range(TAPS):
         later = TAPS - 1 - tap
-        read = _read_later(at0, place0, later, L, channels, here)  # of the tokens that read these pixels by this tap
+        read = _read_later(at0, place0, later, L, channels, here)  # of the tokens that read these pixels with this tap
         read += _read_later(at1, place1, later, L, channels, here)
         read += _read_later(at2, place2, later, L, channels, here)
         read += _read_later(at3, place3, later, L, channels, here)
@@ -244,8 +257,12 @@ def gated_norm_gradients(
     y, z, stride, weight, d_out, dz, d_stride, d_weights, L, sequences, H, W, inner,
     BLOCKS: tl.constexpr, WIDTH: tl.constexpr, TOGETHER: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of `gated_norm` of all four orders: that of y [n, L, inner] in its place, dz, and by program that of the
-    weight, d_weights [programs, inner]. Program: (BLOCKS pixels of a frame, one after the other, frame)."""
+    """Compute the gradients of `gated_norm` for all four directions: dz, and that of y [n, L, inner] in its place.
+
+    Also store the gradient of the weight by program, d_weights [programs, inner]. Program: (BLOCKS consecutive pixels of a
+    frame,
+    frame).
+    """
     block, frame = tl.program_id(0), tl.program_id(1)
     channel = tl.arange(0, WIDTH)
     known = channel < inner

@@ -1,4 +1,4 @@
-"""Triton kernels of the fused SS2D's forward pass (the mathematics: vfi/ops/ssm/ss2d_common.py)."""
+"""Fused Triton kernels of the forward pass of the SS2D (for the mathematics, see vfi/ops/ssm/ss2d_common.py)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from vfi.ops.triton.math import LOG2_E, sigmoid
 
 @triton.jit
 def _write_convolved(total, token, here, channel, x, keys, inner, channels, with_keys, ACTIVATED: tl.constexpr):
-    """Writes x, and B and C if a program may have some, of tokens."""
+    """Store x, and B and C if the program may have some of their channels, for a block of tokens."""
     if ACTIVATED:
         total *= sigmoid(total)
         at = x + token * inner + channel[None, :]
@@ -29,9 +29,10 @@ def convolve(
     map_, stride, weight, bias, x, keys, L, first_order, sequences, H, W, inner, channels,
     BLOCK: tl.constexpr, WIDTH: tl.constexpr, TOGETHER: tl.constexpr, ACTIVATED: tl.constexpr,
 ):  # fmt: skip
-    """Causal convolution of x, B and C along each order, and SiLU: x [n, L, inner], keys [n, L, B | C].
+    """Apply the causal convolution of x, B and C along each direction, and SiLU: x [n, L, inner], keys [n, L, B | C].
 
-    If not ACTIVATED, x [n, L, channels] has all of them before their SiLU. Program: (block of tokens, sequence, of channels).
+    If not ACTIVATED, x [n, L, channels] contains all of them before their SiLU. Program: (block of tokens, sequence, block of
+    channels).
     """
     n = tl.program_id(1)
     order, sequence = first_order + n // sequences, n % sequences
@@ -54,7 +55,7 @@ def convolve(
     at_earlier = _at_spot(spot - 2, spots, order, H, W, stride)[:, None] + channel[None, :]
     token = n.to(tl.int64) * L + spot[:, None] * TOGETHER
     frame = spots.to(tl.int64) * stride
-    if TOGETHER == 2:  # at each spot a token of either frame, the second one's first in the orders that go backwards
+    if TOGETHER == 2:  # each spot has one token of either frame; in the reversed directions the second frame's comes first
         first = map_ + tl.where(order >= 2, sequences + sequence, sequence) * frame
         second = map_ + tl.where(order >= 2, sequence, sequences + sequence) * frame
         first_here = tl.load(first + at, mask=here, other=0.0).to(tl.float32)
@@ -81,9 +82,9 @@ def time_steps(
     raw, stride, dt_bias, A, steps, decays, L, first_order, sequences, H, W, heads,
     Q: tl.constexpr, HEADS: tl.constexpr, TOGETHER: tl.constexpr,
 ):  # fmt: skip
-    """Step dt = softplus(raw + dt_bias) and decay a of every token, [n, heads, chunks * Q], decays as logarithms to 2.
+    """Compute step dt = softplus(raw + dt_bias) and decay a of every token, [n, heads, chunks * Q]; decays are base-2 logs.
 
-    Behind the last token steps are zero. Program: (chunk, sequence).
+    Steps beyond the last token are zero. Program: (chunk, sequence).
     """
     chunk, n = tl.program_id(0), tl.program_id(1)
     order, sequence = first_order + n // sequences, n % sequences
@@ -108,10 +109,10 @@ def scan(
     P: tl.constexpr, S: tl.constexpr, Q: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
     ACTIVATED: tl.constexpr, CARRIED: tl.constexpr,
 ):  # fmt: skip
-    """y [n, L, inner] of a segment of `chunks_each` chunks. Program: (head, sequence, segment).
+    """Compute y [n, L, inner] of a segment of `chunks_each` chunks. Program: (head, sequence, segment).
 
-    If not ACTIVATED, x [n, L, inner | B, C] is given before its SiLU. CARRIED: each segment is given the state
-    `before [n, segments, heads, S, P]`; otherwise there is one, and it starts at zero.
+    If not ACTIVATED, x [n, L, inner | B, C] is passed before its SiLU. CARRIED: the initial state of each segment is
+    `before [n, segments, heads, S, P]`; otherwise there is one segment, and it starts at zero.
     """
     head, n, segment = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
     q, s, p = tl.arange(0, Q), tl.arange(0, S), tl.arange(0, P)
@@ -148,10 +149,10 @@ def scan_states(
     P: tl.constexpr, S: tl.constexpr, Q: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
     ACTIVATED: tl.constexpr, EVERY: tl.constexpr,
 ):  # fmt: skip
-    """States alone, from zero at the start of each segment. Program: (head, sequence, segment).
+    """Compute only the states, from zero at the start of each segment. Program: (head, sequence, segment).
 
-    If not ACTIVATED, x [n, L, inner | B, C] is given before its SiLU. EVERY: the state before each chunk, states
-    [n, chunks, heads, S, P], of one segment that is the whole sequence. Otherwise the state after each segment
+    If not ACTIVATED, x [n, L, inner | B, C] is passed before its SiLU. EVERY: store the state before each chunk, states
+    [n, chunks, heads, S, P], of one segment that is the whole sequence. Otherwise store the state after each segment
     [n, segments, heads, S, P], and the decay over it, totals [n, segments, heads].
     """
     head, n, segment = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
@@ -182,7 +183,7 @@ def scan_states(
 
 @_kernel
 def carry_states(states, totals, segments, heads, SIZE: tl.constexpr):
-    """States after each segment alone, [n, segments, heads, SIZE] -> before each segment of the whole, in place.
+    """Turn states after each segment alone, [n, segments, heads, SIZE], into those before each segment of the whole, in place.
 
     Program: (head, sequence).
     """
@@ -201,9 +202,9 @@ def gated_norm(
     y, z, stride, weight, out, L, first_order, sequences, H, W, inner, ADD: tl.constexpr, ORDERS: tl.constexpr,
     BLOCK: tl.constexpr, WIDTH: tl.constexpr, TOGETHER: tl.constexpr,
 ):  # fmt: skip
-    """Sum over orders of RMSNorm(y * silu(z)) * weight, back in place: y [n, L, inner] -> out [frames * H * W, inner].
+    """Sum RMSNorm(y * silu(z)) * weight over directions, back at the pixels: y [n, L, inner] -> out [frames * H * W, inner].
 
-    ADD: to what is there. Program: (block of pixels of a frame, frame).
+    ADD: add to the previous content of `out`. Program: (block of pixels of a frame, frame).
     """
     frame = tl.program_id(1)
     pixel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)

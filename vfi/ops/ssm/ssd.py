@@ -1,4 +1,4 @@
-"""How is the Mamba-2 recurrence computed? Chunked SSD: a reference in plain torch and mamba_ssm's Triton kernels beside it.
+"""Mamba-2 recurrence as chunked SSD: a reference in plain PyTorch, and mamba_ssm's Triton kernels.
 
 For every head h with state [P, S], tokens i = 0 … L-1, dt = softplus(raw dt + dt_bias) and A < 0:
 
@@ -26,15 +26,17 @@ from vfi.ops.precision import fp32_island
 from vfi.ops.triton import tuned_configs
 
 SSD = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
-Obstacle = Callable[[torch.device], str | None]  # why kernels can't run on a device; None where they can
+Obstacle = Callable[[torch.device], str | None]  # why kernels can't run on a device; None if they can
 BACKENDS = ("auto", "reference", "mamba_ssm", "fused")
-# Work inside a chunk grows with its length, the number of states falls with it. The kernels' own default is 256.
+# The work inside a chunk grows with its length, and the number of states decreases. The kernels' own default is 256.
 REFERENCE_CHUNK = 64
 _KERNEL_CHUNK = 256
 
 
 def ssd_reference(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, dt_bias: Tensor) -> Tensor:
-    """y `[N, L, H, P]` of the recurrence above, in the dtype of `x`, for any L; computed in fp32, or fp64 for fp64 inputs.
+    """Return y `[N, L, H, P]` of the recurrence above, in the dtype of `x`, for any L.
+
+    It is computed in fp32, or fp64 for fp64 inputs.
 
     Args:
         x: `[N, L, H, P]` input. dt: `[N, L, H]` raw step, before bias and softplus. A: `[H]`, negative.
@@ -50,7 +52,7 @@ def _ssd_reference(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Te
     # padded tokens come last and have dt = 0: they neither change the state nor are read
     pad = -L % Q
     xdt = _chunks(x * step.unsqueeze(-1), Q, pad)  # [N, K, Q, H, P]
-    decay = _chunks(step * A, Q, pad).transpose(2, 3).cumsum(-1)  # [N, K, H, Q]: log of the decay since the chunk began
+    decay = _chunks(step * A, Q, pad).transpose(2, 3).cumsum(-1)  # [N, K, H, Q]: log of the decay since the chunk's start
     keys, queries = (_chunks(t, Q, pad).repeat_interleave(H // t.shape[2], dim=3) for t in (B, C))  # [N, K, Q, H, S]
 
     # inside a chunk: y_i = sum_{j <= i} (C_i . B_j) exp(decay_i - decay_j) dt_j x_j
@@ -59,7 +61,7 @@ def _ssd_reference(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Te
     scores = torch.einsum("nkihs,nkjhs->nkhij", queries, keys) * between
     inside = torch.einsum("nkhij,nkjhp->nkihp", scores, xdt)
 
-    # across chunks: the state at the end of each chunk, carried on chunk by chunk
+    # across chunks: the state at the end of each chunk, propagated from chunk to chunk
     to_end = (decay[..., -1:] - decay).exp()  # [N, K, H, Q]
     added = torch.einsum("nkjhs,nkhj,nkjhp->nkhps", keys, to_end, xdt)
     before = _carry(added, decay[..., -1])  # state at the start of each chunk
@@ -70,13 +72,13 @@ def _ssd_reference(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Te
 
 
 def _chunks(t: Tensor, Q: int, pad: int) -> Tensor:
-    """[N, L, …] -> [N, K, Q, …], zeros at the end."""
+    """Split [N, L, …] into chunks [N, K, Q, …], with zeros at the end."""
     padding = (0, 0) * (t.dim() - 2) + (0, pad)
     return F.pad(t, padding).unflatten(1, (-1, Q))
 
 
 def _carry(added: Tensor, decay: Tensor) -> Tensor:
-    """added `[N, K, H, P, S]`, log decay `[N, K, H]` of each whole chunk -> the state before each chunk."""
+    """Return the state before each chunk from added `[N, K, H, P, S]` and the log decay `[N, K, H]` of each whole chunk."""
     state = torch.zeros_like(added[:, 0])
     before = []
     for new, keep in zip(added.unbind(1), decay.exp().unbind(1), strict=True):
@@ -86,10 +88,10 @@ def _carry(added: Tensor, decay: Tensor) -> Tensor:
 
 
 def ssd_open(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, dt_bias: Tensor) -> Tensor:
-    """`ssd_reference` without a loop over chunks, for a network that is traced, in which the number of tokens stays open.
+    """Compute `ssd_reference` without a loop over chunks, for a traced network in which the number of tokens is symbolic.
 
-    Chunks of chunks: the states are carried on by products with the decays between all chunks of a group, and then between all
-    groups, which are few: 18 for two frames of 4096x2304 at stride 8. fp32 in, fp32 out.
+    It uses chunks of chunks: the states are propagated by products with the decays between all chunks of a group, and then
+    between all groups, which are few: 18 for two frames of 4096x2304 at stride 8. Inputs and output are fp32.
     """
     L, H = x.shape[1:3]
     Q = REFERENCE_CHUNK
@@ -110,9 +112,9 @@ def ssd_open(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, 
 
 
 def _open_carry(added: Tensor, decay: Tensor) -> Tensor:
-    """`_carry` by products."""
+    """Compute `_carry` by products."""
     K, Q = added.shape[1], REFERENCE_CHUNK
-    groups = _ceil_div(K, Q) + 1  # never 1: tracing would ask if it is, and keep the answer
+    groups = _ceil_div(K, Q) + 1  # never 1: tracing would specialise on that
     added = _open_chunks(added, groups, Q)  # [N, groups, Q, H, P, S]
     decay = _open_chunks(decay, groups, Q).cumsum(2)  # [N, groups, Q, H]
     inside = torch.einsum("nghij,ngjhps->ngihps", _decay_between(decay), added)  # after each chunk, from its own group
@@ -123,38 +125,39 @@ def _open_carry(added: Tensor, decay: Tensor) -> Tensor:
 
 
 def _decay_between(decay: Tensor) -> Tensor:
-    """Log decays since a start, summed up over n places: [N, K, n, H] -> [N, K, H, n, n], the decay from place j to i >= j."""
+    """Sum log decays over n positions from a start: [N, K, n, H] -> [N, K, H, n, n], the decay from position j to i >= j."""
     decay, n = decay.transpose(2, 3), decay.shape[2]
     causal = torch.ones(n, n, dtype=torch.bool, device=decay.device).tril()
     return torch.where(causal, decay.unsqueeze(-1) - decay.unsqueeze(-2), -torch.inf).exp()
 
 
 def _one_later(t: Tensor) -> Tensor:
-    """[N, n, H, P, S] -> the same shape, moved on by one place: zeros first, and without the last."""
+    """Shift [N, n, H, P, S] by one position: zeros come first, and the last one is dropped."""
     return F.pad(t, (0, 0, 0, 0, 0, 0, 1, 0)).narrow(1, 0, t.shape[1])
 
 
 def _open_chunks(t: Tensor, K: int, Q: int) -> Tensor:
-    """`_chunks` of a number of them that may be a symbol."""
+    """Split into chunks like `_chunks`, with a number of chunks that may be symbolic."""
     return F.pad(t, (0, 0) * (t.dim() - 2) + (0, K * Q - t.shape[1])).unflatten(1, (K, Q))
 
 
 def _ceil_div(n: int, by: int) -> int:
-    """n / by, rounded up; in this form a product with `by` cancels out where n is a symbol."""
+    """Return n / by, rounded up; in this form a product with `by` cancels out if n is symbolic."""
     return (n + by - 1) // by
 
 
 def ssd_mamba_ssm(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, dt_bias: Tensor) -> Tensor:
-    """`ssd_reference` by mamba_ssm's Triton kernels (states in fp32; a dot of fp32 inputs runs in TF32)."""
+    """Compute `ssd_reference` with mamba_ssm's Triton kernels (states in fp32; a dot of fp32 inputs runs in TF32)."""
     kernel = import_kernel()
     return kernel(x, dt, A, B, C, chunk_size=_KERNEL_CHUNK, D=D, dt_bias=dt_bias, dt_softplus=True)
 
 
 @functools.cache
 def import_kernel() -> Callable[..., Tensor]:
-    """mamba_ssm's function, whose kernels know what is fastest on this card if that was measured
-    (vfi/ops/triton/tuned_configs.py)."""
-    # Read when the kernels are defined: what their tuning finds, for minutes, is kept beside the compiled kernels.
+    """Return mamba_ssm's function, whose kernels use the fastest configurations for this GPU if they were measured
+    (vfi/ops/triton/tuned_configs.py).
+    """
+    # Read when the kernels are defined: the results of their tuning, which takes minutes, are kept with the compiled kernels.
     os.environ.setdefault("TRITON_CACHE_AUTOTUNING", "1")
     with _bare_package("mamba_ssm"):
         from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
@@ -166,9 +169,9 @@ def import_kernel() -> Callable[..., Tensor]:
 
 @contextlib.contextmanager
 def _bare_package(name: str) -> Iterator[None]:
-    """While this lasts, parts of a package are imported without the package itself, unless it is there already.
+    """While active, import parts of a package without running the package's own __init__, unless it is already imported.
 
-    mamba_ssm's own __init__ brings in transformers, for ten seconds, and wants Mamba-1's CUDA extension.
+    mamba_ssm's __init__ imports transformers, which takes ten seconds, and needs Mamba-1's CUDA extension.
     """
     if name in sys.modules:
         yield
@@ -184,7 +187,7 @@ def _bare_package(name: str) -> Iterator[None]:
 
 
 def ssd_elements(L: int, H: int, P: int, G: int, S: int) -> int:
-    """Elements of the largest tensor that mamba_ssm's kernels address for one sequence, forward and backward.
+    """Return the elements of the largest tensor that mamba_ssm's kernels address for one sequence, forward and backward.
 
     They multiply indices and strides as int32, so a call must stay below 2^31. Per chunk there are products C B^T of every
     group and states of every head; the backward pass has tensors of the same shapes, and splits its sums over heads only
@@ -195,9 +198,10 @@ def ssd_elements(L: int, H: int, P: int, G: int, S: int) -> int:
 
 
 def choose_ssd(backend: str, device: torch.device, fused_obstacle: Obstacle) -> tuple[SSD | None, str]:
-    """The function for a backend name and a line that says what was taken and why; a named backend that can't run raises.
+    """Return the function for a backend name, and a line that states the choice and the reason.
 
-    None for fused, which is more than this recurrence (vfi/ops/ssm/fused_ss2d.py); `fused_obstacle` says why it can't run.
+    The function is None for fused, which covers more than this recurrence (vfi/ops/ssm/fused_ss2d.py); `fused_obstacle` returns
+    why it can't run. A named backend that can't run raises.
     """
     functions = {"reference": ssd_reference, "mamba_ssm": ssd_mamba_ssm, "fused": None}
     name, choice = choose_kernel("ssd", backend, device, {"fused": fused_obstacle, "mamba_ssm": kernel_obstacle})
@@ -210,9 +214,9 @@ def choose_ssd(backend: str, device: torch.device, fused_obstacle: Obstacle) -> 
 
 
 def choose_kernel(operator: str, backend: str, device: torch.device, obstacles: Mapping[str, Obstacle]) -> tuple[str, str]:
-    """The backend that is taken for a name, and the line that says so.
+    """Return the chosen backend for a name, and the line that states the choice.
 
-    `obstacles` has the backends with kernels, the best first, and what says why each can't run.
+    `obstacles` maps the backends with kernels, the best first, to functions that return why each can't run.
     """
     if backend not in BACKENDS:
         raise ValueError(f"ssd_backend {backend!r} does not exist; choose from {', '.join(BACKENDS)}")
@@ -233,7 +237,7 @@ def choose_kernel(operator: str, backend: str, device: torch.device, obstacles: 
 
 
 def kernel_obstacle(device: torch.device) -> str | None:
-    """Why mamba_ssm's Triton kernels can't run on `device`; None where they can."""
+    """Return why mamba_ssm's Triton kernels can't run on `device`; None if they can."""
     if device.type != "cuda":
         return f"mamba_ssm's kernels need a CUDA GPU and the device is {device.type}"
     if torch.cuda.get_device_capability(device) < (7, 0):
@@ -245,10 +249,10 @@ def kernel_obstacle(device: torch.device) -> str | None:
 
 
 def mamba1_obstacle() -> str | None:
-    """Why Mamba-1's CUDA extension can't be used, or None. Afterwards `import mamba_ssm` works in either case.
+    """Return why Mamba-1's CUDA extension can't be used, or None. Afterwards `import mamba_ssm` works in either case.
 
-    A mamba_ssm that was built without CUDA lacks that extension, and the package imports it at once. Mamba-2 does not use
-    it, so an empty module takes its place.
+    A mamba_ssm that was built without CUDA lacks that extension, and the package imports it immediately. Mamba-2 does not use
+    it, so an empty module replaces it.
     """
     try:
         import selective_scan_cuda

@@ -1,1 +1,1 @@
-"""What all Triton kernels share: availability, launch configurations, compilation and mathematics."""
+"""Shared parts of all Triton kernels: availability, launch configurations, compilation and mathematics."""

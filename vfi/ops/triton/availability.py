@@ -1,4 +1,4 @@
-"""Can kernels of our own run on a device? The same for all of them: vfi/ops/*/*_kernels.py."""
+"""Availability of the fused Triton kernels on a device, the same for all of them: vfi/ops/*/*_kernels.py."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import importlib.util
 import torch
 
 BACKENDS = ("auto", "torch", "fused")
-_CAPABILITY = (8, 0)  # bf16 products and asynchronous copies
+_CAPABILITY = (8, 0)  # minimum compute capability: bf16 products and asynchronous copies
 
 
 def fused_obstacle(device: torch.device) -> str | None:
-    """Why they can't; None where they can."""
+    """Return why the fused kernels can't run on `device`; None if they can."""
     if device.type != "cuda":
         return f"the fused kernels need a CUDA GPU and the device is {device.type}"
     if torch.cuda.get_device_capability(device) < _CAPABILITY:
@@ -24,7 +24,7 @@ def fused_obstacle(device: torch.device) -> str | None:
 
 
 def takes_fused(name: str, backend: str, device: torch.device) -> tuple[bool, str]:
-    """Do kernels of our own what `--NAME_backend` is for, and a line that says why; `fused` raises where they can't run."""
+    """Return whether fused kernels serve `--NAME_backend`, and a line with the reason; `fused` raises if they can't run."""
     if backend not in BACKENDS:
         raise ValueError(f"{name}_backend {backend!r} does not exist; choose from {', '.join(BACKENDS)}")
     if backend == "torch":
@@ -39,5 +39,5 @@ def takes_fused(name: str, backend: str, device: torch.device) -> tuple[bool, st
 
 @functools.cache
 def multiprocessors(device: torch.device) -> int:
-    """Of a GPU; 1 where kernels are interpreted."""
+    """Return the number of multiprocessors of a GPU; 1 where kernels are interpreted."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1

@@ -1,11 +1,12 @@
-"""With which blocks, warps and stages is a kernel of our own launched? As was fastest on such a card, else as its code says.
+"""Launch configurations (blocks, warps, stages) of the fused Triton kernels: tuned for the GPU, else the default in the code.
 
     options = configuration("scan", shape_class, {"num_warps": 4, "num_stages": 3}, x.device)     # before every launch
     scan[grid](x, ..., **options)
 
-What is known stands in tuned_kernels.json under "fused": {kernel: [{"key": shape class, "config": options}]}, for the card and
-the compiler that it was measured with (vfi/ops/triton/tuned_configs.py); `vfi tune` makes it. A shape class has what a kernel
-is compiled for: types, the width of a head, the size of a state; not the size of the frames. The file is read once a process.
+Tuned configurations are in tuned_kernels.json under "fused": {kernel: [{"key": shape class, "config": options}]}, for the GPU
+and the compiler with which they were measured (vfi/ops/triton/tuned_configs.py); `vfi tune` writes the file. A shape class has
+what a kernel is compiled for: dtypes, the width of a head, the size of a state; not the frame size. The file is read once per
+process.
 """
 
 from __future__ import annotations
@@ -22,31 +23,31 @@ import torch
 from vfi.ops.triton import tuned_configs
 
 Options = dict[str, int]
-"""BLOCK, num_warps …: by the name under which a launch is given them."""
+"""BLOCK, num_warps …: values by the name of the launch argument."""
 ShapeClass = tuple[Any, ...]
-"""Numbers, names and types."""
+"""Numbers, names and dtypes."""
 
 
 def configuration(kernel: str, shape_class: ShapeClass, default: Options, device: torch.device) -> Options:
-    """What is known for a kernel on this device; what is not, as in `default`."""
+    """Return the tuned options of a kernel on this device; those of `default` for the rest."""
     found = known(device).get((kernel, shape_class))
     return default if found is None else default | found
 
 
 @functools.cache
 def known(device: torch.device) -> dict[tuple[str, ShapeClass], Options]:
-    """All that is known for a GPU; nothing for others, nor for a CPU."""
+    """Return all tuned options for a GPU; empty for other GPUs and for a CPU."""
     if device.type != "cuda":
         return {}
     try:
         kernels = tuned_configs.entry(device, tuned_configs.FILE, "fused")
-    except importlib.metadata.PackageNotFoundError:  # a nightly build of Triton, by another name
+    except importlib.metadata.PackageNotFoundError:  # a nightly build of Triton has another package name
         return {}
     return {(name, _read(one["key"])): one["config"] for name, entries in kernels.items() for one in entries}
 
 
 def written(shape_class: ShapeClass) -> list[int | str | bool]:
-    """As it stands in the file."""
+    """Return a shape class as it is stored in the file."""
     return [str(value) if isinstance(value, torch.dtype) else value for value in shape_class]
 
 
@@ -56,7 +57,7 @@ def _read(key: list[Any]) -> ShapeClass:
 
 @contextlib.contextmanager
 def timed(kernel: str) -> Iterator[list[tuple[torch.cuda.Event, torch.cuda.Event]]]:
-    """Meanwhile every launch of a kernel lies between two events, which are in the list."""
+    """While active, every launch of a kernel is enclosed by two events, which are appended to the list."""
     from triton.runtime.jit import JITFunction
 
     run, events = JITFunction.run, list[tuple[torch.cuda.Event, torch.cuda.Event]]()
@@ -76,8 +77,8 @@ def timed(kernel: str) -> Iterator[list[tuple[torch.cuda.Event, torch.cuda.Event
 
 
 def can_not_run(error: Exception) -> bool:
-    """Does it say that a kernel can't be compiled with these options, or takes more than the GPU has?"""
+    """Return whether the error says that a kernel can't be compiled with these options or exceeds the GPU's resources."""
     from triton.errors import TritonError
 
-    # the last is what the compiler's passes raise
+    # the last is raised by the compiler's passes
     return isinstance(error, TritonError) or (isinstance(error, RuntimeError) and "PassManager" in str(error))

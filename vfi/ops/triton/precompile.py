@@ -1,10 +1,10 @@
-"""How does one wait less for kernels that were never compiled on this machine? All that a call needs are compiled side by side.
+"""Parallel compilation of all Triton kernels of a call, for a shorter first step on a machine.
 
     with compiling_ahead(device):
-        step(frames)          # notes the kernels that it meets, and runs none of them
+        step(frames)          # records the kernels that it meets, and runs none of them
 
-Triton compiles a kernel when it is launched, one after the other, and a training step has a hundred of them. Much of it is
-Python, which threads do one at a time: copies of this process compile into Triton's cache, from which they are loaded here.
+Triton compiles a kernel when it is launched, one after another, and a training step has a hundred of them. Much of that is
+Python, which threads can't run in parallel: forks of this process compile into Triton's cache, from which they are loaded here.
 """
 
 from __future__ import annotations
@@ -31,9 +31,10 @@ Compile = Callable[[], Any]
 
 @contextlib.contextmanager
 def compiling_ahead(device: torch.device, failing: bool = False) -> Iterator[None]:
-    """Meanwhile Triton's kernels are not run: what they would write holds anything. Ends when all of them are loaded.
+    """While active, record Triton's kernels without running them: their outputs are undefined. Ends when all are loaded.
 
-    `failing`: some may be impossible to compile or to load. All are left in Triton's cache, for whoever launches them to see.
+    `failing`: some may be impossible to compile or to load. All are only left in Triton's cache, and launching one reports its
+    error.
     """
     from triton.runtime.jit import JITFunction
 
@@ -46,7 +47,7 @@ def compiling_ahead(device: torch.device, failing: bool = False) -> Iterator[Non
         key = (kernel, *map(_kind, arguments), *((name, _kind(value)) for name, value in options.items()))
         if key not in met:
             met[key] = functools.partial(run, kernel, *map(_stand_in, arguments), grid=grid, warmup=True, **options)
-            first = first or pool.submit(met[key])  # meanwhile; what it needs the others need, too, and inherit
+            first = first or pool.submit(met[key])  # meanwhile; the forks inherit what all of them need from it
 
     with ThreadPoolExecutor(_cores(), "load", torch.cuda.set_device, (index,)) as pool:
         with mock.patch.object(JITFunction, "run", note):
@@ -54,7 +55,7 @@ def compiling_ahead(device: torch.device, failing: bool = False) -> Iterator[Non
         if first is not None:
             with _may_be_impossible(failing):
                 first.result()
-            # makes Triton parse their source: not to be done by several threads, for which Python 3.11's parser is not safe
+            # makes Triton parse their source: not in several threads, for which the parser of Python 3.11 is not safe
             for kernel in {kernel for kernel, *_ in met}:
                 kernel.cache_key  # noqa: B018 (a property that does it)
             compiled = _compile_in_copies(list(met.values())[1:], index, failing)
@@ -63,24 +64,24 @@ def compiling_ahead(device: torch.device, failing: bool = False) -> Iterator[Non
 
 
 def _load(compile_or_find: Compile) -> None:
-    """Onto the GPU, with the little C library by which it is launched: that is made here, too, if it isn't in the cache."""
+    """Load a kernel onto the GPU with the small C library that launches it, compiled here if it isn't in the cache."""
     compile_or_find().run  # noqa: B018 (a property that does it)
 
 
 def _compile_in_copies(launches: Sequence[Compile], index: int, failing: bool) -> bool:
-    """Into Triton's cache. Is all of it there, but for those that are `failing`?"""
+    """Compile into Triton's cache in forks, and return whether everything is there, except what may be `failing`."""
     from triton.runtime import driver
 
     if not launches:
         return True
-    copies = multiprocessing.get_context("fork")  # which inherit what is to be compiled
+    copies = multiprocessing.get_context("fork")  # they inherit what is to be compiled
     answers = Answers(index, driver.active.get_current_target())
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)  # they only compile, and end
+        warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)  # they only compile
         with ProcessPoolExecutor(min(_cores(), len(launches)), copies, _begin, (launches, answers)) as pool:
             try:
                 list(pool.map(_try_to_compile if failing else _compile, range(len(launches))))
-            except (BrokenProcessPool, OSError) as error:  # no memory for a copy; a full disk is met again when they are loaded
+            except (BrokenProcessPool, OSError) as error:  # no memory for a fork; loading reports a full disk again
                 warnings.warn(f"the rest of the kernels is compiled one by one, which takes longer: {error}", stacklevel=2)
                 return False
     return True
@@ -88,7 +89,7 @@ def _compile_in_copies(launches: Sequence[Compile], index: int, failing: bool) -
 
 @dataclasses.dataclass(frozen=True)
 class Answers:
-    """What Triton asks its driver when it compiles, where CUDA can't be asked: in a copy, or without a GPU."""
+    """Driver that answers Triton's questions during compilation where CUDA is unavailable: in a fork, or without a GPU."""
 
     device: int
     target: Any
@@ -126,7 +127,7 @@ def _try_to_compile(number: int) -> None:
 
 @contextlib.contextmanager
 def _may_be_impossible(it_may: bool = True) -> Iterator[None]:
-    """Leave out what a kernel's options make impossible."""
+    """Suppress errors that say that a kernel's options are impossible."""
     try:
         yield
     except Exception as error:
@@ -135,18 +136,18 @@ def _may_be_impossible(it_may: bool = True) -> Iterator[None]:
 
 
 def _cores() -> int:
-    """For each of the processes on this machine that train together."""
+    """Return the number of cores for each of the processes on this machine that train together."""
     return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 class _StandIn:
-    """What a kernel is compiled for, of a tensor, without its memory."""
+    """Properties of a tensor for which a kernel is compiled, without its memory."""
 
     def __init__(self, tensor: Tensor) -> None:
         self.dtype, self.place = tensor.dtype, tensor.data_ptr() % 16
 
     def data_ptr(self) -> int:
-        """Whether it is a multiple of 16 is what counts."""
+        """Return the address modulo 16: only whether it is a multiple of 16 matters."""
         return self.place
 
 
@@ -160,7 +161,7 @@ def _stand_in(argument: Any) -> Any:
 
 
 def _kind(argument: Any) -> Hashable:
-    """What a kernel is compiled for; a little finer, so that some are asked for twice, which Triton's cache answers."""
+    """Return what a kernel is compiled for, slightly too fine: some are requested twice, and Triton's cache answers."""
     if isinstance(argument, Tensor):
         return argument.dtype, argument.data_ptr() % 16
     return tuple(map(_kind, argument)) if isinstance(argument, tuple | list) else argument

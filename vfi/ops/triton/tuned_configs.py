@@ -1,12 +1,12 @@
-"""With which configuration does each kernel run? With the one that was fastest on such a card, so that none is searched for.
+"""Tuned kernel configurations: the fastest ones measured on each GPU, so that none has to be searched for.
 
-    count = fill(tuners(), entry(device))       # before the first call; what is not known there is searched for, as ever
-    kernels = found(tuners())                   # after some calls: what was searched for, or filled in
+    count = fill(tuners(), entry(device))       # before the first call; kernels without an entry are tuned as usual
+    kernels = found(tuners())                   # after some calls: the results of the tuning, or what was filled in
 
-A configuration (sizes of blocks, warps, stages) was measured with one compiler for one generation of cards, for a shape class:
-the values that Triton's tuning goes by, such as the width of a head, and the types of all tensors. The file is made by
-`vfi tune`, and has those of our own kernels, too (vfi/ops/triton/launch_config.py). It counts for the version of Triton that it
-was made with: another one may need more memory for the same blocks.
+A configuration (block sizes, warps, stages) was measured with one compiler on one generation of GPUs, for a shape class: the
+values in the key of Triton's tuning, such as the width of a head, and the dtypes of all tensors. The file is written by
+`vfi tune`, and includes the fused Triton kernels of this project (vfi/ops/triton/launch_config.py). It is valid for the version
+of Triton that measured it: another one may need more memory for the same blocks.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ FILE = Path(__file__).with_name("tuned_kernels.json")
 _PACKAGE = "mamba_ssm.ops.triton."
 
 Kernels = dict[str, list[dict[str, Any]]]
-"""Name of a kernel -> [{"key": shape class, "config": {"kwargs", "num_warps", "num_stages"}}]; of ours {"num_warps", …}."""
+"""Kernel name -> [{"key": shape class, "config": {"kwargs", "num_warps", "num_stages"}}]; of fused kernels {"num_warps", …}."""
 
 
 def tuners() -> Iterator[Any]:
-    """All kernels with a choice of configurations, of the modules that are imported: triton.runtime.Autotuner."""
+    """Yield all kernels with several configurations in the imported modules: triton.runtime.Autotuner."""
     for name, module in sorted(sys.modules.items()):
         if name.startswith(_PACKAGE):
             for value in list(vars(module).values()):
@@ -37,20 +37,20 @@ def tuners() -> Iterator[Any]:
 
 
 def card(device: torch.device) -> str:
-    """Generation and compiler, such as "sm_90, triton 3.6": what a configuration was measured for."""
+    """Return generation and compiler, such as "sm_90, triton 3.6", which identify a measurement."""
     major, minor = torch.cuda.get_device_capability(device)
     triton = ".".join(importlib.metadata.version("triton").split(".")[:2])
     return f"sm_{major}{minor}, triton {triton}"
 
 
 def entry(device: torch.device, path: Path = FILE, whose: str = "kernels") -> Kernels:
-    """What is known for a GPU, of mamba-ssm's kernels or of "fused", our own; nothing for others."""
+    """Return the configurations for a GPU, of mamba-ssm's kernels or of "fused" (this project's); empty for others."""
     known: Kernels = json.loads(path.read_text()).get(card(device), {}).get(whose, {})
     return known
 
 
 def fill(found_tuners: Iterable[Any], kernels: Mapping[str, list[dict[str, Any]]]) -> int:
-    """Tell the tuners what is known, and count it. Configurations that a kernel does not have are left out."""
+    """Fill in the tuners' known configurations, and return their number. Configurations that a kernel lacks are skipped."""
     count = 0
     for tuner in found_tuners:
         for known in kernels.get(tuner.base_fn.__name__, ()):
@@ -62,7 +62,7 @@ def fill(found_tuners: Iterable[Any], kernels: Mapping[str, list[dict[str, Any]]
 
 
 def found(found_tuners: Iterable[Any]) -> Kernels:
-    """What the tuners have taken so far, by kernel and shape class."""
+    """Return the configurations that the tuners have chosen so far, by kernel and shape class."""
     return {
         tuner.base_fn.__name__: [
             {"key": list(key), "config": _written(config)} for key, config in sorted(tuner.cache.items(), key=str)

@@ -1,1 +1,1 @@
-"""Backward warping: the reference and its Triton kernels."""
+"""Backward warping: the reference and its fused Triton kernels."""

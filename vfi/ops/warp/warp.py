@@ -1,4 +1,4 @@
-"""Where does each pixel look in another frame? Backward warping by a flow, and flows at other sizes.
+"""Backward warping by a flow, and resizing of flows.
 
 A flow is `[B, 2, H, W]`, channel 0 = dx (to the right), 1 = dy (down), in pixels of its own grid.
 """
@@ -13,18 +13,18 @@ from vfi.ops.precision import fp32_island
 
 
 def backward_warp(x: Tensor, flow: Tensor, top: int | None = None) -> Tensor:
-    """`[B, C, H, W]`: y[p] = x[p + flow[p]], bilinear; beyond the frame its border goes on. In the dtype of `x`.
+    """Warp `[B, C, H, W]`: y[p] = x[p + flow[p]], bilinear, with the border replicated beyond the frame. In the dtype of `x`.
 
-    With `top`, flow is that of some rows of the frame, from `top` on, and y is these rows.
+    With `top`, flow has only some rows of the frame, from `top` on, and so has y.
 
-    Coordinates and sampling are fp32 whatever autocast says: fp16 cannot tell neighbours apart beyond 2,048 pixels.
+    Coordinates and sampling are always fp32, also under autocast: fp16 cannot distinguish adjacent pixels beyond 2,048.
     """
     check_flow(x, flow, top)
     return fp32_island(_backward_warp, x, flow, top or 0).to(x.dtype)
 
 
 def check_flow(x: Tensor, flow: Tensor, top: int | None) -> None:
-    """Raise ValueError for a flow that does not belong to a map `[B, C, H, W]`, or to rows of it from `top` on."""
+    """Raise ValueError for a flow that does not fit a map `[B, C, H, W]`, or rows of it from `top` on."""
     B, _, H, W = x.shape
     rows = H if top is None else flow.shape[2]
     if flow.shape != (B, 2, rows, W):
@@ -42,13 +42,13 @@ def _backward_warp(x: Tensor, flow: Tensor, top: int = 0) -> Tensor:
     down = (rows + flow[:, 1]) * (2 / max(H - 1, 1)) - 1
     grid = torch.stack((across, down), dim=-1).to(x.dtype)
     if x.device.type == "cpu" and torch.is_grad_enabled():
-        # on a CPU the backward pass of grid_sample would write outside of the frame where a flow is NaN; below -1 is the border
+        # coordinates stay finite in a backward pass: below -1 is the border
         grid = torch.fmax(grid, grid.new_full((), -1))
     return F.grid_sample(x, grid, mode="bilinear", padding_mode="border", align_corners=True)
 
 
 def resize_flow(flow: Tensor, size: tuple[int, int]) -> Tensor:
-    """The same motion on a grid of `size` (height, width) pixels, fp32: resized bilinearly, and its values rescaled."""
+    """Return the same motion on a grid of `size` (height, width) pixels, in fp32: resized bilinearly, with rescaled values."""
     return fp32_island(_resize_flow, flow, size)
 
 
@@ -57,6 +57,6 @@ def _resize_flow(flow: Tensor, size: tuple[int, int]) -> Tensor:
     if tuple(size) == (H, W):
         return flow
     resized = F.interpolate(flow, size=size, mode="bilinear", align_corners=False, antialias=size[0] < H)
-    if size[0] * W == size[1] * H:  # as a rule: one operator in place of three, and of more in the backward pass
+    if size[0] * W == size[1] * H:  # the usual case: one operator instead of three, and of more in the backward pass
         return resized * (size[1] / W)
     return torch.cat((resized[:, :1] * (size[1] / W), resized[:, 1:] * (size[0] / H)), dim=1)

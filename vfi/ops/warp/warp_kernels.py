@@ -1,8 +1,8 @@
-"""How does backward warping run without copies to fp32 and back? As one Triton kernel forward and one backward.
+"""Backward warping without copies to fp32 and back: one fused Triton kernel forward and one backward.
 
-A program has a small rectangle of pixels of one frame, whose corners overlap and so come from the cache, and goes over all of
-their channels. Backward it gathers the gradient of the flow, written once and the same bit for bit each time, and scatters that
-of the frames by atomic additions in fp32, whose last bits depend on their order.
+A program handles a small rectangle of pixels of one frame, whose source pixels overlap and therefore come from the cache, and
+loops over all of their channels. Backward, it gathers the gradient of the flow, which is written once and bitwise
+reproducible, and scatters that of the frames by atomic additions in fp32, whose last bits depend on their order.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def backward_warp_fused(x: Tensor, flow: Tensor, top: int | None = None) -> Tensor:
-    """`backward_warp`: `[B, C, H, W]`, y[p] = x[p + flow[p]], bilinear; beyond the frame its border goes on.
+    """Compute `backward_warp`: `[B, C, H, W]`, y[p] = x[p + flow[p]], bilinear, the border replicated beyond the frame.
 
     Args:
-        x: bf16, fp16 or fp32; read where it lies if it is channels-last.
-        flow: `[B, 2, H, W]` in bf16, fp16 or fp32, in pixels, at any strides. NaN looks at the first column or row.
-        top: given, flow is that of some rows of the frame, from `top` on, and so is the result; without gradients.
+        x: bf16, fp16 or fp32; read in place if it is channels-last.
+        flow: `[B, 2, H, W]` in bf16, fp16 or fp32, in pixels, with any strides. NaN samples the first column or row.
+        top: if given, flow has only some rows of the frame, from `top` on, and so has the result; without gradients.
 
     Returns:
-        `[B, C, H, W]`, with `top` of fewer rows, in the dtype of `x`, channels-last. Coordinates, weights and sums are fp32.
+        `[B, C, H, W]`, with `top` fewer rows, in the dtype of `x`, channels-last. Coordinates, weights and sums are fp32.
     """
     check_flow(x, flow, top)
     if x.dtype not in DTYPES or flow.dtype not in DTYPES:
@@ -45,7 +45,7 @@ def backward_warp_fused(x: Tensor, flow: Tensor, top: int | None = None) -> Tens
 
 
 def _warp(x: Tensor, flow: Tensor, top: int = 0) -> Tensor:
-    """Frames `[B, H, W, C]` -> `[B, rows, W, C]`, as many rows as the flow has."""
+    """Warp frames `[B, H, W, C]` to `[B, rows, W, C]`, with the rows of the flow."""
     x = x.contiguous()
     y = x.new_empty(x.shape[0], flow.shape[2], *x.shape[2:])
     _launch(warp_forward, _options(warp_forward, y, 2048), y, flow, x, x.shape[1], top)
@@ -53,7 +53,7 @@ def _warp(x: Tensor, flow: Tensor, top: int = 0) -> Tensor:
 
 
 class _Fused(torch.autograd.Function):
-    """Frames and what comes out are `[B, H, W, C]` here."""
+    """Autograd function of the fused warp; frames and results are `[B, H, W, C]` here."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, flow: Tensor) -> Tensor:
@@ -76,16 +76,17 @@ class _Fused(torch.autograd.Function):
 
 
 def _options(kernel: Any, given: Tensor, elements: int, *gradients: bool) -> launch_config.Options:
-    """How a kernel runs; the code's choice are programs of about so many `elements`."""
+    """Return the launch options of a kernel; by default a program handles about `elements` elements."""
     shape_class, default = _tiles(given.shape[-1], given.dtype, elements)
     return launch_config.configuration(kernel.__name__, (*shape_class, *gradients), default, given.device)
 
 
 @functools.cache
 def _tiles(C: int, dtype: torch.dtype, elements: int) -> tuple[launch_config.ShapeClass, launch_config.Options]:
-    """As many channels at a time as leave few lanes without one, and a rectangle of pixels that together are `elements`.
+    """Return a number of channels that leaves few lanes idle, and a rectangle of pixels that together are `elements`.
 
-    Where pixels do not start at multiples of 16 bytes, every element needs registers for its own four addresses: two a thread.
+    Where pixels do not start at multiples of 16 bytes, every element needs registers for its own four addresses: two per
+    thread.
     """
     channels = max(n for n in (1, 2, 4, 8, 16, 32, 64, 128) if triton.cdiv(C, n) * n <= 1.15 * C)
     in_vectors = C * dtype.itemsize % 16 == 0
@@ -96,7 +97,7 @@ def _tiles(C: int, dtype: torch.dtype, elements: int) -> tuple[launch_config.Sha
 
 
 def _launch(kernel: Any, options: launch_config.Options, given: Tensor, flow: Tensor, *others: Tensor | int | None) -> None:
-    """Runs a kernel over all pixels. `given`: `[B, H, W, C]` of the flow's size, contiguous as all others but the flow."""
+    """Run a kernel over all pixels. `given`: `[B, H, W, C]` of the flow's size, contiguous as all others except the flow."""
     B, H, W, C = given.shape
     down, across = triton.cdiv(H, options["ROWS"]), triton.cdiv(W, options["COLUMNS"])
     with torch.cuda.device_of(given):
@@ -114,7 +115,7 @@ def _launch(kernel: Any, options: launch_config.Options, given: Tensor, flow: Te
 
 @triton.jit
 def _place(H, W, down, across, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """This program's frame, and rows and columns `[ROWS * COLUMNS]` of its pixels. Programs of a row are neighbours."""
+    """Return this program's frame, and rows and columns `[ROWS * COLUMNS]` of its pixels. Programs of a row are adjacent."""
     place = tl.program_id(0)
     left, place = (place % across) * COLUMNS, place // across
     top, frame = (place % down) * ROWS, place // down
@@ -124,9 +125,10 @@ def _place(H, W, down, across, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 @triton.jit
 def _looked_at(start, by, size):
-    """Along one axis: the pixels before and after the place looked at, how far it is between them, and whether it moves.
+    """Return, on one axis, the pixels around the sampled position, its fraction between them, and whether it moves.
 
-    It doesn't on the border and beyond, as in `grid_sample`. Comparisons with NaN are false, which so never gets further.
+    It doesn't move on the border and beyond, as in `grid_sample`. Comparisons with NaN are false, so NaN stays at the first
+    pixel.
     """
     last = size - 1
     at = start.to(tl.float32) + by.to(tl.float32)
@@ -139,7 +141,7 @@ def _looked_at(start, by, size):
 
 @triton.jit
 def _at(row, column, W, C: tl.constexpr):
-    """`[pixels, 1]`: where pixels start in their frame."""
+    """Return the offsets `[pixels, 1]` of pixels in their frame."""
     return (row.to(tl.int64) * W + column)[:, None] * C
 
 
@@ -175,11 +177,11 @@ def warp_forward(
     COLUMNS: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
-    """H rows from `top` on, of frames that have `height`."""
+    """Warp H rows from `top` on, of frames that have `height` rows."""
     frame, row, column = _place(H, W, down, across, ROWS, COLUMNS)
     inside = (row < H) & (column < W)
     flow += frame * frame_stride + row.to(tl.int64) * row_stride + column.to(tl.int64) * column_stride
-    # upper left to lower right; also for pixels outside the frame the places looked at are inside
+    # upper left to lower right; even for pixels outside the frame, the sampled positions are inside
     left, right, a, _ = _looked_at(column, tl.load(flow, mask=inside, other=0.0), W)
     upper, lower, d, _ = _looked_at(top + row, tl.load(flow + part_stride, mask=inside, other=0.0), height)
     a, d = a[:, None], d[:, None]
@@ -216,7 +218,7 @@ def warp_backward(
     COLUMNS: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
-    """Either of `d_x` (fp32, zeros before) and `d_flow` may be None, and `x` with the latter."""
+    """Compute the gradients. Either of `d_x` (fp32, initialised to zero) and `d_flow` may be None, and `x` with the latter."""
     frame, row, column = _place(H, W, down, across, ROWS, COLUMNS)
     inside = (row < H) & (column < W)
     flow += frame * frame_stride + row.to(tl.int64) * row_stride + column.to(tl.int64) * column_stride
@@ -255,5 +257,5 @@ def warp_backward(
 
 @triton.jit
 def _add(at, dy, weight, known):
-    """Whole pixels have corners that count for nothing: nothing is added there."""
+    """Add atomically; the corners of a whole-pixel position that have zero weight are skipped."""
     tl.atomic_add(at, dy * weight, mask=known & (weight > 0), sem="relaxed")
