@@ -1,7 +1,7 @@
 """Two ranks with sharded weights, gradients or optimizer train as with unsharded ones, and their checkpoints are complete.
 
-All runs belong to two launches, with the configs of FSDP2 and of ZeRO-3 (tests/end_to_end/job_list.py); DDP and the other stages of
-ZeRO differ from them in one variable. On a CPU, ZeRO must be started without ACCELERATE_USE_CPU.
+All runs belong to two launches, with the configs of FSDP2 and of ZeRO-3 (tests/end_to_end/job_list.py); DDP and the other
+stages of ZeRO differ from them in one variable. On a CPU, ZeRO must be started without ACCELERATE_USE_CPU.
 """
 
 from __future__ import annotations
@@ -91,8 +91,8 @@ class Jobs:
         listed = self.out / f"{config}.json"
         listed.write_text(json.dumps(list(self.listed.values())))
         command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", f"accelerate_configs/{config}.yaml",
-                   "--mixed_precision", "no", "--num_processes", "2", "--main_process_port", "0", "tests/end_to_end/job_list.py",
-                   str(listed)]  # fmt: skip
+                   "--mixed_precision", "no", "--num_processes", "2", "--main_process_port", "0",
+                   "tests/end_to_end/job_list.py", str(listed)]  # fmt: skip
         settings = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""} | environment
         done = subprocess.run(command, cwd=ROOT, env=settings, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
                               timeout=500, check=False)  # fmt: skip
