@@ -1,4 +1,4 @@
-"""How is a model trained? JOB.
+"""Train a model on shards (`vfi train`).
 
     accelerate launch --config_file accelerate_configs/single_gpu.yaml -m vfi.train --data_path SHARDS --val_path SHARDS \\
         --phase 1 --preset small --exp_name NAME
@@ -29,9 +29,9 @@ _DRY_RUN_STEPS = 3
 
 @refusals_explained()
 def train(config: Config, flow_teacher: FlowTeacher | None = None) -> None:
-    """Train as `config` says; a dry run takes a few steps of everything and leaves nothing behind.
+    """Train as `config` says; a dry run takes a few steps, validates and saves, and leaves nothing behind.
 
-    `flow_teacher` gives the flow to distil with --distill_weight, in place of flow stored beside the samples.
+    `flow_teacher` supplies the flow to distil with --distill_weight, in place of flow stored alongside the samples.
     """
     if flow_teacher is not None and not config.optim.distill_weight:
         raise ConfigError("a flow_teacher was given, but --distill_weight is 0: it would have no effect")
@@ -56,7 +56,7 @@ def train(config: Config, flow_teacher: FlowTeacher | None = None) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Command line of the job."""
+    """Run the command line."""
     with clear_errors(ConfigError, ShardError, CheckpointError, FrameTooSmallError, TrainingError, JobError):
         train(command_line.from_command_line(argv))
 

@@ -1,11 +1,11 @@
-"""How does a model travel? As a folder of weights, settings and a card, or as the same three files on the Hugging Face hub.
+"""Folder of a pretrained model: weights, settings and a card, on disk or as the same three files on the Hugging Face hub.
 
     model.safetensors   weights, in fp32 or fp16
     config.json         the architecture, where the weights come from, and which version of the project wrote it
     README.md           the card (vfi/release/model_card.py)
 
-Reading executes nothing that is in there: settings are checked field by field, weights are safetensors; of a model on the hub
-no other file is even fetched. Hub, cache, revisions, HF_TOKEN and HF_HUB_OFFLINE are those of the library huggingface_hub.
+Reading executes no code from the folder: settings are checked field by field, weights are safetensors; from the hub no other
+file is even fetched. Hub, cache, revisions, HF_TOKEN and HF_HUB_OFFLINE are those of the library huggingface_hub.
 """
 
 from __future__ import annotations
@@ -44,49 +44,49 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 @dataclasses.dataclass(frozen=True)
 class Origin:
-    """Where weights come from."""
+    """The origin of weights."""
 
     name: str
-    """Of the run."""
+    """Name of the run."""
     preset: str
     step: int
     averaged: bool
-    """Are they a running mean (--ema)?"""
+    """Whether the weights are an exponential moving average (--ema)."""
     trained_on: tuple[str, ...] = ()
     """Names of the data sets."""
     licence: str = ""
-    """Of the weights; empty where it was not said."""
+    """Licence of the weights; empty where none was stated."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Description:
-    """What config.json holds."""
+    """The content of config.json."""
 
     model: ModelConfig
     origin: Origin
     dtype: Dtype = "fp32"
-    """In which the weights are stored; they are computed with in fp32."""
+    """Type in which the weights are stored; they are used in fp32."""
     written_by: str = ""
     schema: str = SCHEMA
     version: int = VERSION
 
 
 def data_name(path: str) -> str:
-    """What a folder or URL of shards is called: by its last part, and by the one before where that is only the split."""
+    """Return the name of a folder or URL of shards: its last part, with the one before it where the last is only the split."""
     parts = Path(path).parts
     return " ".join(parts[-2:] if parts[-1:] in (("train",), ("val",), ("test",)) else parts[-1:])
 
 
 def this_version() -> str:
-    """Name and version of the project."""
+    """Return the name and version of the project."""
     return f"{PROJECT} {project_version()}"
 
 
 @contextlib.contextmanager
 def new_folder(out: Path) -> Iterator[Path]:
-    """A folder beside `out` to write into; in the end it gets that name, or after an error is gone.
+    """Yield a temporary folder next to `out` to write into; it is renamed to `out` in the end, or removed after an error.
 
-    JobError where `out` is something already, other than an empty folder, or can't be written.
+    JobError where `out` already exists, other than as an empty folder, or can't be written.
     """
     check_out(out)
     temporary = out.with_name(f".{out.name}.{os.getpid()}")
@@ -101,7 +101,7 @@ def new_folder(out: Path) -> Iterator[Path]:
 
 
 def check_out(out: Path) -> None:
-    """JobError unless a folder can be made at `out`."""
+    """Raise JobError unless a folder can be created at `out`."""
     if out.is_dir() and any(out.iterdir()):
         raise JobError(f"{out} is there already and is not empty: give another folder, nothing is overwritten")
     for path in (out, *out.parents):
@@ -110,29 +110,29 @@ def check_out(out: Path) -> None:
 
 
 def write_model(folder: Path, network: FrameInterpolator, origin: Origin, dtype: Dtype = "fp32") -> Description:
-    """Put weights and config.json into `folder`: all but what is for training only. JobError for what fp16 can't hold."""
+    """Write weights and config.json into `folder`, without what is for training only. JobError for values beyond fp16's range."""
     weights = {name: tensor for name, tensor in network.state_dict().items() if not name.startswith("flow.teacher.")}
     described = describe(network.config, origin, dtype)
-    # not save_file, which makes a file that nobody else may read
+    # not save_file, whose file is readable by its owner only
     (folder / MODEL).write_bytes(save(_stored(weights, dtype), {"format": "pt"}))
     write_description(folder, described)
     return described
 
 
 def write_description(folder: Path, described: Description) -> None:
-    """Put config.json into `folder`."""
+    """Write config.json into `folder`."""
     fields = dataclasses.asdict(described)
     head = {name: fields.pop(name) for name in ("schema", "version", "written_by")}
     (folder / CONFIG).write_text(json.dumps(head | fields, indent=1) + "\n", encoding="utf-8")
 
 
 def describe(config: ModelConfig, origin: Origin, dtype: Dtype = "fp32") -> Description:
-    """What config.json says of a network that this program writes."""
+    """Return the description of a network that this program writes."""
     return Description(portable(config), origin, dtype, this_version())
 
 
 def portable(config: ModelConfig) -> ModelConfig:
-    """The same network on any machine: each takes its own fast paths, and the teacher stays behind."""
+    """Return the config of the same network for any machine: fast paths are selected there, and the teacher is left out."""
     return dataclasses.replace(config, ssd_backend="auto", attention_backend="auto", teacher=False)
 
 
@@ -148,7 +148,7 @@ def _stored(weights: dict[str, Tensor], dtype: Dtype) -> dict[str, Tensor]:
 
 
 def read_model(folder: Path, device: torch.device, say: Callable[[str], None] = note) -> tuple[FrameInterpolator, Description]:
-    """The network of a folder, in eval mode on `device`, with fp32 parameters. CheckpointError says what is not usable."""
+    """Return the network of a folder, in eval mode on `device`, with fp32 parameters. CheckpointError says what is not usable."""
     described = read_description(folder, say)
     if not (folder / MODEL).is_file():
         there = ", ".join(sorted(path.name for path in folder.iterdir()))
@@ -156,7 +156,7 @@ def read_model(folder: Path, device: torch.device, say: Callable[[str], None] = 
     weights = read_weights(folder)
     if sum(described.model.depths) > len(weights):
         raise CheckpointError(f"{folder / CONFIG} asks for more blocks than {MODEL} holds weights: {described.model.depths}")
-    with torch.device("meta"):  # the shapes first: settings that ask for too much are found before memory is
+    with torch.device("meta"):  # shapes only: settings that ask for too much are found before memory is allocated
         expected = FrameInterpolator(described.model, "meta").state_dict()
     refuse_differences(expected, weights, folder)
     network = FrameInterpolator(described.model, device)
@@ -165,7 +165,7 @@ def read_model(folder: Path, device: torch.device, say: Callable[[str], None] = 
 
 
 def read_description(folder: Path, say: Callable[[str], None] = note) -> Description:
-    """config.json, checked; CheckpointError names what does not fit and who wrote it."""
+    """Read and check config.json; CheckpointError names what does not fit and which version wrote it."""
     path = folder / CONFIG
     content = _read_json(path)
     if content.get("schema") != SCHEMA:
@@ -200,7 +200,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def is_model_folder(path: Path) -> bool:
-    """Is this a folder of the kind above, whole or not, and not a run or a checkpoint?"""
+    """Return whether this is a pretrained folder, complete or not, rather than a run or a checkpoint."""
     if not path.is_dir() or any((path / name).exists() for name in (STATE, MANIFEST, "checkpoints")):
         return False
     if (path / MODEL).exists():
@@ -212,7 +212,7 @@ def is_model_folder(path: Path) -> bool:
 
 
 def find(path: str | Path, output_dir: Path = Path("runs")) -> Path | None:
-    """The folder that `path` means, fetched if it is ORG/NAME of the hub; None for what is something else, such as a run.
+    """Return the folder that `path` means, fetched if it is ORG/NAME on the hub; None for anything else, such as a run.
 
     CheckpointError for a shipped model that is missing or damaged, and for what the hub doesn't have.
     """
@@ -224,15 +224,18 @@ def find(path: str | Path, output_dir: Path = Path("runs")) -> Path | None:
 
 
 def is_hub_id(path: str | Path, output_dir: Path = Path("runs")) -> bool:
-    """ORG/NAME, and nothing that is here: neither the path, nor its first folder, nor a run."""
+    """Return whether this is ORG/NAME and nothing local: neither an existing path, nor below an existing folder, nor a run."""
     text = str(path)
     here = (Path(text), Path(text).parent, output_dir / text)
     return _HUB_ID.fullmatch(text) is not None and not any(place.exists() for place in here)
 
 
 def fetch(hub_id: str, revision: str | None = None) -> Path:
-    """The folder, in the library's cache, of a model on the hub at a branch, tag or commit; CheckpointError where it isn't."""
-    from huggingface_hub import snapshot_download  # not before it is wanted: its import takes a while
+    """Fetch a model from the hub at a branch, tag or commit, and return its folder in the library's cache.
+
+    CheckpointError where it can't be had.
+    """
+    from huggingface_hub import snapshot_download  # imported only here: it takes a while
     from huggingface_hub.errors import (
         GatedRepoError,
         HfHubHTTPError,

@@ -1,17 +1,17 @@
-"""What is kept of a run, where is it, and is it whole? Save, find, verify, prune. weights.py puts it into a model.
+"""The checkpoints of a run: save, find, verify and prune. weights.py loads them into a model.
 
     runs/NAME/checkpoints/step_00001000/
         model.safetensors     weights; loading them executes nothing
-        ema.safetensors       their running mean, with --ema
+        ema.safetensors       their exponential moving average, with --ema
         optimizer.pt          state of AdamW, read with weights_only
-        random.json           state of the random generators, one entry a process
+        random.json           state of the random generators, one entry per process
         config.json           settings of the run, so that the folder is usable alone
         state.json            step, position in the data, PSNR of this step's validation, loss scale, guard, versions
         manifest.json         size and sha256 of each of these
 
-A checkpoint is written beside its place and renamed (vfi/io/verified_folder.py): one that has its name is complete, and its
-manifest tells if that is still so. The learning rate is a function of the step, the order of samples and augmentation of the
-position. Version 1, before there were manifests, is read as it is: it can't be verified, and that is said.
+A checkpoint is written under a temporary name and renamed (vfi/io/verified_folder.py): one that has its name is complete, and
+its manifest shows whether it still is. The learning rate is a function of the step, and the order of samples and their
+augmentation of the position. Version 1, which had no manifests, is still read; it can't be verified, and that is reported.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ VERSION = 2
 _NEEDED = (MODEL, OPTIMIZER, RANDOM, STATE, CONFIG)
 _NEEDED_1 = (MODEL, OPTIMIZER, STATE)
 _NAME = re.compile(r"step_(\d+)")
-_LARGEST = 1 << 40  # no count comes near it
+_LARGEST = 1 << 40  # far above any real count
 
 
 class Found(NamedTuple):
@@ -61,16 +61,16 @@ class Found(NamedTuple):
 
 
 class SavedPosition(NamedTuple):
-    """Where in the data a run was (see vfi/data/sampler.py)."""
+    """The position of a run in the data (see vfi/data/sampler.py)."""
 
     position: Position
     order: str
-    """The order of samples in which the position means something."""
+    """Identifies the order of samples for which the position is valid."""
 
 
 @dataclasses.dataclass(frozen=True)
 class State:
-    """What state.json holds."""
+    """The content of state.json."""
 
     step: int
     """The step after which it was written."""
@@ -78,17 +78,17 @@ class State:
     done: tuple[tuple[int, int], ...] = ()
     order: str = ""
     psnr: float | None = None
-    """Of the validation of this very step, in dB."""
+    """PSNR of the validation of this very step, in dB."""
     ema_updates: int = 0
     scaler: dict[str, float] = dataclasses.field(default_factory=dict)
-    """Of the loss scale, in fp16."""
+    """State of the loss scaler, in fp16."""
     guard: dict[str, Any] = dataclasses.field(default_factory=dict)
     versions: dict[str, str] = dataclasses.field(default_factory=dict)
     version: int = VERSION
 
     @property
     def position(self) -> SavedPosition | None:
-        """Where in the data the run was, if it is known."""
+        """The position in the data, or None where it is unknown."""
         return None if self.epoch is None else SavedPosition(Position(self.epoch, self.done), self.order)
 
 
@@ -104,10 +104,10 @@ def save(
     keep_last: int = 3,
     keep_best: int = 1,
 ) -> Path:
-    """Write the checkpoint of `state.step`, then remove others: all but the newest `keep_last` and the `keep_best` of highest
-    PSNR, and those of later steps, which a run left behind that went on from an earlier one.
+    """Write the checkpoint of `state.step`, then remove superfluous ones.
 
-    CheckpointError where it can't be written; then the others are all still there.
+    Kept are the newest `keep_last` and the `keep_best` of highest PSNR; those of later steps, left by a run that resumed from
+    an earlier one, are removed. CheckpointError where it can't be written; then all others are still there.
     """
     path = run_folder / "checkpoints" / f"step_{state.step:08d}"
 
@@ -115,7 +115,7 @@ def save(
         yield MODEL, _safetensors(weights)
         if ema is not None:
             yield EMA, _safetensors(ema)
-        pickled = io.BytesIO()  # torch's own writing to a file does not say what the system had against it
+        pickled = io.BytesIO()  # when torch writes to a file itself, its errors don't give the system's reason
         torch.save(optimizer, pickled)
         yield OPTIMIZER, pickled.getbuffer()
         yield RANDOM, json.dumps(list(random)).encode()
@@ -136,7 +136,7 @@ def _safetensors(tensors: dict[str, Tensor]) -> bytes:
 
 
 def _superfluous(found: Sequence[Found], step: int, keep_last: int, keep_best: int) -> list[Found]:
-    """The checkpoints to remove once that of `step` is written; of equally good ones the newest are kept."""
+    """Return the checkpoints to remove once that of `step` is written; of equally good ones the newest are kept."""
     own = [checkpoint for checkpoint in found if checkpoint.step <= step]
     scores = {checkpoint: _score(checkpoint.path) for checkpoint in own}
     scored = sorted((c for c in own if scores[c] is not None), key=lambda c: (scores[c], c.step), reverse=True)
@@ -147,24 +147,24 @@ def _superfluous(found: Sequence[Found], step: int, keep_last: int, keep_best: i
 def _score(checkpoint: Path) -> float | None:
     try:
         return read_state(checkpoint).psnr
-    except CheckpointError:  # damaged: it goes when it is old
+    except CheckpointError:  # damaged: it is removed when it is old
         return None
 
 
 def list_checkpoints(run_folder: Path) -> list[Found]:
-    """All checkpoints of a run, oldest first: complete when they were written, not verified."""
+    """Return all checkpoints of a run, oldest first: complete when they were written, but not verified."""
     matches = ((path, _NAME.fullmatch(path.name)) for path in run_folder.glob("checkpoints/step_*"))
     return sorted((Found(path, int(match[1])) for path, match in matches if match), key=lambda checkpoint: checkpoint.step)
 
 
 def latest(run_folder: Path) -> Found | None:
-    """The newest checkpoint of a run, if there is one."""
+    """Return the newest checkpoint of a run, or None."""
     found = list_checkpoints(run_folder)
     return found[-1] if found else None
 
 
 def check(checkpoint: Path, names: Sequence[str] | None = None) -> list[str]:
-    """What is wrong with which file, after reading everything (or `names`) again; empty for a checkpoint that is whole."""
+    """Read everything (or the files `names`) again and return what is wrong with which file; empty for an intact checkpoint."""
     if not is_verifiable(checkpoint):
         return [f"{name} is missing" for name in _NEEDED_1 if not (checkpoint / name).is_file()]
     try:
@@ -183,7 +183,7 @@ def check(checkpoint: Path, names: Sequence[str] | None = None) -> list[str]:
 
 
 def is_verifiable(checkpoint: Path) -> bool:
-    """Was it written with a manifest? One of version 1 was not."""
+    """Return whether the checkpoint was written with a manifest; one of version 1 was not."""
     if (checkpoint / MANIFEST).exists():
         return True
     try:
@@ -193,8 +193,9 @@ def is_verifiable(checkpoint: Path) -> bool:
 
 
 def newest_whole(run_folder: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint that is whole, and a line on each newer one that is not; CheckpointError when there are some, but
-    none is whole.
+    """Return the newest intact checkpoint, and a line on each newer one that is damaged.
+
+    CheckpointError when there are checkpoints, but none is intact.
     """
     damaged: list[str] = []
     for checkpoint in reversed(list_checkpoints(run_folder)):
@@ -214,7 +215,7 @@ def newest_whole(run_folder: Path) -> tuple[Path | None, list[str]]:
 
 
 def find(path: str | Path, output_dir: str | Path = "runs") -> Path:
-    """Folder of the checkpoint that `path` means: a checkpoint folder, a file in one, a run folder, or a run's name."""
+    """Return the checkpoint folder that `path` means: a checkpoint folder, a file in one, a run folder, or a run's name."""
     candidates = [Path(path), Path(output_dir) / path]
     for candidate in candidates:
         if candidate.is_file() and candidate.name in (MODEL, EMA):
@@ -231,7 +232,10 @@ def find(path: str | Path, output_dir: str | Path = "runs") -> Path:
 
 
 def find_whole(path: str | Path, output_dir: str | Path = "runs") -> tuple[Path, list[str]]:
-    """As `find`, but verified: of a run the newest that is whole, and lines on the others; of one checkpoint it or an error."""
+    """Return as `find`, but verified: a run's newest intact checkpoint, with lines on damaged ones.
+
+    A single checkpoint is that one, or CheckpointError where it is damaged.
+    """
     for run_folder in (Path(path), Path(output_dir) / path):
         if not (run_folder / MODEL).is_file():
             newest, lines = newest_whole(run_folder)
@@ -243,7 +247,7 @@ def find_whole(path: str | Path, output_dir: str | Path = "runs") -> tuple[Path,
 
 
 def refuse_damage(checkpoint: Path, names: Sequence[str] | None = None) -> None:
-    """CheckpointError when a checkpoint (or its files `names`) is not what was written."""
+    """Raise CheckpointError when a checkpoint (or its files `names`) is not what was written."""
     if wrong := check(checkpoint, names):
         others = [found.path.name for found in list_checkpoints(checkpoint.parent.parent) if found.path != checkpoint]
         raise CheckpointError(
@@ -252,7 +256,7 @@ def refuse_damage(checkpoint: Path, names: Sequence[str] | None = None) -> None:
 
 
 def newest_run(output_dir: str | Path = "runs") -> Path:
-    """The run whose newest checkpoint was written last; CheckpointError where there is none."""
+    """Return the run whose newest checkpoint was written last; CheckpointError where there is none."""
     found = {folder.parent: latest(folder.parent) for folder in Path(output_dir).glob("*/checkpoints")}
     written = {run: checkpoint.path.stat().st_mtime for run, checkpoint in found.items() if checkpoint}
     if not written:
@@ -261,13 +265,13 @@ def newest_run(output_dir: str | Path = "runs") -> Path:
 
 
 def config_of(checkpoint: Path) -> Path:
-    """The file with the settings of a checkpoint: its own, or in version 1 that of its run."""
+    """Return the file with the settings of a checkpoint: its own, or in version 1 that of its run."""
     own = checkpoint / CONFIG
     return checkpoint.parent.parent / CONFIG if not own.is_file() and not is_verifiable(checkpoint) else own
 
 
 def read_config(checkpoint: Path, say: Callable[[str], None] = note) -> Config:
-    """Settings under which a checkpoint was made; `say` is told of those that are younger than it."""
+    """Return the settings under which a checkpoint was made; `say` reports settings that the checkpoint is too old to have."""
     path = config_of(checkpoint)
     try:
         return config_from_json(path.read_text(), str(path), say)
@@ -278,12 +282,14 @@ def read_config(checkpoint: Path, say: Callable[[str], None] = note) -> Config:
 
 
 def read_step(checkpoint: Path) -> int:
-    """The step after which a checkpoint was written."""
+    """Return the step after which a checkpoint was written."""
     return read_state(checkpoint).step
 
 
 def read_random(checkpoint: Path) -> list[Any]:
-    """State of the random generators, one entry a process (see random_state.py); empty where there is none."""
+    """Return the states of the random generators, one entry per process (see vfi/training/state.py); empty where there are
+    none.
+    """
     if not (checkpoint / RANDOM).exists() and not is_verifiable(checkpoint):
         return []
     content = _read_json(checkpoint / RANDOM)
@@ -293,7 +299,7 @@ def read_random(checkpoint: Path) -> list[Any]:
 
 
 def read_state(checkpoint: Path) -> State:
-    """state.json, checked; CheckpointError names what is not usable in it."""
+    """Read and check state.json; CheckpointError names what is not usable in it."""
     path = checkpoint / STATE
     content = _read_json(path)
     version = content.get("version") if isinstance(content, dict) else None
@@ -311,7 +317,7 @@ def read_state(checkpoint: Path) -> State:
 
 
 def _absurd(state: State, name: str) -> str:
-    """What can't be true of a checkpoint in a folder of this name; empty when all can."""
+    """Return what can't be true of a checkpoint in a folder of this name; empty when everything can."""
     named = _NAME.fullmatch(name)
     if named and int(named[1]) != state.step:
         return f"it is of step {state.step}"

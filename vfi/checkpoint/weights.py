@@ -1,4 +1,4 @@
-"""How do saved weights get into a model, and what if they don't fit? Nothing that is read here can execute anything."""
+"""Load saved weights into a model and report what does not fit. Nothing that is read here can execute code."""
 
 from __future__ import annotations
 
@@ -19,13 +19,14 @@ from vfi.errors import CheckpointError
 from vfi.model.interpolator import FrameInterpolator
 from vfi.runtime.logging import note
 
-PARTS = ("flow.teacher", "backbone", "flow", "refine")  # of the network, the longest name first
+PARTS = ("flow.teacher", "backbone", "flow", "refine")  # parts of the network, the longest name first
 
 
 def load_model(path: str | Path, device: torch.device, say: Callable[[str], None] = note) -> tuple[FrameInterpolator, Config]:
-    """The model of a run (name or folder), checkpoint folder or weights file, in eval mode on `device`, and its settings.
+    """Return a model in eval mode on `device` and its settings; `path` is a run (name or folder), checkpoint or weights file.
 
-    Its files are verified first. Where there are EMA weights these are taken, which `say` tells; a file is taken as it is.
+    Its files are verified first. EMA weights are preferred where there are any, which `say` reports; a weights file is used as
+    given.
     """
     checkpoint = find(path)
     name = Path(path).name if Path(path).suffix == ".safetensors" else best_weights(checkpoint)
@@ -39,19 +40,19 @@ def load_model(path: str | Path, device: torch.device, say: Callable[[str], None
 
 
 def best_weights(checkpoint: Path) -> str:
-    """The file with the weights to use: the EMA where there is one."""
+    """Return the name of the file with the weights to use: the EMA weights where there are any."""
     return EMA if (checkpoint / EMA).is_file() else MODEL
 
 
 def load_weights(model: nn.Module, checkpoint: Path, name: str = MODEL) -> None:
-    """Put a checkpoint's weights into `model`; CheckpointError names the keys and shapes that differ, and changes nothing."""
+    """Load a checkpoint's weights into `model`; CheckpointError names the keys and shapes that differ, and changes nothing."""
     weights = read_weights(checkpoint, name)
     refuse_differences(model.state_dict(), weights, checkpoint, name)
     model.load_state_dict(weights)
 
 
 def read_weights(checkpoint: Path, name: str = MODEL) -> dict[str, Tensor]:
-    """Weights by name."""
+    """Return the weights by name; CheckpointError where the file can't be read."""
     path = checkpoint / name
     try:
         return load_file(path)
@@ -60,9 +61,9 @@ def read_weights(checkpoint: Path, name: str = MODEL) -> dict[str, Tensor]:
 
 
 def load_parts(model: nn.Module, checkpoint: Path) -> list[str]:
-    """Put the weights of another phase into `model`; returns lines that say what was loaded, what is new, what was left.
+    """Load the weights of another phase into `model`; return lines on what was loaded, what is new and what was left out.
 
-    Whole parts (`PARTS`) may be new or left over; inside a part that both have every key and shape must agree. Otherwise
+    Whole parts (`PARTS`) may be new or left over; inside a part that both have, every key and shape must agree. Otherwise
     CheckpointError names the differences, and nothing changes.
     """
     name = best_weights(checkpoint)
@@ -86,7 +87,7 @@ def load_parts(model: nn.Module, checkpoint: Path) -> list[str]:
 
 
 def _by_part(weights: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """Weights by part; a part is named by the longest entry of PARTS that a key begins with, else by its first word."""
+    """Group weights by part: the longest entry of PARTS that a key begins with, or else its first word."""
     parts: dict[str, dict[str, Tensor]] = {}
     for name, tensor in weights.items():
         part = next((part for part in PARTS if name.startswith(part + ".")), name.partition(".")[0])
@@ -99,7 +100,7 @@ def _size(weights: dict[str, Tensor]) -> str:
 
 
 def read_optimizer(checkpoint: Path) -> dict[str, Any]:
-    """State of an optimizer as it was saved; CheckpointError for a file that is damaged or holds more than plain values."""
+    """Return an optimizer's saved state; CheckpointError for a file that is damaged or holds more than plain values."""
     path = checkpoint / OPTIMIZER
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
@@ -111,9 +112,9 @@ def read_optimizer(checkpoint: Path) -> dict[str, Any]:
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any], place: str | Path) -> None:
-    """Put the optimizer state that was saved at `place` back, which takes it: settings are those of the run as it is now.
+    """Load the state that was saved at `place` into the optimizer; settings such as the learning rate stay the present ones.
 
-    CheckpointError where it does not fit.
+    The optimizer takes over the tensors of `state`. CheckpointError where it does not fit.
     """
     try:
         for saved, own in zip(state["param_groups"], optimizer.param_groups, strict=True):
@@ -128,7 +129,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any], plac
 
 
 def compare_models(ours: Config, theirs: Config) -> str:
-    """The settings of the model that differ, for messages; empty when none does."""
+    """Return the model settings that differ, for messages; empty when none does."""
     mine, other = dataclasses.asdict(ours.model), dataclasses.asdict(theirs.model)
     return ", ".join(f"{name}: {mine[name]} here, {other[name]} there" for name in mine if mine[name] != other[name])
 
@@ -136,7 +137,7 @@ def compare_models(ours: Config, theirs: Config) -> str:
 def refuse_differences(
     expected: dict[str, Tensor], found: dict[str, Tensor], checkpoint: Path, name: str = MODEL, limit: int = 6
 ) -> None:
-    """CheckpointError that names missing and unknown keys and differing shapes, if there are any."""
+    """Raise CheckpointError that names missing and unknown keys and differing shapes, if there are any."""
     groups = {
         "missing": [key for key in expected if key not in found],
         "unknown": [key for key in found if key not in expected],

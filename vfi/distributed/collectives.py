@@ -1,4 +1,4 @@
-"""Agreement of all processes, and work that only the main process does."""
+"""Agreement among all processes, and work that only the main process does."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from vfi.errors import CheckpointError
 
 
 def on_main(accelerator: Accelerator, act: Callable[[], object]) -> None:
-    """Let the main process act while the others wait; its CheckpointError is one of all processes."""
+    """Run `act` on the main process while the others wait; its CheckpointError is raised on all processes."""
     problem: list[str | None] = [None]
     if accelerator.is_main_process:
         try:
@@ -25,7 +25,7 @@ def on_main(accelerator: Accelerator, act: Callable[[], object]) -> None:
 
 
 def check_agreement(accelerator: Accelerator, chosen: Path | None) -> None:
-    """CheckpointError when the processes don't go on from the same checkpoint: one of them could not read what others could."""
+    """Raise CheckpointError unless all processes resume from the same checkpoint: one may fail to read what others can."""
     names: Sequence[str] = gather_object([str(chosen and chosen.name)])
     if len(set(names)) > 1:
         each = ", ".join(f"process {rank}: {name}" for rank, name in enumerate(names))

@@ -1,4 +1,4 @@
-"""Optimizer, gradients and weights in shards by DeepSpeed's ZeRO."""
+"""Sharding of optimizer, gradients and weights by DeepSpeed's ZeRO."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 class Zero(Whole):
     """DeepSpeed's ZeRO, stage 1, 2 or 3, through accelerate.
 
-    Its optimizer holds, for each of AdamW's groups, one flat tensor with this process's shards of all parameters in a row.
+    Its optimizer holds, for each of AdamW's groups, one flat tensor that concatenates this process's shards of all parameters.
     """
 
     tries_steps = False
@@ -43,7 +43,7 @@ class Zero(Whole):
                 raise ConfigError(
                     f"{flag} is not supported with ZeRO-3, which takes the weights apart: use ZeRO-2 or leave it out"
                 )
-        # DeepSpeed wants to know them, but the loader deals batches and the trainer clips
+        # DeepSpeed requires these settings, but the loader makes the batches and the trainer clips the gradient
         self.settings["train_micro_batch_size_per_gpu"] = config.data.batch_size
         self.settings["gradient_accumulation_steps"] = self.accelerator.gradient_accumulation_steps
         self.settings["gradient_clipping"] = 0.0
@@ -60,10 +60,10 @@ class Zero(Whole):
         return self.model, self.optimizer
 
     def accumulate(self) -> AbstractContextManager[None]:
-        return self.accelerator.accumulate()  # the engine is told in `backward`
+        return self.accelerator.accumulate()  # `backward` passes it on to the engine
 
     def backward(self, loss: Tensor) -> None:
-        # accelerate's own would take the step at once
+        # accelerate's own backward would take the step at once
         self.model.set_gradient_accumulation_boundary(self.accelerator.sync_gradients)
         self.model.backward(loss)
 
@@ -73,7 +73,7 @@ class Zero(Whole):
         return squares.sqrt().float()
 
     def _gradients(self, parameters: Iterable[Any]) -> list[Tensor]:
-        """This process's shards of the gradients."""
+        """Return this process's shards of the gradients."""
         trained = [parameter for parameter in parameters if parameter.requires_grad]
         if self.stage == 3:
             return [self.zero.get_local_fp32_grad_for_param(parameter) for parameter in trained]
@@ -85,7 +85,7 @@ class Zero(Whole):
         self.model.step()
 
     def drop(self) -> None:
-        # a step whose gradient is no number is dropped by DeepSpeed on all processes, and everything that belongs to it
+        # DeepSpeed skips a step with a non-finite gradient, with all that belongs to it, on all processes
         self._gradients(self.parameters)[0].fill_(math.nan)
         self.model.step()
 
@@ -99,7 +99,7 @@ class Zero(Whole):
         if self.flat[0] not in known:  # no step yet
             return {"state": {}, "param_groups": groups}
         step = known[self.flat[0]]["step"]
-        # to each its own step: saved together one tensor would stay one, and AdamW count it up for every parameter
+        # a copy of the step for each: one shared tensor stays shared when saved, and AdamW would increment it per parameter
         state = {i: {"step": step.clone()} | self._moments(parameter) for i, parameter in enumerate(self.parameters)}
         return {"state": state, "param_groups": groups}
 
@@ -114,13 +114,14 @@ class Zero(Whole):
         flat = torch.zeros(parameter.numel(), device=parameter.device)
         for shard, part in self._shard_of(parameter, name):
             flat[part] = shard
-        torch.distributed.all_reduce(flat)  # every element is one process's, and zero on the others
+        torch.distributed.all_reduce(flat)  # every element belongs to one process, and is zero on the others
         return flat.view_as(parameter)
 
     def _shard_of(self, parameter: Any, name: str) -> list[tuple[Tensor, slice]]:
-        """Stages 1 and 2: this process's shard of a moment, if it has one, and which elements of the parameter it is of.
+        """Return this process's shard of a moment and the slice of the parameter it covers; empty if it has none (stages 1 and
+        2).
 
-        DeepSpeed's own functions for this find the first of several groups only.
+        DeepSpeed's own functions for this find only the first of several groups.
         """
         if (mapping := parameter._hp_mapping) is None:
             return []
@@ -142,7 +143,7 @@ class Zero(Whole):
                 self._set_moment(parameter, name, of_parameters[i][name])
 
     def _refuse_state(self, state: dict[int, dict[str, Tensor]], place: str) -> None:
-        """CheckpointError for the state of other parameters, or of some that are younger than others."""
+        """Raise CheckpointError for the state of other parameters, or where some have had fewer steps than others."""
         shapes = [list(getattr(parameter, "ds_shape", parameter.shape)) for parameter in self.parameters]
         if sorted(state) != list(range(len(shapes))) or any(list(state[i]["exp_avg"].shape) != s for i, s in enumerate(shapes)):
             raise CheckpointError(f"the optimizer's state in {place} is of other parameters than those that train here")
@@ -157,7 +158,7 @@ class Zero(Whole):
             for own, part in self._shard_of(parameter, name):
                 own.copy_(value.flatten()[part])
             return
-        shard = parameter.ds_tensor.numel()  # the last one is filled up with zeros
+        shard = parameter.ds_tensor.numel()  # the last shard is padded with zeros
         start = shard * self.accelerator.process_index
         own = value.flatten()[start : start + shard]
         self.zero.set_local_hp_param(torch.nn.functional.pad(own, (0, shard - own.numel())), parameter, name)

@@ -1,4 +1,4 @@
-"""Weights, gradients and optimizer in shards by FSDP2."""
+"""Sharding of weights, gradients and optimizer by FSDP2."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from vfi.ops.dtensor import is_in_shards
 
 
 class Fsdp2(Whole):
-    """Weights, gradients and optimizer in shards; a part of the network is put together while it is at work.
+    """Weights, gradients and optimizer in shards; the weights of a unit are gathered while it computes.
 
-    The shards are cut here by torch's `fully_shard`: accelerate would do it on GPUs only, and on a CPU train without a word
-    each process by itself.
+    torch's `fully_shard` makes the shards here: accelerate would do so only on GPUs, and on a CPU silently train each process
+    independently.
     """
 
     name, in_step, tries_steps = "fsdp2", True, False
@@ -33,7 +33,7 @@ class Fsdp2(Whole):
         _refuse_muon(config, "FSDP2")
 
     def prepare(self, network: FrameInterpolator, make: MakeOptimizer) -> tuple[nn.Module, AcceleratedOptimizer]:
-        from torch.distributed.device_mesh import init_device_mesh  # what other kinds don't need, for it takes a second
+        from torch.distributed.device_mesh import init_device_mesh  # imported only here: it takes a second
         from torch.distributed.fsdp import fully_shard
 
         device = self.accelerator.device
@@ -42,7 +42,7 @@ class Fsdp2(Whole):
         for module in list(network.modules()):
             if isinstance(module, LGSBlock | FlowStage | RefineNet):
                 fully_shard(module, mesh=mesh)
-        # by default what lies outside of the units would stay whole after a validation
+        # by default parameters outside of the units would stay unsharded after a validation
         fully_shard(network, mesh=mesh, reshard_after_forward=True)
         self.network = self.model = network
         self.optimizer = AcceleratedOptimizer(make(network), device_placement=False)

@@ -1,4 +1,4 @@
-"""Norms of gradients and of updates by layer group, also over shards of tensors."""
+"""Norms of gradients and of updates by layer group, also of sharded tensors."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ LayerGroups = dict[str, list[nn.Parameter]]
 
 
 def layer_groups(network: nn.Module) -> LayerGroups:
-    """Parameters by group; every one is in exactly one of them."""
+    """Return the parameters by group; each is in exactly one of them."""
     groups: LayerGroups = {}
     for name, parameter in network.named_parameters():
         groups.setdefault(group_of(name), []).append(parameter)
@@ -22,7 +22,10 @@ def layer_groups(network: nn.Module) -> LayerGroups:
 
 
 def group_of(name: str) -> str:
-    """stem, down, stage0, stage1 (with the norm at its end), mixing, flow, teacher or refine; else the name's first word."""
+    """Return a parameter's group: stem, down, stage0, stage1, mixing, flow, teacher or refine; else the name's first word.
+
+    stage1 includes the norm at its end.
+    """
     words = [word for word in name.split(".") if not word.startswith("_")]  # wrappers begin with an underscore
     if "coefficients" in words:
         return "mixing"
@@ -32,17 +35,17 @@ def group_of(name: str) -> str:
 
 
 def gradient_norms(groups: LayerGroups) -> Tensor:
-    """`[groups]` fp32 on the device: norm of each group's gradient; 0 where it has none."""
+    """Return `[groups]` fp32 on the device: the norm of each group's gradient; 0 where it has none."""
     return group_norms([[p.grad for p in parameters if p.grad is not None] for parameters in groups.values()])
 
 
 def copies(groups: LayerGroups) -> list[list[Tensor]]:
-    """The weights as they are now."""
+    """Return copies of the present weights."""
     return [[parameter.detach().clone() for parameter in parameters] for parameters in groups.values()]
 
 
 def update_ratios(groups: LayerGroups, before: list[list[Tensor]]) -> Tensor:
-    """`[groups]`: norm of the change since `before` / norm of the weights then; 0 where there were none but zeros."""
+    """Return `[groups]`: norm of the change since `before` / norm of the weights then; 0 where all of them were zero."""
     moved = [
         [new.detach() - old for new, old in zip(parameters, olds, strict=True)]
         for parameters, olds in zip(groups.values(), before, strict=True)
@@ -52,7 +55,7 @@ def update_ratios(groups: LayerGroups, before: list[list[Tensor]]) -> Tensor:
 
 
 def group_norms(groups: Sequence[Sequence[Tensor]]) -> Tensor:
-    """`[groups]` fp32: the norm of all tensors of a group together, of their shards on all processes where they are sharded."""
+    """Return `[groups]` fp32: the norm of all tensors of a group together; of sharded tensors, over all processes."""
     tensors = list(itertools.chain(*groups))
     if not tensors:
         return torch.zeros(len(groups))
@@ -63,7 +66,10 @@ def group_norms(groups: Sequence[Sequence[Tensor]]) -> Tensor:
 
 
 def _over_shards(norms: Tensor, tensors: Sequence[Tensor]) -> Tensor:
-    """Norms of what this process holds -> of the whole. All tensors are plain, or all are sharded in the same way."""
+    """Return the norms of whole tensors from those of this process's shards.
+
+    All tensors must be unsharded, or all sharded in the same way; else ValueError.
+    """
     sharded = [tensor for tensor in tensors if is_in_shards(tensor)]
     if not sharded:
         return norms

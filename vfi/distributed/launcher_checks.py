@@ -1,7 +1,7 @@
-"""On which processes, devices and in which precision does training run? As the launcher was asked, checked.
+"""Start accelerate's processes, device and precision as the launcher requests them, and check that it did.
 
-accelerate and its launcher sometimes start something else than they were asked for, and say nothing. Whatever is known to do
-so is refused here, with what to do instead.
+accelerate and its launcher sometimes start something other than what was requested, silently. Every case that is known is
+refused here, with advice on what to do instead.
 """
 
 from __future__ import annotations
@@ -25,7 +25,10 @@ _WHOLE = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_C
 
 
 def start_accelerator(config: Config) -> Accelerator:
-    """Processes, device and precision as the launcher was asked; ConfigError for what it did not do or can't be done."""
+    """Return an Accelerator with the processes, device and precision that the launcher requests.
+
+    ConfigError where the launcher did something else, or where the request can't be met.
+    """
     world, sharding = int(os.environ.get("WORLD_SIZE", "1")), asked_sharding()
     _refuse_traps(world)
     if sharding == "zero":
@@ -35,8 +38,8 @@ def start_accelerator(config: Config) -> Accelerator:
     _refuse_precision(sharding)
     accelerator = Accelerator(
         gradient_accumulation_steps=accumulation(config, world),
-        # with shards the autocast is ours (vfi/distributed/strategy.py): DeepSpeed, and FSDP by accelerate, would halve the
-        # weights, too
+        # with shards vfi/distributed/strategy.py sets autocast: DeepSpeed, and FSDP by accelerate, would also keep the weights
+        # in half precision
         mixed_precision=asked_precision() if sharding == "none" else "no",
         kwargs_handlers=[_process_group(config, sharding)],
     )
@@ -45,12 +48,12 @@ def start_accelerator(config: Config) -> Accelerator:
 
 
 def asked_sharding() -> Sharding:
-    """What the launcher was asked to spread over the processes: nothing (one process, or DDP), or by ZeRO or FSDP2."""
+    """Return the requested sharding: none (one process, or DDP), ZeRO or FSDP2."""
     return "zero" if _is_set("ACCELERATE_USE_DEEPSPEED") else "fsdp2" if _is_set("ACCELERATE_USE_FSDP") else "none"
 
 
 def asked_precision() -> Precision:
-    """As the launcher was asked; without a word from it bf16 autocast on a GPU that has it, fp32 (no) elsewhere."""
+    """Return the requested precision; by default bf16 autocast on a GPU that supports it, and fp32 ("no") elsewhere."""
     asked = os.environ.get("ACCELERATE_MIXED_PRECISION")
     if asked is None:
         return "bf16" if _on_gpu() and _gpu_has_bf16() else "no"
@@ -61,20 +64,20 @@ def asked_precision() -> Precision:
 
 
 def idle_gpus() -> int:
-    """GPUs of this machine that the run can see and does not use."""
+    """Return the number of GPUs of this machine that the run can see but does not use."""
     return torch.cuda.device_count() - int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if _on_gpu() else 0
 
 
 def _process_group(config: Config, sharding: Sharding) -> InitProcessGroupKwargs:
-    # the time-out is in vain unless the run's own watch fails, which knows better what hangs (vfi/distributed/watchdog.py)
+    # this time-out only matters if the run's watchdog fails, which knows better what hangs (vfi/distributed/watchdog.py)
     patience = timedelta(minutes=config.run.timeout_minutes + 1)
-    if sharding == "zero" and not _on_gpu():  # by itself it takes NCCL, or no processes at all
+    if sharding == "zero" and not _on_gpu():  # the default is NCCL, or no process group at all
         return InitProcessGroupKwargs(backend="gloo", timeout=patience)
     return InitProcessGroupKwargs(timeout=patience)
 
 
 def _refuse_traps(world: int) -> None:
-    """What the launcher does in silence, whatever is sharded."""
+    """Refuse what the launcher would do silently, whatever the sharding."""
     if "ACCELERATE_USE_CPU" in os.environ and "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ:
         raise ConfigError(
             "accelerate launch was asked for several processes but started one, as it does on a CPU and with a config for one "
@@ -102,9 +105,9 @@ def _refuse_traps(world: int) -> None:
 
 
 def _asked_processes() -> int | None:
-    """--num_processes of the `accelerate launch` that started this process; None where it was not that, or has no such flag.
+    """Return --num_processes of the `accelerate launch` that started this process; None without such a launcher or flag.
 
-    It rounds that down to the same number on each machine and passes on no word of it.
+    accelerate rounds the number down to the same one on each machine, and does not pass on the original.
     """
     words = (psutil.Process().parent() or psutil.Process()).cmdline()
     if not any("accelerate" in word for word in words):
@@ -116,7 +119,7 @@ def _asked_processes() -> int | None:
 
 
 def _refuse_zero() -> None:
-    """What DeepSpeed through accelerate would do otherwise than asked."""
+    """Refuse settings that DeepSpeed through accelerate would not follow."""
     if importlib.util.find_spec("deepspeed") is None:
         raise ConfigError("ZeRO needs DeepSpeed, which is not installed: pip install -e '.[deepspeed]'")
     if _uses_cpu():
@@ -139,7 +142,7 @@ def _refuse_zero() -> None:
 
 
 def _refuse_fsdp() -> None:
-    """What of the settings of FSDP would not be done: the shards are cut by vfi/distributed/strategy.py, not by accelerate."""
+    """Refuse FSDP settings that would have no effect: vfi/distributed/fsdp.py makes the shards, not accelerate."""
     if os.environ.get("FSDP_VERSION", "1") != "2":
         raise ConfigError("FSDP is supported in its version 2: set fsdp_version: 2, as accelerate_configs/fsdp2.yaml does")
     if "LOCAL_RANK" not in os.environ:
@@ -157,7 +160,7 @@ def _refuse_set(variable: str, harmless: str, name: str) -> None:
 
 
 def _refuse_precision(sharding: Sharding) -> None:
-    """fp16 and bf16 where they would be something else, or fail in the middle."""
+    """Refuse fp16 and bf16 where they would mean something else, or fail during training."""
     precision = asked_precision()
     if precision == "fp16" and not _on_gpu():
         raise ConfigError("mixed precision fp16 needs a GPU (accelerate trains in fp32 on a CPU): use no, or bf16, there")
@@ -168,7 +171,7 @@ def _refuse_precision(sharding: Sharding) -> None:
 
 
 def _refuse_differences(accelerator: Accelerator, sharding: Sharding, world: int, accumulated: int) -> None:
-    """Is what was started what was asked for?"""
+    """Check that what was started is what was requested."""
     if accelerator.num_processes != world:
         raise ConfigError(f"the launcher started {world} processes, accelerate sees {accelerator.num_processes}")
     kinds = {"none": _WHOLE, "zero": (DistributedType.DEEPSPEED,), "fsdp2": (DistributedType.FSDP, *_WHOLE)}[sharding]

@@ -1,4 +1,4 @@
-"""Select the sharding strategy that the launcher asks for."""
+"""Selection of the sharding strategy that the launcher requests."""
 
 from __future__ import annotations
 
@@ -11,5 +11,5 @@ from vfi.distributed.strategy import Whole
 
 
 def sharding(accelerator: Accelerator) -> Whole:
-    """The kind that the launcher was asked for."""
+    """Return the sharding strategy that the launcher requests."""
     return {"none": Whole, "fsdp2": Fsdp2, "zero": Zero}[asked_sharding()](accelerator)

@@ -1,13 +1,13 @@
-"""Where do weights, gradients and the optimizer's state lie: whole on every process, or a shard of them on each?
+"""Placement of weights, gradients and optimizer state: whole on every process, or a shard on each.
 
-| kind  | asked for by                | weights     | gradients   | optimizer's state |
-| ----- | --------------------------- | ----------- | ----------- | ----------------- |
-| Whole | one process, or ddp.yaml    | whole       | whole       | whole             |
-| Fsdp2 | fsdp2.yaml                  | in shards   | in shards   | in shards         |
-| Zero  | deepspeed_zero1, 2, 3.yaml  | whole; 3: in shards | 1: whole until the step; in shards | in shards |
+| kind  | requested by                | weights                  | gradients                       | optimizer state |
+| ----- | --------------------------- | ------------------------ | ------------------------------- | --------------- |
+| Whole | one process, or ddp.yaml    | whole                    | whole                           | whole           |
+| Fsdp2 | fsdp2.yaml                  | sharded                  | sharded                         | sharded         |
+| Zero  | deepspeed_zero1, 2, 3.yaml  | whole; stage 3: sharded  | sharded; stage 1: at the step   | sharded         |
 
-Saved is always the whole: a checkpoint goes on under any of them, on any number of processes. Weights are fp32 in all of them
-and the forward pass runs under autocast, so that the fp32 parts of the network are that everywhere.
+Checkpoints hold whole tensors: a run resumes from one under any of these, on any number of processes. Weights are always fp32
+and the forward pass runs under autocast, so that the fp32 parts of the network are fp32 everywhere.
 """
 
 from __future__ import annotations
@@ -31,102 +31,102 @@ MakeOptimizer = Callable[[nn.Module], torch.optim.Optimizer]
 
 
 class Whole:
-    """One process, or several that average their gradients (DDP): each has everything."""
+    """One process, or several that average their gradients (DDP): each holds everything."""
 
     name = "none"
-    """What is in shards, for messages."""
+    """What is sharded, for messages."""
     in_step = False
-    """Can a forward pass only be done by all processes together?"""
+    """Whether a forward pass needs all processes together."""
     measures_updates = True
-    """Can the weights be compared with what they were before a step?"""
+    """Whether the weights can be compared with those before a step."""
     tries_steps = True
-    """Is `try_step` for it?"""
+    """Whether it supports `try_step`."""
 
     def __init__(self, accelerator: Accelerator) -> None:
         self.accelerator = accelerator
 
     def settle(self, config: Config, frozen: bool) -> None:
-        """Take what this kind has to know of a run; ConfigError for settings that can't be had under it."""
+        """Set what this strategy needs to know of a run; ConfigError for settings that it does not support."""
 
     def prepare(self, network: FrameInterpolator, make: MakeOptimizer) -> tuple[nn.Module, AcceleratedOptimizer]:
-        """What trains in place of `network`, and the optimizer that `make` makes for it."""
+        """Return the model to train in place of `network`, and the optimizer that `make` builds for it."""
         self.network = network
         self.model, self.optimizer = self.accelerator.prepare(network, make(network))
         return self.model, self.optimizer
 
     def renew(self, network: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, AcceleratedOptimizer]:
-        """Train by another optimizer from now on, also parameters that were frozen before."""
-        if self.model is network:  # to prepare a model twice would leave it without autocast
+        """Train with another optimizer from now on, also parameters that were frozen before."""
+        if self.model is network:  # preparing a model twice would leave it without autocast
             self.optimizer = self.accelerator.prepare(optimizer)
-        else:  # DistributedDataParallel only averages gradients of what trained when it was made
+        else:  # DistributedDataParallel only averages gradients of parameters that were trainable when it was built
             plain = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
             self.accelerator.free_memory()
             self.model, self.optimizer = self.accelerator.prepare(plain, optimizer)
         return self.model, self.optimizer
 
     def accumulate(self) -> AbstractContextManager[None]:
-        """Around each forward and backward pass: gradients are averaged over processes in the last one of a step."""
+        """Return a context for each forward and backward pass: gradients are averaged over processes in the last one of a step."""
         return self.accelerator.accumulate(self.model)
 
     def backward(self, loss: Tensor) -> None:
-        """Add the gradient of a mean loss / number of passes of a step."""
+        """Add the gradient of a mean loss, divided by the number of passes of a step."""
         self.accelerator.backward(loss)
 
     def gradient_norms(self, groups: LayerGroups) -> Tensor:
-        """`[groups]`: norm of each group's gradient, the same on all processes; to be called once a step."""
+        """Return `[groups]`: the norm of each group's gradient, the same on all processes; to be called once a step."""
         self.accelerator.unscale_gradients()
         return gradient_norms(groups)
 
     def step(self, norm: Tensor, largest: float) -> None:
-        """Change the weights by the gradient, whose norm is `norm`, shortened to `largest`."""
+        """Update the weights by the gradient, whose norm is `norm`, clipped to `largest`."""
         torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), largest, norm)
         self.optimizer.step()
         self.forget()
 
     @property
     def can_try(self) -> bool:
-        """Can the optimizer be told on the device, which the program runs ahead of, whether a step counts?"""
+        """Whether a flag on the device, which the program need not wait for, can make the optimizer skip a step."""
         groups = self.optimizer.param_groups
         return self.tries_steps and self.accelerator.scaler is None and all(group.get("fused") for group in groups)
 
     def try_step(self, norm: Tensor, largest: float, doubts: Tensor) -> None:
-        """As `step` where `doubts`, on the device, is 0; where it is 1, nothing changes. The gradient stays until `forget`."""
-        kept = torch.where(doubts > 0, 0, norm)  # one that is too short to be shortened
+        """Take a step where `doubts`, on the device, is 0; where it is 1, change nothing. The gradient stays until `forget`."""
+        kept = torch.where(doubts > 0, 0, norm)  # a norm of 0 is never clipped
         torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), largest, kept)
         fused = self.optimizer.optimizer
-        fused.found_inf = doubts  # what a loss scaler would say
+        fused.found_inf = doubts  # as a loss scaler would set it
         self.optimizer.step()
         del fused.found_inf
 
     def forget(self) -> None:
-        """Forget the gradient of a step that was taken."""
+        """Discard the gradient of a step that was taken."""
         self.optimizer.zero_grad()
 
     def drop(self) -> None:
-        """Forget the gradient; weights and optimizer stay as they are."""
+        """Discard the gradient; weights and optimizer stay as they are."""
         if self.accelerator.scaler:
-            self.accelerator.scaler.update()  # it wants to be told, or refuses the next gradient
+            self.accelerator.scaler.update()  # without an update it refuses the next gradient
         self.optimizer.zero_grad()
 
     def gathered(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Whole tensors of a state dict in shards; only those of the main process are of use."""
+        """Return the whole tensors of a sharded state dict; they are valid on the main process only."""
         return tensors
 
     def weights(self) -> dict[str, Tensor]:
-        """Whole weights; only those of the main process are of use."""
+        """Return the whole weights; they are valid on the main process only."""
         return self.gathered(self.network.state_dict())
 
     def optimizer_state(self) -> dict[str, Any]:
-        """Whole state of AdamW, as its `state_dict` has it; only that of the main process is of use."""
+        """Return AdamW's whole state in the form of its `state_dict`; it is valid on the main process only."""
         return self.optimizer.state_dict()
 
     def load_optimizer(self, state: dict[str, Any], place: str) -> None:
-        """Put back what `optimizer_state` gave and `place` kept; CheckpointError where it does not fit."""
+        """Restore an optimizer state that was saved at `place`; CheckpointError where it does not fit."""
         load_optimizer(self.optimizer, state, place)
 
 
 def _make_ready(network: nn.Module, device: torch.device) -> None:
-    """For shards: weights laid out plainly, for channels-last ones can't be cut, and forward passes in the asked precision."""
+    """Prepare a network for sharding: contiguous weights, as channels-last ones can't be cut, and the requested precision."""
     network.to(memory_format=torch.contiguous_format)
     if asked_precision() == "bf16":
         network.forward = torch.autocast(device.type, torch.bfloat16)(network.forward)

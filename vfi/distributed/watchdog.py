@@ -1,12 +1,12 @@
-"""Does the run still move, and should it stop? Threads of every process watch its training and tell each other.
+"""Watchdog threads that name the process that hangs, and spread the request to stop to all processes.
 
     with Watch(device, seconds) as watch:
         watch.at("waiting for data")     # all processes pass the same places in the same order
         if watch.stop(): …               # the same answer on all of them after the same step
 
-A process that hangs lets all others wait for it in a collective operation, and none of them learns which one is missing. So
-each counts the places that it passes, and writes the count into the store over which the launcher brought the processes
-together. Where nothing has moved for too long, the process that is silent or behind is named, and the run ends.
+When a process hangs, all others wait for it in a collective operation, and none of them can tell which one is missing. So each
+process counts the places that it passes, and writes the count into the store through which the launcher connected the
+processes. Where nothing has moved for too long, the process that is silent or behind is named, and the run ends.
 """
 
 from __future__ import annotations
@@ -29,22 +29,22 @@ import torch.distributed as dist
 from vfi.runtime.stop_signals import Agreement, StopSignals
 
 _PERIOD = 0.5  # seconds between two looks
-_LISTEN = 8  # looks at the others before one is named: who is alive writes at each
-# seconds that the one that hangs outlives the others, so that theirs is this error and not that of a broken connection
+_LISTEN = 8  # looks at the others before a process is named: a live process writes at every look
+# seconds that the hanging process outlives the others, so that they end with this error and not a broken connection
 _LINGER = 3.0
-_LOST = 30.0  # seconds without progress that are enough once the store is gone, as it is with the process that held it
+_LOST = 30.0  # seconds without progress that suffice once the store is lost, together with the process that held it
 _numbers = itertools.count()
 
 
 class Beat(NamedTuple):
-    """What a process writes about itself at every look."""
+    """The heartbeat that a process writes at every look."""
 
     number: int
-    """It stays the same when the whole process is stopped or gone."""
+    """Number of the heartbeat; it stays the same when the whole process is stopped or gone."""
     passed: int
-    """Places that training has come to."""
+    """Number of places that training has passed."""
     idle: float
-    """Seconds since it moved."""
+    """Seconds since the last progress."""
     place: str
 
 
@@ -52,7 +52,7 @@ _NOTHING = Beat(0, 0, 0.0, "the start")
 
 
 class Watch:
-    """Progress of this process and of the others, and the wish to stop; to be entered around training.
+    """Progress of this process and of the others, and the request to stop; to be entered around training.
 
     Ends the process with code 1 when no process has moved for `seconds`.
     """
@@ -83,17 +83,17 @@ class Watch:
     def __exit__(self, *_: object) -> None:
         self.done.set()
         for thread in self.threads:
-            thread.join(timeout=5)  # a store that does not answer would keep it
+            thread.join(timeout=5)  # a store that does not answer would block it
         if self.signals:
             self.signals.__exit__()
 
     def at(self, place: str) -> None:
-        """Training has come to `place`."""
+        """Record that training has reached `place`."""
         self.place, self.passed, self.moves = place, self.passed + 1, self.moves + 1
 
     @contextlib.contextmanager
     def on_main(self, place: str) -> Iterator[None]:
-        """Around what the main process does while the others wait for it: they are one place ahead meanwhile."""
+        """Wrap work of the main process for which the others wait: they are one place ahead of it meanwhile."""
         self.at(place)
         if self.rank:
             self.at(f"the wait for rank 0 at {place}")
@@ -102,27 +102,30 @@ class Watch:
             self.at(f"the end of {place}")
 
     def going_on(self) -> bool:
-        """Within a long place, as often as may be: it moves. False when a process wants to stop, which others learn later."""
+        """Record progress within a long place; to be called often. False when this process knows of a request to stop.
+
+        Other processes may learn of the request later.
+        """
         self.moves += 1
         return not self.wanted
 
     @property
     def wanted(self) -> bool:
-        """Has this process been told to stop, or heard that another one has?"""
+        """Whether this process has been told to stop, or has heard that another one has."""
         return self.others_stop or (self.signals is not None and self.signals.received is not None)
 
     def stop(self, at_once: bool = False) -> bool:
-        """Does any process want to stop? See `Agreement.any`."""
+        """Return whether any process has been told to stop. See `Agreement.any`."""
         return self.agreement.any(self.wanted, at_once)
 
     @property
     def reason(self) -> str:
-        """Why training stops."""
+        """The reason why training stops."""
         received = self.signals.received if self.signals else None
         return received.name if received else "another process was told to stop"
 
     def _look(self) -> None:
-        """Thread: measure the time without progress, in looks of its own, so that a computer that slept has not lost any."""
+        """Thread: count the looks without progress rather than clock time, so that a machine that slept does not count it."""
         seen, talks, deaf = self.moves, 0, 0
         while not self.done.wait(_PERIOD):
             self.idle = self.idle + _PERIOD if self.moves == seen else 0.0
@@ -138,7 +141,7 @@ class Watch:
                 self._end(*found)
 
     def _talk(self) -> None:
-        """Thread: write about this process into the store, and read about the others there; the store may make it wait."""
+        """Thread: write this process's heartbeat into the store and read those of the others; the store may block it."""
         assert self.store is not None
         try:
             for number in itertools.count(1):
@@ -146,11 +149,11 @@ class Watch:
                     return
                 self._exchange(self.store, number)
                 self.talks += 1
-        except dist.DistError:  # the process that held the store has ended, or training has
+        except dist.DistError:  # the process that held the store has ended, or training is over
             self.lost = True
 
     def _exchange(self, store: dist.Store, number: int) -> None:
-        """One look: who reads about the others is the one who begins to suspect them."""
+        """Do one look; a process reads about the others only once it begins to suspect them."""
         store.set(f"beat {self.rank}", json.dumps(Beat(number, self.passed, self.idle, self.place)))
         if self.signals and self.signals.received:
             store.set("stop", "")
@@ -167,7 +170,7 @@ class Watch:
         self.listened += 1
 
     def _end(self, named: Sequence[int], text: str) -> NoReturn:
-        """Say which process hangs and, if it is this one, where; then end it, whatever it is waiting for."""
+        """Print which process hangs and, if it is this one, its stack; then end the process, whatever it is waiting for."""
         where = "".join(traceback.format_stack(sys._current_frames()[self.watched])) if self.rank in named else ""
         print(f"\n{where}error: nothing has moved for {self.idle:.0f} s (--timeout_minutes {self.seconds / 60:g}): {text}",
               file=sys.stderr, flush=True)  # fmt: skip
@@ -177,9 +180,9 @@ class Watch:
 
 
 def hanging(heard: Sequence[Beat], silent: Sequence[int], seconds: float) -> tuple[list[int], str] | None:
-    """The ranks that all others wait for, and words on it; None while a process still moves.
+    """Return the ranks that all others wait for, and a text about them; None while a process still moves.
 
-    By rank: `heard`, the last beat; `silent`, looks without a new one.
+    By rank: `heard`, the last heartbeat; `silent`, looks without a new one.
     """
     gone = [rank for rank, looks in enumerate(silent) if looks >= _LISTEN - 2]
     if any(beat.idle < seconds / 2 for rank, beat in enumerate(heard) if rank not in gone):
@@ -195,7 +198,7 @@ def hanging(heard: Sequence[Beat], silent: Sequence[int], seconds: float) -> tup
 
 
 def _store() -> dist.Store:
-    """An own connection to the store of the launcher (or of rank 0), for keys that no other watch has used."""
+    """Return a separate connection to the store of the launcher (or of rank 0), with keys that no other watchdog has used."""
     store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, wait_for_workers=False)
     restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     return dist.PrefixStore(f"vfi watch {restarts} {next(_numbers)}", store)

@@ -1,9 +1,9 @@
-"""Does a training step fit into the memory of this GPU? Tried before training starts, and halved until it does.
+"""Find the largest batch size whose training step fits into GPU memory, by trial steps before training starts.
 
-    smaller = fit_batch(config, accelerator, sharding="none", say=print)     # None: as it is
+    smaller = fit_batch(config, accelerator, sharding="none", say=print)     # None: keep --batch_size
 
-The trial takes two steps of a network of its own, on frames of the run's largest crop, with all that a run holds beside it;
-nothing of it is left behind. So the run is from its first step on the one that --batch_size with the smaller number gives: the
+A trial takes two steps of a separate network, on frames of the run's largest crop, with everything that a run holds in memory
+alongside; nothing of it remains. So the run equals, from its first step on, one started with the smaller --batch_size: the
 global batch is the same, and so are the samples of every step (vfi/data/sampler.py).
 """
 
@@ -23,13 +23,13 @@ from vfi.runtime.numerics import refusals_explained
 from vfi.runtime.stop_signals import Agreement
 from vfi.training.synthetic_step import PRECISIONS, TrainingStep
 
-_HEADROOM = 256 * 2**20  # bytes that stay free beside a step: batches under way, metrics, fragmentation
+_HEADROOM = 256 * 2**20  # bytes that stay free in addition to a step: prefetched batches, metrics, fragmentation
 
 
 def fit_batch(config: Config, accelerator: Accelerator, sharding: str, say: Callable[[str], None]) -> Config | None:
-    """The same experiment with a smaller --batch_size, where a process's GPU can't hold it; None where all of them can.
+    """Return the same experiment with a smaller --batch_size where a process's GPU can't hold it; None where all of them can.
 
-    To be called by all processes together. JobError when not even one sample fits. On a CPU nothing is tried, nor with sharded
+    To be called by all processes together. JobError when not even one sample fits. Nothing is tried on a CPU, nor with sharded
     weights, where a process that has run out of memory would leave the others waiting for it.
     """
     if not can_try(accelerator.device):
@@ -38,7 +38,7 @@ def fit_batch(config: Config, accelerator: Accelerator, sharding: str, say: Call
         say(f"with {sharding} it is not tried beforehand whether --batch_size {config.data.batch_size} fits into memory")
         return None
     agreement, fitting = Agreement(accelerator.device), config
-    agreement.any(False, at_once=True)  # what the processes need to talk to each other is in memory from here on
+    agreement.any(False, at_once=True)  # allocates what the processes need to communicate, before memory is measured
     precision = PRECISIONS[accelerator.mixed_precision]
     while agreement.any(not fits(fitting, accelerator.device, precision, accelerator.num_processes), at_once=True):
         if fitting.data.batch_size == 1:
@@ -55,12 +55,12 @@ def fit_batch(config: Config, accelerator: Accelerator, sharding: str, say: Call
 
 
 def can_try(device: torch.device) -> bool:
-    """Does this device say that its memory is full? A CPU ends the process instead."""
+    """Return whether this device reports that its memory is full; a CPU's process is killed instead."""
     return device.type == "cuda"
 
 
 def with_smaller_batch(config: Config, processes: int) -> Config:
-    """The largest --batch_size up to its half that divides it; the global batch stays."""
+    """Return `config` with the largest divisor of --batch_size up to its half; the global batch stays the same."""
     batch = config.data.batch_size
     smaller = max(divisor for divisor in range(1, batch // 2 + 1) if batch % divisor == 0)
     total = batch * processes * accumulation(config, processes)
@@ -68,7 +68,7 @@ def with_smaller_batch(config: Config, processes: int) -> Config:
 
 
 def fits(config: Config, device: torch.device, precision: torch.dtype, processes: int) -> bool:
-    """Can a training step of this process be taken? Its memory is given back afterwards."""
+    """Return whether a training step fits into this process's GPU; the memory is released afterwards."""
     try:
         with refusals_explained():
             rehearse(config, device, precision, processes)
@@ -78,16 +78,16 @@ def fits(config: Config, device: torch.device, precision: torch.dtype, processes
         done = False
     else:
         done = True
-    memory.free_memory()  # not before here: the error holds on to its frames, and they to their tensors
+    memory.free_memory()  # only now: the error referenced its stack frames, and they their tensors
     if config.compute.compile:
-        torch.compiler.reset()  # or what comes next would be compiled for any batch, not for its own
+        torch.compiler.reset()  # or the next step would be compiled for a dynamic batch size
     return done
 
 
 def rehearse(config: Config, device: torch.device, precision: torch.dtype, processes: int) -> None:
-    """Two training steps, the second of which has AdamW's moments beside it; raises when memory is full."""
+    """Take two training steps, the second of which has AdamW's moments in memory; raises when memory is full."""
     step = TrainingStep(config, device, precision, accumulating=accumulation(config, processes) > 1)
-    copies = (processes > 1) + (config.optim.ema > 0)  # DDP's buckets of the gradient, the running mean
+    copies = (processes > 1) + (config.optim.ema > 0)  # DDP's gradient buckets, the EMA weights
     spare = torch.empty(_HEADROOM + copies * step.weights, dtype=torch.uint8, device=device)
     step.compile_ahead()
     for _ in range(2):

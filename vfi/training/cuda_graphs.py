@@ -1,14 +1,14 @@
-"""How does training not wait for Python? Its forward and backward passes are recorded once, as CUDA graphs, and replayed.
+"""Record the forward and backward passes of training once, as CUDA graphs, and replay them without waiting for Python.
 
     let_segments_grow()                                    # before there is a tensor on the GPU
     record_passes(network)                                 # before it is prepared for training
-    prediction = network(img0, img1, timestep, imgt)       # the first time for a shape it is recorded, which takes seconds
+    prediction = network(img0, img1, timestep, imgt)       # recorded at the first call for a shape, which takes seconds
     training_losses(prediction, imgt, config)["loss"].backward()
 
-A training step is two thousand small kernels, and where the processor is slow they take less time than Python, which launches
-them one by one. A replay launches all of a pass at once, on the memory in which it was recorded. So weights must stay where
-they are (an optimizer changes them in place), nothing may depend on Python's numbers, and each forward pass has its backward
-pass before the next one; gradients are copied out, so that they may wait and be added up as usual.
+A training step is two thousand small kernels, and on a slow processor they take less time than Python needs to launch them one
+by one. A replay launches all kernels of a pass at once, on the memory in which they were recorded. So weights must stay where
+they are (an optimizer updates them in place), nothing may depend on Python values, and each forward pass must have its backward
+pass before the next one; gradients are copied out, so that they may be kept and accumulated as usual.
 """
 
 from __future__ import annotations
@@ -27,33 +27,33 @@ from torch.utils._pytree import tree_map_only
 from vfi.model.interpolator import FrameInterpolator, Prediction, Stage
 from vfi.runtime.cuda_graphs import Reads
 
-_WARM_UP = 3  # passes before the recorded one: kernels are compiled and chosen, and memory settles
-_ALLOCATORS = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")  # read by torch when the first tensor of a GPU is made
-_SPARE = 1.25  # times what these passes took: where memory ends while a graph is recorded, CUDA does not recover
+_WARM_UP = 3  # passes before the recorded one: kernels are compiled and selected, and memory use settles
+_ALLOCATORS = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")  # read by torch when the first GPU tensor is allocated
+_SPARE = 1.25  # times the memory of these passes: when memory runs out during a capture, CUDA does not recover
 
 
 def let_segments_grow() -> None:
-    """Keep less memory free between the recorded tensors: to be called before there is a tensor on a GPU.
+    """Reduce the memory left free between recorded tensors; to be called before there is a tensor on a GPU.
 
-    A recording keeps the segments of its memory for itself; those that grow are fewer, and fuller. What the environment says of
-    the allocator stays.
+    A recording keeps its memory segments to itself; expandable ones are fewer and better filled. An allocator setting in the
+    environment is left as it is.
     """
     if not any(name in os.environ for name in _ALLOCATORS):
         os.environ[_ALLOCATORS[0]] = "expandable_segments:True"
 
 
 def record_passes(network: FrameInterpolator) -> Recorder:
-    """Replay the passes of `network` that have gradients, on a GPU; others, as in validation, stay as they are.
+    """Replay the passes of `network` that have gradients, on a GPU; other passes, as in validation, run as usual.
 
     Gradients come from what the loss reads: the image, the stages and the teacher of a Prediction.
     """
     recorder = Recorder(network, network.forward)
-    setattr(network, "forward", recorder)  # noqa: B010 (a method, which a type checker guards)
+    setattr(network, "forward", recorder)  # noqa: B010 (type checkers refuse to assign to a method)
     return recorder
 
 
 class Recorder:
-    """The forward pass of a network: replayed in training, plain otherwise. Holds the graphs of the last shape."""
+    """The forward pass of a network: replayed in training, eager otherwise. Holds the graphs of the latest shape."""
 
     def __init__(self, network: FrameInterpolator, plain: Callable[..., Prediction]) -> None:
         self.network, self.plain = network, plain
@@ -62,7 +62,7 @@ class Recorder:
 
     @property
     def hidden(self) -> int:
-        """Bytes that passes use and torch.cuda.memory_allocated doesn't count, for they are free between recordings."""
+        """Bytes that passes use but torch.cuda.memory_allocated doesn't count, since they are free between recordings."""
         return self.passes.hidden if self.passes else 0
 
     def __call__(
@@ -76,15 +76,15 @@ class Recorder:
         modes = tuple(module.training for module in self.network.modules())
         key = (scale, autocast, modes, tuple(map(id, weights.values())), *((t.shape, t.stride(), t.dtype) for t in inputs))
         if self.passes is None or key != self.key:
-            self.passes = None  # its memory first
+            self.passes = None  # release its memory first
 
-            # the same memory as leaves of their own: what adds up the gradients of the weights belongs to the stream in which
-            # it was first met, which must not become part of a recording
+            # separate leaves on the same memory: the node that accumulates a weight's gradient belongs to the stream in which
+            # it was first used, which must not become part of a recording
             leaves = {name: parameter.detach().requires_grad_() for name, parameter in weights.items()}
             plain = _Plain(self.network, self.plain)
 
             def forward(*inputs: Tensor) -> Prediction:
-                # what the outer region has cast already would be recorded as it is, and never cast again
+                # tensors already in the outer region's cast cache would be recorded as they are, and never cast again
                 with torch.autocast("cuda", autocast[1], enabled=autocast[0], cache_enabled=False):
                     prediction: Prediction = functional_call(plain, leaves, inputs, {"scale": scale})
                     return prediction
@@ -94,7 +94,7 @@ class Recorder:
 
 
 class _Plain(nn.Module):
-    """A network by its plain forward pass; parameters have the names that they have in it."""
+    """A network called by its eager forward pass; parameters keep their names."""
 
     def __init__(self, network: FrameInterpolator, plain: Callable[..., Prediction]) -> None:
         super().__init__()
@@ -106,15 +106,15 @@ class _Plain(nn.Module):
 
 
 class _Passes:
-    """A forward and a backward pass for one shape."""
+    """A forward and a backward pass recorded for one shape."""
 
     def __init__(
         self, forward: Callable[..., Prediction], inputs: list[Tensor], leaves: list[Tensor], weights: list[nn.Parameter]
     ) -> None:
         self.inputs, self.leaves, self.weights = [tensor.detach().clone() for tensor in inputs], leaves, weights
         self.turn = 0
-        """Which of the forward passes the memory holds."""
-        gc.collect()  # graphs of a network that a roll-back replaced
+        """Number of the forward pass that the memory holds."""
+        gc.collect()  # frees the graphs of a network that a roll-back replaced
         torch.cuda.empty_cache()
         before = torch.cuda.memory_allocated()
         beside = torch.cuda.Stream()
@@ -126,7 +126,7 @@ class _Passes:
                 del outputs
         torch.cuda.current_stream().wait_stream(beside)
         _check_memory(torch.cuda.memory_reserved() - before)
-        # other threads, which load data or watch over NCCL, call CUDA meanwhile
+        # other threads, which load data or monitor NCCL, call CUDA meanwhile
         self.forward, self.backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         pool = torch.cuda.graph_pool_handle()
         with torch.cuda.graph(self.forward, pool=pool, capture_error_mode="thread_local"), Reads() as reads:
@@ -140,19 +140,19 @@ class _Passes:
         self.kept = list(reads.kept.values())
         segments = [segment for segment in torch.cuda.memory_snapshot() if segment["segment_pool_id"] == pool]
         self.hidden = sum(segment["total_size"] - segment["allocated_size"] for segment in segments)
-        torch.cuda.reset_peak_memory_stats()  # in the recording, what is hidden from here on was counted
+        torch.cuda.reset_peak_memory_stats()  # the recording counted memory that is hidden from here on
 
     def __call__(self, inputs: list[Tensor]) -> Prediction:
         torch._foreach_copy_(self.inputs, inputs)
         return _with_outputs(self.prediction, list(_Replayed.apply(self, *self.weights)))
 
     def _gradients(self, outputs: list[Tensor], of_outputs: list[Tensor]) -> tuple[Tensor | None, ...]:
-        with torch.autocast("cuda", enabled=False):  # as backward passes are; here they lie inside of a forward pass
+        with torch.autocast("cuda", enabled=False):  # as backward passes run normally; this one is inside a forward pass
             return torch.autograd.grad(outputs, self.leaves, of_outputs, allow_unused=True)
 
 
 def _check_memory(taken: int) -> None:
-    """Raise OutOfMemoryError unless there is room for a graph of passes that took so many bytes, which are cached."""
+    """Raise OutOfMemoryError unless there is room for a graph of passes that took `taken` bytes, which are cached now."""
     torch.cuda.empty_cache()
     if torch.cuda.mem_get_info()[0] < _SPARE * taken:
         raise torch.OutOfMemoryError(f"CUDA out of memory: to be recorded, a step needs {_SPARE * taken / 2**30:.1f} GiB")
@@ -187,13 +187,13 @@ class _Replayed(torch.autograd.Function):
 
 
 def _outputs(prediction: Prediction) -> list[Tensor]:
-    """What the loss reads."""
+    """Return the tensors that the loss reads."""
     stages = (*prediction.stages, *([prediction.teacher] if prediction.teacher else []))
     return [prediction.imgt, *(tensor for stage in stages for tensor in (stage.flow, stage.merge))]
 
 
 def _with_outputs(prediction: Prediction, outputs: list[Tensor]) -> Prediction:
-    """The reverse."""
+    """Return `prediction` with these tensors in place of its own: the inverse of `_outputs`."""
     imgt, *rest = outputs
     stages = [Stage(flow, merge) for flow, merge in zip(rest[::2], rest[1::2], strict=True)]
     teacher = stages.pop() if prediction.teacher else None

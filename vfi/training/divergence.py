@@ -1,11 +1,11 @@
-"""Recover after steps that went wrong: name their samples, keep good states in memory, go back to the newest one.
+"""Recover from diverged steps: name their samples, keep good states in memory, return to the newest good one.
 
     snapshots = Snapshots(every)
     if snapshots.should_keep(step, guard.first_doubtful_step()):
         snapshots.keep(snapshot)
     snapshot = go_back(accelerator, run_folder, verdict.began, snapshots)
 
-What a state is made of is training_state.py's, in memory as on disk.
+vfi/training/state.py defines what a state consists of, in memory as on disk.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from vfi.distributed.collectives import on_main
 from vfi.io.verified_folder import remove_folder
 from vfi.training.state import Snapshot, read_snapshot
 
-_ANNEALING_RISE = 0.1  # of what is left to the identity, each time that the guard sees an explosion building
+_ANNEALING_RISE = 0.1  # fraction of the remaining distance to the identity, each time the guard sees an explosion building
 Part = tuple[Tensor, tuple[str, ...]]
 """One forward pass: its loss, still on the device, and the keys of its samples."""
 
 
 def suspects(parts: list[Part]) -> list[str]:
-    """Keys of the samples, of all processes, of those forward passes whose loss is no number; of all where there are none.
+    """Return the sample keys of the forward passes with a non-finite loss, over all processes; of all passes if none has.
 
-    Every process takes part.
+    To be called by all processes together.
     """
     own = [(math.isfinite(loss.item()), list(keys)) for loss, keys in parts]
     everything: list[tuple[bool, list[str]]] = gather_object(own)
@@ -43,23 +43,23 @@ class Snapshots:
     """At most two states of a run in the memory of each process: the newest that is good, and a newer one in doubt.
 
     A state is good once no trouble can turn out to have begun before it. One in doubt is kept until then, and no newer one is
-    made meanwhile: of many that replace each other none would ever become good. The first is that of the start.
+    made meanwhile: if newer ones kept replacing it, none would ever become good. The first state is that of the start.
     """
 
     def __init__(self, every: int) -> None:
         self.every = every
-        """Steps from one to the next."""
+        """Steps between two states."""
         self.states: list[Snapshot] = []
-        """Oldest first."""
+        """The states, oldest first."""
 
     def should_keep(self, step: int, first_doubtful: int) -> bool:
-        """Return if the state of this step is due. `first_doubtful`: the first step that is not known to be good."""
+        """Return whether the state of this step is due. `first_doubtful`: the first step that is not known to be good."""
         if len(self.states) < 2:
             return not self.states or (step % self.every == 0 and step > self.states[0].state.step)
         return step % self.every == 0 and self.states[1].state.step < first_doubtful
 
     def keep(self, snapshot: Snapshot) -> None:
-        """Copy a newer state, and forget the oldest one of two."""
+        """Keep a copy of a newer state, and discard the older one of two."""
         del self.states[:-1]  # before there is a third one
         self.states.append(snapshot.copy_to_host())
 
@@ -68,14 +68,14 @@ class Snapshots:
         return next((snapshot for snapshot in reversed(self.states) if snapshot.state.step < step), None)
 
     def forget_after(self, step: int) -> None:
-        """Forget the states of later steps, which a run left behind that went back to this one."""
+        """Discard the states of steps after `step`, to which the run has gone back."""
         self.states = [snapshot for snapshot in self.states if snapshot.state.step <= step]
 
 
 def go_back(accelerator: Accelerator, run_folder: Path, began: int, snapshots: Snapshots) -> Snapshot | None:
-    """Return the newest state of a step before `began`, from memory or from a checkpoint that is whole; forget later ones.
+    """Return the newest state of a step before `began`, from memory or from an intact checkpoint; discard later ones.
 
-    Every process takes part and gets the same answer: None where there is no such state.
+    To be called by all processes together, which get the same answer: None where there is no such state.
     """
     kept = snapshots.find_before(began)
     chosen: list[Path | None] = [None]
@@ -88,8 +88,8 @@ def go_back(accelerator: Accelerator, run_folder: Path, began: int, snapshots: S
         found = read_snapshot(chosen[0])
     elif kept is not None:
         if accelerator.device.type == "cuda":
-            torch.cuda.synchronize(accelerator.device)  # which may still be copying
-        found = kept.copy_to_host()  # it may be gone back to again
+            torch.cuda.synchronize(accelerator.device)  # the device may still be copying
+        found = kept.copy_to_host()  # a copy, since the run may go back to this state again
     else:
         return None
     snapshots.forget_after(found.state.step)
@@ -98,11 +98,11 @@ def go_back(accelerator: Accelerator, run_folder: Path, began: int, snapshots: S
 
 
 def _remove_after(run_folder: Path, step: int) -> None:
-    """Remove the checkpoints of later steps, the newest first: a run that is killed here goes on from one that is left."""
+    """Remove the checkpoints of later steps, newest first: a run that is killed meanwhile resumes from a remaining one."""
     for checkpoint in reversed(list_checkpoints(run_folder)):
         if checkpoint.step > step:
             remove_folder(checkpoint.path)
 
 
 class TrainingError(RuntimeError):
-    """Training can't go on; the message says at which step and why."""
+    """Training can't continue; the message says at which step and why."""

@@ -1,9 +1,9 @@
-"""How are weights averaged over the steps? An exponential moving average in fp32, beside the weights that train.
+"""Exponential moving average of the weights, in fp32, alongside the weights being trained.
 
     average <- decay * average + (1 - decay) * weight        after each step that changed the weights
 
-decay is min(--ema, (1 + n) / (10 + n)) in the n-th step, n = 1, 2, …: at the start the average must forget the weights that
-it began with. Averaged are all parameters, also those of a frozen part; buffers are taken as they are.
+decay is min(--ema, (1 + n) / (10 + n)) in the n-th step, n = 1, 2, …, so that the average soon forgets the initial weights. All
+parameters are averaged, also those of a frozen part; buffers are taken as they are.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from vfi.ops.dtensor import is_in_shards
 
 
 class Ema:
-    """The average of a model's parameters, which starts as they are now."""
+    """The average of a model's parameters, initialised with their present values."""
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.model, self.decay, self.updates = model, decay, 0
@@ -26,19 +26,19 @@ class Ema:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Take the parameters as they are now into the average."""
+        """Update the average with the present parameters."""
         self.updates += 1
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         weights = [parameter.detach().float() for parameter in self.model.parameters()]
         torch._foreach_lerp_(list(self.average.values()), weights, 1 - decay)
 
     def weights(self) -> dict[str, Tensor]:
-        """A state dict for the model, with the average in place of its parameters."""
+        """Return a state dict for the model, with the average in place of its parameters."""
         return self.model.state_dict() | self.average
 
     @torch.no_grad()
     def load(self, weights: dict[str, Tensor], updates: int) -> None:
-        """Go on from an average that was saved, over so many updates."""
+        """Load a saved average and its number of updates."""
         for name, tensor in self.average.items():
             whole = weights[name].to(tensor.device)
             if is_in_shards(tensor):
@@ -50,7 +50,7 @@ class Ema:
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """While this lasts the model has the average as its parameters; afterwards its own, to the last bit."""
+        """Use the average as the model's parameters within the context; afterwards restore the model's own, bit for bit."""
         own = [parameter.detach().clone() for parameter in self.model.parameters()]
         self._fill(list(self.average.values()))
         try:

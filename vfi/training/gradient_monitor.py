@@ -1,25 +1,28 @@
-"""Is the gradient about to ruin the weights, and what is to be done? Watched by layer group, answered in stages.
+"""Detect gradients that would ruin the weights, by layer group, and decide how to respond, in stages.
 
-    groups = layer_groups(network)                          # each parameter is in one of them
+    groups = layer_groups(network)                          # each parameter is in exactly one group
     seen = torch.stack([loss, *gradient_norms(groups)])     # the same numbers on all processes
-    verdict = guard.judge(step, seen)                       # before the optimizer moves
+    verdict = guard.judge(step, seen)                       # before the optimizer updates the weights
 
-| verdict   | when                                              | the step                                                   |
-| --------- | ------------------------------------------------- | ---------------------------------------------------------- |
-| go        | nothing is unusual                                | as it is                                                   |
-| watch     | the norm of a group is far above its median       | gradient clipped to its usual norm; at every third one in  |
-|           |                                                   | a row the mixing's annealing factor rises                  |
-| scale     | gradient no number, loss fine, loss scaled (fp16) | left to the scaler, which tries a smaller scale            |
-| skip      | loss or gradient is no number                     | weights and optimizer stay, the data goes on               |
-| roll_back | too many skips; or the loss is high and stays so  | weights, optimizer and place in the data are those of the  |
-|           |                                                   | last good state before that began; the rate is lowered     |
-| stop      | that, once too often                              | the run ends                                               |
+| verdict   | when                                               | the step                                                  |
+| --------- | -------------------------------------------------- | --------------------------------------------------------- |
+| go        | nothing is unusual                                 | is taken as it is                                         |
+| watch     | the norm of a group is far above its median        | has its gradient clipped to the usual norm; every third   |
+|           |                                                    | one in a row raises the mixing's annealing factor         |
+| scale     | gradient non-finite, loss finite and scaled (fp16) | is left to the scaler, which tries a smaller scale        |
+| skip      | loss or gradient is non-finite                     | leaves weights and optimizer as they are; the data        |
+|           |                                                    | advances                                                  |
+| roll_back | too many skips, or the loss is high and stays high | restores weights, optimizer and data position of the last |
+|           |                                                    | good state before the trouble; the learning rate is       |
+|           |                                                    | lowered                                                   |
+| stop      | a roll_back more than is allowed                   | ends the run                                              |
 
-A norm is judged by the median and the spread of its logarithm over the last steps that were usual: norms are skewed, and grow
-by factors where a network wakes up. When most of the latest steps are unusual and the loss is not high, the norms have come to
-a new level, and that is the usual one from then on: a healthy run is not clipped for ever. The loss stays high when it is above
-twice its median in more than half of the last quarter of the window; many a run comes down by itself before. No loss above 25
-times the run's first one is usual: so a run that explodes before there is a median is caught, too.
+A norm is compared with the median and the spread of its logarithm over the latest usual steps: norms are skewed, and grow by
+factors when a network starts to learn. When most of the latest steps are unusual and the loss is not high, the norms have
+reached a new level, which is the usual one from then on, so that a healthy run is not clipped for ever. The loss "stays high"
+when it is above twice its median in more than half of the last quarter of the window; many a run comes down by itself before
+that. No loss above 25 times the run's first one counts as usual, so that a run that explodes before there is a median is
+caught, too.
 """
 
 from __future__ import annotations
@@ -35,28 +38,28 @@ from torch import Tensor
 from vfi.config.configs import KNOWN_STEPS, GuardConfig
 
 Action = Literal["go", "watch", "scale", "skip", "roll_back", "stop"]
-_LATEST = 20  # steps, more than half of which make a new level
-_HIGH = 2.0  # times the usual loss is a high one
-_USUAL_AT_MOST = 25.0  # times the first loss: the batches of a run don't differ by so much for long
-_BUILDING = 3  # unusual steps in a row: no single bad batch any more
-_SPREAD = 1.4826  # of a normal distribution: standard deviation / median of the distances from the median
+_LATEST = 20  # steps; unusual norms in more than half of them are a new level
+_HIGH = 2.0  # a loss above this multiple of the usual one is high
+_USUAL_AT_MOST = 25.0  # times the first loss: the batches of a run don't differ by that much for long
+_BUILDING = 3  # unusual steps in a row: more than a single bad batch
+_SPREAD = 1.4826  # standard deviation / median absolute deviation of a normal distribution
 
 
 class Verdict(NamedTuple):
-    """What is to be done with a step."""
+    """The decision on a step."""
 
     action: Action
     why: str = ""
     clip_norm: float = math.inf
-    """Largest norm of the whole gradient."""
+    """Largest norm that the whole gradient may have."""
     building: bool = False
-    """The annealing factor of the residual mixing is to rise."""
+    """Whether the annealing factor of the residual mixing is to rise."""
     began: int = 0
-    """Of roll_back and stop: the first step whose weights may be ruined; the loss of the step after it was bad."""
+    """For roll_back and stop: the first step whose weights may be ruined; the loss of the step after it was bad."""
 
     @property
     def moves(self) -> bool:
-        """May the optimizer change the weights?"""
+        """Whether the optimizer may update the weights."""
         return self.action in ("go", "watch")
 
 
@@ -64,48 +67,50 @@ GO = Verdict("go")
 
 
 class Guard:
-    """What a run knows of its own loss and norms, and what it has done about them; the same on all processes."""
+    """The statistics of a run's losses and gradient norms, and the responses so far; identical on all processes."""
 
     def __init__(self, groups: Iterable[str], config: GuardConfig) -> None:
         self.config, self.names, self.patience = config, tuple(groups), config.guard_window // 4
         self.window = torch.zeros(len(self.names), config.guard_window, dtype=torch.float64)
-        """Norms of usual steps, a column each, written round and round; 0 is nothing known: a frozen group has no gradient."""
+        """Norms of usual steps, a column per step, used as a ring buffer; 0 means unknown: a frozen group has no gradient."""
         self.columns = 0
-        """Written so far."""
+        """Number of columns written so far."""
         self.latest: list[tuple[list[float], bool]] = []
         """Norms of the latest steps, oldest first, and whether they were unusual."""
         self.first_loss = math.inf
-        """The run's first one; inf is nothing known."""
+        """The run's first loss; inf while it is unknown."""
         self.losses: list[tuple[int, float]] = []
         """Steps and losses of the last guard_window steps that had one, oldest first."""
         self.in_a_row = 0
-        """Unusual steps up to the last one."""
+        """Number of consecutive unusual steps up to the last one."""
         self.step = 0
-        """The last one judged."""
+        """The last step that was judged."""
         self.skips: list[int] = []
         """Steps skipped among the last guard_window."""
         self.roll_backs = 0
         self.known: tuple[list[float], list[float]] | None = None
-        """What `usual` gave for the step that is about to be judged."""
+        """The result of `usual` for the step that is about to be judged."""
         self.rate_factor = 1.0
-        """Of the learning rate, from now on."""
+        """Factor on the learning rate from now on."""
 
     def doubts(self, seen: Tensor) -> Tensor:
-        """[] fp32 on the device, without waiting for it: 1 where `judge` will not say go, or only after a look at the past.
+        """Return a [] fp32 tensor on the device, without waiting for it: 1 where `seen` is unusual, 0 where it is usual.
 
-        0 where these numbers are usual. Then `judge` says go, or that the run has to go back.
+        At 0, `judge` returns go, or has the run go back because of its losses. At 1 it does not return go, or not without a
+        look at earlier steps.
         """
         _, limit = self.known = self.usual()
         most = torch.tensor([math.inf, *limit], dtype=torch.float64)
-        if seen.is_cuda:  # from other memory the copy would wait
+        if seen.is_cuda:  # a copy from unpinned memory would wait for the device
             most = most.pin_memory()
         usual = seen.isfinite() & (seen.double() <= most.to(seen.device, non_blocking=True))
         return 1 - usual.all().float()
 
     def judge(self, step: int, seen: Tensor, scale: float = 1.0) -> Verdict:
-        """`seen` `[1 + groups]`: the loss of a step and its gradient norms, as all processes see them.
+        """Return the verdict on a step.
 
-        `scale`: what the loss was multiplied by before the backward pass; the gradient is divided by it again.
+        `seen` `[1 + groups]`: the loss and the gradient norms, the same on all processes. `scale`: the factor on the loss in
+        the backward pass, by which the gradient has been divided again.
         """
         median, limit = self.known or self.usual()  # before the numbers are read, which waits for the device
         self.known = None
@@ -137,7 +142,7 @@ class Guard:
         return Verdict("watch", why, math.hypot(*median), building=self.in_a_row % _BUILDING == 0)
 
     def usual(self) -> tuple[list[float], list[float]]:
-        """Median of each norm, and what it must not exceed; 0 and inf where too few steps are known."""
+        """Return the median of each norm, and the limit it must not exceed; 0 and inf where too few steps are known."""
         known = torch.where(self.window > 0, self.window, torch.nan).log()
         median = known.nanmedian(dim=1, keepdim=True).values
         spread = _SPREAD * (known - median).abs().nanmedian(dim=1, keepdim=True).values
@@ -147,7 +152,7 @@ class Guard:
         return median.exp().nan_to_num(0)[:, 0].tolist(), limit.masked_fill(unknown, math.inf)[:, 0].tolist()
 
     def first_doubtful_step(self) -> int:
-        """Return the first step whose weights may yet turn out to be ruined; those of earlier steps are good, whatever comes.
+        """Return the first step whose weights may still turn out to be ruined; those of earlier steps are certainly good.
 
         A loss that stays high is noticed within a quarter of the window, once there are enough losses to judge by; a skipped
         step counts for a whole window.
@@ -157,13 +162,13 @@ class Guard:
         return min([first_bad, *self.skips]) - 1
 
     def go_on_after(self, former: Guard) -> None:
-        """The run has gone back to when this was known; `former` is what was known when that was decided."""
+        """Resume from the state to which the run has gone back; `former` is the guard that decided to do so."""
         self.roll_backs = former.roll_backs + 1
         self.rate_factor = former.rate_factor * self.config.guard_rate_factor
         self.latest, self.in_a_row, self.skips = [], 0, []
 
     def state_dict(self) -> dict[str, Any]:
-        """All of it, as JSON takes it; the window's columns oldest first."""
+        """Return the whole state as JSON values, the window's columns oldest first."""
         kept = range(max(0, self.columns - self.window.shape[1]), self.columns)
         columns = [number % self.window.shape[1] for number in kept]
         return {
@@ -180,10 +185,10 @@ class Guard:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from `state`; of a network with other groups, what was done and the losses count, the norms don't."""
+        """Load `state`; from a network with other groups only the responses and the losses are taken, not the norms."""
         self.step, self.skips = int(state["step"]), list(map(int, state["skips"]))
         self.roll_backs, self.rate_factor = int(state["roll_backs"]), float(state["rate_factor"])
-        first = state.get("first_loss")  # older checkpoints don't have it
+        first = state.get("first_loss")  # missing in older checkpoints
         self.first_loss = math.inf if first is None else float(first)
         self.losses = [(int(step), float(loss)) for step, loss in state["losses"]][-self.config.guard_window :]
         if state["names"] != list(self.names):
@@ -200,16 +205,19 @@ class Guard:
         return self._roll_back(why, self.skips[0])
 
     def _roll_back(self, why: str, first_bad: int) -> Verdict:
-        """Go back to before the weights that the loss or gradient of step `first_bad` was of."""
+        """Decide to return to the state before the weights that gave the bad loss or gradient of step `first_bad`."""
         return Verdict("roll_back" if self.roll_backs < self.config.guard_roll_backs else "stop", why, began=first_bad - 1)
 
     def _usual_loss(self) -> float:
-        """Return the median of the losses before those that are judged, at most 25 times the first one; inf without any."""
+        """Return the median of the losses before those being judged, at most 25 times the first one; inf without any."""
         before = [loss for _, loss in self.losses[: -self.patience]]
         return min(statistics.median(before) if len(before) >= KNOWN_STEPS else math.inf, _USUAL_AT_MOST * self.first_loss)
 
     def _first_high(self) -> int:
-        """The first of the high losses: they may have been so for longer than is judged, where nothing was usual yet."""
+        """Return the step of the first high loss.
+
+        Losses may have been high for longer than the judged span, since before anything was usual.
+        """
         high = set(self._high_losses(len(self.losses)))
         steps, began = [step for step, _ in self.losses], self.step
         for end in range(len(steps), 0, -1):
@@ -220,7 +228,7 @@ class Guard:
         return began
 
     def _high_losses(self, number: int) -> list[int]:
-        """The steps, among the last so many, whose losses are high."""
+        """Return those of the last `number` steps whose losses are high."""
         limit = _HIGH * self._usual_loss()
         return [step for step, loss in self.losses[-number:] if loss > limit]
 
@@ -236,7 +244,7 @@ class Guard:
 
 
 def on_its_way(seen: Tensor) -> Callable[[], Tensor]:
-    """Have numbers copied from a GPU -> what waits for that copy, and not for the work that the GPU is given meanwhile."""
+    """Start an asynchronous copy from the GPU and return a function that waits for that copy only, not for later GPU work."""
     if not seen.is_cuda:
         return lambda: seen
     copy, arrived = seen.to("cpu", non_blocking=True), torch.cuda.Event()

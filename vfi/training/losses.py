@@ -1,4 +1,4 @@
-"""How far is a prediction from the truth, for training? L1 between Laplacian pyramids, and distances between flows."""
+"""Training losses: L1 between Laplacian pyramids, and distances between flows."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _TEACHER_MARGIN = 0.01  # the teacher is followed where it is better by more tha
 
 
 class FlowStage(Protocol):
-    """What one flow stage says: vfi.model.interpolator.Stage."""
+    """The output of one flow stage: vfi.model.interpolator.Stage."""
 
     @property
     def flow(self) -> Tensor: ...
@@ -24,7 +24,7 @@ class FlowStage(Protocol):
 
 
 class Predicted(Protocol):
-    """What the losses read of a vfi.model.interpolator.Prediction."""
+    """The part of a vfi.model.interpolator.Prediction that the losses read."""
 
     @property
     def imgt(self) -> Tensor: ...
@@ -37,16 +37,16 @@ class Predicted(Protocol):
 def training_losses(
     prediction: Predicted, imgt: Tensor, config: OptimConfig, flow: tuple[Tensor, Tensor] | None = None
 ) -> dict[str, Tensor]:
-    """The losses by name; `loss` is their weighted sum, the others are what they are before the weight.
+    """Return the losses by name; `loss` is their weighted sum, the others are unweighted.
 
     Args:
-        prediction: of the model in training, with what its flow stages say.
-        imgt: `[B, 3, H, W]`, the truth.
-        flow: flow_t0 and flow_t1 `[B, 2, H, W]` to be learnt from (Exp-2e), in pixels.
+        prediction: of the model in training mode, with the outputs of its flow stages.
+        imgt: `[B, 3, H, W]`, the ground truth.
+        flow: flow_t0 and flow_t1 `[B, 2, H, W]` to distil (Exp-2e), in pixels.
     """
     teachers = [prediction.teacher] if prediction.teacher else []
     images = [prediction.imgt, *(stage.merge for stage in (*prediction.stages, *teachers))]
-    of_each = laplacian_loss(torch.stack(images), imgt, config.loss_backend)  # all at once: it is dozens of small kernels
+    of_each = laplacian_loss(torch.stack(images), imgt, config.loss_backend)  # in one call: each is dozens of small kernels
     losses = {"image": of_each[0]}
     total = losses["image"]
     if prediction.stages:
@@ -64,8 +64,9 @@ def training_losses(
 
 
 def teacher_loss(stages: Sequence[FlowStage], teacher: FlowStage, imgt: Tensor) -> Tensor:
-    """Mean distance to the teacher's flow, in pixels, where the teacher's merge is clearly the better one (RIFE); the sum over
-    the stages.
+    """Return the mean distance to the teacher's flow, in pixels, summed over the stages.
+
+    It counts where the teacher's merge is clearly better than the stage's own (RIFE).
     """
     own = (torch.stack([stage.merge.detach() for stage in stages]) - imgt).abs().mean(2)
     of_teacher = (teacher.merge.detach() - imgt).abs().mean(1)
@@ -74,11 +75,12 @@ def teacher_loss(stages: Sequence[FlowStage], teacher: FlowStage, imgt: Tensor) 
 
 
 def end_point_error(flow: Tensor, target: Tensor) -> Tensor:
-    """`[..., B, 4, H, W]` (flow_t0, flow_t1) and `[B, 4, H, W]` -> `[..., B, 2, H, W]`: the length of each vector's difference
-    in pixels, fp32.
+    """Return the length of each vector's difference in pixels, fp32.
+
+    `[..., B, 4, H, W]` (flow_t0, flow_t1) and `[B, 4, H, W]` -> `[..., B, 2, H, W]`.
     """
     difference = (flow.float() - target.float()).unflatten(-3, (2, 2))
-    # the length has no gradient at zero
+    # the epsilon keeps the gradient finite at zero, where that of a length is not defined
     return (difference.square().sum(-3) + 1e-6).sqrt()
 
 

@@ -15,7 +15,7 @@ _NO_DECAY = ("A_log", "D", "dt_bias")
 _MOMENTUM = 0.95
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the quintic iteration, chosen for the steepest slope at zero
 _ITERATIONS = 5
-_GRID = (128, 512)  # rows and columns of a matrix are filled up to multiples of these
+_GRID = (128, 512)  # rows and columns of a matrix are padded to multiples of these
 _RMS = 0.2  # root mean square of a Muon update per unit of the learning rate, about that of AdamW
 
 
@@ -23,8 +23,8 @@ class Muon(torch.optim.AdamW):
     """Muon for groups with `orthogonal=True`, AdamW for the others: one optimizer, one state dict.
 
     The momentum of a weight `[out, …]`, seen as a matrix `[out, rest]`, is replaced by the nearest semi-orthogonal matrix, so
-    an update changes no direction of the input by more than any other. It is scaled to a root mean square of 0.2 · lr, so that
-    learning rates and weight decay are those of AdamW. Sources: K. Jordan, "Muon: An optimizer for hidden layers in neural
+    that an update changes no direction of the input by more than any other. It is scaled to a root mean square of 0.2 · lr, so
+    that learning rates and weight decay are those of AdamW. Sources: K. Jordan, "Muon: An optimizer for hidden layers in neural
     networks" (2024); scale: "Muon is Scalable for LLM Training" (arXiv 2502.16982).
 
     `found_inf`, a tensor on the device as fused AdamW takes it from a loss scaler: where it is 1, nothing changes.
@@ -32,7 +32,7 @@ class Muon(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Change the weights by their gradients. A closure is not supported and raises ValueError."""
+        """Update the weights by their gradients. A closure is not supported and raises ValueError."""
         if closure is not None:
             raise ValueError("Muon takes no closure: compute the gradients first, then call step()")
         groups = self.param_groups
@@ -51,7 +51,7 @@ class Muon(torch.optim.AdamW):
             return
         gradients = [parameter.grad for parameter in parameters]
         for parameter in parameters:
-            if not self.state[parameter]:  # "step" is not needed here, but AdamW's own loading asks for it
+            if not self.state[parameter]:  # "step" is not used here, but AdamW's load_state_dict needs it
                 self.state[parameter].update(step=torch.zeros(()), exp_avg=torch.zeros_like(parameter))
         averages = [self.state[parameter]["exp_avg"] for parameter in parameters]
         skipped = getattr(self, "found_inf", None)
@@ -73,11 +73,11 @@ class Muon(torch.optim.AdamW):
 
 
 def orthogonalized(weights: Sequence[Tensor]) -> list[Tensor]:
-    """Return for each weight `[out, …]` a nearly orthogonal matrix `[out, rest]` with its singular vectors, shaped as it is.
+    """Return for each weight `[out, …]` a nearly orthogonal `[out, rest]` with its singular vectors, in the weight's shape.
 
-    Singular values come out between about 0.7 and 1.2; of zeros zeros. Newton-Schulz iterations, in bf16 on a GPU and in fp32
-    elsewhere, which is also the dtype of the results. Zeros are added to the matrices until many have the same size: they
-    change nothing, fewer and larger products are faster, and sides that are no multiple of 8 take slow kernels.
+    Singular values come out between about 0.7 and 1.2; zeros stay zeros. Newton-Schulz iterations, in bf16 on a GPU and in fp32
+    elsewhere, which is also the dtype of the results. The matrices are padded with zeros until many have the same size: that
+    does not change the results, fewer and larger products are faster, and sides that are not multiples of 8 take slow kernels.
     """
     matrices = [_wide(weight) for weight in weights]
     batches: dict[tuple[int, int], list[int]] = {}
@@ -96,17 +96,17 @@ def orthogonalized(weights: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _wide(weight: Tensor) -> Tensor:
-    """Return `[out, …]` as a matrix that is not higher than wide.
+    """Return `[out, …]` as a matrix with at least as many columns as rows.
 
-    A convolution's columns are taken in the order in which channels-last weights lie in memory: it makes no difference to the
-    result, and a copy is saved.
+    A convolution's columns are taken in the order in which channels-last weights lie in memory: that does not change the
+    result, and saves a copy.
     """
     matrix = weight.movedim(1, -1).flatten(1) if weight.dim() == 4 else weight
     return matrix if matrix.shape[0] <= matrix.shape[1] else matrix.mT
 
 
 def _shaped(matrix: Tensor, shape: torch.Size) -> Tensor:
-    """Return what `_wide` made of a weight in that weight's shape."""
+    """Return the result of `_wide` in the shape of its weight."""
     matrix = matrix if shape[0] <= shape.numel() // shape[0] else matrix.mT
     return matrix.reshape(shape[0], *shape[2:], shape[1]).movedim(-1, 1) if len(shape) == 4 else matrix
 
@@ -122,7 +122,7 @@ def _newton_schulz(x: Tensor) -> Tensor:
 
 
 def decays(name: str, parameter: nn.Parameter) -> bool:
-    """Does weight decay apply? Not to norms, biases and other vectors, nor to the scan's A_log, D and dt_bias."""
+    """Return whether weight decay applies: not to norms, biases and other vectors, nor to the scan's A_log, D and dt_bias."""
     return parameter.dim() > 1 and name.rpartition(".")[2] not in _NO_DECAY
 
 
@@ -132,7 +132,7 @@ def is_matrix(parameter: nn.Parameter) -> bool:
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """Build the optimizer of `config` over all parameters that train, in groups with and without weight decay.
+    """Build the optimizer of `config` over all trainable parameters, in groups with and without weight decay.
 
     With --optimizer muon a third group, the first, holds the matrices that Muon updates.
     """
@@ -152,7 +152,7 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
 
 
 def carry_over(old: torch.optim.Optimizer, new: torch.optim.Optimizer) -> None:
-    """Give `new` what `old` knows of the parameters that both train."""
+    """Copy to `new` the state that `old` has of the parameters in both."""
     for group in new.param_groups:
         for parameter in group["params"]:
             if parameter in old.state:
@@ -160,19 +160,22 @@ def carry_over(old: torch.optim.Optimizer, new: torch.optim.Optimizer) -> None:
 
 
 def freeze(module: nn.Module, frozen: bool = True) -> None:
-    """Frozen: no gradient, and norms in eval mode; the optimizer is to be built afterwards, without these parameters."""
+    """Freeze or unfreeze a module: frozen, it has no gradients, and its norms are in eval mode.
+
+    Build the optimizer afterwards, without the frozen parameters.
+    """
     module.requires_grad_(not frozen)
     module.train(not frozen)
 
 
 def annealing(step: int, total: int, config: OptimConfig) -> float:
-    """Annealing factor of the residual mixing: 0, and over the last `mhc_anneal` of the steps a line up to 1."""
+    """Return the annealing factor of the residual mixing: 0, then linear to 1 over the last fraction `mhc_anneal` of the steps."""
     start = total * (1 - config.mhc_anneal)
     return max(0.0, (step + 1 - start) / (total - start)) if total > start else 0.0
 
 
 def learning_rate(step: int, total: int, config: OptimConfig) -> float:
-    """Rate of step 0 … total-1: rises linearly over `warmup_steps`, then falls along half a cosine to lr_min."""
+    """Return the rate of step 0 … total-1: linear warm-up over `warmup_steps`, then half a cosine down to lr_min."""
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps
     progress = (step - config.warmup_steps) / max(1, total - 1 - config.warmup_steps)

@@ -1,4 +1,4 @@
-"""How far is a run, and how long will it take? A bar on a terminal; elsewhere, as in a cluster's log, a line a minute."""
+"""Progress of a run and the time it will take: a bar on a terminal, or a line a minute elsewhere, as in a cluster's log."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from typing import TextIO
 
 from tqdm import tqdm
 
-_SECONDS = 60.0  # between two lines
+_SECONDS = 60.0  # between two printed lines
 _LINE = "step {n_fmt} of {total_fmt}, {elapsed} so far, {remaining} to go, {rate_fmt}{postfix}"
 
 
 class _Lines:
-    """Makes a line of each state of a bar, which on a terminal overwrites the one before."""
+    """Print each state of a bar as a line of its own; on a terminal it would overwrite the previous one."""
 
     def __init__(self, file: TextIO) -> None:
         self.file = file
@@ -26,7 +26,10 @@ class _Lines:
 
 
 def progress(step: int, total: int, shown: bool = True, file: TextIO | None = None) -> tqdm:
-    """A bar from `step` on, which is not counted for the rate and the time to go; on stderr unless `file` is given."""
+    """Return a progress bar that starts at `step`; on stderr unless `file` is given.
+
+    The steps before `step` count neither for the rate nor for the remaining time.
+    """
     file = sys.stderr if file is None else file
     if file.isatty():
         return tqdm(initial=step, total=total, unit="step", disable=not shown, dynamic_ncols=True, file=file)

@@ -1,12 +1,11 @@
-"""Everything from which a training run continues exactly: collected, copied in memory, read from a checkpoint, put back.
+"""The complete state of a training run: collect it, copy it in memory, read it from a checkpoint, restore it exactly.
 
     snapshot = Snapshot(None, state, shards.weights(), shards.optimizer_state(), averages, gather_random(accelerator))
-    snapshot.copy_to_host()         # stays as it is while the run goes on
-    read_snapshot(checkpoint)       # the same from disk, where checkpoint.py has written it
+    snapshot.copy_to_host()         # unaffected as the run continues
+    read_snapshot(checkpoint)       # the same from disk, as written by vfi/checkpoint/store.py
     restore(accelerator, snapshot, shards, ema, guard, say)
 
-Every process takes part in each of these calls. How weights and optimizer are spread over processes is
-vfi/distributed/strategy.py's.
+To be called by all processes together. vfi/distributed/strategy.py defines how weights and optimizer are spread over them.
 """
 
 from __future__ import annotations
@@ -33,24 +32,24 @@ from vfi.training.gradient_monitor import Guard
 
 
 class Snapshot(NamedTuple):
-    """A run after a step: what a checkpoint holds. Whole tensors; with shards only those of the main process are of use."""
+    """The state of a run after a step, as a checkpoint holds it. Tensors are whole; with shards only on the main process."""
 
     path: Path | None
-    """The checkpoint that it was read from; None: it is in memory alone."""
+    """The checkpoint that it was read from; None: it exists in memory only."""
     state: State
     weights: dict[str, Tensor]
     optimizer: dict[str, Any]
     ema: dict[str, Tensor] | None
     random: list[Any]
-    """State of the random generators, one entry a process."""
+    """State of the random generators, one entry per process."""
 
     @property
     def place(self) -> str:
-        """Return where it is, for messages."""
+        """The location of the snapshot, for messages."""
         return str(self.path or "memory")
 
     def copy_to_host(self) -> Snapshot:
-        """Return the same in tensors of its own, in the host's memory."""
+        """Return a copy with separate tensors in host memory."""
         weights, optimizer, ema = tree_map_only(Tensor, _copy_to_host, (self.weights, self.optimizer, self.ema))
         return self._replace(weights=weights, optimizer=optimizer, ema=ema)
 
@@ -63,21 +62,21 @@ def read_snapshot(checkpoint: Path) -> Snapshot:
 
 
 def _copy_to_host(tensor: Tensor) -> Tensor:
-    """Return a copy, laid out alike. From a GPU it is made in the order of the GPU's work, while the program goes on."""
+    """Return a copy in the same layout; from a GPU it is asynchronous, in the order of the GPU's work."""
     if not tensor.is_cuda:
         return tensor.detach().clone()
-    copy = torch.empty_like(tensor, device="cpu", pin_memory=True)  # from a GPU into other memory the program would wait
+    copy = torch.empty_like(tensor, device="cpu", pin_memory=True)  # a copy into unpinned memory would be synchronous
     return copy.copy_(tensor.detach(), non_blocking=True)
 
 
 def gather_random(accelerator: Accelerator) -> list[dict[str, Any]]:
-    """State of the random generators of each process, by rank, as plain values."""
+    """Return the states of each process's random generators, by rank, as plain values."""
     states: list[dict[str, Any]] = gather_object([random_state(accelerator.device)])
     return states
 
 
 def scaler_state(accelerator: Accelerator) -> dict[str, float]:
-    """State of the loss scale; empty where there is none, in other precisions than fp16."""
+    """Return the state of the loss scaler; empty in precisions other than fp16, which have none."""
     return dict(accelerator.scaler.state_dict()) if accelerator.scaler is not None else {}
 
 
@@ -89,9 +88,9 @@ def restore(
     guard: Guard | None,
     say: Callable[[str], None],
 ) -> None:
-    """Put back all but the weights and the position: optimizer, EMA, loss scale, guard, random generators.
+    """Restore everything but the weights and the position: optimizer, EMA, loss scale, guard, random generators.
 
-    CheckpointError names what is not usable. The tensors of `snapshot` are the run's own from then on.
+    CheckpointError names what is not usable. The tensors of `snapshot` belong to the run from then on.
     """
     shards.load_optimizer(snapshot.optimizer, snapshot.place)
     _restore_ema(ema, snapshot, say)
@@ -125,7 +124,7 @@ def _restore_scaler(scaler: torch.amp.GradScaler | None, snapshot: Snapshot, say
 
 
 def _restore_guard(guard: Guard | None, snapshot: Snapshot) -> None:
-    if guard is None or not snapshot.state.guard:  # one that starts anew learns within its window what is usual
+    if guard is None or not snapshot.state.guard:  # a fresh guard learns within its window what is usual
         return
     try:
         guard.load_state_dict(snapshot.state.guard)
@@ -134,7 +133,7 @@ def _restore_guard(guard: Guard | None, snapshot: Snapshot) -> None:
 
 
 def _restore_random(accelerator: Accelerator, snapshot: Snapshot, say: Callable[[str], None]) -> None:
-    """Give each process the random state that it had; other numbers of processes can't have theirs, and that is said."""
+    """Restore each process's random state; with another number of processes report that it can't be restored."""
     states = snapshot.random
     if len(states) != accelerator.num_processes:
         say(
@@ -149,7 +148,7 @@ def _restore_random(accelerator: Accelerator, snapshot: Snapshot, say: Callable[
 
 
 def random_state(device: torch.device) -> dict[str, Any]:
-    """The generators of torch on the CPU and on `device`, of Python and of numpy, as values that JSON can hold."""
+    """Return the states of torch's (CPU and `device`), Python's and numpy's generators, as values that JSON can hold."""
     kind, keys, *rest = np.random.get_state(legacy=True)
     states = {
         "torch": _hex(torch.get_rng_state()),
@@ -160,7 +159,7 @@ def random_state(device: torch.device) -> dict[str, Any]:
 
 
 def set_random_state(state: dict[str, Any], device: torch.device) -> None:
-    """Put back what `random_state` gave. Another kind of device than before has no state to take."""
+    """Restore what `random_state` returned. On another kind of device, the device's generator is left as it is."""
     version, keys, gauss = state["python"]
     random.setstate((version, tuple(keys), gauss))
     np.random.set_state(tuple(state["numpy"]))

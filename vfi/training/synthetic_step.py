@@ -1,4 +1,4 @@
-"""One training step on random frames, to measure time and memory."""
+"""A training step on random frames, to measure time and memory."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PRECISIONS = {"no": torch.float32, "fp32": torch.float32, "bf16": torch.bfloat16
 class TrainingStep:
     """Forward, loss, backward and AdamW of a new network: `step(step.make_frames())`. Frames are random, of the largest crop.
 
-    `accumulating`: the gradient of earlier batches is in memory, too; `weights`: bytes.
+    `accumulating`: the gradient of earlier batches is in memory, too; `weights`: size of the weights in bytes.
     """
 
     def __init__(self, config: Config, device: torch.device, precision: torch.dtype, accumulating: bool = False) -> None:
@@ -34,16 +34,16 @@ class TrainingStep:
         self.weights = sum(parameter.nbytes for parameter in self.model.parameters())
 
     def make_frames(self) -> tuple[Tensor, ...]:
-        """img0, imgt, img1, timestep."""
+        """Return random img0, imgt, img1 `[B, 3, crop, crop]` in [0, 1) and timestep `[B]`."""
         batch, crop = self.config.data.batch_size, self.config.data.largest_crop
         frames = torch.rand(3, batch, 3, crop, crop, device=self.device)
         return (*frames, torch.rand(batch, device=self.device) * 0.8 + 0.1)
 
     def compile_ahead(self) -> None:
-        """Have the fused kernels compiled side by side, where they are taken, and not one after the other in the first step.
+        """Compile the fused Triton kernels in parallel, where they are used, rather than one by one in the first step.
 
-        Of the step nothing is left: its numbers mean nothing. mamba-ssm's kernels must not be met in it, for they are tuned by
-        running them, nor --compile, which launches them by itself.
+        No results of this step are kept, as its values are meaningless. It must not reach mamba-ssm's kernels, which are tuned
+        by running them, nor run under --compile, which launches kernels by itself.
         """
         if self.config.compute.compile or not self.model.all_fused:
             return
@@ -53,13 +53,13 @@ class TrainingStep:
 
     def __call__(self, frames: tuple[Tensor, ...]) -> None:
         if self.config.compute.cuda_graphs and self.recorder is None:
-            self.recorder = record_passes(self.model)  # not before kernels were compiled ahead, for which nothing must run
+            self.recorder = record_passes(self.model)  # only after compiling ahead, during which no kernel may run
         self.loss(frames).backward()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=not self.accumulating)
 
     def loss(self, frames: tuple[Tensor, ...]) -> Tensor:
-        """The training loss of a forward pass."""
+        """Return the training loss of a forward pass."""
         img0, imgt, img1, timestep = frames
         with torch.autocast(self.device.type, self.precision, enabled=self.precision != torch.float32):
             prediction = self.model(img0, img1, timestep, imgt)

@@ -1,4 +1,4 @@
-"""How is training going? Mean losses, rate, the share of time spent waiting for data, and memory, between two readings."""
+"""Mean losses, throughput, the fraction of time spent waiting for data, and peak memory, between two readings."""
 
 from __future__ import annotations
 
@@ -12,36 +12,36 @@ from torch import Tensor
 
 
 class Meter:
-    """Mean loss, rate, share of the time spent waiting for data, and memory since the last reading."""
+    """Mean losses, throughput, fraction of time spent waiting for data, and peak memory since the last reading."""
 
     def __init__(self, global_batch: int) -> None:
         self.global_batch = global_batch
         self.restart()
 
     def restart(self) -> None:
-        """Forget what was measured."""
+        """Discard what was measured."""
         self.started, self.excluded, self.waited, self.steps = time.perf_counter(), 0.0, 0.0, 0
         self.losses: list[dict[str, Tensor]] = []
         _forget_peak()
 
     def add(self, losses: dict[str, Tensor], counts: bool = True) -> None:
-        """One more step and its losses, which stay on the device: reading them would wait for the step to end.
+        """Count a step and its losses, which stay on the device: reading them would wait for the step to end.
 
-        One that does not count, since it was skipped, is work done; its losses may be no numbers.
+        A skipped step (`counts=False`) counts for the throughput only; its losses may be non-finite.
         """
         self.steps += 1
         if counts:
             self.losses.append(losses)
 
     def mean_losses(self) -> dict[str, Tensor]:
-        """Means over the steps that count since the last reading, on the device; no number where there are none."""
+        """Return the mean losses of the steps that count since the last reading, on the device; NaN where there are none."""
         if not self.losses:
             return {"loss": torch.tensor(math.nan)}
         return {name: torch.stack([losses[name] for losses in self.losses]).mean() for name in self.losses[0]}
 
     @contextlib.contextmanager
     def waiting(self, device: torch.device) -> Iterator[None]:
-        """Around the wait for a batch, which costs nothing if the device is still busy at its end with what it had before."""
+        """Measure the wait for a batch; it counts as 0 if the device is still busy with earlier work when the wait ends."""
         at_work = _at_work(device)
         before = time.perf_counter()
         yield
@@ -50,14 +50,14 @@ class Meter:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Around what is not training."""
+        """Exclude the time within the context, which is not training."""
         before = time.perf_counter()
         yield
         self.excluded += time.perf_counter() - before
         _forget_peak()
 
     def read(self, losses: dict[str, Tensor], norm: Tensor, hidden: int = 0) -> dict[str, float]:
-        """One row of numbers; waits for the device. `hidden`: bytes of its memory that PyTorch does not count."""
+        """Return one row of numbers; waits for the device. `hidden`: bytes of its memory that PyTorch does not count."""
         row = {name: loss.item() for name, loss in losses.items()} | {"grad_norm": norm.item()}
         seconds = time.perf_counter() - self.started - self.excluded
         row |= {"samples_per_s": self.steps * self.global_batch / seconds, "data_wait": self.waited / seconds}
@@ -68,7 +68,7 @@ class Meter:
 
 
 def _at_work(device: torch.device) -> Callable[[], bool]:
-    """Is the device still busy with what it was given up to now? A CPU never is: it does one thing after the other."""
+    """Return a function that says whether the device is still busy with its work up to now; a CPU, being synchronous, never is."""
     if device.type != "cuda":
         return lambda: False
     given = torch.cuda.Event()
@@ -77,6 +77,6 @@ def _at_work(device: torch.device) -> Callable[[], bool]:
 
 
 def _forget_peak() -> None:
-    """The memory of a row is that of its training steps, not of a validation before them."""
+    """Reset the peak memory, so that a row reports that of its training steps, not of an earlier validation."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()

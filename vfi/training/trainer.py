@@ -1,4 +1,4 @@
-"""One training run: every step from a batch to a checkpoint."""
+"""The trainer of one run: every step from a batch to a checkpoint."""
 
 from __future__ import annotations
 
@@ -53,25 +53,25 @@ from vfi.training.throughput import Meter
 from vfi.training.validation import Score, Validation
 
 FlowTeacher = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
-"""img0, img1, timestep -> flow_t0, flow_t1 in pixels, to be distilled (Exp-2e) in place of flow stored in the shards."""
+"""img0, img1, timestep -> flow_t0, flow_t1 in pixels: what to distil (Exp-2e) in place of flow stored in the shards."""
 DEFAULT_EPOCHS = {1: 300, 2: 200, 3: 100}  # by phase
-_FAULTS_SHOWN = 5  # on the screen, a row of metrics
+_FAULTS_SHOWN = 5  # bad samples printed to the screen for each row of metrics
 
 
 class Move(NamedTuple):
-    """What became of a step; tensors are on the device."""
+    """The result of one optimizer step; tensors are on the device."""
 
     verdict: Verdict
     norm: Tensor
-    """Of the whole gradient, before clipping."""
+    """Norm of the whole gradient, before clipping."""
     norms: Tensor
-    """[groups] of each layer group's gradient."""
+    """[groups] gradient norm of each layer group."""
     ratios: Tensor
-    """[groups] norm of the change / norm of the weights; zeros where it was not measured, or nothing moved."""
+    """[groups] norm of the change / norm of the weights; zeros where it was not measured or no weight changed."""
 
 
 class Trainer:
-    """One run: everything that a step needs, built from a Config."""
+    """The trainer of one run: builds everything that a step needs from a Config, and trains."""
 
     def __init__(self, config: Config, flow_teacher: FlowTeacher | None = None) -> None:
         self.flow_teacher = flow_teacher
@@ -95,7 +95,7 @@ class Trainer:
         self.validation = Validation(self.data) if self.data.val_path else None
         self.watch = Watch(device, self.run.timeout_minutes * 60, signals=not self.run.dry_run)
         self._fit_batch()
-        # from one to the next, the guard has seen whether trouble began before the one
+        # far enough apart for the guard to notice, before the next snapshot, trouble that began before this one
         self.snapshots = Snapshots(max(KNOWN_STEPS, config.guard.guard_window // 4 + 1))
         self.raised_annealing = 0.0  # by the guard, for good
         self.can_keep_snapshots = config.guard.guard and config.guard.guard_roll_backs > 0 and self.shards.name == "none"
@@ -107,7 +107,7 @@ class Trainer:
         self.tally, self.skipped = Tally(), Skipped(self.data.max_fault_rate, self.loader.plan.samples)
 
     def _fit_batch(self) -> None:
-        """Work on fewer samples at once and accumulate more of them, where a GPU can't hold --batch_size."""
+        """Reduce the batch size and accumulate more batches where a GPU can't hold --batch_size."""
         smaller = fit_batch(self.config, self.accelerator, self.shards.name, self.say)
         if smaller is None:
             return
@@ -117,24 +117,24 @@ class Trainer:
         self.loader.regroup(self.data.batch_size, self.accumulation)
 
     def _read_resumed(self) -> Snapshot | None:
-        """Read the checkpoint from which this very run is resumed, if it is, and say which ones are damaged."""
+        """Read the checkpoint that this run resumes from, if it does resume, and report damaged checkpoints."""
         check_agreement(self.accelerator, self.start_from)
         for line in self.found:
             self.say(line)
         return read_snapshot(self.start_from) if self.going_on and self.start_from else None
 
     def _build(self, snapshot: Snapshot | None) -> None:
-        """Network, optimizer and place in the data, those of `snapshot` or of a start; also after a roll-back."""
+        """Build network, optimizer and data position, from `snapshot` or from scratch; also after a roll-back."""
         config = self.config
         set_seed(self.run.seed)
         self.network = FrameInterpolator(config.model, self.accelerator.device)
         self.choices = [*self.network.choices(), choose_loss(config.optim.loss_backend, self.accelerator.device)[1]]
         self.step = self._load_own(snapshot) if snapshot else self._load()
-        self.least_annealing = annealing_factor(self.network)  # read once: every reading waits for the device
+        self.least_annealing = annealing_factor(self.network)  # read once: each read waits for the device
         if config.run.matvlm_plan != "off" and snapshot is None:
             self._transplant()
         saved = self._saved_position(snapshot)
-        # the checkpoint of the last frozen step is one of a frozen backbone: it thaws with the step after it
+        # the checkpoint of the last frozen step still has a frozen backbone: it is unfrozen in the step after it
         self.frozen = config.optim.freeze_backbone > 0 and saved.position <= Position(config.optim.freeze_backbone)
         self.position = self._position(saved)
         self.batches = self.loader.batches(self.position)
@@ -165,7 +165,7 @@ class Trainer:
             restore(self.accelerator, snapshot, self.shards, self.ema, self.guard, self.say)
 
     def _record(self) -> Recorder:
-        """Have the network's passes recorded; ConfigError where they can't be."""
+        """Capture the network's passes as CUDA graphs; ConfigError where that is not possible."""
         device = self.accelerator.device.type
         if device != "cuda":
             raise ConfigError(f"--cuda_graphs is for a CUDA GPU, and this trains on {device}: leave it out")
@@ -174,7 +174,7 @@ class Trainer:
         return record_passes(self.network)
 
     def _resume_point(self) -> Path | None:
-        """The checkpoint to start from, verified; refuses to mix two runs in one folder."""
+        """Return the verified checkpoint to start from, or None; ConfigError rather than mix two runs in one folder."""
         self.going_on, self.found = False, list[str]()
         auto, newest = self.run.resume == "auto", store.latest(self.folder)
         if newest and not auto:
@@ -195,7 +195,7 @@ class Trainer:
         return path
 
     def _load_own(self, snapshot: Snapshot) -> int:
-        """Load the weights of this very run; return the step that they are of."""
+        """Load the weights of this run's own checkpoint and return their step."""
         self.say(f"going on from the weights of {snapshot.place} (step {snapshot.state.step})")
         if snapshot.path is None:
             self.network.load_state_dict(snapshot.weights)
@@ -209,14 +209,14 @@ class Trainer:
         return snapshot.state.step
 
     def _compare_models(self, theirs: Config) -> str:
-        """Return the settings of the model that differ from those of the weights, and say them."""
+        """Return the model settings that differ from those of the loaded weights, and report them."""
         different = weights.compare_models(self.config, theirs)
         if different:
             self.say(f"settings of the model that differ from that run's: {different}")
         return different
 
     def _load(self) -> int:
-        """Load the first weights, if they are given; return 0, the step to go on from."""
+        """Load initial weights, if any are given, and return 0, the step that training starts at."""
         if self.start_from is None:
             if self.run.resume == "auto":
                 self.say(f"no checkpoint in {self.folder}: starting from scratch")
@@ -238,13 +238,13 @@ class Trainer:
         return 0
 
     def _saved_position(self, snapshot: Snapshot | None) -> SavedPosition:
-        """Where in the data the run was that goes on; without a word on it, where so many of these steps lead."""
+        """Return the data position of a resumed run; without a saved one, the position that its number of steps leads to."""
         plan = self.loader.plan
         saved = snapshot.state.position if snapshot else None
         return saved or SavedPosition(plan.at_step(self.step), plan.order)
 
     def _position(self, saved: SavedPosition) -> Position:
-        """Where in the data to go on, and a word where that is not as if the run had never stopped."""
+        """Return the data position to resume from, and report where it is not the one of an uninterrupted run."""
         plan, (epoch, done) = self.loader.plan, saved.position
         if saved.order != plan.order:
             self.say(
@@ -260,7 +260,7 @@ class Trainer:
         return plan.settled(saved.position)
 
     def _transplant(self) -> None:
-        """Start the scan from a donor's attention (MaTVLM), and say what was copied."""
+        """Initialise the scan from a donor's attention (MaTVLM), and report what was copied."""
         if self.run.matvlm_donor == UNTRAINED:
             donor, steps = untrained_donor(self.config.model, self.run.seed + 1), 0
         else:
@@ -278,10 +278,10 @@ class Trainer:
         """Print on the main process, above the progress bar."""
         if self.accelerator.is_main_process:
             tqdm.write(text)
-            sys.stdout.flush()  # in a log it would stay behind what stderr says, and be lost with a kill
+            sys.stdout.flush()  # in a log file it would lag behind stderr, and be lost when the process is killed
 
     def describe(self) -> None:
-        """Say what is about to happen, and write config.json and environment.json."""
+        """Print a summary of the run, and write config.json and environment.json."""
         device, world = self.accelerator.device, self.accelerator.num_processes
         size = f"{self.parameters / 1e6:.2f} M parameters"
         self.say(f"run {self.folder}: preset {self.run.preset}, phase {self.config.model.phase}, {size}")
@@ -308,7 +308,7 @@ class Trainer:
             write_environment(self.folder, content | {"choices": self.choices, "from_step": self.step})
 
     def fit(self) -> None:
-        """Train to the last step; log, validate and save on the way."""
+        """Train to the last step; log, validate and save along the way."""
         self.describe()
         meter = Meter(self.loader.plan.global_batch)
         self.train_mode()
@@ -326,19 +326,19 @@ class Trainer:
                     self.tracker.log(self.step, "start", seconds=round(time.time() - psutil.Process().create_time(), 1))
 
     def catch_up(self) -> None:
-        """Validate now if the run was stopped before it could, at the step that it goes on from."""
+        """Run the validation of the step that training resumes from, if the run was stopped before it."""
         due = self.validation is not None and (self.step % self.run.val_every == 0 or self.step >= self.total)
         missing = self.going_on and due and not self.tracker.has(self.step, "val")
         if self.watch.agreement.any(missing, at_once=True) and not self.validate():
             self.end_early()
 
     def train_step(self, meter: Meter, bar: tqdm) -> None:
-        """One optimiser step and whatever is due after it."""
+        """Take one optimizer step, then log, validate and save where that is due."""
         if self.frozen and self.position.epoch >= self.config.optim.freeze_backbone:
             self.thaw()
         if self.config.optim.mhc_anneal:
             planned = annealing(self.step, self.total, self.config.optim)
-            set_annealing(self.network, max(planned, self.least_annealing))  # it never falls: weights learnt under it
+            set_annealing(self.network, max(planned, self.least_annealing))  # never lowered: the weights adapted to it
         last = self.step + 1 == self.total
         due = (self.step + 1) % self.run.log_every == 0 or last
         watching: contextlib.AbstractContextManager[dict[str, MixingRecord]]
@@ -381,7 +381,7 @@ class Trainer:
             self.end_early()
 
     def validate(self) -> bool:
-        """Measure the network on all processes and log it; False where one was told to stop meanwhile."""
+        """Validate the network on all processes and log the score; return False where a process was told to stop meanwhile."""
         assert self.validation is not None
         with self.ema.in_place() if self.ema else contextlib.nullcontext():
             self.score = self.validation.run(
@@ -393,20 +393,20 @@ class Trainer:
         return self.score is not None
 
     def end_early(self) -> NoReturn:
-        """Say that a signal ended the run, whose last step is saved."""
+        """Report that a signal ended the run, whose last step is saved, and raise Stopped."""
         text = f"stopped after step {self.step} of {self.total} ({self.watch.reason}): --resume auto goes on from there"
         self.tracker.log(self.step, "stop", why=[self.watch.reason])
         self.say(text)
         raise Stopped(text)
 
     def train_mode(self) -> None:
-        """Training mode, but for a frozen backbone."""
+        """Switch to training mode, except for a frozen backbone."""
         self.model.train()
         if self.frozen:
             self.network.backbone.eval()
 
     def thaw(self) -> None:
-        """Train the backbone from now on: a new optimizer, which goes on with what the old one knows of the other parts."""
+        """Unfreeze the backbone: build a new optimizer that keeps the old one's state of the other parameters."""
         self.say(f"step {self.step}: the backbone trains from now on")
         self.frozen = False
         old = self.optimizer.optimizer
@@ -417,15 +417,18 @@ class Trainer:
 
     @property
     def epoch(self) -> float:
-        """Epochs seen so far."""
+        """The number of epochs seen so far."""
         return self.loader.plan.epochs_at(self.position)
 
     def rate(self, step: int) -> float:
-        """Learning rate of a step."""
+        """Return the learning rate of a step."""
         return learning_rate(step, self.total, self.config.optim) * (self.guard.rate_factor if self.guard else 1)
 
     def optimise(self, meter: Meter) -> tuple[dict[str, Tensor], list[Part]]:
-        """The gradient of one step over `accumulation` batches -> mean losses, still on the device, and what they come from."""
+        """Accumulate the gradient of one step over `accumulation` batches.
+
+        Returns the mean losses, still on the device, and each forward pass with its loss and sample keys.
+        """
         means: dict[str, Tensor] = {}
         parts: list[Part] = []
         for _ in range(self.accumulation):
@@ -447,19 +450,19 @@ class Trainer:
         return means, parts
 
     def forward(self, batch: FrameBatch, step: int) -> dict[str, Tensor]:
-        """The losses of a batch in that step."""
+        """Return the losses of a batch in step `step`."""
         self.watch.at(f"the forward pass of step {step}")
         prediction = self.model(batch.img0, batch.img1, batch.timestep, batch.imgt)
         return training_losses(prediction, batch.imgt, self.config.optim, self.flow_to_learn(batch))
 
     def fetch(self, meter: Meter, step: int) -> None:
-        """Have the next batch at hand, while a GPU is still busy with the one before."""
+        """Fetch the next batch while the GPU is still busy with the previous one."""
         self.watch.at(f"the wait for data of step {step}")
         with meter.waiting(self.accelerator.device):
             self.upcoming = next(self.batches)
 
     def move(self, loss: Tensor, measured: bool) -> Move:
-        """Judge the gradient and, if it may, let the optimizer change the weights; `measured`: by how much, too."""
+        """Check the gradient and, if the guard allows it, update the weights; `measured`: also measure how much they change."""
         self.watch.at(f"the update of step {self.step + 1}")
         for group in self.optimizer.param_groups:
             group["lr"] = self.rate(self.step)
@@ -484,10 +487,10 @@ class Trainer:
         return Move(verdict, norm, norms, ratios)
 
     def judge(self, loss: Tensor, norms: Tensor, norm: Tensor, longest: float) -> Verdict:
-        """What the guard says of this step, from the same numbers on all processes.
+        """Return the guard's verdict on this step, from the same numbers on all processes.
 
-        Reading them, the program waits for the device, which would then wait for the program. So, where possible, the step of
-        the optimizer is tried, and the next forward pass is begun, before: see `may_run_ahead`.
+        Reading those numbers makes the program wait for the device, which then waits for the program. So, where possible, the
+        optimizer step is tried and the next forward pass started before they are read: see `may_run_ahead`.
         """
         assert self.guard is not None
         scaler = self.accelerator.scaler
@@ -500,10 +503,10 @@ class Trainer:
         return self.guard.judge(self.step + 1, seen, scaler.get_scale() if scaler else 1.0)
 
     def may_run_ahead(self) -> bool:
-        """May the next forward pass begin before the guard has seen the numbers of this step?
+        """Return whether the next forward pass may start before the guard has seen the numbers of this step.
 
-        Where nothing else comes between or is different in the next step. A step that is not as usual is left undone on the
-        device and that forward pass thrown away: the run is to the bit what it would be with waiting.
+        It may where nothing else happens between the two steps or changes with the next one. An unusual step is undone on the
+        device and that forward pass discarded: the run is bit-identical to one that waits.
         """
         this, run = self.step + 1, self.run
         due = (run.log_every, run.save_every, run.val_every, self.snapshots.every)
@@ -513,11 +516,11 @@ class Trainer:
         return able and not special and not changes
 
     def by_group(self, kind: str, values: Tensor) -> dict[str, float]:
-        """One number a layer group -> entries of a row."""
+        """Return one value per layer group as entries of a row of metrics."""
         return {f"{kind}_{name}": value for name, value in zip(self.groups, values.tolist(), strict=True)}
 
     def respond(self, verdict: Verdict, parts: list[Part]) -> None:
-        """Do what the guard wants beside the step itself, and write it down; TrainingError where training can't go on."""
+        """Carry out the guard's verdict beyond the step itself, and log it; TrainingError where training can't continue."""
         assert self.guard is not None
         step, samples = self.step, suspects(parts)
         numbers: dict[str, float] = {}
@@ -535,14 +538,14 @@ class Trainer:
             self.give_up(verdict.why, f"the run went back {self.guard.roll_backs} times, as --guard_roll_backs allows")
 
     def raise_annealing(self) -> float:
-        """Bring the residual mixing a tenth of the way nearer to the identity, for good -> the annealing factor."""
+        """Move the residual mixing a tenth closer to the identity, permanently, and return the annealing factor."""
         now = annealing_factor(self.network)
         set_annealing(self.network, now + _ANNEALING_RISE * (1 - now))
         self.least_annealing = self.raised_annealing = annealing_factor(self.network)
         return self.least_annealing
 
     def roll_back(self, verdict: Verdict) -> dict[str, float]:
-        """Go back to the last good state, with a lower rate from now on -> what has changed, for the log."""
+        """Return to the last good state, with a lower learning rate from now on; the result is what has changed, for the log."""
         self.watch.at(f"going back from step {self.step}")
         former, snapshot = self.guard, go_back(self.accelerator, self.folder, verdict.began, self.snapshots)
         if snapshot is None:
@@ -562,14 +565,16 @@ class Trainer:
         return numbers | {"from_memory": float(snapshot.path is None)}
 
     def give_up(self, why: str, more: str) -> NoReturn:
-        """End training where the guard knows no further."""
+        """Raise TrainingError where the guard has no remedy left."""
         raise TrainingError(
             f"step {self.step}: {why}; {more}. What was done, and the samples concerned, are in {self.folder / METRICS}. "
             f"Try a lower --lr or a longer --warmup_steps"
         )
 
     def flow_to_learn(self, batch: FrameBatch) -> tuple[Tensor, Tensor] | None:
-        """Flow from outside that the flow stages are to learn from: the callable's, else the shards'; None without."""
+        """Return the external flow to distil into the flow stages: the callable's, or else the shards'; None without
+        distillation.
+        """
         if not self.distils:
             return None
         if self.flow_teacher is not None:
@@ -580,9 +585,9 @@ class Trainer:
         return batch.flow_t0, batch.flow_t1
 
     def check_finite(self, loss: float, norm: float) -> None:
-        """TrainingError when loss or gradient are no numbers any more, before such weights are saved.
+        """Raise TrainingError when loss or gradient norm are non-finite, before such weights are saved.
 
-        Both are the same on all processes: all of them stop. With a guard such a step was not taken.
+        Both are the same on all processes, so all of them stop. With a guard such a step was not taken.
         """
         finite = math.isfinite(loss) and (math.isfinite(norm) or self.optimizer.step_was_skipped)  # by the loss scaler
         if self.guard is None and not finite:
@@ -592,7 +597,7 @@ class Trainer:
             )
 
     def report_faults(self) -> None:
-        """Name the samples that any process has skipped since the last row, and stop when they are too many."""
+        """Report the samples that any process has skipped since the last row, and stop when there are too many."""
         fresh = self.skipped.add(gather_object([self.tally]))
         self.tally = Tally()
         if not fresh:
@@ -608,7 +613,7 @@ class Trainer:
 
     def save(self, loss: Tensor, norm: Tensor) -> None:
         """Write a checkpoint on the main process while the others wait."""
-        # the loss is that of before the step: a gradient that is no number shows in the norm alone, which all processes share
+        # the loss is from before the step: a non-finite gradient shows only in the norm, which all processes share
         self.check_finite(self.accelerator.reduce(loss, reduction="mean").item(), norm.item())
         _, state, model, optimizer, ema, random = self.take_snapshot()
         write = functools.partial(store.save, keep_last=self.run.keep_last, keep_best=self.run.keep_best)
@@ -616,7 +621,7 @@ class Trainer:
             on_main(self.accelerator, lambda: write(self.folder, state, self.config, model, optimizer, ema=ema, random=random))
 
     def take_snapshot(self) -> Snapshot:
-        """Return everything that the run needs to go on from here; its tensors are those that train."""
+        """Return everything that the run needs to resume from here; its tensors are the ones being trained, not copies."""
         (epoch, done), order = self.position, self.loader.plan.order
         model, optimizer = self.shards.weights(), self.shards.optimizer_state()
         ema, updates = (self.shards.gathered(self.ema.weights()), self.ema.updates) if self.ema else (None, 0)
@@ -626,12 +631,12 @@ class Trainer:
         return Snapshot(None, state, model, optimizer, ema, gather_random(self.accelerator))
 
     def keep_snapshot(self) -> None:
-        """Keep this step in memory, where it is due: what a roll-back costs does not depend on --save_every."""
+        """Keep the state of this step in memory, where that is due: so the cost of a roll-back does not depend on --save_every."""
         if self.guard and self.can_keep_snapshots and self.snapshots.should_keep(self.step, self.guard.first_doubtful_step()):
             self.watch.at(f"the copy in memory of step {self.step}")
             self.snapshots.keep(self.take_snapshot())
 
 
 def _waits_for(device: torch.device) -> bool:
-    """Does the device work on while the program goes on, until its numbers are read?"""
+    """Return whether the device works asynchronously, until its numbers are read."""
     return device.type == "cuda"

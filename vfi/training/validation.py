@@ -1,4 +1,4 @@
-"""How good is the model so far? PSNR on the validation shards, beside the frame average, and pictures of the first sample."""
+"""Validation during training: PSNR on the validation shards, next to the frame average's, and pictures of the first sample."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Score(NamedTuple):
     step: int
     psnr: float
     average_psnr: float
-    """Of the frame average."""
+    """PSNR of the frame average."""
 
     def __str__(self) -> str:
         step, psnr, average = self
@@ -33,7 +33,7 @@ class Score(NamedTuple):
 
 
 class Validation:
-    """The validation shards of a run; checked at once, since later would be in the middle of training."""
+    """The validation shards of a run, checked at once, since a failure later would interrupt training."""
 
     def __init__(self, config: DataConfig) -> None:
         self.folder = shard_folder(config.val_path, cache_at(config.cache_dir, config.cache_gb))
@@ -50,10 +50,10 @@ class Validation:
     def run(
         self, network: FrameInterpolator, accelerator: Accelerator, tracker: Tracker, watch: Watch, step: int, in_step: bool
     ) -> Score | None:
-        """Measure `network`, which is left in eval mode, on all processes together, and log it.
+        """Measure `network`, which is left in eval mode, on all processes together, and log the score.
 
-        None where a process was told to stop meanwhile: nothing is measured then, as all processes know. `in_step`: the network
-        is in shards, which only all processes together can put in use, so each takes as many samples as the others.
+        Returns None on all processes where one was told to stop meanwhile: nothing is measured then. `in_step`: the network is
+        in shards, which only all processes together can use, so each process takes the same number of samples.
         """
         watch.at(f"validation after step {step}")
         sums = torch.zeros(4, dtype=torch.float64, device=accelerator.device)
@@ -69,7 +69,7 @@ class Validation:
                 break
             with torch.no_grad(), accelerator.autocast():
                 prediction = network(batch.img0, batch.img1, batch.timestep)
-            if number >= len(mine):  # only there to keep step
+            if number >= len(mine):  # a repeated sample, only to keep in step with the others
                 break
             imgt = prediction.imgt.float().clamp(0, 1)
             scores = psnr(imgt, batch.imgt), psnr((batch.img0 + batch.img1) / 2, batch.imgt)
@@ -90,7 +90,7 @@ class Validation:
 
 
 def flow_pictures(prediction: Prediction) -> dict[str, Tensor]:
-    """Both flows of the first sample in one scale of colour, and the mask."""
+    """Return both flows of the first sample on one color scale, and the mask."""
     assert prediction.flow_t0 is not None
     assert prediction.flow_t1 is not None
     flows = {"flow_t0": prediction.flow_t0[0], "flow_t1": prediction.flow_t1[0]}
