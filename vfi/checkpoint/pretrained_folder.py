@@ -110,7 +110,7 @@ def check_out(out: Path) -> None:
 
 
 def write_model(folder: Path, network: FrameInterpolator, origin: Origin, dtype: Dtype = "fp32") -> Description:
-    """Write weights and config.json into `folder`, without what is for training only. JobError for values beyond fp16's range."""
+    """Write weights and config.json into `folder`, without parts for training. JobError for values beyond fp16's range."""
     weights = {name: tensor for name, tensor in network.state_dict().items() if not name.startswith("flow.teacher.")}
     described = describe(network.config, origin, dtype)
     # not save_file, whose file is readable by its owner only
@@ -148,7 +148,7 @@ def _stored(weights: dict[str, Tensor], dtype: Dtype) -> dict[str, Tensor]:
 
 
 def read_model(folder: Path, device: torch.device, say: Callable[[str], None] = note) -> tuple[FrameInterpolator, Description]:
-    """Return the network of a folder, in eval mode on `device`, with fp32 parameters. CheckpointError says what is not usable."""
+    """Return the network of a folder, in eval mode on `device`, in fp32. CheckpointError says what is not usable."""
     described = read_description(folder, say)
     if not (folder / MODEL).is_file():
         there = ", ".join(sorted(path.name for path in folder.iterdir()))

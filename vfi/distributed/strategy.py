@@ -65,7 +65,7 @@ class Whole:
         return self.model, self.optimizer
 
     def accumulate(self) -> AbstractContextManager[None]:
-        """Return a context for each forward and backward pass: gradients are averaged over processes in the last one of a step."""
+        """Return a context for each forward and backward pass: gradients are averaged over ranks in the last one of a step."""
         return self.accelerator.accumulate(self.model)
 
     def backward(self, loss: Tensor) -> None:

@@ -169,7 +169,7 @@ def freeze(module: nn.Module, frozen: bool = True) -> None:
 
 
 def annealing(step: int, total: int, config: OptimConfig) -> float:
-    """Return the annealing factor of the residual mixing: 0, then linear to 1 over the last fraction `mhc_anneal` of the steps."""
+    """Return the annealing factor of the residual mixing: 0, then linear to 1 over the last `mhc_anneal` of the steps."""
     start = total * (1 - config.mhc_anneal)
     return max(0.0, (step + 1 - start) / (total - start)) if total > start else 0.0
 

@@ -68,7 +68,7 @@ class Meter:
 
 
 def _at_work(device: torch.device) -> Callable[[], bool]:
-    """Return a function that says whether the device is still busy with its work up to now; a CPU, being synchronous, never is."""
+    """Return a function that says whether the device is still busy with its work up to now; a CPU never is."""
     if device.type != "cuda":
         return lambda: False
     given = torch.cuda.Event()

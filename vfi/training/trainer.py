@@ -545,7 +545,7 @@ class Trainer:
         return self.least_annealing
 
     def roll_back(self, verdict: Verdict) -> dict[str, float]:
-        """Return to the last good state, with a lower learning rate from now on; the result is what has changed, for the log."""
+        """Return to the last good state, with a lower learning rate from now on; return what has changed, for the log."""
         self.watch.at(f"going back from step {self.step}")
         former, snapshot = self.guard, go_back(self.accelerator, self.folder, verdict.began, self.snapshots)
         if snapshot is None:
@@ -631,7 +631,7 @@ class Trainer:
         return Snapshot(None, state, model, optimizer, ema, gather_random(self.accelerator))
 
     def keep_snapshot(self) -> None:
-        """Keep the state of this step in memory, where that is due: so the cost of a roll-back does not depend on --save_every."""
+        """Keep the state of this step in memory, where due: the cost of a roll-back does not depend on --save_every."""
         if self.guard and self.can_keep_snapshots and self.snapshots.should_keep(self.step, self.guard.first_doubtful_step()):
             self.watch.at(f"the copy in memory of step {self.step}")
             self.snapshots.keep(self.take_snapshot())
