@@ -169,14 +169,15 @@ def test_what_torch_says_it_can_not_do_repeatably_stays_a_clear_error(full_above
 
 ONE_RANK_FULL = """
 import os, sys, torch
-from vfi import fitting, train
-step = fitting.TrainingStep.__call__
+from vfi import train
+from vfi.training import auto_batch_size, synthetic_step
+step = synthetic_step.TrainingStep.__call__
 def limited(self, frames):
     if os.environ["RANK"] == "1" and len(frames[0]) > 1:
         raise torch.OutOfMemoryError("CUDA out of memory")
     step(self, frames)
-fitting.TrainingStep.__call__ = limited
-fitting.can_try = lambda device: True
+synthetic_step.TrainingStep.__call__ = limited
+auto_batch_size.can_try = lambda device: True
 train.main(sys.argv[1:])
 """
 
