@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from vfi.ops.warp.warp import backward_warp, resize_flow
+from vfi.ops.warp.warp import backward_warp, clamp_to_border, resize_flow
 
 
 def warp_by_pixel(x, flow):
@@ -66,6 +66,18 @@ def test_warp_gradients():
     whole = torch.randint(-1, 2, (1, 2, 5, 6)) * 0.0 + 0.3 + 0.4 * torch.rand(1, 2, 5, 6)
     flow = (-whole).double().requires_grad_()
     assert torch.autograd.gradcheck(lambda a, b: backward_warp(a, b)[:, :, 1:, 1:], (x, flow))
+
+
+def test_coordinates_are_clamped_to_the_border():
+    grid = torch.tensor([-1e4, -1.0, -0.5, 0.0, 2.0, math.nan])
+    assert clamp_to_border(grid).tolist() == [-1.0, -1.0, -0.5, 0.0, 2.0, -1.0]
+
+
+def test_coordinates_beyond_the_border_are_the_border_with_and_without_gradients():
+    x, flow = torch.randn(1, 2, 8, 9), torch.full((1, 2, 8, 9), -100.0)
+    expected = x[:, :, :1, :1].expand_as(x)
+    assert torch.equal(backward_warp(x, flow), expected)
+    assert torch.equal(backward_warp(x.requires_grad_(), flow), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -42,9 +42,16 @@ def _backward_warp(x: Tensor, flow: Tensor, top: int = 0) -> Tensor:
     down = (rows + flow[:, 1]) * (2 / max(H - 1, 1)) - 1
     grid = torch.stack((across, down), dim=-1).to(x.dtype)
     if x.device.type == "cpu" and torch.is_grad_enabled():
-        # coordinates stay finite in a backward pass: below -1 is the border
-        grid = torch.fmax(grid, grid.new_full((), -1))
+        grid = clamp_to_border(grid)
     return F.grid_sample(x, grid, mode="bilinear", padding_mode="border", align_corners=True)
+
+
+def clamp_to_border(grid: Tensor) -> Tensor:
+    """Return coordinates from -1 up, NaN as -1: the border, as in a forward pass and in the Triton kernel.
+
+    A run that explodes must come as far as the gradient monitor, so coordinates stay usable in a backward pass.
+    """
+    return torch.fmax(grid, grid.new_full((), -1))
 
 
 def resize_flow(flow: Tensor, size: tuple[int, int]) -> Tensor:
