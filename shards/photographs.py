@@ -21,7 +21,7 @@ from PIL import Image
 
 from shards import codecs
 from shards.parallel import run
-from shards.schema import IMAGE_EXTENSIONS, ShardError
+from shards.schema import IMAGE_EXTENSIONS, ShardError, split_lot
 
 VAL_SHARE = 0.1  # fraction of a folder's photographs; which ones depends only on their names
 LEAST_SIDE = 64  # in pixels: a smaller picture counts as an icon
@@ -86,7 +86,7 @@ def deal(found: Survey, split: str) -> tuple[str, ...]:
     Adding photographs to a folder does not move the others. Raises ShardError when a split gets none that can fill a
     background.
     """
-    mine = tuple(sorted(name for name in found.digests if (_lot(name) < VAL_SHARE) == (split == "val")))
+    mine = tuple(sorted(name for name in found.digests if (split_lot(name) < VAL_SHARE) == (split == "val")))
     if not set(mine) - found.cutouts:
         raise ShardError(
             f"none of the {len(found.digests)} photographs without transparent parts falls to the split {split}: add more"
@@ -176,8 +176,3 @@ def _check(folder: Path, name: str) -> _Check:
     if min(height, width) < LEAST_SIDE:
         return _Check(fault=f"{name} has {height}x{width} pixels: a side is below {LEAST_SIDE}")
     return _Check(hashlib.sha256(data).hexdigest(), channels == 4)
-
-
-def _lot(name: str) -> float:
-    """Return a number in [0, 1) that depends only on the name."""
-    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64

@@ -206,3 +206,8 @@ def _how_to_make_shards(folder: Path) -> str:
 def _some_files(folder: Path, limit: int = 50) -> list[Path]:
     files = (child for child in folder.iterdir() if child.is_file())
     return [file for _, file in zip(range(limit), files, strict=False)]
+
+
+def split_lot(name: str) -> float:
+    """Return a number in [0, 1) that depends on the name alone: a split chosen by it does not change when others are added."""
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64

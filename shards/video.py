@@ -26,7 +26,7 @@ from shards.cli import run_job
 from shards.color_conversion import CONVERSION
 from shards.frame_sources import Clip, Entry, find_clips, nearest_entry, read_clip
 from shards.parallel import run
-from shards.schema import SPLITS, VIDEO_EXTENSIONS, Index, SampleMeta, ShardError
+from shards.schema import SPLITS, VIDEO_EXTENSIONS, Index, SampleMeta, ShardError, split_lot
 from shards.sequence_filter import Found, find_sequences
 
 
@@ -161,20 +161,15 @@ def _deal(clips: list[Clip], found: dict[Clip, Found], options: Options) -> dict
     """Return the clips of each split. Each gets at least one usable clip; clips without usable sequences count as train."""
     if not options.val_fraction:
         return {options.split: clips}
-    usable = sorted((clip for clip in clips if found[clip].starts), key=lambda clip: _lot(clip.name))
+    usable = sorted((clip for clip in clips if found[clip].starts), key=lambda clip: split_lot(clip.name))
     if len(usable) < 2:
         raise ShardError(
             f"val_fraction needs two clips with usable sequences or more, {options.src} has {len(usable)}: "
             "give more clips, or leave val_fraction out"
         )
-    wanted = sum(_lot(clip.name) < options.val_fraction for clip in usable)
+    wanted = sum(split_lot(clip.name) < options.val_fraction for clip in usable)
     val = set(usable[: min(max(wanted, 1), len(usable) - 1)])
     return {"train": [clip for clip in clips if clip not in val], "val": [clip for clip in clips if clip in val]}
-
-
-def _lot(name: str) -> float:
-    """Return a number in [0, 1) that depends on the name alone, so that adding clips does not move the others."""
-    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64
 
 
 def _plan(split: str, clips: list[Clip], found: dict[Clip, Found], source: dict[str, Any], options: Options) -> writer.Plan:
