@@ -56,8 +56,8 @@ def trained(tmp_path, train_shards, monkeypatch):
             passes.append(step)
             return forward(trainer, batch, step)
 
-        def fused(model, config):
-            groups = optimizer.build_optimizer(model, config).param_groups
+        def fused(model, config, cuda_graphs):
+            groups = optimizer.build_optimizer(model, config, cuda_graphs).param_groups
             return torch.optim.AdamW([group | {"fused": True} for group in groups], lr=config.lr)
 
         with monkeypatch.context() as patch:

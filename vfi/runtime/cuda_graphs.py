@@ -36,7 +36,7 @@ class Graphs:
         self.limit: float = math.inf
         """Bytes of the GPU that all of this process may take."""
         self.seen: Counter[Hashable] = Counter()
-        self.made: OrderedDict[Hashable, _Graph] = OrderedDict()
+        self.made: OrderedDict[Hashable, CapturedCall] = OrderedDict()
         self.pool: Any = None
 
     def __call__(self, function: Function, *inputs: Tensor, kind: Hashable = None) -> Tensor:
@@ -77,22 +77,22 @@ class Graphs:
             dropped, _ = self.made.popitem(last=False)
             self.seen[dropped] = 0
         self.pool = self.pool or torch.cuda.graph_pool_handle()
-        self.made[key] = _Graph(function, inputs, self.pool)
+        self.made[key] = CapturedCall(function, inputs, self.pool)
 
 
-class _Graph:
-    """One function at one shape."""
+class CapturedCall:
+    """A function of tensors captured as a CUDA graph for inputs of one shape; it must have been called with them before."""
 
-    def __init__(self, function: Function, inputs: tuple[Tensor, ...], pool: Any) -> None:
+    def __init__(self, function: Function, inputs: tuple[Tensor, ...], pool: Any = None) -> None:
         self.inputs = [tensor.clone() for tensor in inputs]
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, pool=pool), Reads() as reads:
+        # other threads, which load data, call CUDA meanwhile
+        with torch.cuda.graph(self.graph, pool=pool, capture_error_mode="thread_local"), Reads() as reads:
             self.output = function(*self.inputs)
         self.kept = list(reads.kept.values())
 
     def __call__(self, inputs: tuple[Tensor, ...]) -> Tensor:
-        for own, given in zip(self.inputs, inputs, strict=True):
-            own.copy_(given)
+        torch._foreach_copy_(self.inputs, list(inputs))
         self.graph.replay()
         return self.output.clone()
 

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from vfi.config.configs import OptimConfig
+from vfi.runtime.cuda_graphs import CapturedCall
 
 _NO_DECAY = ("A_log", "D", "dt_bias")
 _MOMENTUM = 0.95
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the quintic iteration, chosen for the steepest slope at zero
 _ITERATIONS = 5
 _GRID = (128, 512)  # rows and columns of a matrix are padded to multiples of these
+_CAPTURE_MEMORY = 8  # times the bytes of the gradients: copies, updates, padded matrices and their products
 _RMS = 0.2  # root mean square of a Muon update per unit of the learning rate, about that of AdamW
 
 
@@ -29,6 +31,10 @@ class Muon(torch.optim.AdamW):
 
     `found_inf`, a tensor on the device as fused AdamW takes it from a loss scaler: where it is 1, nothing changes.
     """
+
+    captures = False
+    """Whether the update of matrices, a thousand small kernels, is captured as a CUDA graph: weights must stay in place."""
+    _captured: tuple[Hashable, CapturedCall | None] | None = None
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -46,30 +52,63 @@ class Muon(torch.optim.AdamW):
             self.param_groups = groups
 
     def _orthogonal_step(self, group: dict[str, Any]) -> None:
-        parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
+        parameters: list[Tensor] = [parameter for parameter in group["params"] if parameter.grad is not None]
         if not parameters:
             return
-        gradients = [parameter.grad for parameter in parameters]
         for parameter in parameters:
             if not self.state[parameter]:  # "step" is not used here, but AdamW's load_state_dict needs it
                 self.state[parameter].update(step=torch.zeros(()), exp_avg=torch.zeros_like(parameter))
-        averages = [self.state[parameter]["exp_avg"] for parameter in parameters]
-        skipped = getattr(self, "found_inf", None)
-        weight, decay = 1 - _MOMENTUM, 1 - group["lr"] * group["weight_decay"]
-        if skipped is None:
-            torch._foreach_lerp_(averages, gradients, weight)
-            torch._foreach_mul_(parameters, decay)
-        else:  # a gradient with non-finite numbers must not touch anything, not even multiplied by zero
-            kept = skipped == 0
-            gradients = [torch.where(kept, gradient, average) for gradient, average in zip(gradients, averages, strict=True)]
-            torch._foreach_lerp_(averages, gradients, weight)
-            torch._foreach_mul_(parameters, torch.where(kept, decay, 1.0))
-        updates = torch._foreach_lerp(gradients, averages, _MOMENTUM)
-        if skipped is not None:  # zeros stay zeros when they are orthogonalised
-            torch._foreach_mul_(updates, kept.float())
-        for parameter, update in zip(parameters, orthogonalized(updates), strict=True):
-            scale = _RMS * math.sqrt(max(parameter.shape[0], parameter[0].numel()))
-            parameter.add_(update, alpha=-group["lr"] * scale)
+        averages, decay = [self.state[parameter]["exp_avg"] for parameter in parameters], group["weight_decay"]
+
+        def update(lr: Tensor, kept: Tensor, *gradients: Tensor) -> Tensor:
+            _orthogonal_update(parameters, gradients, averages, lr, decay, kept)
+            return lr
+
+        found_inf: Tensor | None = getattr(self, "found_inf", None)
+        lr = parameters[0].new_full((), group["lr"])
+        kept = torch.ones_like(lr) if found_inf is None else (found_inf == 0).to(lr).reshape(())
+        inputs = (lr, kept, *(parameter.grad for parameter in parameters if parameter.grad is not None))
+        key = (decay, *(tensor.data_ptr() for tensor in (*parameters, *averages)))
+        if not self.captures:
+            update(*inputs)
+        elif self._captured is None or self._captured[0] != key:  # the first call selects kernels and settles memory use
+            self._captured = key, None
+            update(*inputs)
+        elif captured := self._captured[1] or _capture(update, inputs):
+            self._captured = key, captured
+            captured(inputs)
+        else:
+            update(*inputs)
+
+
+def _capture(update: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> CapturedCall | None:
+    """Capture an update, or return None where memory is short: CUDA does not recover when it runs out during a capture."""
+    torch.cuda.empty_cache()
+    needed = _CAPTURE_MEMORY * sum(tensor.nbytes for tensor in inputs)
+    return CapturedCall(update, inputs) if torch.cuda.mem_get_info(inputs[0].device)[0] > needed else None
+
+
+def _orthogonal_update(
+    parameters: list[Tensor],
+    gradients: Sequence[Tensor],
+    averages: list[Tensor],
+    lr: Tensor,
+    weight_decay: float,
+    kept: Tensor,
+) -> None:
+    """Update parameters `[out, …]` and the averages of their gradients; with `kept` 0 instead of 1, change nothing.
+
+    `lr` and `kept` are scalars on the device, so that each replay of a CUDA graph reads them.
+    """
+    # a gradient with non-finite numbers must not touch anything, not even multiplied by zero
+    finite = [torch.where(kept > 0, gradient, average) for gradient, average in zip(gradients, averages, strict=True)]
+    torch._foreach_lerp_(averages, finite, 1 - _MOMENTUM)
+    torch._foreach_mul_(parameters, 1 - kept * lr * weight_decay)
+    updates = torch._foreach_lerp(finite, averages, _MOMENTUM)
+    torch._foreach_mul_(updates, kept)  # zeros stay zeros when they are orthogonalised
+    for parameter, update in zip(parameters, orthogonalized(updates), strict=True):
+        scale = _RMS * math.sqrt(max(parameter.shape[0], parameter[0].numel()))
+        parameter.addcmul_(update, lr, value=-scale)
 
 
 def orthogonalized(weights: Sequence[Tensor]) -> list[Tensor]:
@@ -131,10 +170,11 @@ def is_matrix(parameter: nn.Parameter) -> bool:
     return parameter.dim() > 1 and parameter.shape[0] > 1 and parameter.shape[1] > 1
 
 
-def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
+def build_optimizer(model: nn.Module, config: OptimConfig, cuda_graphs: bool = False) -> torch.optim.AdamW:
     """Build the optimizer of `config` over all trainable parameters, in groups with and without weight decay.
 
-    With --optimizer muon a third group, the first, holds the matrices that Muon updates.
+    With --optimizer muon a third group, the first, holds the matrices that Muon updates, with `cuda_graphs` by a CUDA graph:
+    for parameters on a GPU that are updated in place.
     """
     named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     fused = all(p.is_cuda for _, p in named)
@@ -148,7 +188,9 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
     chosen = set(map(id, matrices))
     groups[0]["params"] = [p for p in groups[0]["params"] if id(p) not in chosen]
     groups = [{"params": matrices, "weight_decay": config.weight_decay}, *groups]
-    return Muon([group | {"orthogonal": i == 0} for i, group in enumerate(groups)], lr=config.lr, fused=fused)
+    muon = Muon([group | {"orthogonal": i == 0} for i, group in enumerate(groups)], lr=config.lr, fused=fused)
+    muon.captures = cuda_graphs
+    return muon
 
 
 def carry_over(old: torch.optim.Optimizer, new: torch.optim.Optimizer) -> None:

@@ -30,7 +30,7 @@ class TrainingStep:
         if config.compute.checkpointing:
             recompute(self.model)
         self.recorder: Recorder | None = None
-        self.optimizer = build_optimizer(self.model, config.optim)
+        self.optimizer = build_optimizer(self.model, config.optim, config.compute.cuda_graphs)
         self.weights = sum(parameter.nbytes for parameter in self.model.parameters())
 
     def make_frames(self) -> tuple[Tensor, ...]:

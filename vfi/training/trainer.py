@@ -14,7 +14,7 @@ from typing import NamedTuple, NoReturn
 import psutil
 import torch
 from accelerate.utils import gather_object, set_seed
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from vfi.checkpoint import pretrained_folder, store, weights
@@ -156,13 +156,16 @@ class Trainer:
             recompute(self.network)
         self.recorder = self._record() if config.compute.cuda_graphs else None
         self.shards.settle(config, self.frozen)
-        self.model, self.optimizer = self.shards.prepare(self.network, lambda model: build_optimizer(model, config.optim))
+        self.model, self.optimizer = self.shards.prepare(self.network, self._build_optimizer)
         self.ema = Ema(self.network, config.optim.ema) if config.optim.ema else None
         self.score: Score | None = None
         self.groups = layer_groups(self.network)
         self.guard = Guard(self.groups, config.guard) if config.guard.guard else None
         if snapshot is not None:
             restore(self.accelerator, snapshot, self.shards, self.ema, self.guard, self.say)
+
+    def _build_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
+        return build_optimizer(model, self.config.optim, self.config.compute.cuda_graphs)
 
     def _record(self) -> Recorder:
         """Capture the network's passes as CUDA graphs; ConfigError where that is not possible."""
@@ -411,7 +414,7 @@ class Trainer:
         self.frozen = False
         old = self.optimizer.optimizer
         freeze(self.network.backbone, frozen=False)
-        optimizer = build_optimizer(self.network, self.config.optim)
+        optimizer = self._build_optimizer(self.network)
         carry_over(old, optimizer)
         self.model, self.optimizer = self.shards.renew(self.network, optimizer)
 

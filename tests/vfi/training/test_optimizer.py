@@ -188,6 +188,36 @@ def test_a_step_that_is_skipped_on_the_device_changes_nothing():
     assert torch.equal(weight, moved)
 
 
+@pytest.mark.gpu
+def test_the_captured_update_is_the_eager_one():
+    """Also where a step is skipped on the device, where the rate changes, and after the state has been loaded from a copy."""
+
+    def trained(captures: bool) -> list[torch.Tensor]:
+        model = FrameInterpolator(presets.tiny().model, torch.device("cuda"))
+        model.load_state_dict(start)
+        optimizer = build_optimizer(model, OptimConfig(optimizer="muon", weight_decay=0.1), cuda_graphs=captures)
+        random = torch.Generator("cuda").manual_seed(0)
+        replays = 0
+        for step in range(9):
+            for parameter in model.parameters():
+                parameter.grad = torch.randn(parameter.shape, generator=random, device="cuda")
+            for group in optimizer.param_groups:
+                group["lr"] = 1e-2 / (step + 1)
+            optimizer.found_inf = torch.tensor(float(step == 4), device="cuda")
+            if step == 4:
+                next(model.parameters()).grad.fill_(math.nan)
+            if step == 6:
+                optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+            optimizer.step()
+            replays += optimizer._captured is not None and optimizer._captured[1] is not None
+        assert replays == (7 if captures else 0)  # all but the first, and the first after loading
+        return [parameter.detach() for parameter in model.parameters()]
+
+    start = FrameInterpolator(presets.tiny().model).state_dict()
+    for captured, eager in zip(trained(True), trained(False), strict=True):
+        assert torch.equal(captured, eager)
+
+
 def test_muon_goes_on_from_its_saved_state():
     def trained(steps, optimizer, weight):
         for step in steps:
