@@ -12,6 +12,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
+from PIL import Image
 
 from vfi.config.configs import SequenceKind
 
@@ -57,7 +58,5 @@ def shrink(frame: np.ndarray, divisor: int, crop: int) -> np.ndarray:
         divisor //= 2
     if divisor == 1:
         return frame
-    height, width = frame.shape[0] // divisor, frame.shape[1] // divisor
-    squares = frame[: height * divisor, : width * divisor].reshape(height, divisor, width, divisor, -1)
-    sums = squares.sum(axis=(1, 3), dtype=np.uint16)
-    return ((sums + divisor**2 // 2) // divisor**2).astype(np.uint8)
+    height, width = (side // divisor * divisor for side in frame.shape[:2])
+    return np.asarray(Image.fromarray(frame).reduce(divisor, box=(0, 0, width, height)))
