@@ -17,7 +17,7 @@ from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
@@ -46,8 +46,11 @@ class Graphs:
         key = (kind, *((tensor.shape, tensor.stride(), tensor.dtype, tensor.device) for tensor in inputs))
         if key not in self.made:
             self.seen[key] += 1
-            if self.seen[key] <= _BEFORE:
+            if self.seen[key] < _BEFORE:
                 return function(*inputs)
+            if self.seen[key] == _BEFORE:
+                with Reads():  # a compiled function compiles once more under it, which must not happen during the capture
+                    return function(*inputs)
             if not self._fits(inputs[0].device):
                 self.seen[key] = 0
                 return function(*inputs)
@@ -118,7 +121,8 @@ class Reads(TorchFunctionMode):
 
 
 def _tensors(values: Any) -> list[Tensor]:
-    return [value for value in tree_leaves(values) if isinstance(value, Tensor)]
+    # a compiler's tensors, of a subclass or on the device "meta", have no memory
+    return [value for value in tree_leaves(values) if type(value) in (Tensor, nn.Parameter) and not value.is_meta]
 
 
 def _pays(frames: Tensor) -> bool:

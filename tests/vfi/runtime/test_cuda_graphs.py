@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from vfi.config import presets
 from vfi.inference.loading import predict
@@ -31,7 +32,7 @@ class Recorded:
 def on_cpu(monkeypatch):
     """Graphs are made of frames on a CPU, too."""
     monkeypatch.setattr(cuda_graphs, "_pays", lambda frames: frames.shape[0] * frames.shape[2] * frames.shape[3] <= 64)
-    monkeypatch.setattr(cuda_graphs, "_Graph", Recorded)
+    monkeypatch.setattr(cuda_graphs, "CapturedCall", Recorded)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
     memory(monkeypatch, cached=0, free=1)
 
@@ -47,6 +48,15 @@ def memory(monkeypatch, cached: int, free: int) -> None:
 
 def double(frames: Tensor) -> Tensor:
     return 2 * frames
+
+
+@pytest.mark.filterwarnings("error")
+def test_only_tensors_with_memory_are_read():
+    """A compiler that runs within a capture hands its own tensors to torch functions."""
+    weight = torch.nn.Parameter(torch.ones(2))
+    with cuda_graphs.Reads() as reads, FakeTensorMode() as compiler:
+        compiler.from_tensor(weight) * 2
+    assert [tensor is weight for tensor in reads.kept.values()] == [True]
 
 
 def test_the_third_call_of_a_shape_is_recorded(on_cpu):
