@@ -102,7 +102,7 @@ def _checked(options: Options, flags: Sequence[str], precision: str, later: str 
 
 
 def _training(config: Config, after: str = "") -> Run:
-    arguments = tuple(preflight.flags(preflight.safe_to_repeat(config)))
+    arguments = tuple(preflight.flags(preflight.make_resumable(config)))
     return Run(config.run.exp_name, "train", arguments, preflight.run_folder(config).absolute(), config.data.num_workers, after)
 
 
@@ -138,7 +138,7 @@ def _ablation(options: Options, common: list[str], precision: str) -> tuple[list
                 name = f"{prefix}_{row}_seed{seed}"
                 other = presets.override(config, seed=seed, exp_name=name)
                 preflight.refuse_other_run(other)
-                arguments = tuple(preflight.differences(preflight.safe_to_repeat(other)))
+                arguments = tuple(preflight.differences(preflight.make_resumable(other)))
                 runs.append(dataclasses.replace(first, name=name, arguments=arguments, folder=first.folder.with_name(name)))
         except ConfigError as error:
             raise ConfigError(f"{row}: {error}") from error

@@ -120,7 +120,7 @@ def _check_first_weights(config: Config, later: str) -> None:
         raise ConfigError(f"no run or checkpoint {first!r} to start from: looked at {' and '.join(map(str, places))}")
 
 
-def safe_to_repeat(config: Config) -> Config:
+def make_resumable(config: Config) -> Config:
     """Return a config whose command can be repeated: it resumes where the run stopped, whatever its initial weights were."""
     run = config.run
     if run.resume in ("", "auto"):

@@ -23,7 +23,7 @@ from typing import Any, Literal, TypeVar
 import torch
 import tyro
 
-from launch.memory.batch_size import Card, identify
+from launch.memory.batch_size import GpuSpec, identify
 from launch.memory.model import GIB, PROFILES, Entry, Fit, Point, Precision, add, fit_points, read_profiles
 from vfi.config import presets
 from vfi.config.configs import Config, ConfigError
@@ -34,7 +34,7 @@ from vfi.runtime import memory
 from vfi.runtime.memory import is_out_of_memory
 from vfi.runtime.numerics import numerics, set_numerics
 from vfi.tracking.environment import environment
-from vfi.training.cuda_graphs import let_segments_grow
+from vfi.training.cuda_graphs import enable_expandable_segments
 from vfi.training.synthetic_step import PRECISIONS, TrainingStep
 
 TOLERANCE = 0.05
@@ -94,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             "srun --gres=gpu:1 python -m launch.profile …"
         )
     if options.cuda_graphs:
-        let_segments_grow()  # as training does
+        enable_expandable_segments()  # as training does
     with contextlib.closing(OwnProcess()) as process:
         entry = profile(options, process.do(look), lambda config, precision: process.do(measure, config, precision))
     add(entry, options.out)
@@ -164,7 +164,7 @@ def measure_points(options: Options, precision: Precision, measure: Measure) -> 
 
 
 def findings(
-    fit: Fit | None, fitted: Sequence[Point], held_out: Sequence[Point], card: Card, crops: Iterable[int]
+    fit: Fit | None, fitted: Sequence[Point], held_out: Sequence[Point], card: GpuSpec, crops: Iterable[int]
 ) -> list[str]:
     """Return lines with the formula, its errors, and the batch sizes that follow from it."""
     lines = []
@@ -252,7 +252,7 @@ def _measure(step: TrainingStep, config: Config, device: torch.device) -> Point:
     reserved = torch.cuda.max_memory_reserved(device)
     free, total = torch.cuda.mem_get_info(device)
     outside = total - free - torch.cuda.memory_reserved(device)
-    allocated = first.allocated + (step.recorder.hidden if step.recorder else 0)
+    allocated = first.allocated + (step.recorder.pool_bytes_free if step.recorder else 0)
     return Point(config.data.batch_size, config.data.crop, allocated, reserved, first.reserved, outside)
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 import tyro
 
 from launch.queue import enqueue, enqueue_each, waiting_for
-from launch.status import Launched, look
+from launch.status import SubmittedRun, look
 from launch.submission import Submission, read_queued
 from vfi.errors import JobError, clear_errors
 
@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"{folder.parents[1].name}: job {read_queued(folder).job_id}")
 
 
-def resubmit(runs: Sequence[Launched], everything: Sequence[Launched], command: Sequence[str]) -> list[Path]:
+def resubmit(runs: Sequence[SubmittedRun], everything: Sequence[SubmittedRun], command: Sequence[str]) -> list[Path]:
     """Requeue `runs` and return the folders of their new submissions; `everything` holds all runs that they may wait for.
 
     Raises JobError for runs of --cluster debug.
@@ -79,7 +79,7 @@ def resubmit(runs: Sequence[Launched], everything: Sequence[Launched], command: 
     return folders
 
 
-def _waiting(run: Launched, everything: Sequence[Launched]) -> Submission:
+def _waiting(run: SubmittedRun, everything: Sequence[SubmittedRun]) -> Submission:
     """Return the submission with its dependency removed, or replaced by the current job of the run that it waits for."""
     parameters = {name: value for name, value in run.submission.parameters.items() if name != "dependency"}
     before = next((other for other in everything if str(other.folder) == run.submission.after), None)

@@ -42,7 +42,7 @@ class Options:
 
 
 @dataclasses.dataclass(frozen=True)
-class Launched:
+class SubmittedRun:
     """A run, its newest submission, and its progress; None stands for unknown values."""
 
     name: str
@@ -78,17 +78,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(table(look(options.output_dir, options.names)))
 
 
-def look(output_dir: Path, names: Sequence[str] = ()) -> list[Launched]:
+def look(output_dir: Path, names: Sequence[str] = ()) -> list[SubmittedRun]:
     """Return the submitted runs in a folder, all or those named; raise JobError for a name that was never submitted."""
     if not output_dir.is_dir():
         raise JobError(f"--output_dir {output_dir} is no folder: give the folder that the runs lie in")
     folders = {path.name: path.absolute() for path in output_dir.iterdir() if _newest(path)}
     if unknown := [name for name in names if name not in folders]:
         raise JobError(f"{', '.join(unknown)}: no such run was submitted in {output_dir}")
-    return look_at([folders[name] for name in (names or sorted(folders))])
+    return query_runs([folders[name] for name in (names or sorted(folders))])
 
 
-def look_at(folders: Sequence[Path]) -> list[Launched]:
+def query_runs(folders: Sequence[Path]) -> list[SubmittedRun]:
     """Return the runs in those of the folders that were submitted; unreadable submissions are left out with a note."""
     found: dict[Path, tuple[Submission, str]] = {}
     for folder in folders:
@@ -107,12 +107,12 @@ def _newest(folder: Path) -> Path | None:
     return queued[-1] if queued else None
 
 
-def _launched(folder: Path, submission: Submission, job_id: str, states: dict[str, JobState]) -> Launched:
+def _launched(folder: Path, submission: Submission, job_id: str, states: dict[str, JobState]) -> SubmittedRun:
     state = states.get(job_id, JobState("UNKNOWN", ""))
     if state.state == "UNKNOWN":
         state = _without_slurm(folder, submission, job_id) or state
     attempts = len(list(folder.glob("launch/attempts/*/begin.json")))
-    plain = Launched(folder.name, folder, submission, job_id, *state, attempts=attempts)
+    plain = SubmittedRun(folder.name, folder, submission, job_id, *state, attempts=attempts)
     if submission.job != "train":
         return plain
     rows = list(_rows(folder / "metrics.jsonl"))
@@ -159,7 +159,7 @@ def _rows(path: Path) -> Iterable[dict[str, Any]]:
             return
 
 
-def table(runs: Sequence[Launched]) -> str:
+def table(runs: Sequence[SubmittedRun]) -> str:
     """Return an aligned text table with one line per run, followed by the reasons for their states where known."""
     if not runs:
         return "no run was submitted here"

@@ -27,7 +27,7 @@ from launch import snapshot
 from launch.options import Options, check_options
 from launch.plan import Run, mixed_precision, plan
 from launch.queue import cluster, enqueue, enqueue_each, run_here, waiting_for
-from launch.status import look_at
+from launch.status import query_runs
 from launch.submission import LAUNCH, SUBMISSION, Submission, next_folder, read_queued, read_submission
 from shards.schema import ShardError
 from vfi.config.configs import ConfigError
@@ -136,7 +136,9 @@ def submit(options: Options, runs: Sequence[Run], command: Sequence[str]) -> Non
 
     Raises JobError when a run is already in the queue or running, or when the cluster refuses a job.
     """
-    if busy := [f"{run.name} (job {run.job_id}, {run.state})" for run in look_at([run.folder for run in runs]) if run.goes_on]:
+    if busy := [
+        f"{run.name} (job {run.job_id}, {run.state})" for run in query_runs([run.folder for run in runs]) if run.goes_on
+    ]:
         raise JobError(f"{', '.join(busy)}: already submitted; launch.cancel takes a run out of the queue")
     drafts = [draft(options, run, array_folder(runs).name if options.ablation else run.name) for run in runs]
     if options.ablation:

@@ -43,7 +43,7 @@ MASK_REACH = 1.25  # half of the mask's side, in units of the shape's radius
 
 
 @dataclasses.dataclass(frozen=True)
-class Motion:
+class LayerMotion:
     """Rotation, scaling and translation at constant rates about a centre; t = 0 is the first frame, t = 1 the last."""
 
     centre: tuple[float, float]
@@ -67,7 +67,7 @@ class Layer:
     to_photograph: np.ndarray
     mask: Image.Image | None  # None for the background, which covers everything
     to_mask: np.ndarray
-    motion: Motion
+    motion: LayerMotion
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,7 +173,7 @@ def _shape(rng: np.random.Generator, photographs: Sequence[np.ndarray], height: 
     return Layer(photograph, _place(rng, photograph, centre, radius * MASK_REACH), _mask(rng, side), to_mask, motion)
 
 
-def _motion(rng: np.random.Generator, centre: tuple[float, float], reach: float, max_motion: float) -> Motion:
+def _motion(rng: np.random.Generator, centre: tuple[float, float], reach: float, max_motion: float) -> LayerMotion:
     """Distribute a magnitude over translation, rotation and scaling so that no point within `reach` moves further than it."""
     magnitude = max_motion * rng.uniform(0.05, 1)
     turning, growing = rng.uniform(0, 0.3), rng.uniform(0, 0.2)
@@ -181,7 +181,7 @@ def _motion(rng: np.random.Generator, centre: tuple[float, float], reach: float,
     way = (1 - turning - growing) * magnitude
     turn = rng.choice([-1, 1]) * min(turning * magnitude / reach, 0.5)
     growth = rng.choice([-1, 1]) * min(growing * magnitude / reach, 0.25)
-    return Motion(centre, (float(way * np.cos(direction)), float(way * np.sin(direction))), float(turn), float(growth))
+    return LayerMotion(centre, (float(way * np.cos(direction)), float(way * np.sin(direction))), float(turn), float(growth))
 
 
 def _place(rng: np.random.Generator, photograph: Image.Image, centre: tuple[float, float], reach: float) -> np.ndarray:

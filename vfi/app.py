@@ -26,7 +26,7 @@ import tyro
 from shards.schema import ShardError
 from vfi.errors import CheckpointError, JobError, clear_errors
 from vfi.runtime.device import DeviceName, PrecisionName
-from vfi.video.app_session import COMPARE, Made, Work, compared
+from vfi.video.app_session import COMPARE, Made, Session, compared
 
 INSTALL = "pip install -e '.[app]'"
 MAX_UPLOAD = "1gb"
@@ -112,7 +112,7 @@ def serving(options: Options) -> Iterator[str]:
     port = _free_port(options.host, options.port)
     with tempfile.TemporaryDirectory(prefix="vfi_app_", ignore_cleanup_errors=True) as name:
         gr = _gradio(Path(name))
-        work = Work(options.model, options.device, options.precision, Path(name))
+        work = Session(options.model, options.device, options.precision, Path(name))
         page = build(gr, work)
         try:
             page.launch(
@@ -164,7 +164,7 @@ def _theme(gr: Any) -> Any:
     return gr.themes.Default(primary_hue="indigo", font=fonts, font_mono=("ui-monospace", "monospace"))
 
 
-def build(gr: Any, work: Work) -> Any:
+def build(gr: Any, work: Session) -> Any:
     """Build the page: a header and two tabs."""
     page = gr.Blocks(title="Frames between", analytics_enabled=False, delete_cache=(600, 3600))
     page.queue(default_concurrency_limit=1, api_open=False)
@@ -180,7 +180,7 @@ def build(gr: Any, work: Work) -> Any:
     return page
 
 
-def _images_tab(gr: Any, work: Work) -> None:
+def _images_tab(gr: Any, work: Session) -> None:
     with gr.Row():
         images = [
             gr.Image(sources=["upload", "clipboard"], label=f"{which} image", height=240, min_width=240)
@@ -203,7 +203,7 @@ def _images_tab(gr: Any, work: Work) -> None:
     result.follows(button, make, [*images, timestep, slower])
 
 
-def _video_tab(gr: Any, work: Work) -> None:
+def _video_tab(gr: Any, work: Session) -> None:
     video = gr.Video(sources=["upload"], label="Video", height=300)
     with gr.Row():
         slow = gr.Radio([("smoother", False), ("slow motion", True)], value=False, label="Make it", min_width=240)
@@ -247,7 +247,7 @@ class _Result:
             concurrency_id="model", concurrency_limit=1, show_progress_on=self.said, api_visibility="private",
         )  # fmt: skip
 
-    def answer(self, work: Work, choice: str, make: Callable[[], Made]) -> list[Any]:
+    def answer(self, work: Session, choice: str, make: Callable[[], Made]) -> list[Any]:
         """Run `make` and return the result, or the error message, as updates of the page."""
         show = self.gr.update
         try:

@@ -34,7 +34,7 @@ from vfi.model.ss2d import ss2d
 from vfi.model.window_attention import GatedWindowAttention
 from vfi.ops.loss.laplacian import laplacian_loss
 from vfi.ops.ssm.ssd import kernel_obstacle
-from vfi.ops.triton.availability import fused_obstacle
+from vfi.ops.triton.availability import why_unavailable
 from vfi.ops.warp.warp import backward_warp
 from vfi.profiling import timing
 from vfi.runtime.numerics import set_numerics
@@ -54,7 +54,7 @@ class Options:
     """Also write all results to this .json file."""
 
 
-class Forms(NamedTuple):
+class Variants(NamedTuple):
     """Both implementations of an operator, for the same inputs; modules have the same weights."""
 
     ours: Callable[..., Tensor]
@@ -69,7 +69,7 @@ class Operator(NamedTuple):
     name: str
     inputs: tuple[Tensor, ...]
     """Tensors without memory ("meta"), channels-last if they are maps [B, C, H, W]."""
-    build: Callable[[torch.device], Forms]
+    build: Callable[[torch.device], Variants]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,7 +108,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         names = ", ".join(dict.fromkeys(operator.name for operator in all_operators()))
         raise JobError(f"--only {options.only!r} is in none of the names: {names}")
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-    if obstacle := fused_obstacle(device):
+    if obstacle := why_unavailable(device):
         raise JobError(f"there is nothing to be measured: {obstacle}")
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)
@@ -147,7 +147,7 @@ def all_operators() -> list[Operator]:
 def scan(frames: int, H: int, W: int, C: int) -> Operator:
     """Return an SS2D with its projections."""
 
-    def build(device: torch.device) -> Forms:
+    def build(device: torch.device) -> Variants:
         backend = "reference" if kernel_obstacle(device) else "mamba_ssm"
         ours, plain = (ss2d(C, _config(ssd_backend=name), device) for name in ("fused", backend))
         return _modules(ours, plain, device)
@@ -158,7 +158,7 @@ def scan(frames: int, H: int, W: int, C: int) -> Operator:
 def attention(frames: int, H: int, W: int, C: int) -> Operator:
     """Return attention in shifted windows of 8, with its projections."""
 
-    def build(device: torch.device) -> Forms:
+    def build(device: torch.device) -> Variants:
         ours, plain = (GatedWindowAttention(C, _config(attention_backend=name), True, device) for name in ("fused", "sdpa"))
         return _modules(ours, plain, device)
 
@@ -168,14 +168,14 @@ def attention(frames: int, H: int, W: int, C: int) -> Operator:
 def activation(frames: int, C: int, H: int, W: int, residual: bool = False) -> Operator:
     """Return bias, skip connection and PReLU."""
 
-    def build(device: torch.device) -> Forms:
+    def build(device: torch.device) -> Variants:
         from vfi.ops.pointwise.bias_prelu_kernels import bias_prelu
 
         def plain(x: Tensor, bias: Tensor, slope: Tensor, *rest: Tensor) -> Tensor:
             x = x + bias.view(-1, 1, 1).to(x.dtype)
             return F.prelu(sum(rest, x), slope.to(x.dtype))
 
-        return Forms(bias_prelu, plain)
+        return Variants(bias_prelu, plain)
 
     maps = [_map(frames, C, H, W) for _ in range(1 + residual)]
     vectors = [_made(C, dtype=torch.float32) for _ in range(2)]
@@ -185,10 +185,10 @@ def activation(frames: int, C: int, H: int, W: int, residual: bool = False) -> O
 def warp(frames: int, C: int, H: int, W: int) -> Operator:
     """Return a warp of features by a flow of about one pixel, different for each pixel."""
 
-    def build(device: torch.device) -> Forms:
+    def build(device: torch.device) -> Variants:
         from vfi.ops.warp.warp_kernels import backward_warp_fused
 
-        return Forms(backward_warp_fused, backward_warp)
+        return Variants(backward_warp_fused, backward_warp)
 
     return Operator("warp", (_map(frames, C, H, W), _map(frames, 2, H, W, dtype=torch.float32)), build)
 
@@ -196,13 +196,13 @@ def warp(frames: int, C: int, H: int, W: int) -> Operator:
 def layer_norm(frames: int, H: int, W: int, C: int) -> Operator:
     """Return a layer norm over channels, as under autocast: to fp32, and back."""
 
-    def build(device: torch.device) -> Forms:
+    def build(device: torch.device) -> Variants:
         from vfi.ops.pointwise import layer_norm_kernels
 
         def plain(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
             return F.layer_norm(x, (C,), weight, bias).to(x.dtype)
 
-        return Forms(lambda x, weight, bias: layer_norm_kernels.layer_norm(x, weight, bias, 1e-5), plain)
+        return Variants(lambda x, weight, bias: layer_norm_kernels.layer_norm(x, weight, bias, 1e-5), plain)
 
     return Operator("layer norm", (_made(frames, H, W, C), *(_made(C, dtype=torch.float32) for _ in range(2))), build)
 
@@ -210,14 +210,14 @@ def layer_norm(frames: int, H: int, W: int, C: int) -> Operator:
 def side_by_side(pairs: int, C: int, H: int, W: int) -> Operator:
     """Return RefineNet's finest concatenation: pixel-shuffled maps from below, features of both frames, the frames."""
 
-    def build(device: torch.device) -> Forms:
-        from vfi.ops.pointwise.concat_kernels import stack_channels
+    def build(device: torch.device) -> Variants:
+        from vfi.ops.pointwise.concat_kernels import concat_channels
 
         def plain(below: Tensor, *parts: Tensor) -> Tensor:
             stacked = torch.cat((F.pixel_shuffle(below, 2), *(part.to(below.dtype) for part in parts)), 1)
             return stacked.contiguous(memory_format=torch.channels_last)
 
-        return Forms(lambda below, *parts: stack_channels(parts, below.dtype, below), plain)
+        return Variants(lambda below, *parts: concat_channels(parts, below.dtype, below), plain)
 
     below, features = _map(pairs, 4 * C, H // 2, W // 2), (_map(pairs, C, H, W) for _ in range(2))
     return Operator("side by side", (below, *features, _map(pairs, 6, H, W, dtype=torch.float32)), build)
@@ -226,9 +226,9 @@ def side_by_side(pairs: int, C: int, H: int, W: int) -> Operator:
 def loss(predictions: int, B: int, H: int, W: int) -> Operator:
     """Return the training loss of all predictions at once."""
 
-    def build(device: torch.device) -> Forms:
+    def build(device: torch.device) -> Variants:
         fused, plain = (functools.partial(laplacian_loss, backend=name) for name in ("fused", "torch"))
-        return Forms(fused, plain)
+        return Variants(fused, plain)
 
     return Operator("loss", (_made(predictions, B, 3, H, W, dtype=torch.float32), _map(B, 3, H, W, dtype=torch.float32)), build)
 
@@ -287,10 +287,10 @@ def _config(**backends: Any) -> ModelConfig:
     return presets.override(presets.base(), **backends).model
 
 
-def _modules(ours: nn.Module, plain: nn.Module, device: torch.device) -> Forms:
+def _modules(ours: nn.Module, plain: nn.Module, device: torch.device) -> Variants:
     ours, plain = ours.to(device), plain.to(device)
     plain.load_state_dict(ours.state_dict())
-    return Forms(ours, plain, (*ours.parameters(), *plain.parameters()))
+    return Variants(ours, plain, (*ours.parameters(), *plain.parameters()))
 
 
 def _made(*size: int, dtype: torch.dtype = _HALF) -> Tensor:

@@ -25,7 +25,7 @@ from PIL import Image
 from shards.codecs import read_image
 from shards.schema import IMAGE_EXTENSIONS, ShardError
 from vfi.errors import CheckpointError, JobError, clear_errors
-from vfi.video.convert import Options, _made_by, _temporary, _timeline, between_for, check_sizes, convert
+from vfi.video.convert import Options, _made_by, _temporary, _timeline, build_engine, check_sizes, convert
 
 IMAGE_OUTPUTS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 VIDEO_OUTPUTS = (".mp4", ".mkv", ".mov", ".webm", ".m4v")
@@ -58,7 +58,7 @@ def interpolate(options: Options) -> Iterator[str]:
         raise JobError("--timestep is for two images; for a video take --multiplier, --fps or --slowmo")
     _timeline(options)
     places = _places(options)
-    model = between_for(options)
+    model = build_engine(options)
     for path, out in places.items():
         yield convert(options, path, out, model)
 
@@ -105,7 +105,7 @@ def _images_to_image(options: Options, path0: Path, path1: Path) -> str:
     _check_output(options.out, IMAGE_OUTPUTS, (path0, path1))
     img0, img1 = read_image(path0), read_image(path1)
     check_sizes({path0: img0.shape[:2], path1: img1.shape[:2]})
-    model = between_for(options)
+    model = build_engine(options)
     temporary = _temporary(options.out)
     try:
         Image.fromarray(model(img0, img1, [timestep])[0]).save(temporary, quality=95)  # for JPEG and WebP

@@ -283,7 +283,7 @@ def _measure(
         parts = _parts(model, options, summary, device, precision)
         graphs = Graphs()
         again = timing.measure(lambda frames: step(frames, graphs), make, device, options.repeats).ms
-        return dataclasses.replace(summary, measured=measured, parts_ms=parts, graph_ms=again if graphs.made else None)
+        return dataclasses.replace(summary, measured=measured, parts_ms=parts, graph_ms=again if graphs.captured else None)
 
     return _if_it_fits(measure) or dataclasses.replace(summary, out_of_memory=True)
 

@@ -79,7 +79,7 @@ class FrameInterpolator:
         first, last, kind = read_pair(img0, img1, self.device)
         asked = torch.tensor(times, device=self.device)
         made = self._loaded.predict_several(first, last, asked, self._precision, scale)
-        frames = [kind.give_back(one) for one in made.split(first.shape[0])]
+        frames = [kind.to_output(one) for one in made.split(first.shape[0])]
         return frames if _is_several(timestep) else frames[0]
 
     def save_pretrained(self, path: str | Path, *, licence: str = "", results: Sequence[str | Path] = ()) -> None:

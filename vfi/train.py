@@ -19,7 +19,7 @@ from vfi.config import command_line
 from vfi.config.configs import Config, ConfigError
 from vfi.data.augment import FrameTooSmallError
 from vfi.errors import CheckpointError, JobError, clear_errors
-from vfi.runtime.numerics import refusals_explained
+from vfi.runtime.numerics import explain_determinism_errors
 from vfi.tracking.run_status import recorded
 from vfi.training.divergence import TrainingError
 from vfi.training.trainer import FlowTeacher, Trainer
@@ -27,7 +27,7 @@ from vfi.training.trainer import FlowTeacher, Trainer
 _DRY_RUN_STEPS = 3
 
 
-@refusals_explained()
+@explain_determinism_errors()
 def train(config: Config, flow_teacher: FlowTeacher | None = None) -> None:
     """Train as `config` says; a dry run takes a few steps, validates and saves, and leaves nothing behind.
 

@@ -26,7 +26,7 @@ from vfi.errors import JobError, clear_errors
 from vfi.io.dataclass_json import write_text
 from vfi.ops.ssm.ssd import import_kernel, kernel_obstacle
 from vfi.ops.triton import launch_config, tuned_configs
-from vfi.ops.triton.availability import fused_obstacle
+from vfi.ops.triton.availability import why_unavailable
 from vfi.profiling.kernel_search import Found, as_entries, search_step
 from vfi.runtime.memory import free_memory
 from vfi.tracking.environment import environment
@@ -69,7 +69,7 @@ def tune(options: Options) -> Iterator[str]:
     if not torch.cuda.is_available():
         raise JobError("there is no CUDA GPU here: kernels are tuned on the card that they run on")
     device = torch.device("cuda", torch.cuda.current_device())
-    ours, theirs = fused_obstacle(device), kernel_obstacle(device)
+    ours, theirs = why_unavailable(device), kernel_obstacle(device)
     if ours and theirs:
         raise JobError(f"there is nothing to be tuned: {ours}; {theirs}")
     packages = environment(device)["packages"]

@@ -23,7 +23,7 @@ OUTSIDE_GIB = 1.0
 """GiB of a card that are reserved for memory outside of torch: CUDA, libraries, NCCL."""
 MARGIN = 0.06
 """Fraction of the rest that is kept free, for fragmentation and a second copy of gradients (DDP) and of weights (--ema)."""
-Basis = Literal["fit", "point", "stated"]
+ProfileSource = Literal["fit", "point", "stated"]
 _OF_NOMINAL = 0.98  # usable GiB of a card / GB that it is sold with: 79.2 of 80, 15.8 of 16, 139.8 of 141
 _LEAST_CROP, _CROP_STEP = 64, 16  # what vfi.config.configs accepts
 _PRECISIONS = {"no": "fp32", "fp32": "fp32", "bf16": "bf16", "fp16": "fp16"}  # accelerate calls fp32 "no"
@@ -31,7 +31,7 @@ _MEASURE = "measure it by `python -m launch.profile`"
 
 
 @dataclasses.dataclass(frozen=True)
-class Card:
+class GpuSpec:
     """The GPU that a job will run on."""
 
     kind: str
@@ -56,7 +56,7 @@ class Choice:
     device_batch: int
     accumulation: int
     global_batch: int
-    basis: Basis
+    basis: ProfileSource
     why: str
     """Explanation of the choice for the user."""
     predicted_gib: float | None
@@ -109,14 +109,14 @@ class _Asked:
 
     config: Config
     precision: str
-    card: Card
+    card: GpuSpec
     profiles: Profiles
 
     @property
     def crop(self) -> int:
         return self.config.data.largest_crop
 
-    def limit(self) -> tuple[int, str, Basis, Fit | None]:
+    def limit(self) -> tuple[int, str, ProfileSource, Fit | None]:
         """Return the largest batch that fits, the explanation, its basis, and the formula if there is one."""
         known = self.known()
         entry, fit = _best_fit(known, self.card)
@@ -227,23 +227,23 @@ def _unfused(model: ModelConfig) -> ModelConfig:
     )
 
 
-def _best_fit(entries: Sequence[Entry], card: Card) -> tuple[Entry, Fit] | tuple[None, None]:
+def _best_fit(entries: Sequence[Entry], card: GpuSpec) -> tuple[Entry, Fit] | tuple[None, None]:
     """Return an entry with a fit on this card, else the one of another card that took most memory per pixel."""
     fitted = [(entry, entry.fit) for entry in entries if entry.fit is not None]
     own = [pair for pair in fitted if pair[0].is_of(card.kind, card.gib)]
     return max(own or fitted, key=lambda pair: pair[1].per_pixel, default=(None, None))
 
 
-def identify(gpu: str, memory_gib: float | None, cards: dict[str, tuple[int, ...]]) -> Card:
+def identify(gpu: str, memory_gib: float | None, cards: dict[str, tuple[int, ...]]) -> GpuSpec:
     """Return the kind and memory of a card, derived from its name; raise ConfigError when its memory remains unknown."""
     tokens = re.findall(r"[a-z0-9]+", re.sub(r"rtx[\s_-]+", "rtx", gpu.lower()))
     sizes = [int(match[1]) for token in tokens if (match := re.fullmatch(r"(\d+)gb?", token))]
     words = [token for token in tokens if not re.fullmatch(r"\d+gb?|nvidia|tesla|geforce|quadro", token)]
     kind = next((token for token in words if token in cards), "-".join(words) or "unknown")
     if memory_gib is not None:
-        return Card(kind, memory_gib)
+        return GpuSpec(kind, memory_gib)
     if sizes:
-        return Card(kind, _OF_NOMINAL * sizes[-1])
+        return GpuSpec(kind, _OF_NOMINAL * sizes[-1])
     if kind not in cards:
         raise ConfigError(
             f"the memory of a GPU named {gpu!r} is not known (that of {', '.join(cards)} is): write its size after the name, "
@@ -252,4 +252,4 @@ def identify(gpu: str, memory_gib: float | None, cards: dict[str, tuple[int, ...
     least, most = min(cards[kind]), max(cards[kind])
     other = f"write {kind}-{most}gb for one that has more, or --gpu_gb {most} to launch.submit"
     note = f". {kind} was taken to have {least} GB: {other}" if most > least else ""
-    return Card(kind, _OF_NOMINAL * least, note)
+    return GpuSpec(kind, _OF_NOMINAL * least, note)

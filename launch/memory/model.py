@@ -112,7 +112,7 @@ def settings(
 
 
 @dataclasses.dataclass(frozen=True)
-class Stated:
+class ManualProfile:
     """A batch size stated for a card, for no model in particular."""
 
     card: str
@@ -128,7 +128,7 @@ class Profiles:
 
     cards: dict[str, tuple[int, ...]]
     """Memory sizes in GB that each kind of card is sold with."""
-    stated: tuple[Stated, ...]
+    stated: tuple[ManualProfile, ...]
     measured: tuple[Entry, ...]
 
 

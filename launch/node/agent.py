@@ -86,10 +86,10 @@ class Signals:
 def run(submission_path: str) -> None:
     """Execute one task of a submission; exit with the code of the failed process, or with 75 when stopped."""
     submission = read_submission(Path(submission_path))
-    Node(submission, here(Path(submission.run_folder))).run()
+    NodeAgent(submission, here(Path(submission.run_folder))).run()
 
 
-class Node:
+class NodeAgent:
     """Agent of one node during one attempt."""
 
     def __init__(self, submission: Submission, place: Place) -> None:
@@ -180,13 +180,13 @@ class Node:
             try:
                 return launcher.wait(_PERIOD)
             except subprocess.TimeoutExpired:
-                self.pass_on()
+                self.forward_signals()
             if deadline is None and any(told.kind == "failed" for told in self.attempt.read(self.submission.nodes).values()):
                 deadline = time.monotonic() + _GRACE
             if not self.attempt.is_current() or (deadline and time.monotonic() > deadline):
                 return 1
 
-    def pass_on(self) -> None:
+    def forward_signals(self) -> None:
         """Forward the first stop signal to each training process of this node, once, as soon as the process exists."""
         if not self.signals.received:
             return

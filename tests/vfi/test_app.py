@@ -24,7 +24,7 @@ from shards.schema import ShardError
 from vfi import app
 from vfi.errors import JobError
 from vfi.video import app_session
-from vfi.video.app_session import COMPARE, Made, Moment, Work, compared
+from vfi.video.app_session import COMPARE, Made, Moment, Session, compared
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -78,8 +78,8 @@ def inputs(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def work(run, tmp_path) -> Work:
-    return Work(run, "cpu", "fp32", tmp_path)
+def work(run, tmp_path) -> Session:
+    return Session(run, "cpu", "fp32", tmp_path)
 
 
 def _ignore(part: float, what: str) -> None:

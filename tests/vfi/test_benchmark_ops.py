@@ -67,14 +67,16 @@ def test_every_kind_is_measured():
 @pytest.fixture
 def a_gpu(monkeypatch):
     """As one would answer: PyTorch's form takes three times as long, four times with gradients, and ten times the memory."""
-    double = Operator("double", (torch.empty(3, 5, device="meta"),), lambda device: benchmark_ops.Forms(torch.mul, torch.mul))
+    double = Operator(
+        "double", (torch.empty(3, 5, device="meta"),), lambda device: benchmark_ops.Variants(torch.mul, torch.mul)
+    )
     times = iter([0.5, 1.0, 1.5, 4.0])
 
     def milliseconds(call: Callable[[], object], device: torch.device) -> float:
         call()
         return next(times)
 
-    monkeypatch.setattr(benchmark_ops, "fused_obstacle", lambda device: None)
+    monkeypatch.setattr(benchmark_ops, "why_unavailable", lambda device: None)
     monkeypatch.setattr(timing, "milliseconds", milliseconds)
     nbytes = iter([2**20, 10 * 2**20])
     monkeypatch.setattr(benchmark_ops, "peak_bytes", lambda call, device: next(nbytes))

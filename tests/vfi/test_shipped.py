@@ -25,7 +25,7 @@ from vfi.evaluation.results import read_results
 from vfi.model.interpolator import FrameInterpolator as Network
 from vfi.shipped import FILES, SUMS
 from vfi.training import trainer as trainer_module
-from vfi.video.app_session import Work
+from vfi.video.app_session import Session
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -134,7 +134,7 @@ def test_a_gpu_computes_in_the_precision_that_is_asked_for(folder, precision, al
 
 
 def test_the_page_takes_it(folder, tmp_path) -> None:
-    assert Work(None, "cpu", "fp32", tmp_path / "page").about == f"shipped-small, step {STEP} · cpu, fp32"
+    assert Session(None, "cpu", "fp32", tmp_path / "page").about == f"shipped-small, step {STEP} · cpu, fp32"
 
 
 def test_a_benchmark_takes_it_by_name(folder, val_shards, tmp_path) -> None:

@@ -1,7 +1,7 @@
 """What becomes of a sample that can't be used? It is skipped, counted by kind and named, and too many of them end training.
 
-A worker meets a fault and notes it in its batch, the trainer adds up those of all ranks, and `Skipped` holds the sum against
-the rate that is allowed. Evaluation skips nothing: there a fault is the error that ends the job.
+A worker meets a fault and notes it in its batch, the trainer adds up those of all ranks, and `BadSampleMonitor` compares the
+sum with the rate that is allowed. Evaluation skips nothing: there a fault is the error that ends the job.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _JUDGED_FROM = 1000  # reads: fewer are judged as if they were so many, or one b
 _LONGEST_TEXT = 300
 
 
-class Fault(NamedTuple):
+class BadSample(NamedTuple):
     """One sample that was skipped: where it lies and why it can't be used."""
 
     kind: FaultKind
@@ -31,11 +31,11 @@ class Fault(NamedTuple):
 class FaultError(ShardError):
     """A sample can't be used, and why."""
 
-    fault: Fault  # not there once the error comes out of a loader process: torch makes it again from its text
+    fault: BadSample  # not there once the error comes out of a loader process: torch makes it again from its text
 
-    def __init__(self, fault: Fault | str) -> None:
+    def __init__(self, fault: BadSample | str) -> None:
         super().__init__(fault if isinstance(fault, str) else f"{fault.where}: {fault.why}")
-        if isinstance(fault, Fault):
+        if isinstance(fault, BadSample):
             self.fault = fault
 
 
@@ -50,19 +50,19 @@ def printable(text: str) -> str:
 
 
 @dataclasses.dataclass
-class Tally:
+class BadSampleCounts:
     """What was read and what was skipped: by one rank since the last row of metrics, or by a whole run."""
 
     reads: int = 0
-    faults: Counter[Fault] = dataclasses.field(default_factory=Counter)
+    faults: Counter[BadSample] = dataclasses.field(default_factory=Counter)
 
-    def add(self, samples: int, faults: Sequence[Fault]) -> None:
+    def add(self, samples: int, faults: Sequence[BadSample]) -> None:
         """One batch: the samples in it, and what was read in vain before each of them could be used."""
         self.reads += samples + len(faults)
         self.faults.update(faults)
 
 
-class Skipped:
+class BadSampleMonitor:
     """What a run has skipped since it was started or resumed, on all ranks, against what it may skip."""
 
     def __init__(self, max_rate: float, epoch: int = 0) -> None:
@@ -70,9 +70,9 @@ class Skipped:
         self.max_rate, self.judged_from = max_rate, max(_JUDGED_FROM, epoch)
         self.reads, self.by_kind = 0, Counter[str]()
 
-    def add(self, tallies: Iterable[Tally]) -> Counter[Fault]:
+    def add(self, tallies: Iterable[BadSampleCounts]) -> Counter[BadSample]:
         """The faults of all ranks since the last call, with how often each was met."""
-        fresh = Counter[Fault]()
+        fresh = Counter[BadSample]()
         for tally in tallies:
             self.reads += tally.reads
             fresh.update(tally.faults)
@@ -90,7 +90,7 @@ class Skipped:
         """Faults / reads."""
         return self.by_kind.total() / max(self.reads, 1)
 
-    def check(self, example: Fault) -> None:
+    def check(self, example: BadSample) -> None:
         """FaultRateError when there are too many; `example` is shown."""
         faults = self.by_kind.total()
         hopeless = faults > max(self.reads, _JUDGED_FROM) / 2

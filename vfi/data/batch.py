@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import get_worker_info
 
 from vfi.data.augment import copy_pixels
-from vfi.data.bad_samples import Fault
+from vfi.data.bad_samples import BadSample
 
 _PREFETCH = 4  # parts of batches that a loader process makes ahead
 
@@ -32,7 +32,7 @@ class FrameBatch(NamedTuple):
     """[B, 2, H, W] float32, (dx, dy) in pixels from imgt to img0, as stored beside the samples; None: not asked for."""
     flow_t1: Tensor | None = None
     """Likewise to img1."""
-    faults: tuple[Fault, ...] = ()
+    faults: tuple[BadSample, ...] = ()
     """What could not be used and was replaced by other samples of this batch."""
 
 
@@ -45,7 +45,7 @@ class _Part(NamedTuple):
     """[n, 2, H, W, 2] float32: flow_t0, flow_t1."""
     timesteps: tuple[float, ...]
     keys: tuple[str, ...]
-    faults: tuple[Fault, ...]
+    faults: tuple[BadSample, ...]
 
 
 def collate(samples: Sequence[dict[str, Any]], in_turn: bool = False) -> _Part:

@@ -17,7 +17,7 @@ import numpy as np
 from shards.codecs import decode, decode_flow, header_size
 from shards.schema import Index, ShardEntry, ShardError, frame_members
 from vfi.config.configs import SequenceKind
-from vfi.data.bad_samples import Fault, FaultError, FaultKind, printable
+from vfi.data.bad_samples import BadSample, FaultError, FaultKind, printable
 from vfi.data.shard_cache import ShardFolder, shard_folder
 from vfi.data.tar_index import Member, TarError, plain_files
 from vfi.data.triplet_sampling import Triplet, middle_triplet
@@ -152,7 +152,7 @@ def usable_sample(reader: ShardReader, number: int, seed: int, passes: int, trip
     Which one is drawn by (seed, pass, number, attempt), so it depends on neither ranks nor workers. `faults` has what was tried
     in vain. ShardError when nothing that was tried can be used.
     """
-    faults: list[Fault] = []
+    faults: list[BadSample] = []
     for attempt in range(_ATTEMPTS):
         candidate = number
         if attempt and reader.index.samples > 1:
@@ -194,7 +194,7 @@ def _decode_member(kind: FaultKind, sample: dict[str, Any], name: str, decoder: 
 
 def _fault(kind: FaultKind, where: str, why: str) -> FaultError:
     """A FaultError; what a hostile file wrote into its names ends up in `why` only in a printable form."""
-    return FaultError(Fault(kind, where, printable(why)))
+    return FaultError(BadSample(kind, where, printable(why)))
 
 
 def check_has_middle(index: Index, folder: str | Path | ShardFolder, sequence: SequenceKind = "middle") -> None:

@@ -14,28 +14,28 @@ from torch import Tensor, nn
 
 from vfi.config.configs import Config, ConfigError
 from vfi.distributed.gradients import LayerGroups, group_norms
-from vfi.distributed.strategy import MakeOptimizer, Whole, _make_ready, _refuse_frozen, _refuse_muon
+from vfi.distributed.strategy import DDPStrategy, MakeOptimizer, _make_ready, _refuse_frozen, _refuse_muon
 from vfi.errors import CheckpointError
 from vfi.model.interpolator import FrameInterpolator
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-class Zero(Whole):
+class ZeroStrategy(DDPStrategy):
     """DeepSpeed's ZeRO, stage 1, 2 or 3, through accelerate.
 
     Its optimizer holds, for each of AdamW's groups, one flat tensor that concatenates this process's shards of all parameters.
     """
 
-    tries_steps = False
+    supports_speculative_step = False
 
     def __init__(self, accelerator: Accelerator) -> None:
         super().__init__(accelerator)
         self.settings: dict[str, Any] = accelerator.deepspeed_plugin.deepspeed_config
         self.stage: int = self.settings["zero_optimization"]["stage"]
-        self.name, self.in_step, self.measures_updates = f"zero{self.stage}", self.stage == 3, self.stage < 3
+        self.name, self.forward_is_collective, self.measures_updates = f"zero{self.stage}", self.stage == 3, self.stage < 3
 
-    def settle(self, config: Config, frozen: bool) -> None:
+    def configure(self, config: Config, frozen: bool) -> None:
         _refuse_frozen(frozen, "ZeRO")
         _refuse_muon(config, "ZeRO")
         for flag, given in (("--ema", config.optim.ema), ("--compile", config.compute.compile)):
@@ -84,7 +84,7 @@ class Zero(Whole):
         self.zero.clip_grad = largest if math.isfinite(largest) else 0.0
         self.model.step()
 
-    def drop(self) -> None:
+    def skip_step(self) -> None:
         # DeepSpeed skips a step with a non-finite gradient, with all that belongs to it, on all processes
         self._gradients(self.parameters)[0].fill_(math.nan)
         self.model.step()

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from vfi.checkpoint.weights import load_optimizer
 from vfi.config.configs import Config
-from vfi.distributed.strategy import MakeOptimizer, Whole, _make_ready, _refuse_frozen, _refuse_muon
+from vfi.distributed.strategy import DDPStrategy, MakeOptimizer, _make_ready, _refuse_frozen, _refuse_muon
 from vfi.model.backbone import LGSBlock
 from vfi.model.flow import FlowStage
 from vfi.model.interpolator import FrameInterpolator
@@ -19,16 +19,16 @@ from vfi.model.refinement import RefineNet
 from vfi.ops.dtensor import is_in_shards
 
 
-class Fsdp2(Whole):
+class FSDPStrategy(DDPStrategy):
     """Weights, gradients and optimizer in shards; the weights of a unit are gathered while it computes.
 
     torch's `fully_shard` makes the shards here: accelerate would do so only on GPUs, and on a CPU silently train each process
     independently.
     """
 
-    name, in_step, tries_steps = "fsdp2", True, False
+    name, forward_is_collective, supports_speculative_step = "fsdp2", True, False
 
-    def settle(self, config: Config, frozen: bool) -> None:
+    def configure(self, config: Config, frozen: bool) -> None:
         _refuse_frozen(frozen, "FSDP2")
         _refuse_muon(config, "FSDP2")
 

@@ -30,22 +30,22 @@ from vfi.model.interpolator import FrameInterpolator
 MakeOptimizer = Callable[[nn.Module], torch.optim.Optimizer]
 
 
-class Whole:
+class DDPStrategy:
     """One process, or several that average their gradients (DDP): each holds everything."""
 
     name = "none"
     """What is sharded, for messages."""
-    in_step = False
+    forward_is_collective = False
     """Whether a forward pass needs all processes together."""
     measures_updates = True
     """Whether the weights can be compared with those before a step."""
-    tries_steps = True
-    """Whether it supports `try_step`."""
+    supports_speculative_step = True
+    """Whether it supports `speculative_step`."""
 
     def __init__(self, accelerator: Accelerator) -> None:
         self.accelerator = accelerator
 
-    def settle(self, config: Config, frozen: bool) -> None:
+    def configure(self, config: Config, frozen: bool) -> None:
         """Set what this strategy needs to know of a run; ConfigError for settings that it does not support."""
 
     def prepare(self, network: FrameInterpolator, make: MakeOptimizer) -> tuple[nn.Module, AcceleratedOptimizer]:
@@ -54,7 +54,7 @@ class Whole:
         self.model, self.optimizer = self.accelerator.prepare(network, make(network))
         return self.model, self.optimizer
 
-    def renew(self, network: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, AcceleratedOptimizer]:
+    def rebuild_optimizer(self, network: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, AcceleratedOptimizer]:
         """Train with another optimizer from now on, also parameters that were frozen before."""
         if self.model is network:  # preparing a model twice would leave it without autocast
             self.optimizer = self.accelerator.prepare(optimizer)
@@ -81,28 +81,33 @@ class Whole:
         """Update the weights by the gradient, whose norm is `norm`, clipped to `largest`."""
         torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), largest, norm)
         self.optimizer.step()
-        self.forget()
+        self.zero_grad()
 
     @property
     def can_try(self) -> bool:
         """Whether a flag on the device, which the program need not wait for, can make the optimizer skip a step."""
         groups = self.optimizer.param_groups
-        return self.tries_steps and self.accelerator.scaler is None and all(group.get("fused") for group in groups)
+        return (
+            self.supports_speculative_step and self.accelerator.scaler is None and all(group.get("fused") for group in groups)
+        )
 
-    def try_step(self, norm: Tensor, largest: float, doubts: Tensor) -> None:
-        """Take a step where `doubts`, on the device, is 0; where it is 1, change nothing. The gradient stays until `forget`."""
-        kept = torch.where(doubts > 0, 0, norm)  # a norm of 0 is never clipped
+    def speculative_step(self, norm: Tensor, largest: float, needs_review: Tensor) -> None:
+        """Take a step where `needs_review`, on the device, is 0; where it is 1, change nothing.
+
+        The gradient stays until `zero_grad`.
+        """
+        kept = torch.where(needs_review > 0, 0, norm)  # a norm of 0 is never clipped
         torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), largest, kept)
         fused = self.optimizer.optimizer
-        fused.found_inf = doubts  # as a loss scaler would set it
+        fused.found_inf = needs_review  # as a loss scaler would set it
         self.optimizer.step()
         del fused.found_inf
 
-    def forget(self) -> None:
+    def zero_grad(self) -> None:
         """Discard the gradient of a step that was taken."""
         self.optimizer.zero_grad()
 
-    def drop(self) -> None:
+    def skip_step(self) -> None:
         """Discard the gradient; weights and optimizer stay as they are."""
         if self.accelerator.scaler:
             self.accelerator.scaler.update()  # without an update it refuses the next gradient

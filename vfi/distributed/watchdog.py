@@ -36,7 +36,7 @@ _LOST = 30.0  # seconds without progress that suffice once the store is lost, to
 _numbers = itertools.count()
 
 
-class Beat(NamedTuple):
+class Heartbeat(NamedTuple):
     """The heartbeat that a process writes at every look."""
 
     number: int
@@ -48,10 +48,10 @@ class Beat(NamedTuple):
     place: str
 
 
-_NOTHING = Beat(0, 0, 0.0, "the start")
+_NOTHING = Heartbeat(0, 0, 0.0, "the start")
 
 
-class Watch:
+class Watchdog:
     """Progress of this process and of the others, and the request to stop; to be entered around training.
 
     Ends the process with code 1 when no process has moved for `seconds`.
@@ -101,7 +101,7 @@ class Watch:
         if not self.rank:
             self.at(f"the end of {place}")
 
-    def going_on(self) -> bool:
+    def should_continue(self) -> bool:
         """Record progress within a long place; to be called often. False when this process knows of a request to stop.
 
         Other processes may learn of the request later.
@@ -137,7 +137,7 @@ class Watch:
                 self._end([self.rank], f"this process hangs at {self.place}")
             elif self.lost or deaf >= _LISTEN:
                 self._end([0], "rank 0, or the launcher that holds the store of the processes, does not answer")
-            elif self.listened >= _LISTEN and (found := hanging(self.heard, self.silent, self.seconds)):
+            elif self.listened >= _LISTEN and (found := find_stalled_ranks(self.heard, self.silent, self.seconds)):
                 self._end(*found)
 
     def _talk(self) -> None:
@@ -154,7 +154,7 @@ class Watch:
 
     def _exchange(self, store: dist.Store, number: int) -> None:
         """Do one look; a process reads about the others only once it begins to suspect them."""
-        store.set(f"beat {self.rank}", json.dumps(Beat(number, self.passed, self.idle, self.place)))
+        store.set(f"beat {self.rank}", json.dumps(Heartbeat(number, self.passed, self.idle, self.place)))
         if self.signals and self.signals.received:
             store.set("stop", "")
         elif store.check(["stop"]):
@@ -164,7 +164,7 @@ class Watch:
             return
         for rank in range(self.world):
             key = f"beat {rank}"
-            beat = Beat(*json.loads(store.get(key))) if store.check([key]) else _NOTHING
+            beat = Heartbeat(*json.loads(store.get(key))) if store.check([key]) else _NOTHING
             self.silent[rank] = self.silent[rank] + 1 if self.listened and beat.number == self.heard[rank].number else 0
             self.heard[rank] = beat
         self.listened += 1
@@ -179,7 +179,7 @@ class Watch:
         os._exit(1)
 
 
-def hanging(heard: Sequence[Beat], silent: Sequence[int], seconds: float) -> tuple[list[int], str] | None:
+def find_stalled_ranks(heard: Sequence[Heartbeat], silent: Sequence[int], seconds: float) -> tuple[list[int], str] | None:
     """Return the ranks that all others wait for, and a text about them; None while a process still moves.
 
     By rank: `heard`, the last heartbeat; `silent`, looks without a new one.

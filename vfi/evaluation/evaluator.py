@@ -20,21 +20,21 @@ from torch import Tensor
 from tqdm import tqdm
 
 from vfi.errors import JobError
-from vfi.evaluation.partial_scores import Ledger
+from vfi.evaluation.partial_scores import ScoreCache
 from vfi.evaluation.protocols import Rules
 from vfi.evaluation.results import BASELINES, FRAME_AVERAGE, ImageScore
-from vfi.evaluation.task import Bench, Sample
+from vfi.evaluation.task import EvaluationTask, Sample
 from vfi.metrics.image_quality import interpolation_error, psnr, psnr_in, psnr_of_changes, ssim_matlab, ssim_skimage
-from vfi.metrics.motion import Motion, estimate
+from vfi.metrics.motion import MotionStats, estimate
 
-Ask = Callable[[Tensor, Tensor, Tensor], Tensor]
+Predictor = Callable[[Tensor, Tensor, Tensor], Tensor]
 """img0, img1 `[1, 3, H, W]` in [0, 1], timestep `[1]` -> imgt."""
 Step = Callable[[Tensor, Tensor, float], Tensor]
 Lpips = Callable[[Tensor, Tensor], Tensor]
 """prediction, truth `[1, 3, H, W]` in [0, 1] -> `[1]`; see vfi/metrics/lpips.py."""
 
 
-class Way(NamedTuple):
+class EvalOptions(NamedTuple):
     """Settings of a measurement that are independent of the protocol's rules."""
 
     tta: bool
@@ -60,12 +60,12 @@ def baseline(name: str, sample: Sample) -> list[Tensor]:
     return [sample.img0 if target.timestep <= 0.5 else sample.img1 for target in sample.targets]
 
 
-def predict(sample: Sample, ask: Ask, bench: Bench, tta: bool) -> list[Tensor]:
+def predict(sample: Sample, ask: Predictor, bench: EvaluationTask, tta: bool) -> list[Tensor]:
     """Predict a frame for each target with a model."""
     return predict_between(ask, sample.img0, sample.img1, [target.timestep for target in sample.targets], bench.rules, tta)
 
 
-def measure(bench: Bench, asks: Mapping[str, Ask], ledger: Ledger, way: Way, show: bool) -> None:
+def measure(bench: EvaluationTask, asks: Mapping[str, Predictor], ledger: ScoreCache, way: EvalOptions, show: bool) -> None:
     """Score both baselines and all models on the samples missing in the ledger. Raises JobError for non-finite predictions."""
     numbers = ledger.missing(bench.samples)
     makers: dict[str, Callable[[Sample], list[Tensor]]] = {name: partial(baseline, name) for name in BASELINES}
@@ -96,7 +96,7 @@ def mean_of(values: Iterable[float | None]) -> float | None:
 
 
 def _score(
-    name: str, sample: Sample, frames: Sequence[Tensor], motion: Motion | None, bench: Bench, way: Way
+    name: str, sample: Sample, frames: Sequence[Tensor], motion: MotionStats | None, bench: EvaluationTask, way: EvalOptions
 ) -> dict[str, Any]:
     """Score the frames of one row on one sample, in the form that the ledger stores."""
     images = []
@@ -111,14 +111,14 @@ def _score(
     return {"images": images, "changes": changes}
 
 
-def _with_motion(samples: Iterable[Sample], way: Way) -> Iterator[tuple[Sample, Motion | None]]:
+def _with_motion(samples: Iterable[Sample], way: EvalOptions) -> Iterator[tuple[Sample, MotionStats | None]]:
     """Yield samples with an estimate of their motion, which threads prefetch."""
     if not way.motion or not way.workers:
         for sample in samples:
             yield sample, estimate(sample.img0, sample.img1) if way.motion else None
         return
     with ThreadPoolExecutor(way.workers) as pool:
-        waiting: deque[tuple[Sample, Future[Motion]]] = deque()
+        waiting: deque[tuple[Sample, Future[MotionStats]]] = deque()
         for sample in samples:
             waiting.append((sample, pool.submit(estimate, sample.img0, sample.img1)))
             if len(waiting) > way.workers:
@@ -147,7 +147,9 @@ class Score(NamedTuple):
     lpips: float | None = None
 
 
-def predict_between(ask: Ask, img0: Tensor, img1: Tensor, timesteps: Sequence[float], rules: Rules, tta: bool) -> list[Tensor]:
+def predict_between(
+    ask: Predictor, img0: Tensor, img1: Tensor, timesteps: Sequence[float], rules: Rules, tta: bool
+) -> list[Tensor]:
     """Predict the frames at these timesteps, in the size of the inputs.
 
     `tta`: each is the mean of the prediction and of the prediction for the inputs rotated by 180 degrees, rotated back.

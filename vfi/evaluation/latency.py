@@ -34,7 +34,7 @@ from vfi.evaluation.latency_results import OWN_PRECISION, Speed, SpeedRow, write
 from vfi.evaluation.options import parse_size
 from vfi.evaluation.results import check_output
 from vfi.inference.loading import LoadedModel, check_scale
-from vfi.model.compile import compile_parts
+from vfi.model.compile import compile_modules
 from vfi.model.interpolator import FrameInterpolator
 from vfi.profiling.timing import WARMUP
 from vfi.runtime.cuda_graphs import Graphs
@@ -48,7 +48,7 @@ _MOTION = (1 / 90, 1 / 45)  # of height and width: 8 and 28 pixels at 736x1280
 
 Pair = tuple[Tensor, Tensor]
 """img0, img1: `[1, 3, H, W]` in [0, 1]."""
-Ask = Callable[[Tensor, Tensor], object]
+PairPredictor = Callable[[Tensor, Tensor], object]
 """One call: img0, img1 -> all in-between frames."""
 
 
@@ -81,7 +81,7 @@ class SpeedOptions:
     """As in vfi.train."""
 
 
-class Contender(NamedTuple):
+class BenchmarkedModel(NamedTuple):
     """One of the models that are measured together."""
 
     name: str
@@ -135,17 +135,17 @@ def _check(options: SpeedOptions) -> None:
         raise JobError(f"--compile does not reach into --model {', '.join(adapters)}: compile it in the adapter yourself")
 
 
-def _load(options: SpeedOptions, device: torch.device) -> list[Contender]:
+def _load(options: SpeedOptions, device: torch.device) -> list[BenchmarkedModel]:
     loaded: list[tuple[Model, int]] = []
     for given in options.model:
         before = _allocated(device)
         model = load_any(given, device)
         if options.compile:
             assert isinstance(model, LoadedModel)  # adapters have been rejected
-            compile_parts(cast(FrameInterpolator, model.model), without_gradients=True)
+            compile_modules(cast(FrameInterpolator, model.model), without_gradients=True)
         loaded.append((model, _allocated(device) - before))
     names = distinct_names([model for model, _ in loaded])
-    return [Contender(name, *one) for name, one in zip(names, loaded, strict=True)]
+    return [BenchmarkedModel(name, *one) for name, one in zip(names, loaded, strict=True)]
 
 
 def _allocated(device: torch.device) -> int:
@@ -174,7 +174,7 @@ def _settings(options: SpeedOptions, device: torch.device, precision: torch.dtyp
 
 
 def measure_speed(
-    contenders: Sequence[Contender], options: SpeedOptions, device: torch.device, precision: torch.dtype
+    contenders: Sequence[BenchmarkedModel], options: SpeedOptions, device: torch.device, precision: torch.dtype
 ) -> tuple[SpeedRow, ...]:
     """Measure rows by size, then factor, then model. A model that does not fit into memory at a size gets a row, too."""
     sizes, factors = dict.fromkeys(options.sizes), dict.fromkeys(options.factors)
@@ -205,7 +205,7 @@ def real_pairs(height: int, width: int) -> list[Pair]:
 
 
 def _measure(
-    contenders: Sequence[Contender],
+    contenders: Sequence[BenchmarkedModel],
     pairs: Sequence[Pair],
     factor: int,
     options: SpeedOptions,
@@ -215,7 +215,7 @@ def _measure(
     """Measure a row for each model: first its memory, alone, then the time of all of them in turn."""
     asks, memory = {}, {}
     for one in contenders:
-        ask = partial(make_ask, one.model, factor, device, precision, options.scale)
+        ask = partial(make_predictor, one.model, factor, device, precision, options.scale)
         others = sum(other.held for other in contenders) - one.held
         found = if_it_fits(partial(_memory, ask(), pairs[0], others, device))
         if found is not None:
@@ -234,7 +234,7 @@ def _measure(
 
 
 def _row(
-    one: Contender, size: str, factor: int, precision: torch.dtype, compiled: bool, times: Sequence[float] | None
+    one: BenchmarkedModel, size: str, factor: int, precision: torch.dtype, compiled: bool, times: Sequence[float] | None
 ) -> SpeedRow:
     """Build a row from the milliseconds of a model's calls; None: not enough memory."""
     ours = one.model if isinstance(one.model, LoadedModel) else None
@@ -255,9 +255,9 @@ def _row(
     return dataclasses.replace(row, ms=ms, ms_p90=float(np.percentile(times, 90)), frames_per_s=per_second)
 
 
-def make_ask(
+def make_predictor(
     model: LoadedModel | Adapter, factor: int, device: torch.device, precision: torch.dtype, scale: float | None
-) -> Ask:
+) -> PairPredictor:
     """Return a function that predicts all in-between frames of a pair; it owns its CUDA graphs."""
     timesteps = [number / factor for number in range(1, factor)]
     if isinstance(model, Adapter):
@@ -268,7 +268,7 @@ def make_ask(
     return lambda img0, img1: fresh.predict_several(img0, img1, moments, precision, scale)
 
 
-def _memory(ask: Ask, pair: Pair, others: int, device: torch.device) -> tuple[int | None, int | None]:
+def _memory(ask: PairPredictor, pair: Pair, others: int, device: torch.device) -> tuple[int | None, int | None]:
     """Return (allocated, reserved), the peak bytes of a timed call as if the model were alone; None on a CPU.
 
     This includes its weights, its frames and the libraries' workspaces. The weights of the other models are in memory, too: the
@@ -287,7 +287,9 @@ def _memory(ask: Ask, pair: Pair, others: int, device: torch.device) -> tuple[in
     return torch.cuda.max_memory_allocated(device) - others, torch.cuda.max_memory_reserved(device) - others
 
 
-def _alternate(asks: dict[str, Ask], pairs: Sequence[Pair], repeats: int, device: torch.device) -> dict[str, list[float]]:
+def _alternate(
+    asks: dict[str, PairPredictor], pairs: Sequence[Pair], repeats: int, device: torch.device
+) -> dict[str, list[float]]:
     """Time every call of each model in milliseconds; a model that runs out of memory is removed, from `asks`, too."""
     times: dict[str, list[float]] = {name: [] for name in asks}
     for number in range(WARMUP + repeats):
@@ -301,7 +303,7 @@ def _alternate(asks: dict[str, Ask], pairs: Sequence[Pair], repeats: int, device
     return times
 
 
-def _timed(ask: Ask, pair: Pair, device: torch.device) -> float:
+def _timed(ask: PairPredictor, pair: Pair, device: torch.device) -> float:
     """Time one call in milliseconds on an idle device: kernels that queue behind others would hide the time of their launch."""
     if device.type != "cuda":
         begun = time.perf_counter()

@@ -29,7 +29,7 @@ _SETTINGS = "settings.json"
 _LONGEST = datetime.timedelta(days=7)  # longest wait of a rank for the slowest one
 
 
-class Ledger:
+class ScoreCache:
     """The scores of one benchmark; `settings` is everything that they depend on, as a JSON value."""
 
     def __init__(self, folder: Path, settings: dict[str, Any], rank: int, world: int, say: Callable[[str], None]) -> None:

@@ -17,14 +17,14 @@ from shards.schema import ShardError
 from vfi.config.configs import ModelConfig
 from vfi.errors import JobError
 from vfi.evaluation.datasets import find_sets
-from vfi.evaluation.evaluator import Ask, Scores, Way, mean_of, measure, predict, summarise
+from vfi.evaluation.evaluator import EvalOptions, Predictor, Scores, mean_of, measure, predict, summarise
 from vfi.evaluation.external_models import Adapter, Model, distinct_names, load_any
 from vfi.evaluation.options import Options
-from vfi.evaluation.partial_scores import Ledger
+from vfi.evaluation.partial_scores import ScoreCache
 from vfi.evaluation.protocols import PROTOCOLS
 from vfi.evaluation.results import BASELINES, Results, Row, check_output, table, write_results
 from vfi.evaluation.sample_images import check_folder, draw_pictures
-from vfi.evaluation.task import Bench, protocol_bench, shard_bench
+from vfi.evaluation.task import EvaluationTask, protocol_bench, task_from_shards
 from vfi.inference.loading import LoadedModel, check_scale
 from vfi.metrics.lpips import load_lpips
 from vfi.model.interpolator import FrameInterpolator
@@ -73,7 +73,7 @@ def benchmark(options: Options, command: str = "") -> Results | None:
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     device = _own_device(options.device)
     precision = pick_precision(options.precision, device)
-    bench = protocol_bench(options, device) if options.protocol else shard_bench(options, device)
+    bench = protocol_bench(options, device) if options.protocol else task_from_shards(options, device)
     if not bench.samples:
         raise JobError(f"--data {options.data} holds no samples: nothing was measured")
     models = [load_any(model, device) for model in options.model]
@@ -89,9 +89,9 @@ def benchmark(options: Options, command: str = "") -> Results | None:
         "models": {name: model.fingerprint() for name, model in named.items()},
         "hardware": [environment[name] for name in ("device", "precision", "torch")],
     }
-    way = Way(options.tta, options.motion, lpips, options.workers)
+    way = EvalOptions(options.tta, options.motion, lpips, options.workers)
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    with Ledger(_unfinished(options.out), settings, rank, world, _say()) as ledger:
+    with ScoreCache(_unfinished(options.out), settings, rank, world, _say()) as ledger:
         measure(bench, asks, ledger, way, show=rank == 0)
         found = ledger.finish(bench.samples)
         if found is None:
@@ -151,7 +151,7 @@ def _check(options: Options) -> None:
     check_folder(options.out)
 
 
-def _ask(model: Model, precision: torch.dtype, scale: float | None) -> Ask:
+def _ask(model: Model, precision: torch.dtype, scale: float | None) -> Predictor:
     """Return the predictor of a model; one without flow ignores the scale."""
     if isinstance(model, Adapter):
         return lambda img0, img1, timestep: model.ask(img0, img1, timestep.item(), scale)
@@ -194,7 +194,7 @@ def _row(name: str, model: Model | None, scores: Scores, out: Path) -> Row:
     )
 
 
-def _macs(model: Model | None, bench: Bench, precision: torch.dtype) -> int | None:
+def _macs(model: Model | None, bench: EvaluationTask, precision: torch.dtype) -> int | None:
     """Count the MACs for one frame of the first sample's size; None for Mamba-1, whose reference scan takes minutes."""
     if not isinstance(model, LoadedModel) or model.config.model.ssm == "mamba1":
         return None

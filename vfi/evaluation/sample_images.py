@@ -18,7 +18,7 @@ from torch import Tensor
 from vfi.errors import JobError
 from vfi.evaluation.evaluator import frame_average
 from vfi.evaluation.results import ERROR_WHITE, Picture, Row
-from vfi.evaluation.task import Bench, Sample, Target
+from vfi.evaluation.task import EvaluationTask, Sample, Target
 from vfi.metrics.flow_color import flow_picture
 
 Predict = Callable[[Sample], list[Tensor]]
@@ -41,7 +41,13 @@ def check_folder(out: Path) -> None:
 
 
 def draw_pictures(
-    out: Path, number: int, bench: Bench, average: Row, model: Row, models: Mapping[str, Predict], flows: Mapping[str, Flow]
+    out: Path,
+    number: int,
+    bench: EvaluationTask,
+    average: Row,
+    model: Row,
+    models: Mapping[str, Predict],
+    flows: Mapping[str, Flow],
 ) -> list[Picture]:
     """Choose `number` images by the gain of `model`, predict them by all models and save the pictures."""
     gains = np.array([b.psnr - a.psnr for a, b in zip(average.images, model.images, strict=True)])

@@ -54,7 +54,7 @@ class Sample(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Bench:
+class EvaluationTask:
     """Samples, and how a model is measured on them."""
 
     samples: int
@@ -71,7 +71,7 @@ class Bench:
     """Sample numbers, ascending -> the samples, on the device."""
 
 
-def shard_bench(options: Options, device: torch.device) -> Bench:
+def task_from_shards(options: Options, device: torch.device) -> EvaluationTask:
     """Measure on the middle frames of a shard folder. Raises JobError for frames that a model does not support."""
     index = options.folder.read_index()
     if min(index.min_size) < MIN_SIZE:
@@ -91,10 +91,10 @@ def shard_bench(options: Options, device: torch.device) -> Bench:
         **_rules(rules, options.tta),
     }
     sha256 = hashlib.sha256(options.folder.index_bytes()).hexdigest()
-    return Bench(samples, index.samples, 1, rules, facts, sha256, read)
+    return EvaluationTask(samples, index.samples, 1, rules, facts, sha256, read)
 
 
-def protocol_bench(options: Options, device: torch.device) -> Bench:
+def protocol_bench(options: Options, device: torch.device) -> EvaluationTask:
     """Measure on a published set, as --profile does. JobError for an unknown protocol, and for frames of another set."""
     if options.protocol not in PROTOCOLS:
         raise JobError(f"--protocol {options.protocol} does not exist: choose from {', '.join(PROTOCOLS)}")
@@ -120,7 +120,7 @@ def protocol_bench(options: Options, device: torch.device) -> Bench:
     }
     sha256 = hashlib.sha256("\n".join(frames.keys).encode()).hexdigest()
     read = _ahead(sample, options.workers)
-    return Bench(samples, available, len(protocol.truths), rules, facts, sha256, read)
+    return EvaluationTask(samples, available, len(protocol.truths), rules, facts, sha256, read)
 
 
 def _ahead(read: Callable[[int], Sample], workers: int) -> Callable[[Iterable[int]], Iterator[Sample]]:

@@ -26,7 +26,7 @@ _ARRAY_TYPES = ("uint8", "uint16", "float16", "float32", "float64")
 _TENSOR_TYPES = (torch.uint8, torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-class Kind(NamedTuple):
+class FrameFormat(NamedTuple):
     """The type of the given frames."""
 
     like: np.ndarray | Tensor
@@ -34,7 +34,7 @@ class Kind(NamedTuple):
     top: int
     """The value that means 1; above 1 for integer types."""
 
-    def give_back(self, frames: Tensor) -> Any:
+    def to_output(self, frames: Tensor) -> Any:
         """Convert `[B, 3, H, W]` float32 in [0, 1] to frames of this type; integers are rounded."""
         frames = (frames * self.top).round() if self.top > 1 else frames
         frames = frames if self.like.ndim == 4 else frames[0]
@@ -43,7 +43,7 @@ class Kind(NamedTuple):
         return frames.movedim(-3, -1).contiguous().cpu().numpy().astype(self.like.dtype)
 
 
-def read_pair(img0: Any, img1: Any, device: torch.device) -> tuple[Tensor, Tensor, Kind]:
+def read_pair(img0: Any, img1: Any, device: torch.device) -> tuple[Tensor, Tensor, FrameFormat]:
     """Return both frames of each pair, `[B, 3, H, W]` float32 in [0, 1] on `device`, and their original type.
 
     Raises JobError for what is neither array nor tensor, and for unsupported types, shapes, sizes, values or devices.
@@ -56,7 +56,7 @@ def read_pair(img0: Any, img1: Any, device: torch.device) -> tuple[Tensor, Tenso
     if top == 1:
         for name, image in (("img0", img0), ("img1", img1)):
             _check_range(name, image)
-    return _tensor(img0, top, device), _tensor(img1, top, device), Kind(img0, top)
+    return _tensor(img0, top, device), _tensor(img1, top, device), FrameFormat(img0, top)
 
 
 def _check_type(name: str, image: Any) -> None:

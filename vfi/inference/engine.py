@@ -63,7 +63,7 @@ class Settings:
     """Memory limit in GiB, on a GPU including CUDA's own; None: what is free."""
 
 
-class Between:
+class InterpolationEngine:
     """A model that interpolates between two frames."""
 
     def __init__(self, settings: Settings) -> None:

@@ -34,7 +34,7 @@ _RADIUS, _WARPS, _PREFILTER = 7, 5, True
 _NEIGHBOURS = 5  # side in pixels of the area over which staying and moving are compared: a larger one adds a margin to objects
 
 
-class Motion(NamedTuple):
+class MotionStats(NamedTuple):
     """Motion between two frames, as seen from the first."""
 
     length: float
@@ -43,7 +43,7 @@ class Motion(NamedTuple):
     """`[1, 1, H, W]`, bool: pixels of img0 that move by more than MOVING to img1; on the device of the frames."""
 
 
-def estimate(img0: Tensor, img1: Tensor) -> Motion:
+def estimate(img0: Tensor, img1: Tensor) -> MotionStats:
     """Estimate the motion from img0 to img1, each `[1, 3, H, W]` in [0, 1], sides of at least 2; ValueError for other shapes.
 
     It is computed on the CPU in fp32: half a second for 256×448, 2 to 3 for 4K. Where no motion explains the change as well as
@@ -57,7 +57,7 @@ def estimate(img0: Tensor, img1: Tensor) -> Motion:
     flow = _lucas_kanade(grey0, grey1)
     flow = torch.where(_stays(grey0, grey1, flow), 0.0, flow)
     lengths = resize_flow(flow, (img0.shape[2], img0.shape[3])).norm(dim=1, keepdim=True)
-    return Motion(lengths.mean().item(), (lengths > MOVING).to(img0.device))
+    return MotionStats(lengths.mean().item(), (lengths > MOVING).to(img0.device))
 
 
 def shrunk_grey(image: Tensor, longer_side: int) -> Tensor:

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vfi.model.layers import Conv
-from vfi.ops.pointwise.dispatch import PointwiseModule
+from vfi.ops.pointwise.dispatch import FusedOpsModule
 
 _BODY_SQUEEZE = 3  # C -> C/3 -> C, as in VFIMamba's CAB
 _GATE_SQUEEZE = 30
@@ -53,7 +53,7 @@ class SqueezeExcite(nn.Module):
         return x * gate[:, None, None, :]
 
 
-class ChannelAttentionBlock(PointwiseModule):
+class ChannelAttentionBlock(FusedOpsModule):
     """Transform [B, H, W, C] -> the same shape: conv C -> C/3, GELU, conv C/3 -> C, then a gate for each channel.
 
     With fused kernels (on a GPU), the map between the convolutions is zero-padded to a multiple of 8 channels.

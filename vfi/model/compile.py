@@ -16,22 +16,22 @@ from torch.utils.checkpoint import checkpoint
 from vfi.model.backbone import LGSBlock
 from vfi.model.flow import FlowStage
 from vfi.model.interpolator import FrameInterpolator
-from vfi.model.refinement import MovedFeatures, RefineNet
+from vfi.model.refinement import LazyWarpedFeatures, RefineNet
 from vfi.model.ss2d import SS2D, Mamba2SS2D
 from vfi.model.window_attention import GatedWindowAttention
 from vfi.ops.attention.window_attention import gated_window_attention
-from vfi.ops.pointwise.dispatch import give_pointwise
+from vfi.ops.pointwise.dispatch import set_fused_ops
 from vfi.ops.ssm.scan_order import Scan
 
 _VARIANTS = 64  # of the same code: widths, shifted windows or not, crops of a curriculum, frozen or not; by default
 # the ninth would run uncompiled, with only a log message
 
 
-def compile_parts(network: FrameInterpolator, without_gradients: bool = False) -> None:
+def compile_modules(network: FrameInterpolator, without_gradients: bool = False) -> None:
     """Compile, for training, the computations between the sums of an LGS block, the flow stages and RefineNet.
 
-    Call it before `recompute`. Three things stay uncompiled: the reordering and the core of the scan, which have fused Triton
-    kernels; the residual mixing, because it is recorded by hooks, which compiled code would skip; and, unless
+    Call it before `checkpoint_activations`. Three things stay uncompiled: the reordering and the core of the scan, which have
+    fused Triton kernels; the residual mixing, because it is recorded by hooks, which compiled code would skip; and, unless
     `without_gradients` is set, forward passes without gradients, because validation frames come in all sizes.
     """
     from torch._dynamo import config as dynamo  # imported here because it takes a second to load
@@ -51,7 +51,7 @@ def compile_parts(network: FrameInterpolator, without_gradients: bool = False) -
     dynamo.recompile_limit = max(dynamo.recompile_limit, _VARIANTS)
     for part in _compiled(network):
         compiled = torch.compile(part.forward, dynamic=False)
-        give_pointwise(part, None)  # the compiler generates its own kernels between the convolutions
+        set_fused_ops(part, None)  # the compiler generates its own kernels between the convolutions
         part.forward = compiled if without_gradients else _in_training(compiled, part.forward)
 
 
@@ -68,12 +68,12 @@ def _in_training(compiled: Callable[..., Any], plain: Callable[..., Any]) -> Cal
         if not torch.is_grad_enabled():
             return plain(*args)
         # warp the features before the call: that has a fused Triton kernel
-        return compiled(*(list(one) if isinstance(one, MovedFeatures) else one for one in args))
+        return compiled(*(list(one) if isinstance(one, LazyWarpedFeatures) else one for one in args))
 
     return forward
 
 
-def recompute(network: FrameInterpolator) -> None:
+def checkpoint_activations(network: FrameInterpolator) -> None:
     """Keep only the inputs of LGS blocks, flow stages and RefineNet for the backward pass, and recompute the rest there."""
     parts: list[nn.Module] = [part for part in network.modules() if isinstance(part, LGSBlock | FlowStage | RefineNet)]
     for part in parts:  # they draw no random numbers

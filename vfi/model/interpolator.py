@@ -18,9 +18,9 @@ from torch import Tensor
 
 from vfi.config.configs import SCALES, ModelConfig
 from vfi.model.backbone import STRIDE, HybridBackbone, of_each_frame
-from vfi.model.flow import FlowNet, Motion
-from vfi.model.refinement import MovedFeatures, RefineNet
-from vfi.ops.pointwise.dispatch import PointwiseModule, choose_pointwise, give_pointwise
+from vfi.model.flow import FlowEstimate, FlowNet
+from vfi.model.refinement import LazyWarpedFeatures, RefineNet
+from vfi.ops.pointwise.dispatch import FusedOpsModule, select_fused_ops, set_fused_ops
 from vfi.ops.warp.warp import backward_warp
 
 MIN_SIZE = 32
@@ -73,7 +73,7 @@ class Encoded(NamedTuple):
     """Features of `small_frames`, finest level first."""
 
 
-class FrameInterpolator(PointwiseModule):
+class FrameInterpolator(FusedOpsModule):
     """Network of one ModelConfig, built for one type of device (which determines the fast paths)."""
 
     def __init__(self, config: ModelConfig, device: torch.device | str = "cpu") -> None:
@@ -84,8 +84,8 @@ class FrameInterpolator(PointwiseModule):
         self.refine = RefineNet(config) if config.phase == 1 or config.warp != "flow_only" else None
         self.warps_features = config.phase > 1 and config.warp == "feature"
         self.to(memory_format=torch.channels_last).to(device=device)
-        pointwise, self.choice = choose_pointwise(config.pointwise_backend, torch.device(device))
-        give_pointwise(self, pointwise)
+        pointwise, self.choice = select_fused_ops(config.pointwise_backend, torch.device(device))
+        set_fused_ops(self, pointwise)
 
     def forward(
         self, img0: Tensor, img1: Tensor, timestep: Tensor, imgt: Tensor | None = None, scale: float | None = None
@@ -134,7 +134,7 @@ class FrameInterpolator(PointwiseModule):
         if motion:
             warped, mask_logit = self._warp(frames, motion.flow), prior + motion.mask_logit
         if motion and self.warps_features:
-            features = MovedFeatures(self._warp, features, motion.flow)
+            features = LazyWarpedFeatures(self._warp, features, motion.flow)
         if self.refine:
             refined_logit, residual = self.refine(features, torch.cat(of_each_frame(warped), dim=1), timestep)
             mask_logit = mask_logit + refined_logit
@@ -147,7 +147,7 @@ class FrameInterpolator(PointwiseModule):
         prediction = prediction._replace(flow_t0=flow_t0, flow_t1=flow_t1)
         return self._with_stages(prediction, encoded, motions, timestep, prior, imgt) if self.training else prediction
 
-    def _estimate_flow(self, encoded: Encoded, timestep: Tensor) -> list[Motion]:
+    def _estimate_flow(self, encoded: Encoded, timestep: Tensor) -> list[FlowEstimate]:
         """Return the Motion of every stage, the last one at full size; empty in phase 1."""
         if self.flow is None:
             return []
@@ -158,7 +158,7 @@ class FrameInterpolator(PointwiseModule):
         self,
         prediction: Prediction,
         encoded: Encoded,
-        motions: list[Motion],
+        motions: list[FlowEstimate],
         timestep: Tensor,
         prior: Tensor,
         imgt: Tensor | None,
@@ -167,7 +167,7 @@ class FrameInterpolator(PointwiseModule):
         assert self.flow is not None
         size = (encoded.frames.shape[2], encoded.frames.shape[3])
 
-        def stage(motion: Motion, warped: tuple[Tensor, Tensor] | None = None) -> Stage:
+        def stage(motion: FlowEstimate, warped: tuple[Tensor, Tensor] | None = None) -> Stage:
             motion = motion.at(size)
             mask_logit = _crop(prior + motion.mask_logit, encoded.padding)
             warped0, warped1 = warped or of_each_frame(_crop(self._warp(encoded.frames, motion.flow), encoded.padding))

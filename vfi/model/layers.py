@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vfi.ops.pointwise.dispatch import PointwiseModule
+from vfi.ops.pointwise.dispatch import FusedOpsModule
 
 _SLOPE = 0.25  # initial slope of PReLU below zero
 
@@ -40,7 +40,7 @@ def scaled_conv(c_in: int, c_out: int, kernel: int, stride: int = 1, *, activate
     return conv
 
 
-class ConvPReLU(nn.Sequential, PointwiseModule):
+class ConvPReLU(nn.Sequential, FusedOpsModule):
     """3x3 convolution and PReLU. With fused kernels, the input may have more channels (zeros) than the convolution takes."""
 
     def __init__(self, c_in: int, c_out: int, stride: int = 1) -> None:
@@ -53,7 +53,7 @@ class ConvPReLU(nn.Sequential, PointwiseModule):
         return self.bias_prelu(conv(x, with_bias=False), conv.bias, act.weight)
 
 
-class ResidualBlock(PointwiseModule):
+class ResidualBlock(FusedOpsModule):
     """x + conv(act(conv(x))), then an activation. Initially the second summand is zero: the block is a plain activation."""
 
     def __init__(self, channels: int) -> None:
@@ -72,7 +72,7 @@ class ResidualBlock(PointwiseModule):
         return self.bias_prelu(out, last.bias, self.act.weight, x.to(out.dtype))
 
 
-class LayerNorm(nn.LayerNorm, PointwiseModule):
+class LayerNorm(nn.LayerNorm, FusedOpsModule):
     """Layer norm over channels, the last dimension. It runs in fp32 under autocast; with fused kernels, in the dtype of x."""
 
     def forward(self, x: Tensor) -> Tensor:

@@ -58,7 +58,7 @@ class Copied(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class TransplantReport:
+class InitReport:
     """Report of which weights were copied from where."""
 
     lines: tuple[str, ...]
@@ -71,7 +71,7 @@ class TransplantReport:
 
 def init_mamba_from_attn(
     backbone: nn.Module, donor_state: Mapping[str, Tensor], plan: str, donor_steps: int | None
-) -> TransplantReport:
+) -> InitReport:
     """Initialise every SS2D of `backbone` from the donor's attention at the same position.
 
     Args:
@@ -98,8 +98,8 @@ def init_mamba_from_attn(
             f"the donor was trained for {donor_steps or 0} steps (less than {TRAINED_STEPS}): copying untrained attention "
             f"copies random numbers; take a checkpoint of a run with --backbone_mode gated_attn_only"
         )
-        return TransplantReport(tuple(lines), warning)
-    return TransplantReport((*lines, f"the donor was trained for {donor_steps} steps"), None)
+        return InitReport(tuple(lines), warning)
+    return InitReport((*lines, f"the donor was trained for {donor_steps} steps"), None)
 
 
 @torch.no_grad()
@@ -150,7 +150,7 @@ def _copy(part: str, source: str, target: Tensor, donor: Tensor, sources: Sequen
     return Copied(part, source, filled, len(target), used, donor.shape[0] * donor.shape[1])
 
 
-def untrained_donor(config: ModelConfig, seed: int) -> dict[str, Tensor]:
+def random_source(config: ModelConfig, seed: int) -> dict[str, Tensor]:
     """Return weights of a backbone with random attention that fits `config`: the control arm, with nothing learned to copy."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

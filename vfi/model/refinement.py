@@ -14,14 +14,14 @@ from torch.utils._pytree import register_pytree_node
 from vfi.config.configs import ModelConfig
 from vfi.model.backbone import LEVELS, level_widths, of_each_frame
 from vfi.model.layers import ConvPReLU, ResidualBlock, scaled_conv, zero
-from vfi.ops.pointwise.dispatch import PointwiseModule
+from vfi.ops.pointwise.dispatch import FusedOpsModule
 from vfi.ops.warp.warp import resize_flow
 
 _REACH = 4  # receptive radius in rows of a level, including the head at level 0: up to four 3x3 convolutions
 _BAND_PIXELS = 2**20  # of a pair, at level 0: half as many as 1080p has, which is still refined as a whole
 
 
-class MovedFeatures(Sequence[Tensor]):
+class LazyWarpedFeatures(Sequence[Tensor]):
     """Features of each level, warped on access, so that only those of one level are in memory at a time.
 
     `warp(x, flow, top)` has the signature of `backward_warp`; `flow` is that of the finest level.
@@ -48,9 +48,9 @@ class MovedFeatures(Sequence[Tensor]):
 
 # lets code that collects or replaces the tensors among a module's inputs find these, too
 register_pytree_node(
-    MovedFeatures,
+    LazyWarpedFeatures,
     lambda moved: ([list(moved.features), moved.flow], moved.warp),
-    lambda given, warp: MovedFeatures(warp, *given),
+    lambda given, warp: LazyWarpedFeatures(warp, *given),
 )
 
 
@@ -63,7 +63,7 @@ class _Mix(nn.Sequential):
         return refined
 
 
-class RefineNet(PointwiseModule):
+class RefineNet(FusedOpsModule):
     """Decode the features of both frames, coarse to fine, and at full size the frames, to mask logit and residual.
 
     `forward(features, images, timestep)`: `features` as the backbone returns them ([2B, C, h, w], finest first), `images`
@@ -112,7 +112,9 @@ class RefineNet(PointwiseModule):
         if self.pointwise is None or torch.is_grad_enabled() or 2 * pixels >= H * W:
             return then(self.mix[level](lambda: self._beside(level, below, *of_each_frame(features[level]), *images)))
 
-        maps = features.in_rows(level) if isinstance(features, MovedFeatures) else functools.partial(_rows, features[level])
+        maps = (
+            features.in_rows(level) if isinstance(features, LazyWarpedFeatures) else functools.partial(_rows, features[level])
+        )
 
         def band(first: int, last: int) -> Tensor:
             rest = (_rows(image, first, last) for image in images)
@@ -135,7 +137,7 @@ class RefineNet(PointwiseModule):
         """Concatenate the pixel shuffle of `shuffled` and `parts` in the dtype of the first."""
         dtype = (parts[0] if shuffled is None else shuffled).dtype
         if self.pointwise is not None:
-            return self.pointwise.stack_channels(parts, dtype, shuffled)
+            return self.pointwise.concat_channels(parts, dtype, shuffled)
         below = () if shuffled is None else (F.pixel_shuffle(shuffled, 2),)
         return torch.cat((*below, *(part.to(dtype) for part in parts)), dim=1)
 

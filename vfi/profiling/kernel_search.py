@@ -23,10 +23,10 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from vfi.model.ss2d import SS2D
 from vfi.model.window_attention import GatedWindowAttention
 from vfi.ops.loss.laplacian import choose_loss
-from vfi.ops.pointwise.dispatch import Pointwise, PointwiseModule
+from vfi.ops.pointwise.dispatch import FusedOps, FusedOpsModule
 from vfi.ops.triton import launch_config, tuned_configs
 from vfi.ops.triton.precompile import compiling_ahead
-from vfi.profiling.timing import run_ahead
+from vfi.profiling.timing import queue_ahead
 from vfi.training.synthetic_step import TrainingStep
 
 Key = tuple[str, launch_config.ShapeClass]
@@ -124,7 +124,7 @@ class Part:
         with launch_config.timed(kernel) as events:
             for _ in range(_REPEATS):
                 events.clear()
-                run_ahead(self.device, _AHEAD)
+                queue_ahead(self.device, _AHEAD)
                 self()
                 torch.cuda.synchronize(self.device)
                 sums.append(sum(before.elapsed_time(after) for before, after in events))
@@ -161,8 +161,8 @@ def parts_of(step: TrainingStep) -> list[Part]:
                     lambda module, given: note(module, given, type(module).__name__, [*module.parameters()])
                 )
                 after.callback(hook.remove)
-            elif isinstance(module, PointwiseModule) and module.pointwise is not None:
-                after.enter_context(mock.patch.object(module, "pointwise", Pointwise(*map(noted, module.pointwise))))
+            elif isinstance(module, FusedOpsModule) and module.pointwise is not None:
+                after.enter_context(mock.patch.object(module, "pointwise", FusedOps(*map(noted, module.pointwise))))
         if choose_loss(step.config.optim.loss_backend, step.device)[0]:
             from vfi.ops.loss import laplacian_kernels
 

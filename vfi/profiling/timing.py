@@ -110,7 +110,7 @@ def measure_parts(
     passes = []
     for number in range(repeats):
         with watch_parts(model, clock) as calls:
-            run_ahead(device)
+            queue_ahead(device)
             step(rotation[number % _ROTATION])
         passes.append(calls)
     sums = [by_part(calls, elapsed) for calls in passes]
@@ -141,7 +141,7 @@ def measure_training_parts(
             if number == WARMUP and device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(device)
             args, kwargs = tree_map_only(Tensor, lambda tensor: tensor.detach().requires_grad_(tensor.requires_grad), arguments)
-            run_ahead(device, _PARTS_HEAD_START)
+            queue_ahead(device, _PARTS_HEAD_START)
             start = clock()
             with torch.autocast(device.type, precision, enabled=precision != torch.float32):
                 output = module(*args, **kwargs)
@@ -177,14 +177,14 @@ def milliseconds(call: Callable[[], object], device: torch.device, repeats: int 
     times = []
     for _ in range(WARMUP + repeats):
         other.zero_()
-        run_ahead(device)
+        queue_ahead(device)
         start = clock()
         call()
         times.append((start, clock()))
     return statistics.median(elapsed(*pair) for pair in times[WARMUP:])
 
 
-def run_ahead(device: torch.device, cycles: int = _HEAD_START) -> None:
+def queue_ahead(device: torch.device, cycles: int = _HEAD_START) -> None:
     """Delay the next launches in the GPU's queue, so that none of them waits for the CPU."""
     if device.type == "cuda":
         torch.cuda._sleep(cycles)

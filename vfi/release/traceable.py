@@ -26,7 +26,7 @@ from vfi.model.interpolator import FrameInterpolator, check_frames
 from vfi.model.ss2d import Mamba2SS2D
 from vfi.model.window_attention import GatedWindowAttention
 from vfi.ops.attention.window_attention import gated_window_attention_open
-from vfi.ops.pointwise.dispatch import give_pointwise
+from vfi.ops.pointwise.dispatch import set_fused_ops
 from vfi.ops.ssm.scan_order import ALL, OPEN_SCANS
 from vfi.ops.ssm.ssd import ssd_open
 
@@ -72,7 +72,7 @@ def open_operators(network: nn.Module, scan: str) -> None:
             module.forward = functools.partial(module.some_pairs, orders=len(ALL))  # type: ignore[method-assign]
         elif isinstance(module, GatedWindowAttention):
             module.attend = gated_window_attention_open
-    give_pointwise(network, None)
+    set_fused_ops(network, None)
 
 
 def trace(network: nn.Module) -> torch.export.ExportedProgram:

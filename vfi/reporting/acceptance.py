@@ -23,7 +23,7 @@ _RIVAL = "vfimamba"
 _NOT_MEASURED = "not measured"
 
 
-class Evidence(NamedTuple):
+class Measurements(NamedTuple):
     """The measurements that gates are checked against."""
 
     results: Sequence[Results]
@@ -64,7 +64,7 @@ class Threshold(NamedTuple):
         unit = " dB" if self.measure == "psnr" else ""
         return f"{self.protocol} {self.measure.upper()} at least {self.least:g}{unit}"
 
-    def check(self, evidence: Evidence) -> tuple[bool, str]:
+    def check(self, evidence: Measurements) -> tuple[bool, str]:
         """Return whether the gate is passed, and why."""
         rows = [row for _, row in evidence.rows(self.protocol)]
         if not rows:
@@ -82,7 +82,7 @@ class Threshold(NamedTuple):
         return f"; no published model passes it (best: {max(known):g})" if known and max(known) < self.least else ""
 
 
-class NotBelow(NamedTuple):
+class MinMetric(NamedTuple):
     """A phase is at least as good as an earlier one on a benchmark: the best model of each, both with TTA or both without."""
 
     protocol: str
@@ -92,7 +92,7 @@ class NotBelow(NamedTuple):
     def __str__(self) -> str:
         return f"{self.protocol} PSNR of phase {self.phase} not below that of phase {self.earlier}"
 
-    def check(self, evidence: Evidence) -> tuple[bool, str]:
+    def check(self, evidence: Measurements) -> tuple[bool, str]:
         """Return whether the gate is passed, and why."""
         best: dict[tuple[str | None, int | None], Row] = {}
         for results, row in sorted(evidence.rows(self.protocol), key=lambda one: one[1].psnr):
@@ -119,7 +119,7 @@ class Reported(NamedTuple):
     def __str__(self) -> str:
         return f"{self.protocol} IE reported"
 
-    def check(self, evidence: Evidence) -> tuple[bool, str]:
+    def check(self, evidence: Measurements) -> tuple[bool, str]:
         """Return whether the gate is passed, and why."""
         rows = [row for _, row in evidence.rows(self.protocol)]
         if not rows:
@@ -128,7 +128,7 @@ class Reported(NamedTuple):
         return True, f"{best.model} has {best.ie:.2f}"
 
 
-class TimesRival(NamedTuple):
+class Speedup(NamedTuple):
     """Upper bound for the time of one in-between frame, relative to VFIMamba in the same speed file."""
 
     size: str
@@ -137,7 +137,7 @@ class TimesRival(NamedTuple):
     def __str__(self) -> str:
         return f"latency at {self.size} at most {self.most:g} x VFIMamba"
 
-    def check(self, evidence: Evidence) -> tuple[bool, str]:
+    def check(self, evidence: Measurements) -> tuple[bool, str]:
         """Return whether the gate is passed, and why."""
         how = f"vfi benchmark --speed --sizes {self.size} --model RUN vfimamba_adapter:vfimamba"
         found = []
@@ -160,7 +160,7 @@ class Milliseconds(NamedTuple):
     def __str__(self) -> str:
         return f"latency at {self.size} at most {self.most:g} ms a frame"
 
-    def check(self, evidence: Evidence) -> tuple[bool, str]:
+    def check(self, evidence: Measurements) -> tuple[bool, str]:
         """Return whether the gate is passed, and why."""
         found = [(ours.ms, ours, speed) for speed, ours, _ in _latencies(evidence.speeds, self.size) if ours.ms is not None]
         if not found:
@@ -170,7 +170,7 @@ class Milliseconds(NamedTuple):
         return ms <= self.most, f"{ours.model} takes {ms:.1f} ms on {speed.environment.get('device', 'an unknown device')}"
 
 
-class Better(NamedTuple):
+class Improvement(NamedTuple):
     """An experiment of the phase-1 ablation beats another one."""
 
     experiment: str
@@ -179,7 +179,7 @@ class Better(NamedTuple):
     def __str__(self) -> str:
         return f"PSNR of {self.experiment} above that of {self.other}"
 
-    def check(self, evidence: Evidence) -> tuple[bool, str]:
+    def check(self, evidence: Measurements) -> tuple[bool, str]:
         """Return whether the gate is passed, and why."""
         found = mean_psnr(evidence.output_dir, "phase1") if evidence.output_dir else {}
         lacking = [name for name in (self.experiment, self.other) if name not in found]
@@ -191,7 +191,7 @@ class Better(NamedTuple):
         return ours > theirs, f"{self.experiment} has {ours:.2f}, {self.other} has {theirs:.2f}"
 
 
-Gate = Threshold | NotBelow | Reported | TimesRival | Milliseconds | Better
+Gate = Threshold | MinMetric | Reported | Speedup | Milliseconds | Improvement
 
 
 class Verdict(NamedTuple):
@@ -212,9 +212,9 @@ _720P, _4K = "736x1280", "2176x4096"  # the padded sizes that networks see
 GATES: dict[GateName, tuple[Gate, ...]] = {
     "phase1": (
         Threshold("vimeo90k", "psnr", 35.0, 35.5), Threshold("vimeo90k", "ssim", 0.975), Threshold("ucf101", "psnr", 34.5),
-        TimesRival(_720P, 2.0), Better("Exp-1c", "Exp-1a"), Better("Exp-1c", "Exp-1b"),
+        Speedup(_720P, 2.0), Improvement("Exp-1c", "Exp-1a"), Improvement("Exp-1c", "Exp-1b"),
     ),
-    "phase2": (*_FLOW, NotBelow("vimeo90k", 2, 1), TimesRival(_720P, 2.0)),
+    "phase2": (*_FLOW, MinMetric("vimeo90k", 2, 1), Speedup(_720P, 2.0)),
     "phase3": (
         *_FLOW, Threshold("xtest_4k", "psnr", 30.0), Threshold("xtest_4k", "ssim", 0.88), Threshold("xtest_2k", "psnr", 33.0),
         Milliseconds(_4K, 300.0),
@@ -226,7 +226,7 @@ def check(
     name: GateName, results: Sequence[Results], speeds: Sequence[Speed] = (), output_dir: Path | None = None
 ) -> list[Verdict]:
     """Check all gates of a phase, in their order. `output_dir`: folder of the ablation's runs."""
-    evidence = Evidence(results, speeds, output_dir)
+    evidence = Measurements(results, speeds, output_dir)
     return [Verdict(gate, *gate.check(evidence)) for gate in GATES[name]]
 
 

@@ -35,34 +35,36 @@ class Graphs:
     def __init__(self) -> None:
         self.limit: float = math.inf
         """Bytes of the GPU that all of this process may take."""
-        self.seen: Counter[Hashable] = Counter()
-        self.made: OrderedDict[Hashable, CapturedCall] = OrderedDict()
+        self.call_counts: Counter[Hashable] = Counter()
+        self.captured: OrderedDict[Hashable, CapturedCall] = OrderedDict()
         self.pool: Any = None
 
     def __call__(self, function: Function, *inputs: Tensor, kind: Hashable = None) -> Tensor:
         """`function(*inputs)`. Two functions that compute something else for the same shapes must differ in `kind`."""
-        if not _pays(inputs[0]):
+        if not _is_worth_capturing(inputs[0]):
             return function(*inputs)
         key = (kind, *((tensor.shape, tensor.stride(), tensor.dtype, tensor.device) for tensor in inputs))
-        if key not in self.made:
-            self.seen[key] += 1
-            if self.seen[key] < _BEFORE:
+        if key not in self.captured:
+            self.call_counts[key] += 1
+            if self.call_counts[key] < _BEFORE:
                 return function(*inputs)
-            if self.seen[key] == _BEFORE:
-                with Reads():  # a compiled function compiles once more under it, which must not happen during the capture
+            if self.call_counts[key] == _BEFORE:
+                with (
+                    TensorReadTracker()
+                ):  # a compiled function compiles once more under it, which must not happen during the capture
                     return function(*inputs)
             if not self._fits(inputs[0].device):
-                self.seen[key] = 0
+                self.call_counts[key] = 0
                 return function(*inputs)
             self._make(key, function, inputs)
-        self.made.move_to_end(key)
-        return self.made[key](inputs)
+        self.captured.move_to_end(key)
+        return self.captured[key](inputs)
 
     def drop(self) -> bool:
         """Forget all graphs, so that their memory can be given back. Was there one?"""
-        there = bool(self.made)
-        self.made.clear()
-        self.seen.clear()
+        there = bool(self.captured)
+        self.captured.clear()
+        self.call_counts.clear()
         self.pool = None
         return there
 
@@ -76,11 +78,11 @@ class Graphs:
         return free > _SPARE * (taken - used)
 
     def _make(self, key: Hashable, function: Function, inputs: tuple[Tensor, ...]) -> None:
-        if len(self.made) == _KEPT:
-            dropped, _ = self.made.popitem(last=False)
-            self.seen[dropped] = 0
+        if len(self.captured) == _KEPT:
+            dropped, _ = self.captured.popitem(last=False)
+            self.call_counts[dropped] = 0
         self.pool = self.pool or torch.cuda.graph_pool_handle()
-        self.made[key] = CapturedCall(function, inputs, self.pool)
+        self.captured[key] = CapturedCall(function, inputs, self.pool)
 
 
 class CapturedCall:
@@ -90,7 +92,7 @@ class CapturedCall:
         self.inputs = [tensor.clone() for tensor in inputs]
         self.graph = torch.cuda.CUDAGraph()
         # other threads, which load data, call CUDA meanwhile
-        with torch.cuda.graph(self.graph, pool=pool, capture_error_mode="thread_local"), Reads() as reads:
+        with torch.cuda.graph(self.graph, pool=pool, capture_error_mode="thread_local"), TensorReadTracker() as reads:
             self.output = function(*self.inputs)
         self.kept = list(reads.kept.values())
 
@@ -100,7 +102,7 @@ class CapturedCall:
         return self.output.clone()
 
 
-class Reads(TorchFunctionMode):
+class TensorReadTracker(TorchFunctionMode):
     """The tensors from before that operators read, such as indices that a cache may drop.
 
     No dispatch mode: the first one of a process imports PyTorch's compiler, which takes seconds.
@@ -125,6 +127,6 @@ def _tensors(values: Any) -> list[Tensor]:
     return [value for value in tree_leaves(values) if type(value) in (Tensor, nn.Parameter) and not value.is_meta]
 
 
-def _pays(frames: Tensor) -> bool:
+def _is_worth_capturing(frames: Tensor) -> bool:
     """`frames`: [B, 3, H, W]."""
     return frames.is_cuda and frames.shape[0] * frames.shape[2] * frames.shape[3] <= _LARGEST

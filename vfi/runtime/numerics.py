@@ -24,7 +24,7 @@ def set_numerics(tf32: bool = False, deterministic: bool = False) -> None:
     """Set all that decides how numbers come about; to be called before the first product on a GPU.
 
     Deterministic: the same program on the same kind of machine gives the same bits. ConfigError where the environment rules
-    that out; an operator that can't do it raises when it is used, see `refusals_explained`.
+    that out; an operator that can't do it raises when it is used, see `explain_determinism_errors`.
     """
     if deterministic and os.environ.setdefault(_WORKSPACE, _REPEATABLE[0]) not in _REPEATABLE:
         raise ConfigError(
@@ -52,7 +52,7 @@ def numerics() -> dict[str, bool | str | None]:
 
 
 @contextlib.contextmanager
-def refusals_explained() -> Iterator[None]:
+def explain_determinism_errors() -> Iterator[None]:
     """ConfigError in place of torch's RuntimeError where an operator has no deterministic form."""
     try:
         yield

@@ -19,20 +19,20 @@ from vfi.config.configs import Config, accumulation
 from vfi.errors import JobError
 from vfi.runtime import memory
 from vfi.runtime.memory import is_out_of_memory
-from vfi.runtime.numerics import refusals_explained
+from vfi.runtime.numerics import explain_determinism_errors
 from vfi.runtime.stop_signals import Agreement
 from vfi.training.synthetic_step import PRECISIONS, TrainingStep
 
 _HEADROOM = 256 * 2**20  # bytes that stay free in addition to a step: prefetched batches, metrics, fragmentation
 
 
-def fit_batch(config: Config, accelerator: Accelerator, sharding: str, say: Callable[[str], None]) -> Config | None:
+def find_batch_size(config: Config, accelerator: Accelerator, sharding: str, say: Callable[[str], None]) -> Config | None:
     """Return the same experiment with a smaller --batch_size where a process's GPU can't hold it; None where all of them can.
 
     To be called by all processes together. JobError when not even one sample fits. Nothing is tried on a CPU, nor with sharded
     weights, where a process that has run out of memory would leave the others waiting for it.
     """
-    if not can_try(accelerator.device):
+    if not supports_oom_trial(accelerator.device):
         return None
     if sharding != "none":
         say(f"with {sharding} it is not tried beforehand whether --batch_size {config.data.batch_size} fits into memory")
@@ -54,7 +54,7 @@ def fit_batch(config: Config, accelerator: Accelerator, sharding: str, say: Call
     return fitting
 
 
-def can_try(device: torch.device) -> bool:
+def supports_oom_trial(device: torch.device) -> bool:
     """Return whether this device reports that its memory is full; a CPU's process is killed instead."""
     return device.type == "cuda"
 
@@ -70,8 +70,8 @@ def with_smaller_batch(config: Config, processes: int) -> Config:
 def fits(config: Config, device: torch.device, precision: torch.dtype, processes: int) -> bool:
     """Return whether a training step fits into this process's GPU; the memory is released afterwards."""
     try:
-        with refusals_explained():
-            rehearse(config, device, precision, processes)
+        with explain_determinism_errors():
+            trial_step(config, device, precision, processes)
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
@@ -84,7 +84,7 @@ def fits(config: Config, device: torch.device, precision: torch.dtype, processes
     return done
 
 
-def rehearse(config: Config, device: torch.device, precision: torch.dtype, processes: int) -> None:
+def trial_step(config: Config, device: torch.device, precision: torch.dtype, processes: int) -> None:
     """Take two training steps, the second of which has AdamW's moments in memory; raises when memory is full."""
     step = TrainingStep(config, device, precision, accumulating=accumulation(config, processes) > 1)
     copies = (processes > 1) + (config.optim.ema > 0)  # DDP's gradient buckets, the EMA weights

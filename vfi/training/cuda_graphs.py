@@ -25,14 +25,14 @@ from torch.func import functional_call
 from torch.utils._pytree import tree_map_only
 
 from vfi.model.interpolator import FrameInterpolator, Prediction, Stage
-from vfi.runtime.cuda_graphs import Reads
+from vfi.runtime.cuda_graphs import TensorReadTracker
 
 _WARM_UP = 3  # passes before the recorded one: kernels are compiled and selected, and memory use settles
 _ALLOCATORS = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")  # read by torch when the first GPU tensor is allocated
 _SPARE = 1.25  # times the memory of these passes: when memory runs out during a capture, CUDA does not recover
 
 
-def let_segments_grow() -> None:
+def enable_expandable_segments() -> None:
     """Reduce the memory left free between recorded tensors; to be called before there is a tensor on a GPU.
 
     A recording keeps its memory segments to itself; expandable ones are fewer and better filled. An allocator setting in the
@@ -42,17 +42,17 @@ def let_segments_grow() -> None:
         os.environ[_ALLOCATORS[0]] = "expandable_segments:True"
 
 
-def record_passes(network: FrameInterpolator) -> Recorder:
+def capture_graphs(network: FrameInterpolator) -> GraphRecorder:
     """Replay the passes of `network` that have gradients, on a GPU; other passes, as in validation, run as usual.
 
     Gradients come from what the loss reads: the image, the stages and the teacher of a Prediction.
     """
-    recorder = Recorder(network, network.forward)
+    recorder = GraphRecorder(network, network.forward)
     setattr(network, "forward", recorder)  # noqa: B010 (type checkers refuse to assign to a method)
     return recorder
 
 
-class Recorder:
+class GraphRecorder:
     """The forward pass of a network: replayed in training, eager otherwise. Holds the graphs of the latest shape."""
 
     def __init__(self, network: FrameInterpolator, plain: Callable[..., Prediction]) -> None:
@@ -61,9 +61,9 @@ class Recorder:
         self.passes: _Passes | None = None
 
     @property
-    def hidden(self) -> int:
+    def pool_bytes_free(self) -> int:
         """Bytes that passes use but torch.cuda.memory_allocated doesn't count, since they are free between recordings."""
-        return self.passes.hidden if self.passes else 0
+        return self.passes.pool_bytes_free if self.passes else 0
 
     def __call__(
         self, img0: Tensor, img1: Tensor, timestep: Tensor, imgt: Tensor | None = None, scale: float | None = None
@@ -129,7 +129,7 @@ class _Passes:
         # other threads, which load data or monitor NCCL, call CUDA meanwhile
         self.forward, self.backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         pool = torch.cuda.graph_pool_handle()
-        with torch.cuda.graph(self.forward, pool=pool, capture_error_mode="thread_local"), Reads() as reads:
+        with torch.cuda.graph(self.forward, pool=pool, capture_error_mode="thread_local"), TensorReadTracker() as reads:
             prediction = forward(*self.inputs)
         outputs = _outputs(prediction)
         self.output_gradients = [torch.zeros_like(output) for output in outputs]
@@ -139,8 +139,8 @@ class _Passes:
         self.outputs = _outputs(self.prediction)
         self.kept = list(reads.kept.values())
         segments = [segment for segment in torch.cuda.memory_snapshot() if segment["segment_pool_id"] == pool]
-        self.hidden = sum(segment["total_size"] - segment["allocated_size"] for segment in segments)
-        torch.cuda.reset_peak_memory_stats()  # the recording counted memory that is hidden from here on
+        self.pool_bytes_free = sum(segment["total_size"] - segment["allocated_size"] for segment in segments)
+        torch.cuda.reset_peak_memory_stats()  # the recording counted memory that is pool_bytes_free from here on
 
     def __call__(self, inputs: list[Tensor]) -> Prediction:
         torch._foreach_copy_(self.inputs, inputs)

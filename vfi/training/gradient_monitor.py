@@ -2,9 +2,9 @@
 
     groups = layer_groups(network)                          # each parameter is in exactly one group
     seen = torch.stack([loss, *gradient_norms(groups)])     # the same numbers on all processes
-    verdict = guard.judge(step, seen)                       # before the optimizer updates the weights
+    decision = monitor.decide(step, seen)                   # before the optimizer updates the weights
 
-| verdict   | when                                               | the step                                                  |
+| decision  | when                                               | the step                                                  |
 | --------- | -------------------------------------------------- | --------------------------------------------------------- |
 | go        | nothing is unusual                                 | is taken as it is                                         |
 | watch     | the norm of a group is far above its median        | has its gradient clipped to the usual norm; every third   |
@@ -45,7 +45,7 @@ _BUILDING = 3  # unusual steps in a row: more than a single bad batch
 _SPREAD = 1.4826  # standard deviation / median absolute deviation of a normal distribution
 
 
-class Verdict(NamedTuple):
+class Decision(NamedTuple):
     """The decision on a step."""
 
     action: Action
@@ -63,10 +63,10 @@ class Verdict(NamedTuple):
         return self.action in ("go", "watch")
 
 
-GO = Verdict("go")
+PROCEED = Decision("go")
 
 
-class Guard:
+class GradientMonitor:
     """The statistics of a run's losses and gradient norms, and the responses so far; identical on all processes."""
 
     def __init__(self, groups: Iterable[str], config: GuardConfig) -> None:
@@ -93,10 +93,10 @@ class Guard:
         self.rate_factor = 1.0
         """Factor on the learning rate from now on."""
 
-    def doubts(self, seen: Tensor) -> Tensor:
+    def needs_review(self, seen: Tensor) -> Tensor:
         """Return a [] fp32 tensor on the device, without waiting for it: 1 where `seen` is unusual, 0 where it is usual.
 
-        At 0, `judge` returns go, or has the run go back because of its losses. At 1 it does not return go, or not without a
+        At 0, `decide` returns go, or has the run go back because of its losses. At 1 it does not return go, or not without a
         look at earlier steps.
         """
         _, limit = self.known = self.usual()
@@ -106,7 +106,7 @@ class Guard:
         usual = seen.isfinite() & (seen.double() <= most.to(seen.device, non_blocking=True))
         return 1 - usual.all().float()
 
-    def judge(self, step: int, seen: Tensor, scale: float = 1.0) -> Verdict:
+    def decide(self, step: int, seen: Tensor, scale: float = 1.0) -> Decision:
         """Return the verdict on a step.
 
         `seen` `[1 + groups]`: the loss and the gradient norms, the same on all processes. `scale`: the factor on the loss in
@@ -120,7 +120,7 @@ class Guard:
         numbers = zip(("loss", *self.names), (loss, *norms), strict=True)
         if broken := [f"{name} {value}" for name, value in numbers if not math.isfinite(value)]:
             if scale > 1 and math.isfinite(loss):
-                return Verdict("scale", f"{', '.join(broken)} with the loss scaled by {scale:g}")
+                return Decision("scale", f"{', '.join(broken)} with the loss scaled by {scale:g}")
             return self._skip(", ".join(broken))
         self.losses = [*self.losses[1 - self.config.guard_window :], (step, loss)]
         if not 0 < self.first_loss < math.inf:
@@ -133,13 +133,13 @@ class Guard:
             return self._roll_back(why, self._first_high())
         if not high:
             self._learn(norms)
-            return GO
+            return PROCEED
         why = ", ".join(f"{self.names[i]} {norms[i]:.3g} where {median[i]:.3g} is usual" for i in high)
         if sum(unusual for _, unusual in self.latest) > _LATEST // 2 >= len(self._high_losses(_LATEST)):
             self._learn_anew(norms for norms, _ in self.latest)
             self.latest = [(norms, False) for norms, _ in self.latest]
             why += "; it stays so, and the loss is as usual: this is the usual level from now on"
-        return Verdict("watch", why, math.hypot(*median), building=self.in_a_row % _BUILDING == 0)
+        return Decision("watch", why, math.hypot(*median), building=self.in_a_row % _BUILDING == 0)
 
     def usual(self) -> tuple[list[float], list[float]]:
         """Return the median of each norm, and the limit it must not exceed; 0 and inf where too few steps are known."""
@@ -161,8 +161,8 @@ class Guard:
         first_bad = self.step + 1 - self.patience if can_judge else min([self.step, *(step for step, _ in self.losses)])
         return min([first_bad, *self.skips]) - 1
 
-    def go_on_after(self, former: Guard) -> None:
-        """Resume from the state to which the run has gone back; `former` is the guard that decided to do so."""
+    def resume_after(self, former: GradientMonitor) -> None:
+        """Resume from the state to which the run has gone back; `former` is the monitor that decided to do so."""
         self.roll_backs = former.roll_backs + 1
         self.rate_factor = former.rate_factor * self.config.guard_rate_factor
         self.latest, self.in_a_row, self.skips = [], 0, []
@@ -197,16 +197,16 @@ class Guard:
         self.latest = [(list(map(float, norms)), bool(unusual)) for norms, unusual in state["latest"]]
         self.in_a_row = int(state["in_a_row"])
 
-    def _skip(self, why: str) -> Verdict:
+    def _skip(self, why: str) -> Decision:
         self.skips.append(self.step)
         if len(self.skips) <= self.config.guard_skips:
-            return Verdict("skip", why)
+            return Decision("skip", why)
         why = f"{why}, and so it was in {len(self.skips)} of the last {self.config.guard_window} steps"
         return self._roll_back(why, self.skips[0])
 
-    def _roll_back(self, why: str, first_bad: int) -> Verdict:
+    def _roll_back(self, why: str, first_bad: int) -> Decision:
         """Decide to return to the state before the weights that gave the bad loss or gradient of step `first_bad`."""
-        return Verdict("roll_back" if self.roll_backs < self.config.guard_roll_backs else "stop", why, began=first_bad - 1)
+        return Decision("roll_back" if self.roll_backs < self.config.guard_roll_backs else "stop", why, began=first_bad - 1)
 
     def _usual_loss(self) -> float:
         """Return the median of the losses before those being judged, at most 25 times the first one; inf without any."""
@@ -243,7 +243,7 @@ class Guard:
             self._learn(norms)
 
 
-def on_its_way(seen: Tensor) -> Callable[[], Tensor]:
+def async_copy_to_cpu(seen: Tensor) -> Callable[[], Tensor]:
     """Start an asynchronous copy from the GPU and return a function that waits for that copy only, not for later GPU work."""
     if not seen.is_cuda:
         return lambda: seen

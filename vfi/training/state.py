@@ -25,10 +25,10 @@ from torch.utils._pytree import tree_map_only
 
 from vfi.checkpoint.store import EMA, RANDOM, STATE, State, read_random, read_state
 from vfi.checkpoint.weights import read_optimizer, read_weights, refuse_differences
-from vfi.distributed.strategy import Whole
+from vfi.distributed.strategy import DDPStrategy
 from vfi.errors import CheckpointError
 from vfi.training.ema import Ema
-from vfi.training.gradient_monitor import Guard
+from vfi.training.gradient_monitor import GradientMonitor
 
 
 class Snapshot(NamedTuple):
@@ -83,9 +83,9 @@ def scaler_state(accelerator: Accelerator) -> dict[str, float]:
 def restore(
     accelerator: Accelerator,
     snapshot: Snapshot,
-    shards: Whole,
+    shards: DDPStrategy,
     ema: Ema | None,
-    guard: Guard | None,
+    guard: GradientMonitor | None,
     say: Callable[[str], None],
 ) -> None:
     """Restore everything but the weights and the position: optimizer, EMA, loss scale, guard, random generators.
@@ -123,7 +123,7 @@ def _restore_scaler(scaler: torch.amp.GradScaler | None, snapshot: Snapshot, say
     scaler.load_state_dict(saved)
 
 
-def _restore_guard(guard: Guard | None, snapshot: Snapshot) -> None:
+def _restore_guard(guard: GradientMonitor | None, snapshot: Snapshot) -> None:
     if guard is None or not snapshot.state.guard:  # a fresh guard learns within its window what is usual
         return
     try:

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from vfi.config.configs import Config
-from vfi.model.compile import compile_parts, recompute
+from vfi.model.compile import checkpoint_activations, compile_modules
 from vfi.model.interpolator import FrameInterpolator
 from vfi.ops.triton.precompile import compiling_ahead
-from vfi.training.cuda_graphs import Recorder, record_passes
+from vfi.training.cuda_graphs import GraphRecorder, capture_graphs
 from vfi.training.losses import training_losses
 from vfi.training.optimizer import build_optimizer
 
@@ -26,10 +26,10 @@ class TrainingStep:
         self.config, self.device, self.precision, self.accumulating = config, device, precision, accumulating
         self.model = FrameInterpolator(config.model, device).train()
         if config.compute.compile:
-            compile_parts(self.model)
+            compile_modules(self.model)
         if config.compute.checkpointing:
-            recompute(self.model)
-        self.recorder: Recorder | None = None
+            checkpoint_activations(self.model)
+        self.recorder: GraphRecorder | None = None
         self.optimizer = build_optimizer(self.model, config.optim, config.compute.cuda_graphs)
         self.weights = sum(parameter.nbytes for parameter in self.model.parameters())
 
@@ -53,7 +53,7 @@ class TrainingStep:
 
     def __call__(self, frames: tuple[Tensor, ...]) -> None:
         if self.config.compute.cuda_graphs and self.recorder is None:
-            self.recorder = record_passes(self.model)  # only after compiling ahead, during which no kernel may run
+            self.recorder = capture_graphs(self.model)  # only after compiling ahead, during which no kernel may run
         self.loss(frames).backward()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=not self.accumulating)

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from vfi.checkpoint import pretrained_folder, store, weights
 from vfi.checkpoint.store import SavedPosition, State
 from vfi.config.configs import KNOWN_STEPS, UNTRAINED, Config, ConfigError, accumulation
-from vfi.data.bad_samples import Skipped, Tally
+from vfi.data.bad_samples import BadSampleCounts, BadSampleMonitor
 from vfi.data.batch import FrameBatch
 from vfi.data.loader import TrainingLoader
 from vfi.data.sampler import Position
@@ -28,22 +28,22 @@ from vfi.distributed.collectives import check_agreement, on_main
 from vfi.distributed.gradients import copies, layer_groups, update_ratios
 from vfi.distributed.launcher_checks import asked_precision, idle_gpus, start_accelerator
 from vfi.distributed.select import sharding
-from vfi.distributed.watchdog import Watch
+from vfi.distributed.watchdog import Watchdog
 from vfi.errors import CheckpointError, Stopped
 from vfi.io.dataclass_json import to_json, write_text
-from vfi.model.compile import compile_parts, recompute
+from vfi.model.compile import checkpoint_activations, compile_modules
 from vfi.model.hyper_connections import MixingRecord, annealing_factor, mixing_report, recording, set_annealing
 from vfi.model.interpolator import FrameInterpolator
-from vfi.model.matvlm_init import init_mamba_from_attn, untrained_donor
+from vfi.model.matvlm_init import init_mamba_from_attn, random_source
 from vfi.ops.loss.laplacian import choose_loss
 from vfi.runtime.numerics import set_numerics
 from vfi.tracking.environment import METRICS, environment, versions, write_environment
 from vfi.tracking.tracker import Tracker
-from vfi.training.auto_batch_size import fit_batch
-from vfi.training.cuda_graphs import Recorder, let_segments_grow, record_passes
+from vfi.training.auto_batch_size import find_batch_size
+from vfi.training.cuda_graphs import GraphRecorder, capture_graphs, enable_expandable_segments
 from vfi.training.divergence import _ANNEALING_RISE, Part, Snapshots, TrainingError, go_back, suspects
 from vfi.training.ema import Ema
-from vfi.training.gradient_monitor import GO, Guard, Verdict, on_its_way
+from vfi.training.gradient_monitor import PROCEED, Decision, GradientMonitor, async_copy_to_cpu
 from vfi.training.losses import training_losses
 from vfi.training.optimizer import annealing, build_optimizer, carry_over, freeze, learning_rate
 from vfi.training.progress_bar import progress
@@ -58,10 +58,10 @@ DEFAULT_EPOCHS = {1: 300, 2: 200, 3: 100}  # by phase
 _FAULTS_SHOWN = 5  # bad samples printed to the screen for each row of metrics
 
 
-class Move(NamedTuple):
+class StepResult(NamedTuple):
     """The result of one optimizer step; tensors are on the device."""
 
-    verdict: Verdict
+    decision: Decision
     norm: Tensor
     """Norm of the whole gradient, before clipping."""
     norms: Tensor
@@ -81,9 +81,9 @@ class Trainer:
         self.folder = Path(self.run.output_dir) / self.run.exp_name
         self.start_from = self._resume_point()
         if config.compute.cuda_graphs:
-            let_segments_grow()
+            enable_expandable_segments()
         self.accelerator = start_accelerator(config)
-        self.shards = sharding(self.accelerator)
+        self.strategy = sharding(self.accelerator)
         self.accumulation = self.accelerator.gradient_accumulation_steps
         device, rank, world = self.accelerator.device, self.accelerator.process_index, self.accelerator.num_processes
         set_numerics(config.compute.tf32, config.compute.deterministic)
@@ -93,22 +93,22 @@ class Trainer:
             with_flow=self.distils and flow_teacher is None,
         )  # fmt: skip
         self.validation = Validation(self.data) if self.data.val_path else None
-        self.watch = Watch(device, self.run.timeout_minutes * 60, signals=not self.run.dry_run)
+        self.watch = Watchdog(device, self.run.timeout_minutes * 60, signals=not self.run.dry_run)
         self._fit_batch()
         # far enough apart for the guard to notice, before the next snapshot, trouble that began before this one
         self.snapshots = Snapshots(max(KNOWN_STEPS, config.guard.guard_window // 4 + 1))
         self.raised_annealing = 0.0  # by the guard, for good
-        self.can_keep_snapshots = config.guard.guard and config.guard.guard_roll_backs > 0 and self.shards.name == "none"
+        self.can_keep_snapshots = config.guard.guard and config.guard.guard_roll_backs > 0 and self.strategy.name == "none"
         self._build(self._read_resumed())
         self.tracker = Tracker(self.folder, self.step, self.accelerator.is_main_process)
         if self.data.batch_size != config.data.batch_size:
             numbers = {"batch_size": self.data.batch_size, "accumulation": self.accumulation}
             self.tracker.log(self.step, "batch", asked=config.data.batch_size, **numbers)
-        self.tally, self.skipped = Tally(), Skipped(self.data.max_fault_rate, self.loader.plan.samples)
+        self.tally, self.skipped = BadSampleCounts(), BadSampleMonitor(self.data.max_fault_rate, self.loader.plan.samples)
 
     def _fit_batch(self) -> None:
         """Reduce the batch size and accumulate more batches where a GPU can't hold --batch_size."""
-        smaller = fit_batch(self.config, self.accelerator, self.shards.name, self.say)
+        smaller = find_batch_size(self.config, self.accelerator, self.strategy.name, self.say)
         if smaller is None:
             return
         self.config, self.data = smaller, smaller.data
@@ -121,7 +121,7 @@ class Trainer:
         check_agreement(self.accelerator, self.start_from)
         for line in self.found:
             self.say(line)
-        return read_snapshot(self.start_from) if self.going_on and self.start_from else None
+        return read_snapshot(self.start_from) if self.is_resume and self.start_from else None
 
     def _build(self, snapshot: Snapshot | None) -> None:
         """Build network, optimizer and data position, from `snapshot` or from scratch; also after a roll-back."""
@@ -139,7 +139,7 @@ class Trainer:
         self.position = self._position(saved)
         self.batches = self.loader.batches(self.position)
         self.upcoming: FrameBatch | None = None
-        self.begun: dict[str, Tensor] | None = None
+        self.next_losses: dict[str, Tensor] | None = None
         epochs = self.run.epochs or DEFAULT_EPOCHS[config.model.phase]
         self.total = self.run.steps or self.step + self.loader.plan.steps_until(self.position, epochs)
         if self.frozen and self.start_from is None:
@@ -151,34 +151,34 @@ class Trainer:
             freeze(self.network.backbone)
         self.parameters = sum(parameter.numel() for parameter in self.network.parameters())
         if config.compute.compile:
-            compile_parts(self.network)
+            compile_modules(self.network)
         if config.compute.checkpointing:
-            recompute(self.network)
+            checkpoint_activations(self.network)
         self.recorder = self._record() if config.compute.cuda_graphs else None
-        self.shards.settle(config, self.frozen)
-        self.model, self.optimizer = self.shards.prepare(self.network, self._build_optimizer)
+        self.strategy.configure(config, self.frozen)
+        self.model, self.optimizer = self.strategy.prepare(self.network, self._build_optimizer)
         self.ema = Ema(self.network, config.optim.ema) if config.optim.ema else None
         self.score: Score | None = None
         self.groups = layer_groups(self.network)
-        self.guard = Guard(self.groups, config.guard) if config.guard.guard else None
+        self.monitor = GradientMonitor(self.groups, config.guard) if config.guard.guard else None
         if snapshot is not None:
-            restore(self.accelerator, snapshot, self.shards, self.ema, self.guard, self.say)
+            restore(self.accelerator, snapshot, self.strategy, self.ema, self.monitor, self.say)
 
     def _build_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
         return build_optimizer(model, self.config.optim, self.config.compute.cuda_graphs)
 
-    def _record(self) -> Recorder:
+    def _record(self) -> GraphRecorder:
         """Capture the network's passes as CUDA graphs; ConfigError where that is not possible."""
         device = self.accelerator.device.type
         if device != "cuda":
             raise ConfigError(f"--cuda_graphs is for a CUDA GPU, and this trains on {device}: leave it out")
-        if self.shards.name != "none":
-            raise ConfigError(f"--cuda_graphs needs weights that stay where they are, and {self.shards.name} moves them")
-        return record_passes(self.network)
+        if self.strategy.name != "none":
+            raise ConfigError(f"--cuda_graphs needs weights that stay where they are, and {self.strategy.name} moves them")
+        return capture_graphs(self.network)
 
     def _resume_point(self) -> Path | None:
         """Return the verified checkpoint to start from, or None; ConfigError rather than mix two runs in one folder."""
-        self.going_on, self.found = False, list[str]()
+        self.is_resume, self.found = False, list[str]()
         auto, newest = self.run.resume == "auto", store.latest(self.folder)
         if newest and not auto:
             raise ConfigError(
@@ -187,7 +187,7 @@ class Trainer:
             )
         if newest:
             path, self.found = store.newest_whole(self.folder)
-            self.going_on = True
+            self.is_resume = True
             return path
         first = self.run.start_from or ("" if auto else self.run.resume)
         if not first:
@@ -265,7 +265,7 @@ class Trainer:
     def _transplant(self) -> None:
         """Initialise the scan from a donor's attention (MaTVLM), and report what was copied."""
         if self.run.matvlm_donor == UNTRAINED:
-            donor, steps = untrained_donor(self.config.model, self.run.seed + 1), 0
+            donor, steps = random_source(self.config.model, self.run.seed + 1), 0
         else:
             path = store.find(self.run.matvlm_donor, self.run.output_dir)
             heads = self.config.model.head_dim, store.read_config(path).model.head_dim
@@ -288,7 +288,7 @@ class Trainer:
         device, world = self.accelerator.device, self.accelerator.num_processes
         size = f"{self.parameters / 1e6:.2f} M parameters"
         self.say(f"run {self.folder}: preset {self.run.preset}, phase {self.config.model.phase}, {size}")
-        where = device.type if self.shards.name == "none" else f"{device.type} in shards ({self.shards.name})"
+        where = device.type if self.strategy.name == "none" else f"{device.type} in shards ({self.strategy.name})"
         self.say(
             f"{world} process{'es' * (world > 1)} on {where}, precision {asked_precision()}, "
             f"global batch {self.loader.plan.global_batch} = {self.data.batch_size} * {world} * {self.accumulation} accumulated"
@@ -299,7 +299,7 @@ class Trainer:
         self.say(f"{plan.samples} samples{mixed}, {plan.steps_per_epoch} steps an epoch, {epochs:.1f} epochs")
         for choice in self.choices:
             self.say(choice)
-        if self.guard and self.shards.name != "none":
+        if self.monitor and self.strategy.name != "none":
             self.say(
                 "weights are in shards: the guard keeps no state in memory and goes back to checkpoints alone (--save_every)"
             )
@@ -307,7 +307,7 @@ class Trainer:
             self.say(f"{idle_gpus()} more GPUs are visible and not used: accelerate_configs/ddp.yaml uses several")
         if self.accelerator.is_main_process:
             write_text(self.folder / store.CONFIG, to_json(self.config))
-            content = environment(device) | {"processes": world, "precision": asked_precision(), "sharding": self.shards.name}
+            content = environment(device) | {"processes": world, "precision": asked_precision(), "sharding": self.strategy.name}
             write_environment(self.folder, content | {"choices": self.choices, "from_step": self.step})
 
     def fit(self) -> None:
@@ -331,7 +331,7 @@ class Trainer:
     def catch_up(self) -> None:
         """Run the validation of the step that training resumes from, if the run was stopped before it."""
         due = self.validation is not None and (self.step % self.run.val_every == 0 or self.step >= self.total)
-        missing = self.going_on and due and not self.tracker.has(self.step, "val")
+        missing = self.is_resume and due and not self.tracker.has(self.step, "val")
         if self.watch.agreement.any(missing, at_once=True) and not self.validate():
             self.end_early()
 
@@ -348,24 +348,24 @@ class Trainer:
         watching = recording(self.network) if due else contextlib.nullcontext({})
         with watching as records:
             losses, parts = self.optimise(meter)
-        move = self.move(losses["loss"], measured=due)
+        result = self.optimizer_step(losses["loss"], measured=due)
         self.step += 1
         self.position = self.loader.plan.after(self.position)
-        if move.verdict.action != "go":
-            self.respond(move.verdict, parts)
-        if move.verdict.action == "roll_back":
+        if result.decision.action != "go":
+            self.respond(result.decision, parts)
+        if result.decision.action == "roll_back":
             meter.restart()
             bar.n = self.step
             bar.refresh()
             return
-        meter.add(losses, move.verdict.moves)
+        meter.add(losses, result.decision.moves)
         bar.update()
         if due:
             mean = self.accelerator.reduce(meter.mean_losses(), reduction="mean")
-            hidden = self.recorder.hidden if self.recorder else 0
-            row = meter.read(mean, move.norm, hidden) | {"lr": self.rate(self.step - 1), "epoch": self.epoch}
-            row |= self.by_group("grad", move.norms)
-            row |= self.by_group("update", move.ratios) if self.shards.measures_updates else {}
+            pool_free = self.recorder.pool_bytes_free if self.recorder else 0
+            row = meter.read(mean, result.norm, pool_free) | {"lr": self.rate(self.step - 1), "epoch": self.epoch}
+            row |= self.by_group("grad", result.norms)
+            row |= self.by_group("update", result.ratios) if self.strategy.measures_updates else {}
             row |= {f"mixing_{name}": value for name, value in mixing_report(records).items()}
             self.check_finite(row["loss"], row["grad_norm"])
             bar.set_postfix(loss=f"{row['loss']:.4f}", samples_s=f"{row['samples_per_s']:.1f}", refresh=False)
@@ -378,7 +378,7 @@ class Trainer:
             with meter.paused():
                 stopping = stopping or (validating and not self.validate())
                 if saving or stopping:
-                    self.save(losses["loss"], move.norm)
+                    self.save(losses["loss"], result.norm)
         self.keep_snapshot()
         if stopping:
             self.end_early()
@@ -388,7 +388,7 @@ class Trainer:
         assert self.validation is not None
         with self.ema.in_place() if self.ema else contextlib.nullcontext():
             self.score = self.validation.run(
-                self.network, self.accelerator, self.tracker, self.watch, self.step, self.shards.in_step
+                self.network, self.accelerator, self.tracker, self.watch, self.step, self.strategy.forward_is_collective
             )
         self.train_mode()
         if self.score:
@@ -416,7 +416,7 @@ class Trainer:
         freeze(self.network.backbone, frozen=False)
         optimizer = self._build_optimizer(self.network)
         carry_over(old, optimizer)
-        self.model, self.optimizer = self.shards.renew(self.network, optimizer)
+        self.model, self.optimizer = self.strategy.rebuild_optimizer(self.network, optimizer)
 
     @property
     def epoch(self) -> float:
@@ -425,7 +425,7 @@ class Trainer:
 
     def rate(self, step: int) -> float:
         """Return the learning rate of a step."""
-        return learning_rate(step, self.total, self.config.optim) * (self.guard.rate_factor if self.guard else 1)
+        return learning_rate(step, self.total, self.config.optim) * (self.monitor.rate_factor if self.monitor else 1)
 
     def optimise(self, meter: Meter) -> tuple[dict[str, Tensor], list[Part]]:
         """Accumulate the gradient of one step over `accumulation` batches.
@@ -440,10 +440,10 @@ class Trainer:
             batch, self.upcoming = self.upcoming, None
             assert batch is not None
             self.tally.add(len(batch.keys), batch.faults)
-            with self.shards.accumulate():
-                losses, self.begun = self.begun or self.forward(batch, self.step + 1), None
+            with self.strategy.accumulate():
+                losses, self.next_losses = self.next_losses or self.forward(batch, self.step + 1), None
                 self.watch.at(f"the backward pass of step {self.step + 1}")
-                self.shards.backward(losses["loss"])
+                self.strategy.backward(losses["loss"])
             parts.append((losses["loss"].detach(), batch.keys))
             for name, loss in losses.items():
                 means[name] = means.get(name, 0) + loss.detach() / self.accumulation
@@ -464,48 +464,48 @@ class Trainer:
         with meter.waiting(self.accelerator.device):
             self.upcoming = next(self.batches)
 
-    def move(self, loss: Tensor, measured: bool) -> Move:
+    def optimizer_step(self, loss: Tensor, measured: bool) -> StepResult:
         """Check the gradient and, if the guard allows it, update the weights; `measured`: also measure how much they change."""
         self.watch.at(f"the update of step {self.step + 1}")
         for group in self.optimizer.param_groups:
             group["lr"] = self.rate(self.step)
-        norms = self.shards.gradient_norms(self.groups)
+        norms = self.strategy.gradient_norms(self.groups)
         norm, ratios = torch.linalg.vector_norm(norms), torch.zeros_like(norms)
         longest = self.config.optim.clip_norm or math.inf
-        verdict = self.judge(loss, norms, norm, longest) if self.guard else GO
-        if verdict.action != "go":
-            self.begun = None
-        if verdict.moves:
-            before = copies(self.groups) if measured and self.shards.measures_updates else None
-            if self.begun:
-                self.shards.forget()
+        decision = self.decide(loss, norms, norm, longest) if self.monitor else PROCEED
+        if decision.action != "go":
+            self.next_losses = None
+        if decision.moves:
+            before = copies(self.groups) if measured and self.strategy.measures_updates else None
+            if self.next_losses:
+                self.strategy.zero_grad()
             else:
-                self.shards.step(norm, min(longest, verdict.clip_norm))
+                self.strategy.step(norm, min(longest, decision.clip_norm))
             if self.ema and not self.optimizer.step_was_skipped:
                 self.ema.update()
             if before:
                 ratios = update_ratios(self.groups, before)
         else:
-            self.shards.drop()
-        return Move(verdict, norm, norms, ratios)
+            self.strategy.skip_step()
+        return StepResult(decision, norm, norms, ratios)
 
-    def judge(self, loss: Tensor, norms: Tensor, norm: Tensor, longest: float) -> Verdict:
-        """Return the guard's verdict on this step, from the same numbers on all processes.
+    def decide(self, loss: Tensor, norms: Tensor, norm: Tensor, longest: float) -> Decision:
+        """Return the guard's decision on this step, from the same numbers on all processes.
 
         Reading those numbers makes the program wait for the device, which then waits for the program. So, where possible, the
-        optimizer step is tried and the next forward pass started before they are read: see `may_run_ahead`.
+        optimizer step is tried and the next forward pass started before they are read: see `can_run_ahead`.
         """
-        assert self.guard is not None
+        assert self.monitor is not None
         scaler = self.accelerator.scaler
         seen = self.accelerator.reduce(torch.cat((loss.reshape(1), norms)), reduction="mean")
-        if self.upcoming and self.may_run_ahead():
-            arrived = on_its_way(seen)
-            self.shards.try_step(norm, longest, self.guard.doubts(seen))
-            self.begun = self.forward(self.upcoming, self.step + 2)
-            seen = arrived()
-        return self.guard.judge(self.step + 1, seen, scaler.get_scale() if scaler else 1.0)
+        if self.upcoming and self.can_run_ahead():
+            wait = async_copy_to_cpu(seen)
+            self.strategy.speculative_step(norm, longest, self.monitor.needs_review(seen))
+            self.next_losses = self.forward(self.upcoming, self.step + 2)
+            seen = wait()
+        return self.monitor.decide(self.step + 1, seen, scaler.get_scale() if scaler else 1.0)
 
-    def may_run_ahead(self) -> bool:
+    def can_run_ahead(self) -> bool:
         """Return whether the next forward pass may start before the guard has seen the numbers of this step.
 
         It may where nothing else happens between the two steps or changes with the next one. An unusual step is undone on the
@@ -515,30 +515,30 @@ class Trainer:
         due = (run.log_every, run.save_every, run.val_every, self.snapshots.every)
         special = this + 1 == self.total or any(step % every == 0 for every in due for step in (this, this + 1))
         changes = self.frozen or annealing(this, self.total, self.config.optim) > 0
-        able = self.accumulation == 1 and self.shards.can_try and _waits_for(self.accelerator.device)
+        able = self.accumulation == 1 and self.strategy.can_try and _waits_for(self.accelerator.device)
         return able and not special and not changes
 
     def by_group(self, kind: str, values: Tensor) -> dict[str, float]:
         """Return one value per layer group as entries of a row of metrics."""
         return {f"{kind}_{name}": value for name, value in zip(self.groups, values.tolist(), strict=True)}
 
-    def respond(self, verdict: Verdict, parts: list[Part]) -> None:
-        """Carry out the guard's verdict beyond the step itself, and log it; TrainingError where training can't continue."""
-        assert self.guard is not None
+    def respond(self, decision: Decision, parts: list[Part]) -> None:
+        """Carry out the guard's decision beyond the step itself, and log it; TrainingError where training can't continue."""
+        assert self.monitor is not None
         step, samples = self.step, suspects(parts)
         numbers: dict[str, float] = {}
-        if verdict.action == "watch":
-            numbers["clip_norm"] = verdict.clip_norm
-        if verdict.building and self.config.model.mixing != "none":
+        if decision.action == "watch":
+            numbers["clip_norm"] = decision.clip_norm
+        if decision.building and self.config.model.mixing != "none":
             numbers["annealing"] = self.raise_annealing()
-        if verdict.action == "roll_back":
-            numbers = self.roll_back(verdict) | {"from_step": step}
-        self.tracker.log(self.step, verdict.action, why=[verdict.why], samples=samples, **numbers)
-        if verdict.action != "watch" or self.guard.in_a_row == 1:
+        if decision.action == "roll_back":
+            numbers = self.roll_back(decision) | {"from_step": step}
+        self.tracker.log(self.step, decision.action, why=[decision.why], samples=samples, **numbers)
+        if decision.action != "watch" or self.monitor.in_a_row == 1:
             given = "".join(f", {name} {value:.3g}" for name, value in numbers.items())
-            self.say(f"step {step}: {verdict.action}{given}: {verdict.why}; samples {', '.join(samples[:_FAULTS_SHOWN])} …")
-        if verdict.action == "stop":
-            self.give_up(verdict.why, f"the run went back {self.guard.roll_backs} times, as --guard_roll_backs allows")
+            self.say(f"step {step}: {decision.action}{given}: {decision.why}; samples {', '.join(samples[:_FAULTS_SHOWN])} …")
+        if decision.action == "stop":
+            self.give_up(decision.why, f"the run went back {self.monitor.roll_backs} times, as --guard_roll_backs allows")
 
     def raise_annealing(self) -> float:
         """Move the residual mixing a tenth closer to the identity, permanently, and return the annealing factor."""
@@ -547,24 +547,24 @@ class Trainer:
         self.least_annealing = self.raised_annealing = annealing_factor(self.network)
         return self.least_annealing
 
-    def roll_back(self, verdict: Verdict) -> dict[str, float]:
+    def roll_back(self, decision: Decision) -> dict[str, float]:
         """Return to the last good state, with a lower learning rate from now on; return what has changed, for the log."""
         self.watch.at(f"going back from step {self.step}")
-        former, snapshot = self.guard, go_back(self.accelerator, self.folder, verdict.began, self.snapshots)
+        former, snapshot = self.monitor, go_back(self.accelerator, self.folder, decision.began, self.snapshots)
         if snapshot is None:
             where = "in memory or as a checkpoint" if self.can_keep_snapshots else "as a checkpoint"
-            self.give_up(verdict.why, f"there is no good state from before step {verdict.began} to go back to, {where}")
+            self.give_up(decision.why, f"there is no good state from before step {decision.began} to go back to, {where}")
         self.accelerator.free_memory()
         self._build(snapshot)
         # what the schedule has raised is to fall again: other weights were learnt under it
         self.least_annealing = max(self.least_annealing, self.raised_annealing)
         set_annealing(self.network, self.least_annealing)
-        assert self.guard is not None
+        assert self.monitor is not None
         assert former is not None
-        self.guard.go_on_after(former)
+        self.monitor.resume_after(former)
         self.train_mode()
         self.keep_snapshot()
-        numbers = {"roll_backs": self.guard.roll_backs, "rate_factor": self.guard.rate_factor}
+        numbers = {"roll_backs": self.monitor.roll_backs, "rate_factor": self.monitor.rate_factor}
         return numbers | {"from_memory": float(snapshot.path is None)}
 
     def give_up(self, why: str, more: str) -> NoReturn:
@@ -593,7 +593,7 @@ class Trainer:
         Both are the same on all processes, so all of them stop. With a guard such a step was not taken.
         """
         finite = math.isfinite(loss) and (math.isfinite(norm) or self.optimizer.step_was_skipped)  # by the loss scaler
-        if self.guard is None and not finite:
+        if self.monitor is None and not finite:
             raise TrainingError(
                 f"the loss is {loss}, the norm of the gradient {norm} at step {self.step}; the last good checkpoint is "
                 f"{store.latest(self.folder) or 'none'}. Try a lower --lr or a longer --warmup_steps"
@@ -602,7 +602,7 @@ class Trainer:
     def report_faults(self) -> None:
         """Report the samples that any process has skipped since the last row, and stop when there are too many."""
         fresh = self.skipped.add(gather_object([self.tally]))
-        self.tally = Tally()
+        self.tally = BadSampleCounts()
         if not fresh:
             return
         named = [f"{fault.kind}: {fault.where}: {fault.why}" + f" ({n} times)" * (n > 1) for fault, n in fresh.items()]
@@ -626,16 +626,18 @@ class Trainer:
     def take_snapshot(self) -> Snapshot:
         """Return everything that the run needs to resume from here; its tensors are the ones being trained, not copies."""
         (epoch, done), order = self.position, self.loader.plan.order
-        model, optimizer = self.shards.weights(), self.shards.optimizer_state()
-        ema, updates = (self.shards.gathered(self.ema.weights()), self.ema.updates) if self.ema else (None, 0)
+        model, optimizer = self.strategy.weights(), self.strategy.optimizer_state()
+        ema, updates = (self.strategy.gathered(self.ema.weights()), self.ema.updates) if self.ema else (None, 0)
         psnr = self.score.psnr if self.score and self.score.step == self.step and math.isfinite(self.score.psnr) else None
-        guard = self.guard.state_dict() if self.guard else {}
+        guard = self.monitor.state_dict() if self.monitor else {}
         state = State(self.step, epoch, done, order, psnr, updates, scaler_state(self.accelerator), guard, versions())
         return Snapshot(None, state, model, optimizer, ema, gather_random(self.accelerator))
 
     def keep_snapshot(self) -> None:
         """Keep the state of this step in memory, where due: the cost of a roll-back does not depend on --save_every."""
-        if self.guard and self.can_keep_snapshots and self.snapshots.should_keep(self.step, self.guard.first_doubtful_step()):
+        if not (self.monitor and self.can_keep_snapshots):
+            return
+        if self.snapshots.should_keep(self.step, self.monitor.first_doubtful_step()):
             self.watch.at(f"the copy in memory of step {self.step}")
             self.snapshots.keep(self.take_snapshot())
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from vfi.config.configs import ConfigError, DataConfig
 from vfi.data.evaluation_loader import evaluation_batches, evenly_spaced
 from vfi.data.shard_cache import cache_at, shard_folder
-from vfi.distributed.watchdog import Watch
+from vfi.distributed.watchdog import Watchdog
 from vfi.metrics.flow_color import flow_image
 from vfi.metrics.image_quality import psnr
 from vfi.model.interpolator import MIN_SIZE, FrameInterpolator, Prediction
@@ -48,23 +48,29 @@ class Validation:
         self.numbers = evenly_spaced(index.samples, config.val_samples)
 
     def run(
-        self, network: FrameInterpolator, accelerator: Accelerator, tracker: Tracker, watch: Watch, step: int, in_step: bool
+        self,
+        network: FrameInterpolator,
+        accelerator: Accelerator,
+        tracker: Tracker,
+        watch: Watchdog,
+        step: int,
+        forward_is_collective: bool,
     ) -> Score | None:
         """Measure `network`, which is left in eval mode, on all processes together, and log the score.
 
-        Returns None on all processes where one was told to stop meanwhile: nothing is measured then. `in_step`: the network is
-        in shards, which only all processes together can use, so each process takes the same number of samples.
+        Returns None on all processes where one was told to stop meanwhile: nothing is measured then. `forward_is_collective`:
+        the network is in shards, which only all processes together can use, so each process takes the same number of samples.
         """
         watch.at(f"validation after step {step}")
         sums = torch.zeros(4, dtype=torch.float64, device=accelerator.device)
         network.eval()
         mine = self.numbers[accelerator.process_index :: accelerator.num_processes]
-        missing = math.ceil(len(self.numbers) / accelerator.num_processes) - len(mine) if in_step else 0
+        missing = math.ceil(len(self.numbers) / accelerator.num_processes) - len(mine) if forward_is_collective else 0
         numbers = [*mine, *self.numbers[:missing]]
         batches = evaluation_batches(self.folder, accelerator.device, numbers=numbers, workers=self.workers)
         for number, batch in enumerate(batches):
-            stopping = not watch.going_on()
-            if watch.stop(at_once=True) if in_step else stopping:
+            stopping = not watch.should_continue()
+            if watch.stop(at_once=True) if forward_is_collective else stopping:
                 sums[3] = 1
                 break
             with torch.no_grad(), accelerator.autocast():

@@ -30,7 +30,7 @@ from shards.sequence_filter import is_cut
 from vfi.errors import JobError, message_of
 from vfi.runtime.device import DeviceName, PrecisionName, describe_precision
 from vfi.video.container import Encoding, VideoInput, VideoOutput
-from vfi.video.convert import Options, between_for, check_sizes, convert
+from vfi.video.convert import Options, build_engine, check_sizes, convert
 
 MAX_FRAMES = 900
 """Most frames that a video may have: half a minute at 30 frames per second."""
@@ -63,13 +63,13 @@ class Made(NamedTuple):
     said: str
 
 
-class Work:
+class Session:
     """The model and the folder of its results; JobError, ShardError and CheckpointError say what can't be done."""
 
     def __init__(self, model: Path | None, device: DeviceName, precision: PrecisionName, folder: Path) -> None:
         self.folder, self.results = folder, folder / "results"
         self.settings = Options((), folder, model, device=device, precision=precision)
-        self.model = between_for(self.settings)
+        self.model = build_engine(self.settings)
         self.closed, self.busy = threading.Event(), threading.Lock()
 
     @property

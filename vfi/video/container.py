@@ -43,7 +43,7 @@ from shards.color_conversion import (
 )
 from shards.schema import ShardError
 from vfi.errors import JobError
-from vfi.video.resume import Replay
+from vfi.video.resume import PartialVideoReader
 
 _KEPT = ("audio", "subtitle")
 _USUAL = {
@@ -162,7 +162,7 @@ class VideoOutput:
 
     def __init__(
         self, path: Path, source: VideoInput | None, size: tuple[int, int], base: Fraction, rate: Fraction, encoding: Encoding,
-        slowdown: int = 1, begun: Replay | None = None,
+        slowdown: int = 1, begun: PartialVideoReader | None = None,
     ) -> None:  # fmt: skip
         self.path, self.source = path, source
         self.base, self.closed = base, False

@@ -20,14 +20,14 @@ from tqdm import tqdm
 from shards.schema import IMAGE_EXTENSIONS
 from shards.sequence_filter import CUT
 from vfi.errors import JobError
-from vfi.inference.engine import Between, Settings
+from vfi.inference.engine import InterpolationEngine, Settings
 from vfi.model.interpolator import MIN_SIZE
 from vfi.runtime.device import DeviceName, PrecisionName, describe_precision
 from vfi.video.container import Encoding, VideoInput, VideoOutput
 from vfi.video.folder import FolderInput, FolderOutput
-from vfi.video.pipeline import Care, Counts, add_frames
-from vfi.video.resume import Partial, Replay, copy_frames
-from vfi.video.timeline import Multiply, Rate, Timeline
+from vfi.video.pipeline import ConversionStats, FrameFilter, add_frames
+from vfi.video.resume import Partial, PartialVideoReader, copy_frames
+from vfi.video.timeline import FrameMultiplier, Rate, Timeline
 
 DEFAULT_FPS = 15.0
 
@@ -87,9 +87,9 @@ class Options:
     """auto selects a GPU if there is one."""
 
 
-def between_for(options: Options) -> Between:
+def build_engine(options: Options) -> InterpolationEngine:
     """Load the model with the settings of the options."""
-    return Between(Settings(**{field.name: getattr(options, field.name) for field in dataclasses.fields(Settings)}))
+    return InterpolationEngine(Settings(**{field.name: getattr(options, field.name) for field in dataclasses.fields(Settings)}))
 
 
 def _timeline(options: Options) -> Timeline:
@@ -105,7 +105,7 @@ def _timeline(options: Options) -> Timeline:
         if not 0.1 <= options.fps <= 1000:
             raise JobError(f"--fps {options.fps} must lie between 0.1 and 1000")
         return Rate(_fraction(options.fps))
-    return Multiply(options.slowmo, slower=True) if options.slowmo else Multiply(options.multiplier or 2)
+    return FrameMultiplier(options.slowmo, slower=True) if options.slowmo else FrameMultiplier(options.multiplier or 2)
 
 
 def _fraction(fps: float) -> Fraction:
@@ -114,7 +114,9 @@ def _fraction(fps: float) -> Fraction:
     return ntsc if ntsc and abs(float(ntsc) - fps) < 0.005 and fps != round(fps) else Fraction(fps).limit_denominator(1001)
 
 
-def convert(options: Options, path: Path, out: Path, model: Between, tick: Callable[[], object] = lambda: None) -> str:
+def convert(
+    options: Options, path: Path, out: Path, model: InterpolationEngine, tick: Callable[[], object] = lambda: None
+) -> str:
     """Convert a video or folder of frames to either kind, and return a line about it; `tick` is called for each frame read."""
     line, partial, temporary = _timeline(options), Partial.of(out), _temporary(out)
     facts = functools.partial(_facts, options, path, model)  # hashes all weights: only for when it is stopped or resumed
@@ -124,7 +126,7 @@ def convert(options: Options, path: Path, out: Path, model: Between, tick: Calla
         source, size = _open(options, path, stack)
         sink = _create(options, temporary, source, size, line, stack, partial.path, done)
         bar = stack.enter_context(tqdm(total=source.expected, unit="frame", desc=path.name, disable=None))
-        care = Care(options.scene_cut, options.drop_duplicates)
+        care = FrameFilter(options.scene_cut, options.drop_duplicates)
         began, busy = time.perf_counter(), model.seconds
         try:
             counts = add_frames(source, sink, line, model.start, care, lambda: (bar.update(), tick()))
@@ -143,7 +145,7 @@ def convert(options: Options, path: Path, out: Path, model: Between, tick: Calla
     return _described(out, source, counts, line, model) + _pace(counts, seconds, model.seconds - busy)
 
 
-def _facts(options: Options, path: Path, model: Between) -> dict[str, Any]:
+def _facts(options: Options, path: Path, model: InterpolationEngine) -> dict[str, Any]:
     """Return everything that a result depends on."""
     elsewhere = ("inputs", "out", "model", "device", "tile", "max_memory", "resume", "timestep")
     flags = {name: value for name, value in dataclasses.asdict(options).items() if name not in elsewhere}
@@ -201,7 +203,7 @@ def _create(
         return FolderOutput(path, source.colours, done)
     video = source if isinstance(source, VideoInput) else None
     base = line.start(0, source.base)
-    begun = stack.enter_context(contextlib.closing(Replay(partial, done))) if done else None
+    begun = stack.enter_context(contextlib.closing(PartialVideoReader(partial, done))) if done else None
     sink = VideoOutput(path, video, size, base, line.rate(source.rate), encoding, line.slowdown, begun)
     stack.callback(sink.give_up)
     for reason in sink.left_out:
@@ -209,7 +211,9 @@ def _create(
     return sink
 
 
-def _described(out: Path, source: VideoInput | FolderInput, counts: Counts, line: Timeline, model: Between) -> str:
+def _described(
+    out: Path, source: VideoInput | FolderInput, counts: ConversionStats, line: Timeline, model: InterpolationEngine
+) -> str:
     rates = (
         f"{counts.written} frames at {float(line.rate(source.rate)):g} per second from {counts.read} at {float(source.rate):g}"
     )
@@ -219,7 +223,7 @@ def _described(out: Path, source: VideoInput | FolderInput, counts: Counts, line
     return ", ".join([f"{out}: {rates}", *notes, _made_by(model)])
 
 
-def _pace(counts: Counts, seconds: float, model: float) -> str:
+def _pace(counts: ConversionStats, seconds: float, model: float) -> str:
     """Describe the speed and the time of the three stages, which run concurrently: the slowest one is the bottleneck."""
     shares = {"reading": counts.reading, "model": model, "writing": counts.writing}
     parts = ", ".join(f"{name} {part / seconds:.0%}" for name, part in shares.items())
@@ -274,5 +278,5 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _made_by(model: Between) -> str:
+def _made_by(model: InterpolationEngine) -> str:
     return f"by {model.loaded.name} at step {model.loaded.step} ({model.device.type}, {describe_precision(model.precision)})"

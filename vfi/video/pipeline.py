@@ -28,16 +28,16 @@ from shards.sequence_filter import CUT, is_cut, is_duplicate
 from vfi.errors import JobError
 from vfi.video.interfaces import Sink, Source
 from vfi.video.prefetch import _ahead, _Behind
-from vfi.video.timeline import Moment, Timeline
+from vfi.video.timeline import OutputFrame, Timeline
 
-Between = Callable[[np.ndarray, np.ndarray, Sequence[Fraction]], Callable[[], list[np.ndarray]]]
+InterpolationEngine = Callable[[np.ndarray, np.ndarray, Sequence[Fraction]], Callable[[], list[np.ndarray]]]
 """Two frames `[H, W, 3]` uint8 or uint16, timesteps -> a function that waits for the frames there, which have the same type."""
 _CONVERTING = 8  # threads: one of them takes longer for a 4K frame than a fast model
 _MOST_REPEATS = 4  # dropped in a row: a longer run is no pulldown but a static picture
 
 
 @dataclasses.dataclass(frozen=True)
-class Care:
+class FrameFilter:
     """Treatment of scene cuts and repeated frames."""
 
     scene_cut: float = CUT
@@ -47,7 +47,7 @@ class Care:
 
 
 @dataclasses.dataclass
-class Counts:
+class ConversionStats:
     """Statistics of a conversion."""
 
     read: int = 0
@@ -63,13 +63,18 @@ class Counts:
 
 
 def add_frames(
-    source: Source, sink: Sink, line: Timeline, between: Between, care: Care, tick: Callable[[], object] = lambda: None
-) -> Counts:
+    source: Source,
+    sink: Sink,
+    line: Timeline,
+    between: InterpolationEngine,
+    care: FrameFilter,
+    tick: Callable[[], object] = lambda: None,
+) -> ConversionStats:
     """Write all frames and the in-between frames; `tick` is called for each frame read. JobError for a source without frames.
 
     Where the sink is already `done` with some frames, the in-between frames among them are not interpolated again.
     """
-    counts = Counts()
+    counts = ConversionStats()
     # in this order: the reading thread must end before its source is closed, and no frame is converted after that
     with (
         ThreadPoolExecutor(max(2, min(_CONVERTING, os.cpu_count() or 1))) as pool,
@@ -107,7 +112,7 @@ class _Shown:
         return self.converted.result()[1]
 
 
-def _shown(source: Source, counts: Counts, pool: ThreadPoolExecutor) -> Iterator[_Shown | av.Packet]:
+def _shown(source: Source, counts: ConversionStats, pool: ThreadPoolExecutor) -> Iterator[_Shown | av.Packet]:
     """Yield the frames and packets of a source; frames are converted in the background."""
 
     def convert(frame: av.VideoFrame) -> tuple[np.ndarray, np.ndarray]:
@@ -131,9 +136,15 @@ class _Work:
     """One conversion in progress."""
 
     def __init__(
-        self, source: Source, behind: _Behind, line: Timeline, between: Between, care: Care, counts: Counts,
+        self,
+        source: Source,
+        behind: _Behind,
+        line: Timeline,
+        between: InterpolationEngine,
+        care: FrameFilter,
+        counts: ConversionStats,
         pool: ThreadPoolExecutor,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.source, self.behind, self.line, self.between, self.care = source, behind, line, between, care
         self.counts, self.pool = counts, pool
         self.before: _Shown | None = None
@@ -183,7 +194,7 @@ class _Work:
         made = self.pool.submit(convert)
         self._put(moments, lambda moment: made.result()[moment.timestep] if moment.timestep else before.frame)
 
-    def _put(self, moments: Sequence[Moment], frame: Callable[[Moment], av.VideoFrame]) -> None:
+    def _put(self, moments: Sequence[OutputFrame], frame: Callable[[OutputFrame], av.VideoFrame]) -> None:
         """Queue frames for writing; `frame` waits for each."""
         sink = self.behind.sink
 

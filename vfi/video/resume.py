@@ -88,7 +88,7 @@ def copy_frames(source: Path, target: Path) -> None:
             shutil.copy2(file, target / file.name)
 
 
-class Replay:
+class PartialVideoReader:
     """The packets of a partial video, one for each of its frames, in the order in which they were written."""
 
     def __init__(self, path: Path, frames: int) -> None:

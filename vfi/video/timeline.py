@@ -6,8 +6,8 @@
         moment.timestep, moment.pts          # timestep 0 is the frame itself; pts is in units of `base`
     for moment in line.last(pts, duration): …
 
-All times are integer multiples of a time base, so nothing drifts, however long a video is. `Multiply` keeps the variation of a
-variable frame rate; `Rate` makes it constant.
+All times are integer multiples of a time base, so nothing drifts, however long a video is. `FrameMultiplier` keeps the
+variation of a variable frame rate; `Rate` makes it constant.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from fractions import Fraction
 from typing import NamedTuple
 
 
-class Moment(NamedTuple):
+class OutputFrame(NamedTuple):
     """A frame of the output."""
 
     timestep: Fraction
@@ -29,7 +29,7 @@ class Moment(NamedTuple):
 
 
 @dataclasses.dataclass
-class Multiply:
+class FrameMultiplier:
     """Multiply the number of frames by `factor`: in the same time or, if `slower`, in `factor` times the time.
 
     N frames become (N - 1) factor + 1.
@@ -42,14 +42,14 @@ class Multiply:
         """Return the time base of the output, for an input whose first frame is at `pts` of `base`."""
         return base if self.slower else base / self.factor
 
-    def between(self, pts: int, after: int) -> Iterator[Moment]:
+    def between(self, pts: int, after: int) -> Iterator[OutputFrame]:
         """Yield the output's frames from the frame at `pts` up to the next one, at `after`."""
         for step in range(self.factor):
-            yield Moment(Fraction(step, self.factor), self.factor * pts + step * (after - pts))
+            yield OutputFrame(Fraction(step, self.factor), self.factor * pts + step * (after - pts))
 
-    def last(self, pts: int, duration: int) -> Iterator[Moment]:
+    def last(self, pts: int, duration: int) -> Iterator[OutputFrame]:
         """Yield the last frame."""
-        yield Moment(Fraction(0), self.factor * pts)
+        yield OutputFrame(Fraction(0), self.factor * pts)
 
     def rate(self, rate: Fraction) -> Fraction:
         """Return the frames per second of the output, for an input at `rate`."""
@@ -79,17 +79,17 @@ class Rate:
         self.next = pts * self.units
         return out
 
-    def between(self, pts: int, after: int) -> Iterator[Moment]:
+    def between(self, pts: int, after: int) -> Iterator[OutputFrame]:
         """Yield the output's frames from the frame at `pts` up to the next one, at `after`."""
         begin, end = pts * self.units, after * self.units
         while self.next < end:
-            yield Moment(Fraction(self.next - begin, end - begin), self.next)
+            yield OutputFrame(Fraction(self.next - begin, end - begin), self.next)
             self.next += self.step
 
-    def last(self, pts: int, duration: int) -> Iterator[Moment]:
+    def last(self, pts: int, duration: int) -> Iterator[OutputFrame]:
         """Yield the last frame, repeated for its `duration`."""
         while self.next < (pts + duration) * self.units:
-            yield Moment(Fraction(0), self.next)
+            yield OutputFrame(Fraction(0), self.next)
             self.next += self.step
 
     def rate(self, rate: Fraction) -> Fraction:
@@ -97,4 +97,4 @@ class Rate:
         return self.fps
 
 
-Timeline = Multiply | Rate
+Timeline = FrameMultiplier | Rate

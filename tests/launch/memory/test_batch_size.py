@@ -14,15 +14,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from launch.memory.batch_size import MARGIN, OUTSIDE_GIB, Card, choose_batch, identify
+from launch.memory.batch_size import MARGIN, OUTSIDE_GIB, GpuSpec, choose_batch, identify
 from launch.memory.model import (
     GIB,
     PROFILES,
     Entry,
     Fit,
+    ManualProfile,
     Point,
     Profiles,
-    Stated,
     add,
     fit_points,
     read_profiles,
@@ -40,9 +40,9 @@ COUNTED = {
 }  # fmt: skip
 CARDS = {"v100": (16, 32), "rtx5090": (32,), "a100": (40, 80), "h100": (80,), "h200": (141,)}
 STATED = (
-    Stated("v100", 16, 2, 256, "stated"),
-    Stated("rtx5090", 32, 8, 256, "stated"),
-    Stated("a100", 80, 16, 256, "stated"),
+    ManualProfile("v100", 16, 2, 256, "stated"),
+    ManualProfile("rtx5090", 32, 8, 256, "stated"),
+    ManualProfile("a100", 80, 16, 256, "stated"),
 )
 
 
@@ -298,7 +298,7 @@ def test_a_curriculum_is_judged_by_its_largest_crop():
 def test_cards_are_known_by_the_names_of_torch_and_slurm(name, kind, gib):
     card = identify(name, None, CARDS)
     assert (card.kind, card.gib) == (kind, pytest.approx(gib))
-    assert identify(name, 50.0, CARDS) == Card(kind, 50.0)
+    assert identify(name, 50.0, CARDS) == GpuSpec(kind, 50.0)
     assert bool(card.note) == (name == "a100")  # of two sizes the smaller one is taken, and that is said
 
 

@@ -25,7 +25,7 @@ from PIL import Image
 from shards.codecs import encode
 from shards.schema import Index, ShardError, read_index
 from vfi.config.configs import DataConfig
-from vfi.data.bad_samples import Fault, FaultError, FaultRateError, Skipped, Tally, printable
+from vfi.data.bad_samples import BadSample, BadSampleCounts, BadSampleMonitor, FaultError, FaultRateError, printable
 from vfi.data.evaluation_loader import evaluation_batches
 from vfi.data.loader import TrainingLoader
 from vfi.data.shard_reader import ShardReader, decode_triplet, usable_sample
@@ -170,7 +170,7 @@ def test_a_key_that_comes_again_is_a_fault_where_it_comes_again(folder):
     intact = reader.read(number)
     with pytest.raises(FaultError) as error:
         reader.read(number + 1)
-    assert error.value.fault == Fault("duplicate", intact["__where__"], "its key was there before in the same shard")
+    assert error.value.fault == BadSample("duplicate", intact["__where__"], "its key was there before in the same shard")
     assert reader.read(number + 2)["__key__"] not in (first, second)
 
 
@@ -404,26 +404,26 @@ def test_names_that_a_hostile_file_chose_stay_on_their_line():
 
 
 def test_an_error_survives_the_way_out_of_a_loader_process():
-    error = FaultError(Fault("image", "t.tar: sample k", "im1.png: it is no png"))
+    error = FaultError(BadSample("image", "t.tar: sample k", "im1.png: it is no png"))
     assert type(error)(str(error)).args == error.args  # how torch raises it again
     assert str(pickle.loads(pickle.dumps(error))) == "t.tar: sample k: im1.png: it is no png"
 
 
 def test_the_rate_is_that_of_all_processes_and_has_a_floor():
-    fault = Fault("image", "t.tar: sample k", "im1.png: it is no png")
-    skipped, tally = Skipped(0.01), Tally()
+    fault = BadSample("image", "t.tar: sample k", "im1.png: it is no png")
+    skipped, tally = BadSampleMonitor(0.01), BadSampleCounts()
     tally.add(4, [fault, fault])
     assert tally.reads == 6
-    assert skipped.add([tally, Tally(10, Counter({fault._replace(kind="shard"): 1}))]) == Counter(
+    assert skipped.add([tally, BadSampleCounts(10, Counter({fault._replace(kind="shard"): 1}))]) == Counter(
         {fault: 2, fault._replace(kind="shard"): 1}
     )
     assert (skipped.reads, skipped.rate) == (16, 3 / 16)
     assert skipped.numbers() == {"reads": 16, "rate": 3 / 16, "shard": 1, "duplicate": 0, "member": 0, "image": 2, "size": 0,
                                  "flow": 0}  # fmt: skip
     skipped.check(fault)  # 3 of 16 is no more than 10 of 1000
-    skipped.add([Tally(1984, Counter({fault: 17}))])
+    skipped.add([BadSampleCounts(1984, Counter({fault: 17}))])
     skipped.check(fault)  # 20 of 2000
-    skipped.add([Tally(1, Counter({fault: 1}))])
+    skipped.add([BadSampleCounts(1, Counter({fault: 1}))])
     with pytest.raises(
         FaultRateError, match=r"21 of 2001 samples read could not be used \(image 20, shard 1\).*0\.01.*sample k"
     ):
@@ -432,15 +432,15 @@ def test_the_rate_is_that_of_all_processes_and_has_a_floor():
 
 def test_a_broken_shard_of_a_large_set_is_judged_against_an_epoch():
     """A bundle of lanes stays in a few shards for long: one of 200 that is missing is an eighth of what is read meanwhile."""
-    fault = Fault("shard", "t.tar", "missing")
-    skipped = Skipped(0.01, epoch=51_200)
-    skipped.add([Tally(2000, Counter({fault: 256}))])
+    fault = BadSample("shard", "t.tar", "missing")
+    skipped = BadSampleMonitor(0.01, epoch=51_200)
+    skipped.add([BadSampleCounts(2000, Counter({fault: 256}))])
     skipped.check(fault)
-    skipped.add([Tally(1000, Counter({fault: 257}))])
+    skipped.add([BadSampleCounts(1000, Counter({fault: 257}))])
     with pytest.raises(FaultRateError, match="judged as of 51200 reads"):
         skipped.check(fault)
-    hopeless = Skipped(0.01, epoch=10**7)
-    hopeless.add([Tally(1000, Counter({fault: 501}))])
+    hopeless = BadSampleMonitor(0.01, epoch=10**7)
+    hopeless.add([BadSampleCounts(1000, Counter({fault: 501}))])
     with pytest.raises(FaultRateError):
         hopeless.check(fault)
 

@@ -14,32 +14,32 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from vfi.distributed.watchdog import Beat, Watch, hanging
+from vfi.distributed.watchdog import Heartbeat, Watchdog, find_stalled_ranks
 from vfi.runtime.stop_signals import STOPPING, Agreement, StopSignals
 
 CPU = torch.device("cpu")
 SECONDS = 60.0
-FAR = [Beat(9, 30, 70.0, "the backward pass of step 8"), Beat(9, 29, 70.0, "the forward pass of step 8")]
+FAR = [Heartbeat(9, 30, 70.0, "the backward pass of step 8"), Heartbeat(9, 29, 70.0, "the forward pass of step 8")]
 
 
 def test_the_process_that_is_behind_is_named():
-    assert hanging(FAR, [0, 0], SECONDS) == ([1], "the others wait for rank 1 at the forward pass of step 8")
+    assert find_stalled_ranks(FAR, [0, 0], SECONDS) == ([1], "the others wait for rank 1 at the forward pass of step 8")
 
 
 def test_a_silent_process_is_named_even_if_it_is_not_behind():
-    named, text = hanging(FAR, [8, 0], SECONDS)
+    named, text = find_stalled_ranks(FAR, [8, 0], SECONDS)
     assert named == [0]
     assert "no sign of life (stopped, killed, or its machine is gone) from rank 0 at the backward pass of step 8" in text
 
 
 def test_nobody_is_named_while_one_still_moves():
     moving = [FAR[0], FAR[1]._replace(idle=1.0)]
-    assert hanging(moving, [0, 0], SECONDS) is None
-    assert hanging(moving, [0, 8], SECONDS) is not None  # its last word was of a time when it moved
+    assert find_stalled_ranks(moving, [0, 0], SECONDS) is None
+    assert find_stalled_ranks(moving, [0, 8], SECONDS) is not None  # its last word was of a time when it moved
 
 
 def test_all_in_the_same_place_are_all_named():
-    named, text = hanging([FAR[0]] * 3, [0] * 3, SECONDS)
+    named, text = find_stalled_ranks([FAR[0]] * 3, [0] * 3, SECONDS)
     assert named == [0, 1, 2]
     assert "all processes stand at the backward pass of step 8" in text
 
@@ -48,11 +48,11 @@ def test_all_in_the_same_place_are_all_named():
 def ended(monkeypatch) -> list[str]:
     """What a watch says in place of ending the process."""
     said: list[str] = []
-    monkeypatch.setattr(Watch, "_end", lambda self, named, text: said.append(text))
+    monkeypatch.setattr(Watchdog, "_end", lambda self, named, text: said.append(text))
     return said
 
 
-def look_after(watch: Watch, acts: Iterable[Callable[[], object]]) -> None:
+def look_after(watch: Watchdog, acts: Iterable[Callable[[], object]]) -> None:
     """Let a watch look once after each act, as its thread does twice a second."""
     left = iter(acts)
 
@@ -69,7 +69,7 @@ def look_after(watch: Watch, acts: Iterable[Callable[[], object]]) -> None:
 
 
 def test_a_run_that_stands_still_is_ended_with_its_place(ended):
-    watch = Watch(CPU, 1.0)
+    watch = Watchdog(CPU, 1.0)
     look_after(watch, [lambda: watch.at("the wait for data of step 3"), lambda: None])
     assert ended == []
     look_after(watch, [lambda: None] * 2)
@@ -78,17 +78,17 @@ def test_a_run_that_stands_still_is_ended_with_its_place(ended):
 
 def test_a_run_that_moves_is_left_alone(ended):
     """It moves before every second look, and may pause for one."""
-    watch = Watch(CPU, 1.0)
-    moves = [lambda: watch.at("a step"), lambda: None, watch.going_on, lambda: None]
+    watch = Watchdog(CPU, 1.0)
+    moves = [lambda: watch.at("a step"), lambda: None, watch.should_continue, lambda: None]
     look_after(watch, moves * 10)
     assert ended == []
 
 
 def test_the_end_is_said_with_the_place_in_the_code():
     code = (
-        "import time, torch; from vfi.distributed.watchdog import Watch\n"
+        "import time, torch; from vfi.distributed.watchdog import Watchdog\n"
         "def stuck():\n    time.sleep(60)\n"
-        "with Watch(torch.device('cpu'), 1.0) as watch:\n    watch.at('the save of step 7')\n    stuck()\n"
+        "with Watchdog(torch.device('cpu'), 1.0) as watch:\n    watch.at('the save of step 7')\n    stuck()\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 1
@@ -136,11 +136,11 @@ def test_outside_the_main_thread_signals_stay_as_they_are():
 
 
 def test_a_watch_wants_to_stop_once_it_got_a_signal():
-    with Watch(CPU, 60.0) as watch:
-        assert watch.going_on()
+    with Watchdog(CPU, 60.0) as watch:
+        assert watch.should_continue()
         assert not watch.stop()
         os.kill(os.getpid(), signal.SIGUSR2)
-        assert not watch.going_on()
+        assert not watch.should_continue()
         assert watch.stop()
         assert watch.reason == "SIGUSR2"
 

@@ -18,12 +18,12 @@ from vfi.config import presets
 from vfi.errors import JobError
 from vfi.evaluation import latency
 from vfi.evaluation.external_models import load_any
-from vfi.evaluation.latency import SpeedOptions, make_ask, real_pairs
+from vfi.evaluation.latency import SpeedOptions, make_predictor, real_pairs
 from vfi.evaluation.latency_results import Speed, SpeedRow, against, is_speed, read_speed, table, write_speed
 from vfi.evaluation.results import ResultError
 from vfi.inference.loading import load, predict
 from vfi.io.dataclass_json import to_json
-from vfi.model.compile import compile_parts
+from vfi.model.compile import compile_modules
 from vfi.model.interpolator import FrameInterpolator
 from vfi.profiling.timing import WARMUP
 from vfi.runtime.cuda_graphs import Graphs
@@ -146,16 +146,16 @@ def test_a_call_makes_all_frames_and_the_features_once(runs, adapters, monkeypat
             return method(*args, **kwargs)
 
         monkeypatch.setattr(loaded.model, name, spy)
-    assert make_ask(loaded, 4, CPU, torch.float32, None)(*pair).shape == (3, 3, 32, 48)
+    assert make_predictor(loaded, 4, CPU, torch.float32, None)(*pair).shape == (3, 3, 32, 48)
     assert seen == [("encode", None), ("decode", 0.25), ("decode", 0.5), ("decode", 0.75)]
     del seen[:]
     assert torch.equal(
-        make_ask(loaded, 2, CPU, torch.float32, None)(*pair),
+        make_predictor(loaded, 2, CPU, torch.float32, None)(*pair),
         predict(loaded.model, *pair, torch.tensor([0.5]), torch.float32),
     )
     assert seen[0] == ("forward", None)
     adapter = load_any("speed_adapters:quick", CPU)
-    assert len(make_ask(adapter, 4, CPU, torch.float32, 0.5)(*pair)) == 3
+    assert len(make_predictor(adapter, 4, CPU, torch.float32, 0.5)(*pair)) == 3
     assert [call[2:] for call in adapters.calls] == [(0.25, 0.5), (0.5, 0.5), (0.75, 0.5)]
 
 
@@ -175,13 +175,13 @@ def test_compiled_parts_are_what_runs(runs, monkeypatch):
     monkeypatch.setattr(torch, "compile", compile)
     plain, loaded = load(runs / "moving", CPU), load(runs / "moving", CPU)
     refine = loaded.model.refine.forward
-    compile_parts(loaded.model, without_gradients=True)
+    compile_modules(loaded.model, without_gradients=True)
     pair = real_pairs(32, 48)[0]
     fast = dataclasses.replace(loaded, graphs=Graphs())
     for factor, decoded in ((2, 1), (4, 3)):
         del called[:]
-        found = make_ask(fast, factor, CPU, torch.float32, None)(*pair)
-        assert torch.equal(found, make_ask(plain, factor, CPU, torch.float32, None)(*pair))
+        found = make_predictor(fast, factor, CPU, torch.float32, None)(*pair)
+        assert torch.equal(found, make_predictor(plain, factor, CPU, torch.float32, None)(*pair))
         assert not found.requires_grad
         assert set(called) == set(made)
         assert called.count(refine) == decoded

@@ -7,14 +7,14 @@ import json
 import pytest
 
 from vfi.errors import JobError
-from vfi.evaluation.partial_scores import Ledger
+from vfi.evaluation.partial_scores import ScoreCache
 
 SETTINGS = {"data": "a" * 64, "models": {"first": "b" * 64}}
 
 
 def open_ledger(folder, settings=None, said=None, rank=0):
     """One process, whatever its rank: the others are those of an earlier start."""
-    ledger = Ledger(folder, settings or SETTINGS, 0, 1, (said if said is not None else []).append)
+    ledger = ScoreCache(folder, settings or SETTINGS, 0, 1, (said if said is not None else []).append)
     ledger.rank = rank
     return ledger
 

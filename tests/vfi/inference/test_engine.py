@@ -15,7 +15,7 @@ from torch import Tensor
 
 from vfi.errors import JobError
 from vfi.inference import engine
-from vfi.inference.engine import GIB, MOVES, STILL, Between, Settings, keep_still
+from vfi.inference.engine import GIB, MOVES, STILL, InterpolationEngine, Settings, keep_still
 from vfi.inference.flow_scale import auto_scale, longest_motion
 from vfi.inference.loading import LoadedModel
 from vfi.inference.tiling import SMALLEST
@@ -73,7 +73,9 @@ def test_a_caption_stays_to_the_bit_unless_that_is_not_wanted(run, monkeypatch):
     img1 = img0.copy()
     img1[:40] = rng.integers(0, 255, (40, 96, 3), dtype=np.uint8)
     monkeypatch.setattr(LoadedModel, "predict_several", lambda self, a, b, times, *rest: torch.rand(len(times), 3, 64, 96))
-    kept, not_kept = (Between(Settings(run, "cpu", keep_still=wanted))(img0, img1, [0.3, 0.6]) for wanted in (True, False))
+    kept, not_kept = (
+        InterpolationEngine(Settings(run, "cpu", keep_still=wanted))(img0, img1, [0.3, 0.6]) for wanted in (True, False)
+    )
     assert all(np.array_equal(image[46:], img0[46:]) for image in kept)
     assert not any(np.array_equal(image[46:], img0[46:]) for image in not_kept)
 
@@ -107,20 +109,20 @@ def test_auto_is_decided_pair_by_pair_and_refused_without_flow(run, monkeypatch)
     monkeypatch.setattr(
         LoadedModel, "predict_several", lambda self, a, b, times, precision, scale: asked.append(scale) or (a + b) / 2
     )
-    model = Between(Settings(run, "cpu", scale="auto"))
+    model = InterpolationEngine(Settings(run, "cpu", scale="auto"))
     for pixels in (0, 88):
         model(*((image[0].permute(1, 2, 0) * 255).byte().numpy() for image in moved((720, 1280), pixels)), [0.5])
     assert asked == [1, 0.5]
     monkeypatch.undo()
     with pytest.raises(JobError, match=r"--scale .* without flow"):
-        Between(Settings(run, "cpu", scale="auto"))
+        InterpolationEngine(Settings(run, "cpu", scale="auto"))
     with pytest.raises(JobError, match="--scale some: choose auto, or a number"):
-        Between(Settings(run, "cpu", scale="some"))
+        InterpolationEngine(Settings(run, "cpu", scale="some"))
 
 
 def test_colours_may_lie_side_by_side_or_one_after_the_other(run):
     image0, image1 = np.random.default_rng(0).integers(0, 256, (2, 64, 80, 3), np.uint8)
-    model = Between(Settings(run, "cpu"))
+    model = InterpolationEngine(Settings(run, "cpu"))
     (pixels,) = model(image0, image1, [0.5])
     (planes,) = model(*(np.ascontiguousarray(image.transpose(2, 0, 1)).transpose(1, 2, 0) for image in (image0, image1)), [0.5])
     assert np.array_equal(pixels, planes)
@@ -136,9 +138,9 @@ def test_on_a_cpu_tiles_are_of_a_size_that_fits(run, monkeypatch, capsys):
         LoadedModel, "predict_several", lambda self, a, b, *rest: sizes.append(tuple(a.shape[2:])) or (a + b) / 2
     )
     image = np.zeros((1000, 1500, 3), np.uint8)
-    Between(Settings(run, "cpu"))(image, image, [0.5])
+    InterpolationEngine(Settings(run, "cpu"))(image, image, [0.5])
     assert sizes == [(1000, 1500)]
-    model = Between(Settings(run, "cpu", max_memory=0.5))
+    model = InterpolationEngine(Settings(run, "cpu", max_memory=0.5))
     model(image, image, [0.5])
     assert "1500x1000 frames would take up to" in capsys.readouterr().out
     assert len(sizes[1:]) > 1
@@ -146,9 +148,9 @@ def test_on_a_cpu_tiles_are_of_a_size_that_fits(run, monkeypatch, capsys):
     assert count(model.loaded.model, 1, largest, torch.float32).peak_bytes < 0.5 * GIB
     assert count(model.loaded.model, 1, (2 * largest[0], 2 * largest[1]), torch.float32).peak_bytes > 0.5 * GIB
     with pytest.raises(JobError, match=rf"and tiles of {SMALLEST} pixels .* of which 0.0 are free"):
-        Between(Settings(run, "cpu", max_memory=0.01))(image, image, [0.5])
+        InterpolationEngine(Settings(run, "cpu", max_memory=0.01))(image, image, [0.5])
     with pytest.raises(JobError, match="--max_memory 0 must be above 0"):
-        Between(Settings(run, "cpu", max_memory=0))
+        InterpolationEngine(Settings(run, "cpu", max_memory=0))
 
 
 def test_memory_of_a_container_is_no_more_than_its_limit(monkeypatch, tmp_path):
@@ -168,17 +170,17 @@ def test_memory_of_graphs_is_given_back_before_tiles_get_smaller(run, monkeypatc
 
     def predict(self, a, b, times, precision, scale):
         sizes.append(tuple(a.shape[2:]))
-        if self.graphs.made or a.shape[2] > most[0]:
+        if self.graphs.captured or a.shape[2] > most[0]:
             raise torch.OutOfMemoryError
         return (a + b) / 2
 
     monkeypatch.setattr(LoadedModel, "predict_several", predict)
-    image, model = np.zeros((1000, 1000, 3), np.uint8), Between(Settings(run, "cpu"))
-    model.loaded.graphs.made["of another size"] = object()
+    image, model = np.zeros((1000, 1000, 3), np.uint8), InterpolationEngine(Settings(run, "cpu"))
+    model.loaded.graphs.captured["of another size"] = object()
     model(image, image, [0.5])
     assert (model.tile, sizes) == (None, [(1000, 1000)] * 2)
     most[0] = 600
-    model.loaded.graphs.made["of another size"] = object()
+    model.loaded.graphs.captured["of another size"] = object()
     model(image, image, [0.5])
     assert (model.tile, sizes[2:5]) == (448, [(1000, 1000), (1000, 1000), (448, 448)])
     assert capsys.readouterr().out.count("don't fit into memory") == 1
@@ -190,17 +192,17 @@ def test_no_more_is_taken_of_a_gpu_than_allowed(run):
     img0, img1 = rng.integers(0, 255, (2, 1600, 2560, 3), dtype=np.uint8)
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
-    (whole,) = Between(Settings(run, "cuda"))(img0, img1, [0.5])
+    (whole,) = InterpolationEngine(Settings(run, "cuda"))(img0, img1, [0.5])
     allowed = 0.8 * torch.cuda.max_memory_reserved() / GIB
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     try:
-        model = Between(Settings(run, "cuda", max_memory=allowed + 0.75))
+        model = InterpolationEngine(Settings(run, "cuda", max_memory=allowed + 0.75))
         (found,) = model(img0, img1, [0.5])
         assert model.tile is not None
         assert torch.cuda.max_memory_reserved() <= allowed * GIB
         with pytest.raises(JobError, match=r"--max_memory 0.5 must be above 0.75 \(GiB\), which CUDA takes"):
-            Between(Settings(run, "cuda", max_memory=0.5))
+            InterpolationEngine(Settings(run, "cuda", max_memory=0.5))
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
     assert np.abs(found.astype(int) - whole).mean() < 1

@@ -12,7 +12,7 @@ import torch
 from scipy import ndimage
 
 from vfi.metrics.flow_color import flow_picture
-from vfi.metrics.motion import LONGER_SIDE, Motion, estimate
+from vfi.metrics.motion import LONGER_SIDE, MotionStats, estimate
 
 
 def as_tensor(image: np.ndarray) -> torch.Tensor:
@@ -31,7 +31,7 @@ def cut(photograph: np.ndarray, size: tuple[int, int], dx: float = 0, dy: float 
     return as_tensor(np.stack(colours, axis=-1))
 
 
-def moved(photograph: np.ndarray, size: tuple[int, int], **motion: float) -> Motion:
+def moved(photograph: np.ndarray, size: tuple[int, int], **motion: float) -> MotionStats:
     return estimate(cut(photograph, size), cut(photograph, size, **motion))
 
 

@@ -18,7 +18,7 @@ from vfi.config import presets
 from vfi.config.configs import ModelConfig
 from vfi.model import compile as compile_module
 from vfi.model.backbone import LGSBlock
-from vfi.model.compile import compile_parts, recompute
+from vfi.model.compile import checkpoint_activations, compile_modules
 from vfi.model.flow import FlowStage
 from vfi.model.hyper_connections import MixingRecord, mixing_report, recording
 from vfi.model.interpolator import FrameInterpolator, Prediction
@@ -106,7 +106,7 @@ def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 @pytest.mark.parametrize("name", NETWORKS)
 def test_recomputed_it_is_the_same_to_the_bit(name):
     made, plain = network(NETWORKS[name]), plain_step(name)
-    recompute(made)
+    checkpoint_activations(made)
     found = step(made)
     assert torch.equal(found.loss, plain.loss)
     for ours, theirs in ((tensors(found.prediction), tensors(plain.prediction)), (found.gradients, plain.gradients)):
@@ -143,9 +143,9 @@ def test_all_of_the_compilers_code_on_a_gpu(recomputed):
 
 def compare_compiled(name: str, recomputed: bool, device: torch.device = CPU) -> None:
     made, plain = network(NETWORKS[name], device), plain_step(name, device)
-    compile_parts(made)
+    compile_modules(made)
     if recomputed:
-        recompute(made)
+        checkpoint_activations(made)
     found = step(made)
     assert_close({"loss": found.loss}, {"loss": plain.loss})
     assert_close(tensors(found.prediction), tensors(plain.prediction))
@@ -156,7 +156,7 @@ def names(module: nn.Module) -> tuple[list[str], list[str], list[str]]:
     return [name for name, _ in module.named_modules()], [name for name, _ in module.named_parameters()], [*module.state_dict()]
 
 
-@pytest.mark.parametrize("change", [compile_parts, recompute])
+@pytest.mark.parametrize("change", [compile_modules, checkpoint_activations])
 def test_names_stay_as_they_are(change):
     made = network(NETWORKS["mixed, phase 2"])
     before = names(made)
@@ -167,7 +167,7 @@ def test_names_stay_as_they_are(change):
 def test_compiled_or_recomputed_mixing_is_recorded(eager):
     """Also when both are; in one place of the network each, and the same numbers."""
     plain = plain_step("mixed, phase 2").records
-    for changes in ((compile_parts,), (recompute,), (compile_parts, recompute)):
+    for changes in ((compile_modules,), (checkpoint_activations,), (compile_modules, checkpoint_activations)):
         made = network(NETWORKS["mixed, phase 2"])
         for change in changes:
             change(made)
@@ -201,7 +201,7 @@ def graphs() -> int:
 
 def test_a_validation_on_frames_of_other_sizes_compiles_nothing(eager):
     made, plain = network(TWO), network(TWO)
-    compile_parts(made)
+    compile_modules(made)
     made(*frames())
     compiled = graphs()
     assert compiled > 10
@@ -218,7 +218,7 @@ def test_what_is_compiled_is_in_graphs_as_large_as_can_be(eager, monkeypatch):
     """Flow stages, RefineNet, fusion and attention are one graph each; the scan is broken where kernels of its own follow."""
     sizes = {"flow_only": dataclasses.replace(TWO, warp="flow_only", teacher=False, backbone_mode="gated_attn_only")}
     made = network(sizes["flow_only"])
-    compile_parts(made)
+    compile_modules(made)
     made(*frames())
     assert graphs() == 2 + 2 + 3  # attention and fusion at two strides, three flow stages
     assert not counters["graph_break"]
@@ -227,7 +227,7 @@ def test_what_is_compiled_is_in_graphs_as_large_as_can_be(eager, monkeypatch):
 def test_every_crop_of_a_curriculum_is_compiled(eager):
     """Blocks of two widths, with windows shifted or not, in three crops: twelve variants of the attention."""
     made = network(dataclasses.replace(ONE, depths=(2, 2), backbone_mode="gated_attn_only"))
-    compile_parts(made)
+    compile_modules(made)
     counts = [0]
     for size in ((64, 64), (96, 96), (128, 128)):
         made(*frames(size))
@@ -263,13 +263,13 @@ def kept(made: FrameInterpolator) -> int:
 def test_recomputed_activations_are_not_kept(name):
     made = network(NETWORKS[name])
     before = kept(made)
-    recompute(made)
+    checkpoint_activations(made)
     assert kept(made) < before / 2
 
 
 def test_each_block_stage_and_refine_net_is_computed_twice_and_the_rest_once():
     made = network(TWO)
-    recompute(made)
+    checkpoint_activations(made)
     # their first layers: the second time nothing is computed beyond what the backward pass needs
     first = {LGSBlock: "norm1", FlowStage: "body", RefineNet: "mix.4"}
     inside = [part.get_submodule(first[type(part)]) for part in made.modules() if is_part(part)]
@@ -296,9 +296,9 @@ def is_part(module: nn.Module) -> bool:
 
 def test_training_takes_them_as_asked(tmp_path, train_shards, monkeypatch):
     """Compiled first: what is computed anew is the compiled code."""
-    for flags, expected in ((("--compile", "--checkpointing"), ["compile_parts", "recompute"]), ((), [])):
+    for flags, expected in ((("--compile", "--checkpointing"), ["compile_modules", "checkpoint_activations"]), ((), [])):
         asked: list[str] = []
-        for change in ("compile_parts", "recompute"):
+        for change in ("compile_modules", "checkpoint_activations"):
             monkeypatch.setattr(trainer, change, spy(asked, change))
         train.main(["--preset", "tiny", "--width", "2", "--head_dim", "8", "--crop", "64", "--num_workers", "0", "--steps", "1",
                     "--batch_size", "1", "--data_path", str(train_shards), "--output_dir", str(tmp_path), "--exp_name",

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from vfi.config import presets
 from vfi.config.configs import ModelConfig
-from vfi.model.flow import FlowNet, Motion
+from vfi.model.flow import FlowEstimate, FlowNet
 from vfi.model.interpolator import FrameInterpolator
 from vfi.ops.warp.warp import backward_warp
 
@@ -68,7 +68,7 @@ def constant_motion(monkeypatch, model: FrameInterpolator, dx: float, dy: float)
     def forward(_features, frames, _timestep):
         pairs, _, H, W = frames[: len(frames) // 2].shape
         flow = torch.tensor([dx / 2, dy / 2]).view(1, 2, 1, 1).expand(pairs, 2, H // 2, W // 2)
-        return [Motion(torch.cat((flow, -flow)), torch.zeros(pairs, 1, H // 2, W // 2))]
+        return [FlowEstimate(torch.cat((flow, -flow)), torch.zeros(pairs, 1, H // 2, W // 2))]
 
     monkeypatch.setattr(model.flow, "forward", forward)
 

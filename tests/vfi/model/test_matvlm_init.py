@@ -12,7 +12,7 @@ from vfi.config import presets
 from vfi.config.configs import ModelConfig
 from vfi.model.backbone import HybridBackbone
 from vfi.model.interpolator import FrameInterpolator
-from vfi.model.matvlm_init import init_mamba_from_attn, matvlm_init_mamba2, untrained_donor
+from vfi.model.matvlm_init import init_mamba_from_attn, matvlm_init_mamba2, random_source
 from vfi.model.ss2d import ss2d
 from vfi.model.window_attention import GatedWindowAttention
 from vfi.ops.ssm.scan_order import interleaved_scan
@@ -252,7 +252,7 @@ def test_the_receiver_still_predicts_and_trains():
 
 @pytest.mark.parametrize("steps", [None, 0, 999])
 def test_untrained_donor_is_warned_of(steps):
-    report = init_mamba_from_attn(HybridBackbone(TINY, CPU), untrained_donor(TINY, seed=0), "B", steps)
+    report = init_mamba_from_attn(HybridBackbone(TINY, CPU), random_source(TINY, seed=0), "B", steps)
     assert f"trained for {steps or 0} steps" in report.warning
     assert "copies random numbers" in report.warning
     assert str(report).endswith(f"WARNING: {report.warning}")
@@ -261,7 +261,7 @@ def test_untrained_donor_is_warned_of(steps):
 def test_control_arm_is_random_and_repeatable():
     """Same function, other numbers: no trained donor, the same for the same seed, and no effect on the global generator."""
     state = torch.get_rng_state()
-    one, same, other = (untrained_donor(TINY, seed) for seed in (0, 0, 1))
+    one, same, other = (random_source(TINY, seed) for seed in (0, 0, 1))
     assert torch.equal(torch.get_rng_state(), state)
     name = "stages.0.0.branches.attention.qkv_gate.weight"
     assert torch.equal(one[name], same[name])

@@ -81,7 +81,7 @@ def both_forms(case: Case, maps: list[Tensor]) -> tuple[Tensor, Tensor]:
     """Stacked by the kernel, and by torch."""
     kernels = importlib.import_module("vfi.ops.pointwise.concat_kernels")
     parts = maps if case.shuffled is None else maps[1:]
-    ours = kernels.stack_channels(parts, case.dtype, None if case.shuffled is None else maps[0], case.multiple)
+    ours = kernels.concat_channels(parts, case.dtype, None if case.shuffled is None else maps[0], case.multiple)
     theirs = torch.cat([*([] if case.shuffled is None else [F.pixel_shuffle(maps[0], 2)]), *parts], dim=1).to(case.dtype)
     return ours, F.pad(theirs, (0, 0, 0, 0, 0, -theirs.shape[1] % case.multiple))
 
@@ -196,7 +196,7 @@ def test_every_channel_is_moved_once():
 
 
 def test_what_is_not_taken():
-    stack = importlib.import_module("vfi.ops.pointwise.concat_kernels").stack_channels
+    stack = importlib.import_module("vfi.ops.pointwise.concat_kernels").concat_channels
     good = torch.zeros(2, 3, 4, 6)
     for parts, dtype, wrong in (
         ([good.double()], SINGLE, "float64"),
@@ -247,7 +247,7 @@ def test_more_than_2_to_the_31_elements():
     for frames, repeats in ((1, 4096), (2, 2048)):
         wide = channels_last(small[:frames]).repeat(1, 1, repeats, 1024 // 16)
         part = channels_last(wide[:, :1].expand(-1, 264, -1, -1))
-        out = kernels.stack_channels([part], BRAIN)
+        out = kernels.concat_channels([part], BRAIN)
         assert out.numel() > 2**31
         assert torch.equal(out[-1:, -1:], wide[-1:, :1])
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from vfi.config import presets
 from vfi.model import refinement
 from vfi.model.interpolator import FrameInterpolator, Prediction
-from vfi.ops.pointwise.dispatch import Pointwise, choose_pointwise, give_pointwise
+from vfi.ops.pointwise.dispatch import FusedOps, select_fused_ops, set_fused_ops
 from vfi.ops.warp.warp import backward_warp
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -25,7 +25,7 @@ def bias_prelu(x: Tensor, bias: Tensor, slope: Tensor, residual: Tensor | None =
     return x.copy_(y) if overwrite else y
 
 
-def stack_channels(parts: Sequence[Tensor], dtype: torch.dtype, shuffled: Tensor | None = None, multiple: int = 8) -> Tensor:
+def concat_channels(parts: Sequence[Tensor], dtype: torch.dtype, shuffled: Tensor | None = None, multiple: int = 8) -> Tensor:
     first = () if shuffled is None else (F.pixel_shuffle(shuffled, 2),)
     stacked = torch.cat([part.to(dtype) for part in (*first, *parts)], dim=1)
     return F.pad(stacked, (0, 0, 0, 0, 0, -stacked.shape[1] % multiple))
@@ -35,7 +35,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
 
 
-IN_TORCH = Pointwise(bias_prelu, stack_channels, backward_warp, layer_norm)
+IN_TORCH = FusedOps(bias_prelu, concat_channels, backward_warp, layer_norm)
 """What each kernel promises, in plain torch."""
 
 
@@ -67,7 +67,7 @@ def outcome(model: FrameInterpolator, size: tuple[int, int] = (48, 80)) -> tuple
 def test_every_module_takes_them_for_the_same_numbers():
     """The paths that kernels take, with what they promise in their place: outputs and every gradient."""
     plain, wired = network(CPU), network(CPU)
-    give_pointwise(wired, IN_TORCH)
+    set_fused_ops(wired, IN_TORCH)
     (outputs, gradients), (others, other_gradients) = outcome(plain), outcome(wired)
     assert gradients.keys() == other_gradients.keys()
     for one, other in zip(outputs, others, strict=True):
@@ -77,7 +77,7 @@ def test_every_module_takes_them_for_the_same_numbers():
 
 
 def test_they_are_asked_for_everywhere():
-    called = dict.fromkeys(Pointwise._fields, 0)
+    called = dict.fromkeys(FusedOps._fields, 0)
 
     def counting(name):
         def call(*args):
@@ -87,18 +87,18 @@ def test_they_are_asked_for_everywhere():
         return call
 
     model = network(CPU)
-    give_pointwise(model, Pointwise(*map(counting, Pointwise._fields)))
+    set_fused_ops(model, FusedOps(*map(counting, FusedOps._fields)))
     with torch.no_grad():
         model.eval()(torch.rand(1, 3, 32, 32), torch.rand(1, 3, 32, 32), torch.tensor([0.5]))
     # 6 stem, 3 x 7 flow, 5 x 3 refinement; 3 stages of flow, 5 levels; 2 a stage, frames and levels; 2 a block and 1 a stage
-    assert called == {"bias_prelu": 42, "stack_channels": 8, "backward_warp": 12, "layer_norm": 6}
+    assert called == {"bias_prelu": 42, "concat_channels": 8, "backward_warp": 12, "layer_norm": 6}
 
 
 @pytest.mark.parametrize("band", [64 * 2, 64 * 10, 64 * 22])
 def test_large_frames_are_refined_in_bands(monkeypatch, band):
     """Of 2, 10 and 22 rows: what they see above and below makes them the same as the whole."""
     model = network(CPU).eval()
-    give_pointwise(model, IN_TORCH)
+    set_fused_ops(model, IN_TORCH)
     frames = torch.rand(2, 2, 3, 48, 64, generator=torch.Generator().manual_seed(0)), torch.tensor([0.5, 0.2])
     with torch.no_grad():
         whole = model(*frames[0], frames[1])
@@ -109,20 +109,20 @@ def test_large_frames_are_refined_in_bands(monkeypatch, band):
 
 
 def test_choice_says_why(monkeypatch):
-    assert choose_pointwise("torch", CPU) == (None, "pointwise: torch (asked for)")
+    assert select_fused_ops("torch", CPU) == (None, "pointwise: torch (asked for)")
     reason = "the fused kernels need a CUDA GPU and the device is cpu"
-    assert choose_pointwise("auto", CPU) == (None, f"pointwise: torch ({reason})")
+    assert select_fused_ops("auto", CPU) == (None, f"pointwise: torch ({reason})")
     with pytest.raises(RuntimeError, match=f"fused cannot run: {reason}; use --pointwise_backend auto or torch"):
-        choose_pointwise("fused", CPU)
+        select_fused_ops("fused", CPU)
     with pytest.raises(ValueError, match="does not exist; choose from auto, torch, fused"):
-        choose_pointwise("triton", CPU)
+        select_fused_ops("triton", CPU)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
-    assert "Tesla T4 is older than compute capability 8.0" in choose_pointwise("auto", CUDA)[1]
+    assert "Tesla T4 is older than compute capability 8.0" in select_fused_ops("auto", CUDA)[1]
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
-    assert choose_pointwise("auto", CUDA)[1] == "pointwise: fused (available on cuda)"
+    assert select_fused_ops("auto", CUDA)[1] == "pointwise: fused (available on cuda)"
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert "triton is not installed" in choose_pointwise("auto", CUDA)[1]
+    assert "triton is not installed" in select_fused_ops("auto", CUDA)[1]
 
 
 @pytest.mark.gpu

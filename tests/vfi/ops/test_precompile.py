@@ -13,7 +13,7 @@ import torch
 from made_videos import new_run
 
 from vfi.config import presets
-from vfi.inference.engine import Between, Settings
+from vfi.inference.engine import InterpolationEngine, Settings
 from vfi.inference.loading import LoadedModel
 from vfi.ops.triton import precompile
 from vfi.ops.triton.precompile import compiling_ahead
@@ -127,7 +127,7 @@ def test_gpu_step_needs_nothing_more(monkeypatch, tmp_path):
 def test_gpu_frames_between_need_nothing_more(monkeypatch, tmp_path):
     """The first pair of a video compiles all it needs beforehand, at its own size."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "triton"))
-    model = Between(Settings(new_run(tmp_path / "runs" / "fresh"), "cuda"))
+    model = InterpolationEngine(Settings(new_run(tmp_path / "runs" / "fresh"), "cuda"))
     assert model.loaded.model.all_fused
     asked, ahead = [], LoadedModel.compile_ahead
 

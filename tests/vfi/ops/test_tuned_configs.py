@@ -140,7 +140,7 @@ def without_mamba_ssm(monkeypatch):
     monkeypatch.setattr(tuned_configs, "card", lambda device: "sm_90, triton 3.6")
     monkeypatch.setattr(tune_kernels, "environment", lambda device: {"packages": {"torch": "2.11.0", "rich": "14.0.0"}})
     monkeypatch.setattr(tune_kernels, "free_memory", lambda: None)
-    monkeypatch.setattr(tune_kernels, "fused_obstacle", lambda device: None)
+    monkeypatch.setattr(tune_kernels, "why_unavailable", lambda device: None)
     monkeypatch.setattr(tune_kernels, "kernel_obstacle", lambda device: "mamba_ssm is not installed")
 
 
@@ -201,7 +201,7 @@ def test_what_is_not_tuned_now_stays(without_mamba_ssm, monkeypatch, tmp_path):
 
 
 def test_without_any_kernels_there_is_nothing_to_tune(without_mamba_ssm, monkeypatch):
-    monkeypatch.setattr(tune_kernels, "fused_obstacle", lambda device: "too old for ours")
+    monkeypatch.setattr(tune_kernels, "why_unavailable", lambda device: "too old for ours")
     with pytest.raises(JobError, match="nothing to be tuned: too old for ours; mamba_ssm is not installed"):
         list(tune_kernels.tune(tune_kernels.Options()))
 

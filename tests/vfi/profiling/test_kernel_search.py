@@ -17,7 +17,7 @@ from vfi.config import presets
 from vfi.model.ss2d import SS2D
 from vfi.model.window_attention import GatedWindowAttention
 from vfi.ops.loss.laplacian import laplacian_loss
-from vfi.ops.pointwise.dispatch import give_pointwise
+from vfi.ops.pointwise.dispatch import set_fused_ops
 from vfi.ops.triton import launch_config, tuned_configs
 from vfi.profiling import kernel_search
 from vfi.profiling.kernel_search import Found, Part, as_entries, candidates, fastest, parts_of, search
@@ -175,7 +175,7 @@ def test_the_parts_of_a_step_run_alone():
 def searched_between_convolutions() -> list[Found]:
     """Kernels that are interpreted, on small maps of a step, by times that are made up: the smaller an option the faster."""
     step = TrainingStep(presets.override(presets.tiny(), batch_size=1, crop=64, phase=2), CPU, torch.float32)
-    give_pointwise(step.model, importlib.import_module("vfi.ops.pointwise.dispatch")._import())
+    set_fused_ops(step.model, importlib.import_module("vfi.ops.pointwise.dispatch")._import())
     small = [part for part in parts_of(step) if part.tensors[0].numel() <= 2**13 and not isinstance(part.run, nn.Module)]
     parts = list({(part.run, len(part.tensors)): part for part in small}.values())  # with and without a residual …
     chooser = kernel_search._Chooser()

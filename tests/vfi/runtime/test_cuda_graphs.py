@@ -31,7 +31,7 @@ class Recorded:
 @pytest.fixture
 def on_cpu(monkeypatch):
     """Graphs are made of frames on a CPU, too."""
-    monkeypatch.setattr(cuda_graphs, "_pays", lambda frames: frames.shape[0] * frames.shape[2] * frames.shape[3] <= 64)
+    monkeypatch.setattr(cuda_graphs, "_is_worth_capturing", lambda frames: frames[:, 0].numel() <= 64)
     monkeypatch.setattr(cuda_graphs, "CapturedCall", Recorded)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
     memory(monkeypatch, cached=0, free=1)
@@ -54,7 +54,7 @@ def double(frames: Tensor) -> Tensor:
 def test_only_tensors_with_memory_are_read():
     """A compiler that runs within a capture hands its own tensors to torch functions."""
     weight = torch.nn.Parameter(torch.ones(2))
-    with cuda_graphs.Reads() as reads, FakeTensorMode() as compiler:
+    with cuda_graphs.TensorReadTracker() as reads, FakeTensorMode() as compiler:
         compiler.from_tensor(weight) * 2
     assert [tensor is weight for tensor in reads.kept.values()] == [True]
 
@@ -64,11 +64,11 @@ def test_the_third_call_of_a_shape_is_recorded(on_cpu):
     for number in range(5):
         frames = torch.rand(1, 3, 8, 8)
         assert torch.equal(calls(double, frames), 2 * frames)
-        assert len(calls.made) == (number >= 2)
-    assert calls.made.popitem()[1].replays == 3
+        assert len(calls.captured) == (number >= 2)
+    assert calls.captured.popitem()[1].replays == 3
     for _ in range(5):
         calls(double, torch.rand(2, 3, 8, 8))  # too large
-    assert not calls.made
+    assert not calls.captured
 
 
 def test_whatever_makes_a_difference_has_a_graph_of_its_own(on_cpu):
@@ -79,7 +79,7 @@ def test_whatever_makes_a_difference_has_a_graph_of_its_own(on_cpu):
         calls(lambda frames: frames, frames, kind="same")
         calls(double, frames.contiguous(memory_format=torch.channels_last))
         calls(double, frames.double())
-    assert len(calls.made) == 4
+    assert len(calls.captured) == 4
     assert torch.equal(calls(lambda frames: frames, frames, kind="same"), frames)
 
 
@@ -88,9 +88,9 @@ def test_the_last_used_are_kept(on_cpu):
     for width in (2, 3, 4, 5, 2, 6):
         for _ in range(3):
             calls(double, torch.rand(1, 3, 4, width))
-    assert [key[1][0][3] for key in calls.made] == [4, 5, 2, 6]
+    assert [key[1][0][3] for key in calls.captured] == [4, 5, 2, 6]
     calls(double, torch.rand(1, 3, 4, 3))  # one that was dropped starts anew
-    assert [key[1][0][3] for key in calls.made] == [4, 5, 2, 6]
+    assert [key[1][0][3] for key in calls.captured] == [4, 5, 2, 6]
 
 
 @pytest.mark.parametrize(("free", "limit", "made"), [(130, math.inf, True), (20, math.inf, False), (130, 1120, False)])
@@ -102,15 +102,15 @@ def test_without_room_for_as_much_again_none_is_made(on_cpu, monkeypatch, free, 
     for _ in range(5):
         frames = torch.rand(1, 3, 8, 8)
         assert torch.equal(calls(double, frames), 2 * frames)
-    assert bool(calls.made) == made
+    assert bool(calls.captured) == made
 
 
 def test_on_a_cpu_nothing_is_recorded():
     calls = Graphs()
     for _ in range(5):
         calls(double, torch.rand(1, 3, 8, 8))
-    assert not calls.made
-    assert not calls.seen
+    assert not calls.captured
+    assert not calls.call_counts
 
 
 @pytest.mark.gpu
@@ -135,7 +135,7 @@ def test_the_same_bits_as_without(phase, precision):
     for _ in range(4):
         both(123, 77)
         both(128, 192, batch=2)
-    assert len(calls.made) == 2
+    assert len(calls.captured) == 2
     scan_order._cache.clear()  # and its memory goes to somebody else
     rubbish = [torch.full((2**18,), 10**9, dtype=torch.int32, device="cuda") for _ in range(64)]
     both(123, 77)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from vfi.config.configs import ConfigError
 from vfi.ops.loss import laplacian
-from vfi.runtime.numerics import numerics, refusals_explained, set_numerics
+from vfi.runtime.numerics import explain_determinism_errors, numerics, set_numerics
 from vfi.tracking.environment import environment
 
 ROOT = Path(__file__).parents[3]
@@ -67,14 +67,14 @@ def test_operator_without_a_deterministic_form_is_named():
         torch.zeros(3).put_(torch.tensor([0]), torch.ones(1))
 
     set_numerics()
-    with refusals_explained():
+    with explain_determinism_errors():
         write()
     set_numerics(deterministic=True)
     named = pytest.raises(ConfigError, match=r"--deterministic is impossible .*: put_ has no deterministic form")
-    with named as error, refusals_explained():
+    with named as error, explain_determinism_errors():
         write()
     assert isinstance(error.value.__cause__, RuntimeError)
-    with pytest.raises(RuntimeError, match="something else"), refusals_explained():
+    with pytest.raises(RuntimeError, match="something else"), explain_determinism_errors():
         raise RuntimeError("something else")
 
 

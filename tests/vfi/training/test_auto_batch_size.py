@@ -47,7 +47,7 @@ def full_above(monkeypatch):
             step(self, frames)
 
         monkeypatch.setattr(TrainingStep, "__call__", limited)
-        monkeypatch.setattr(auto_batch_size, "can_try", lambda device: True)
+        monkeypatch.setattr(auto_batch_size, "supports_oom_trial", lambda device: True)
         return tried
 
     return set_limit
@@ -162,7 +162,7 @@ def test_what_torch_says_it_can_not_do_repeatably_stays_a_clear_error(full_above
     def fail(*_: object) -> None:
         raise RuntimeError("foo_cuda does not have a deterministic implementation, but you set …")
 
-    monkeypatch.setattr(auto_batch_size, "rehearse", fail)
+    monkeypatch.setattr(auto_batch_size, "trial_step", fail)
     with pytest.raises(ConfigError, match="--deterministic is impossible"):
         auto_batch_size.fits(presets.tiny(), torch.device("cpu"), torch.float32, 1)
 
@@ -177,7 +177,7 @@ def limited(self, frames):
         raise torch.OutOfMemoryError("CUDA out of memory")
     step(self, frames)
 synthetic_step.TrainingStep.__call__ = limited
-auto_batch_size.can_try = lambda device: True
+auto_batch_size.supports_oom_trial = lambda device: True
 train.main(sys.argv[1:])
 """
 

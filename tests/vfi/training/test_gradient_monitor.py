@@ -16,26 +16,33 @@ from vfi.config.configs import ConfigError, GuardConfig
 from vfi.config.validation import validate
 from vfi.distributed.gradients import copies, gradient_norms, group_of, layer_groups, update_ratios
 from vfi.model.interpolator import FrameInterpolator
-from vfi.training.gradient_monitor import GO, Guard, on_its_way
+from vfi.training.gradient_monitor import PROCEED, GradientMonitor, async_copy_to_cpu
 
 GROUPS = ("stem", "flow")
 
 
-def guard(**settings: float) -> Guard:
-    return Guard(GROUPS, GuardConfig(**settings))
+def guard(**settings: float) -> GradientMonitor:
+    return GradientMonitor(GROUPS, GuardConfig(**settings))
 
 
-def feed(watcher: Guard, steps: int, first: int = 1, loss: float = 0.1, norms: tuple[float, ...] = (1.0, 2.0), seed: int = 0):
+def feed(
+    watcher: GradientMonitor,
+    steps: int,
+    first: int = 1,
+    loss: float = 0.1,
+    norms: tuple[float, ...] = (1.0, 2.0),
+    seed: int = 0,
+):
     """So many steps, with a noise of 20 %; the verdicts."""
     draw = random.Random(seed)
     return [
-        watcher.judge(first + i, torch.tensor([value * math.exp(draw.gauss(0, 0.2)) for value in (loss, *norms)]))
+        watcher.decide(first + i, torch.tensor([value * math.exp(draw.gauss(0, 0.2)) for value in (loss, *norms)]))
         for i in range(steps)
     ]
 
 
-def judge(watcher: Guard, step: int, loss: float, *norms: float):
-    return watcher.judge(step, torch.tensor([loss, *norms]))
+def decide(watcher: GradientMonitor, step: int, loss: float, *norms: float):
+    return watcher.decide(step, torch.tensor([loss, *norms]))
 
 
 def by_hand(norms: list[float], factor: float) -> tuple[float, float]:
@@ -64,7 +71,7 @@ def test_limits_and_verdicts_are_those_of_plain_medians(factor):
             assert got == pytest.approx(wanted, rel=1e-4)
         norms = torch.tensor(norms).tolist()  # as fp32 has them
         high = [norm > limit for norm, (_, limit) in zip(norms, expected, strict=True)]
-        verdict = judge(watcher, step, 0.1, *norms)
+        verdict = decide(watcher, step, 0.1, *norms)
         assert verdict.action == ("watch" if any(high) else "go")
         found.append(any(high))
         if any(high):
@@ -78,21 +85,21 @@ def test_limits_and_verdicts_are_those_of_plain_medians(factor):
 
 def test_nothing_is_judged_before_enough_is_known():
     watcher = guard()
-    assert feed(watcher, 19) == [GO] * 19
-    assert judge(watcher, 20, 0.1, 1e6, 1e6) == GO
+    assert feed(watcher, 19) == [PROCEED] * 19
+    assert decide(watcher, 20, 0.1, 1e6, 1e6) == PROCEED
 
 
 def test_one_unusual_step_is_clipped_and_three_in_a_row_raise_the_annealing():
     watcher = guard()
     feed(watcher, 60)
-    verdicts = [judge(watcher, 61 + i, 0.1, 50.0, 2.0) for i in range(6)]
+    verdicts = [decide(watcher, 61 + i, 0.1, 50.0, 2.0) for i in range(6)]
     assert [v.action for v in verdicts] == ["watch"] * 6
     assert [v.building for v in verdicts] == [False, False, True, False, False, True]
     assert all(v.clip_norm == pytest.approx(math.hypot(1, 2), rel=0.1) for v in verdicts)
     assert "stem 50 where" in verdicts[0].why
     assert "flow" not in verdicts[0].why
-    assert judge(watcher, 67, 0.1, 1.0, 2.0) == GO
-    assert not judge(watcher, 68, 0.1, 50.0, 2.0).building
+    assert decide(watcher, 67, 0.1, 1.0, 2.0) == PROCEED
+    assert not decide(watcher, 68, 0.1, 50.0, 2.0).building
 
 
 def test_a_new_level_of_the_norms_is_clipped_only_for_a_while():
@@ -101,21 +108,21 @@ def test_a_new_level_of_the_norms_is_clipped_only_for_a_while():
     actions = [v.action for v in feed(watcher, 200, 101, norms=(30.0, 2.0))]
     assert actions == ["watch"] * 11 + ["go"] * 189
     assert watcher.usual()[0][0] == pytest.approx(30, rel=0.1)
-    assert judge(watcher, 301, 0.1, 500.0, 2.0).action == "watch"
+    assert decide(watcher, 301, 0.1, 500.0, 2.0).action == "watch"
 
 
 def test_a_new_level_in_most_steps_is_learnt_too():
     """Not only where every step has it."""
     watcher = guard()
     feed(watcher, 100)
-    actions = [judge(watcher, 101 + i, 0.1, 1.0 if i % 3 == 0 else 30.0, 2.0).action for i in range(100)]
+    actions = [decide(watcher, 101 + i, 0.1, 1.0 if i % 3 == 0 else 30.0, 2.0).action for i in range(100)]
     assert "watch" in actions[:20]
     assert set(actions[20:]) == {"go"}
 
 
 def test_slow_growth_is_not_unusual():
     watcher = guard()
-    assert {judge(watcher, i, 0.1, 1.01**i, 1.0).action for i in range(1, 1000)} == {"go"}
+    assert {decide(watcher, i, 0.1, 1.01**i, 1.0).action for i in range(1, 1000)} == {"go"}
 
 
 @pytest.mark.parametrize("numbers", [(math.nan, 1.0, 2.0), (math.inf, 1.0, 2.0), (0.1, math.inf, 2.0), (0.1, 1.0, math.nan)])
@@ -123,7 +130,7 @@ def test_what_is_no_number_is_skipped_and_not_learnt(numbers):
     watcher = guard()
     feed(watcher, 30)
     before = watcher.state_dict()
-    verdict = watcher.judge(31, torch.tensor(numbers))
+    verdict = watcher.decide(31, torch.tensor(numbers))
     assert verdict.action == "skip"
     assert not verdict.moves
     name, number = next((n, x) for n, x in zip(("loss", *GROUPS), numbers, strict=True) if not math.isfinite(x))
@@ -132,17 +139,17 @@ def test_what_is_no_number_is_skipped_and_not_learnt(numbers):
 
 
 def test_a_step_is_skipped_from_the_very_first_on():
-    assert judge(guard(), 1, math.nan, 1.0, 2.0).action == "skip"
+    assert decide(guard(), 1, math.nan, 1.0, 2.0).action == "skip"
 
 
 def test_an_overflow_of_the_scaled_loss_is_the_scaler_s():
     watcher = guard()
     feed(watcher, 30)
     before = watcher.state_dict()
-    verdicts = [watcher.judge(31 + i, torch.tensor([0.1, math.inf, 2.0]), scale=2.0 ** (9 - i)) for i in range(10)]
+    verdicts = [watcher.decide(31 + i, torch.tensor([0.1, math.inf, 2.0]), scale=2.0 ** (9 - i)) for i in range(10)]
     assert [v.action for v in verdicts] == ["scale"] * 9 + ["skip"]  # at 1 nothing is left to try
     assert "scaled by 512" in verdicts[0].why
-    assert watcher.judge(41, torch.tensor([math.nan, math.inf, 2.0]), scale=512.0).action == "skip"
+    assert watcher.decide(41, torch.tensor([math.nan, math.inf, 2.0]), scale=512.0).action == "skip"
     assert watcher.state_dict() == before | {"step": 41, "skips": [40, 41]}
 
 
@@ -150,13 +157,13 @@ def test_an_overflow_of_the_scaled_loss_is_the_scaler_s():
 def test_more_skips_than_allowed_within_the_window_roll_back(allowed):
     watcher = guard(guard_skips=allowed, guard_window=50)
     feed(watcher, 60)
-    actions = [judge(watcher, 61 + 10 * i, math.nan, 1.0, 2.0).action for i in range(allowed + 1)]
+    actions = [decide(watcher, 61 + 10 * i, math.nan, 1.0, 2.0).action for i in range(allowed + 1)]
     assert actions == ["skip"] * allowed + ["roll_back"]
 
 
 def test_rare_skips_never_roll_back():
     watcher = guard(guard_skips=3, guard_window=50)
-    actions = [judge(watcher, i, math.nan if i % 17 == 0 else 0.1, 1.0, 2.0).action for i in range(1, 500)]
+    actions = [decide(watcher, i, math.nan if i % 17 == 0 else 0.1, 1.0, 2.0).action for i in range(1, 500)]
     assert set(actions) == {"go", "skip"}
 
 
@@ -181,8 +188,8 @@ def test_norms_of_ruined_weights_are_not_learnt():
 
 def test_a_loss_that_falls_or_doubles_slowly_is_no_trouble():
     watcher = guard()
-    assert {judge(watcher, i, 2 ** (-i / 100), 1.0, 2.0).action for i in range(1, 500)} == {"go"}
-    assert {judge(watcher, i, 2 ** (i / 400) / 30, 1.0, 2.0).action for i in range(500, 1500)} == {"go"}
+    assert {decide(watcher, i, 2 ** (-i / 100), 1.0, 2.0).action for i in range(1, 500)} == {"go"}
+    assert {decide(watcher, i, 2 ** (i / 400) / 30, 1.0, 2.0).action for i in range(500, 1500)} == {"go"}
 
 
 def test_after_as_many_roll_backs_as_allowed_it_stops_and_the_rate_falls_each_time():
@@ -190,26 +197,26 @@ def test_after_as_many_roll_backs_as_allowed_it_stops_and_the_rate_falls_each_ti
     feed(watcher, 30)
     saved = watcher.state_dict()
     for number in (1, 2):
-        assert judge(watcher, 40, math.nan, 1.0, 2.0).action == "roll_back"
+        assert decide(watcher, 40, math.nan, 1.0, 2.0).action == "roll_back"
         again = guard(guard_skips=0, guard_roll_backs=2, guard_rate_factor=0.1)
         again.load_state_dict(saved)
-        again.go_on_after(watcher)
+        again.resume_after(watcher)
         watcher = again
         assert watcher.roll_backs == number
         assert watcher.rate_factor == pytest.approx(0.1**number)
-    assert judge(watcher, 40, math.nan, 1.0, 2.0).action == "stop"
+    assert decide(watcher, 40, math.nan, 1.0, 2.0).action == "stop"
 
 
 def test_trouble_began_before_the_first_high_loss_or_skip_that_counts():
     """With the step before: it made the weights that the loss shows."""
     watcher = guard(guard_window=40, guard_skips=2)
     feed(watcher, 100)
-    judge(watcher, 101, math.nan, 1.0, 2.0)  # has no loss, and is not counted among those that do
-    verdicts = [judge(watcher, 102 + i, 0.5 if i else 0.1, 1.0, 2.0) for i in range(7)]
+    decide(watcher, 101, math.nan, 1.0, 2.0)  # has no loss, and is not counted among those that do
+    verdicts = [decide(watcher, 102 + i, 0.5 if i else 0.1, 1.0, 2.0) for i in range(7)]
     assert [(v.action, v.began) for v in verdicts] == [("go", 0)] * 6 + [("roll_back", 102)]
     watcher = guard(guard_window=40, guard_skips=2)
     feed(watcher, 100)
-    verdicts = [judge(watcher, 101 + 15 * i, math.nan, 1.0, 2.0) for i in range(5)]  # the first is forgotten by then
+    verdicts = [decide(watcher, 101 + 15 * i, math.nan, 1.0, 2.0) for i in range(5)]  # the first is forgotten by then
     assert [(v.action, v.began) for v in verdicts[:2]] == [("skip", 0)] * 2
     assert (verdicts[2].action, verdicts[2].began) == ("roll_back", 100)
     assert (verdicts[4].action, verdicts[4].began) == ("roll_back", 130)
@@ -218,7 +225,7 @@ def test_trouble_began_before_the_first_high_loss_or_skip_that_counts():
 def test_trouble_from_before_anything_was_usual_began_then():
     watcher = guard(guard_window=40)
     feed(watcher, 13)
-    verdicts = [judge(watcher, step, 0.5, 1.0, 2.0) for step in range(14, 31)]
+    verdicts = [decide(watcher, step, 0.5, 1.0, 2.0) for step in range(14, 31)]
     assert [verdict.action for verdict in verdicts] == ["go"] * 16 + ["roll_back"]  # 20 losses, and 10 that are judged by them
     assert verdicts[-1].began == 13
 
@@ -227,15 +234,15 @@ def test_before_anything_is_usual_a_loss_far_above_the_first_is_high():
     """At twice 25 times the first one; as soon as more than half of a quarter of the window are."""
     for factor, expected in ((49.0, []), (51.0, [("roll_back", 1)])):
         watcher = guard(guard_window=40)
-        verdicts = [judge(watcher, step, 0.1 if step == 1 else factor * 0.1, 1.0, 2.0) for step in range(1, 8)]
+        verdicts = [decide(watcher, step, 0.1 if step == 1 else factor * 0.1, 1.0, 2.0) for step in range(1, 8)]
         assert [(v.action, v.began) for v in verdicts if v.action != "go"] == expected
     # and the median of an explosion never becomes the usual loss
     watcher = guard(guard_window=40)
-    judge(watcher, 1, 0.1, 1.0, 2.0)
-    actions = [judge(watcher, step, 0.1 if step % 2 else 10.0, 1.0, 2.0).action for step in range(2, 200)]
+    decide(watcher, 1, 0.1, 1.0, 2.0)
+    actions = [decide(watcher, step, 0.1 if step % 2 else 10.0, 1.0, 2.0).action for step in range(2, 200)]
     assert set(actions) == {"go"}  # five of ten, and a median of 10
-    assert judge(watcher, 200, 10.0, 1.0, 2.0).action == "go"
-    assert judge(watcher, 201, 10.0, 1.0, 2.0).action == "roll_back"
+    assert decide(watcher, 200, 10.0, 1.0, 2.0).action == "go"
+    assert decide(watcher, 201, 10.0, 1.0, 2.0).action == "roll_back"
 
 
 def test_what_is_in_doubt_is_all_to_which_trouble_may_yet_be_traced():
@@ -247,7 +254,7 @@ def test_what_is_in_doubt_is_all_to_which_trouble_may_yet_be_traced():
             since.append(watcher.first_doubtful_step())
             level *= draw.choice([1.0] * 30 + [0.5, 3.0, 3.0])
             loss = math.nan if draw.random() < 0.03 else level * draw.lognormvariate(0, 0.3)
-            verdict = judge(watcher, step, loss, 1.0, 2.0)
+            verdict = decide(watcher, step, loss, 1.0, 2.0)
             if verdict.action == "roll_back":
                 assert max(since) <= verdict.began, (since, verdict)
                 found += verdict.began > 20
@@ -263,7 +270,7 @@ def test_nothing_is_out_of_doubt_before_a_loss_can_be_judged_and_later_all_but_t
     feed(watcher, 1, 30)
     assert watcher.first_doubtful_step() == 30 - 10
     feed(watcher, 20, 31)
-    judge(watcher, 51, math.nan, 1.0, 2.0)
+    decide(watcher, 51, math.nan, 1.0, 2.0)
     feed(watcher, 39, 52)
     assert watcher.first_doubtful_step() == 50  # for as long as the skip counts
     feed(watcher, 1, 91)
@@ -278,10 +285,10 @@ def test_doubts_are_what_is_not_judged_usual():
         seen = torch.tensor([1.0, draw.lognormvariate(0, 0.3), draw.lognormvariate(1, 0.3)])
         if step % 9 == 5:
             seen[1 + step % 2] = draw.choice([math.nan, math.inf, 1e3, watched.usual()[1][step % 2]])
-        doubts = watched.doubts(seen)
-        verdict = watched.judge(step, seen)
+        needs_review = watched.needs_review(seen)
+        verdict = watched.decide(step, seen)
         found[verdict.action] = found.get(verdict.action, 0) + 1
-        assert doubts.item() == (verdict.action != "go"), (step, seen, verdict)
+        assert needs_review.item() == (verdict.action != "go"), (step, seen, verdict)
     assert found["go"] > 300
     assert min(found["skip"], found["watch"]) > 5
 
@@ -299,8 +306,8 @@ def test_goes_on_from_its_state_as_if_never_stopped():
         fresh = guard(guard_window=70)
         fresh.load_state_dict(json.loads(json.dumps(again.state_dict(), allow_nan=False)))
         again = fresh
-        verdict = whole.judge(step, torch.tensor(row))
-        assert again.judge(step, torch.tensor(row)) == verdict
+        verdict = whole.decide(step, torch.tensor(row))
+        assert again.decide(step, torch.tensor(row)) == verdict
         assert again.state_dict() == whole.state_dict()
         kinds.add(verdict.action)
     assert kinds == {"go", "watch", "skip"}
@@ -309,10 +316,10 @@ def test_goes_on_from_its_state_as_if_never_stopped():
 def test_of_another_network_what_was_done_still_counts():
     watcher = guard(guard_skips=0)
     feed(watcher, 100)
-    judge(watcher, 101, math.nan, 1.0, 2.0)
-    other = Guard(("stem", "refine"), GuardConfig())
+    decide(watcher, 101, math.nan, 1.0, 2.0)
+    other = GradientMonitor(("stem", "refine"), GuardConfig())
     other.load_state_dict(watcher.state_dict())
-    other.go_on_after(watcher)
+    other.resume_after(watcher)
     assert (other.roll_backs, other.rate_factor, other.losses) == (1, 0.5, watcher.losses)
     assert other.usual() == ([0.0, 0.0], [math.inf, math.inf])
 
@@ -400,13 +407,13 @@ def test_bad_settings_are_refused(settings, message):
 
 def test_on_a_cpu_numbers_are_there_at_once():
     seen = torch.rand(3)
-    assert on_its_way(seen)() is seen
+    assert async_copy_to_cpu(seen)() is seen
 
 
 @pytest.mark.gpu
 def test_on_a_gpu_numbers_arrive_before_the_work_that_follows_them_is_done():
     seen = torch.arange(3.0, device="cuda") + 1
-    arrived = on_its_way(seen)
+    arrived = async_copy_to_cpu(seen)
     torch.cuda._sleep(2_000_000_000)  # clock cycles: a second
     done = torch.cuda.Event()
     done.record()

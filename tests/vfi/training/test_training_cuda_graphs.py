@@ -20,7 +20,7 @@ from vfi import train
 from vfi.config import configs, presets
 from vfi.model.interpolator import FrameInterpolator
 from vfi.training import cuda_graphs, trainer
-from vfi.training.cuda_graphs import Recorder, let_segments_grow, record_passes
+from vfi.training.cuda_graphs import GraphRecorder, capture_graphs, enable_expandable_segments
 from vfi.training.losses import training_losses
 
 CUDA = torch.device("cuda")
@@ -46,7 +46,7 @@ def networks(phase: int) -> tuple[FrameInterpolator, FrameInterpolator]:
         for parameter in plain.parameters():
             parameter.add_(0.002 * torch.randn_like(parameter))
     other = copy.deepcopy(plain)
-    record_passes(other)
+    capture_graphs(other)
     return plain, other
 
 
@@ -126,7 +126,7 @@ def test_validation_is_not_recorded():
         assert torch.equal(recorded(*batch).imgt, plain(*batch).imgt)
     recorded.eval()
     assert recorded(*batch).stages == ()
-    assert isinstance(recorded.forward, Recorder)
+    assert isinstance(recorded.forward, GraphRecorder)
     assert recorded.forward.passes is None
 
 
@@ -199,7 +199,7 @@ def test_it_is_for_a_gpu(tmp_path, train_shards, capsys):
 @pytest.mark.parametrize("said", [{}, {"PYTORCH_ALLOC_CONF": "backend:native"}, {"PYTORCH_CUDA_ALLOC_CONF": ""}])
 def test_what_the_environment_says_of_memory_stays(monkeypatch, said):
     monkeypatch.setattr(cuda_graphs.os, "environ", dict(said))
-    let_segments_grow()
+    enable_expandable_segments()
     assert cuda_graphs.os.environ == (said or {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"})
 
 
@@ -208,8 +208,8 @@ def test_segments_grow():
     """In a new process: it counts before the first tensor."""
     told = """
 import torch
-from vfi.training.cuda_graphs import let_segments_grow
-let_segments_grow()
+from vfi.training.cuda_graphs import enable_expandable_segments
+enable_expandable_segments()
 torch.zeros(1, device="cuda")
 print([segment["is_expandable"] for segment in torch.cuda.memory_snapshot()])
 """

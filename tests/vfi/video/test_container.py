@@ -19,7 +19,7 @@ from made_videos import EVEN, call, frames_of, make, new_run, packets_of, pixels
 from shards.color_conversion import to_rgb
 from vfi import interpolate
 from vfi.errors import JobError
-from vfi.inference.engine import Between
+from vfi.inference.engine import InterpolationEngine
 from vfi.inference.loading import LoadedModel
 from vfi.video.container import VideoInput, choose_pix_fmt, default_codec
 from vfi.video.prefetch import _ahead, _Behind
@@ -258,8 +258,8 @@ def test_a_scene_cut_is_not_blended(run, tmp_path, capsys):
 
 def test_where_nothing_changes_nothing_is_computed(run, tmp_path, monkeypatch):
     calls = []
-    plain = Between.start
-    monkeypatch.setattr(Between, "start", lambda self, *given: calls.append(given[2]) or plain(self, *given))
+    plain = InterpolationEngine.start
+    monkeypatch.setattr(InterpolationEngine, "start", lambda self, *given: calls.append(given[2]) or plain(self, *given))
     source = make(tmp_path / "in.mkv", EVEN[:4], frames=[scene(0), scene(0), scene(0, 8), scene(0, 8)])
     call(source, "-o", tmp_path / "out.mkv", "--model", run, "--codec", "ffv1", "--multiplier", 3)
     assert calls == [[Fraction(1, 3), Fraction(2, 3)]]  # of one pair of three, and both frames by one call

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vfi.video.timeline import Multiply, Rate
+from vfi.video.timeline import FrameMultiplier, Rate
 
 BASES = st.sampled_from([Fraction(1, 25), Fraction(1, 90_000), Fraction(1001, 30_000), Fraction(1, 1000), Fraction(1, 12_800)])
 TIMES = st.lists(st.integers(1, 400), min_size=0, max_size=8).flatmap(
@@ -28,7 +28,7 @@ def made(line, times, base, duration=10):
 
 @given(TIMES, BASES, st.integers(2, 9))
 def test_multiply_divides_every_gap_evenly(times, base, factor):
-    found = made(Multiply(factor), times, base)
+    found = made(FrameMultiplier(factor), times, base)
     assert len(found) == (len(times) - 1) * factor + 1
     for position, (seconds, number, timestep) in enumerate(found):
         assert (number, timestep) == (position // factor, Fraction(position % factor, factor))
@@ -38,11 +38,11 @@ def test_multiply_divides_every_gap_evenly(times, base, factor):
 
 @given(TIMES, BASES, st.integers(2, 9))
 def test_slower_has_the_same_frames_in_stretched_time(times, base, factor):
-    usual, slow = made(Multiply(factor), times, base), made(Multiply(factor, slower=True), times, base)
+    usual, slow = made(FrameMultiplier(factor), times, base), made(FrameMultiplier(factor, slower=True), times, base)
     assert [frame[1:] for frame in slow] == [frame[1:] for frame in usual]
     assert [frame[0] for frame in slow] == [frame[0] * factor for frame in usual]
-    assert (Multiply(3, slower=True).rate(Fraction(25)), Multiply(3).rate(Fraction(25))) == (25, 75)
-    assert (Multiply(3, slower=True).slowdown, Multiply(3).slowdown) == (3, 1)
+    assert (FrameMultiplier(3, slower=True).rate(Fraction(25)), FrameMultiplier(3).rate(Fraction(25))) == (25, 75)
+    assert (FrameMultiplier(3, slower=True).slowdown, FrameMultiplier(3).slowdown) == (3, 1)
 
 
 @given(TIMES, BASES, st.sampled_from([Fraction(60), Fraction(60_000, 1001), Fraction(24), Fraction(7, 3)]), st.integers(1, 400))

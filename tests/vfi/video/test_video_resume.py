@@ -10,7 +10,7 @@ import pytest
 from made_videos import call, frames_of, make, new_run, packets_of, pixels, refused, scene, times_of
 from PIL import Image
 
-from vfi.inference.engine import Between
+from vfi.inference.engine import InterpolationEngine
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TIMES = [40 * n for n in range(12)]
@@ -24,7 +24,7 @@ def run(tmp_path_factory) -> Path:
 @pytest.fixture
 def stop_at(monkeypatch):
     """stop_at(n): somebody presses Ctrl-C when the frames of the n-th pair are begun. Gives the list of what was begun."""
-    plain = Between.start
+    plain = InterpolationEngine.start
     begun: list[object] = []
 
     def prepare(pair: int) -> list[object]:
@@ -36,7 +36,7 @@ def stop_at(monkeypatch):
                 raise KeyboardInterrupt
             return plain(self, *given)
 
-        monkeypatch.setattr(Between, "start", interrupted)
+        monkeypatch.setattr(InterpolationEngine, "start", interrupted)
         return begun
 
     return prepare

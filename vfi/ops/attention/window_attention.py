@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vfi.ops.triton.availability import fused_obstacle
+from vfi.ops.triton.availability import why_unavailable
 
 FUSED_WIDTHS = (16, 32, 64)  # of a head
 FusedWindowAttention = Callable[[Tensor, int, int, int, int], Tensor]
@@ -141,7 +141,7 @@ def import_fused() -> FusedWindowAttention:
 
 def attention_obstacle(device: torch.device, head_dim: int) -> str | None:
     """Return why the fused kernels can't run on `device` with heads of this width; None if they can."""
-    if obstacle := fused_obstacle(device):
+    if obstacle := why_unavailable(device):
         return obstacle
     if head_dim not in FUSED_WIDTHS:
         return f"the fused kernels take heads of {', '.join(map(str, FUSED_WIDTHS))} channels, not {head_dim}"

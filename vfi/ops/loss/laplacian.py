@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vfi.ops.precision import fp32_island
-from vfi.ops.triton.availability import takes_fused
+from vfi.ops.triton.availability import select_fused
 
 LEVELS = 5
 
@@ -30,7 +30,7 @@ def laplacian_loss(prediction: Tensor, truth: Tensor, backend: str = "auto") -> 
 @functools.cache
 def choose_loss(backend: str, device: torch.device) -> tuple[bool, str]:
     """Return whether fused kernels compute the pyramid (vfi/ops/loss/laplacian_kernels.py), and a line with the reason."""
-    return takes_fused("loss", backend, device)
+    return select_fused("loss", backend, device)
 
 
 def _laplacian_loss(prediction: Tensor, truth: Tensor, fused: bool = False) -> Tensor:

@@ -58,7 +58,7 @@ class Row(NamedTuple):
 _NOBODY = Owner(-1, 0)
 
 
-def stack_channels(parts: Sequence[Tensor], dtype: torch.dtype, shuffled: Tensor | None = None, multiple: int = 8) -> Tensor:
+def concat_channels(parts: Sequence[Tensor], dtype: torch.dtype, shuffled: Tensor | None = None, multiple: int = 8) -> Tensor:
     """Concatenate maps like `torch.cat`, optionally after a pixel shuffle of another map, padded with zero channels.
 
     Args:
@@ -74,14 +74,14 @@ def stack_channels(parts: Sequence[Tensor], dtype: torch.dtype, shuffled: Tensor
     """
     maps = [*parts] if shuffled is None else [shuffled, *parts]
     for wrong in {dtype, *(t.dtype for t in maps)}.difference(DTYPES):
-        raise TypeError(f"stack_channels takes bf16, fp16 or fp32 and was given {wrong}")
+        raise TypeError(f"concat_channels takes bf16, fp16 or fp32 and was given {wrong}")
     if multiple < 1:
-        raise ValueError(f"stack_channels was asked for a multiple of {multiple} channels")
+        raise ValueError(f"concat_channels was asked for a multiple of {multiple} channels")
     sizes = {_size(t, t is shuffled) for t in maps}
     if len(sizes) != 1 or None in sizes:
         before = "" if shuffled is None else "[B, 4 * C, H / 2, W / 2] and "
         shapes = ", ".join(str(list(t.shape)) for t in maps)
-        raise ValueError(f"stack_channels takes {before}maps [B, C, H, W] of one size and was given {shapes or 'none'}")
+        raise ValueError(f"concat_channels takes {before}maps [B, C, H, W] of one size and was given {shapes or 'none'}")
     return _Stack.apply(dtype, multiple, shuffled is not None, *maps)
 
 

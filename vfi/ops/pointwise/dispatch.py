@@ -13,16 +13,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from vfi.ops.triton.availability import takes_fused
+from vfi.ops.triton.availability import select_fused
 from vfi.ops.warp.warp import backward_warp
 
 
-class Pointwise(NamedTuple):
+class FusedOps(NamedTuple):
     """The fused operators."""
 
     bias_prelu: Callable[..., Tensor]
     """vfi/ops/pointwise/bias_prelu_kernels.py."""
-    stack_channels: Callable[..., Tensor]
+    concat_channels: Callable[..., Tensor]
     """vfi/ops/pointwise/concat_kernels.py."""
     backward_warp: Callable[..., Tensor]
     """vfi/ops/warp/warp_kernels.py; PyTorch's warping in deterministic runs, because the kernels sum the gradient of `x` in an
@@ -32,10 +32,10 @@ class Pointwise(NamedTuple):
     """vfi/ops/pointwise/layer_norm_kernels.py."""
 
 
-class PointwiseModule(nn.Module):
+class FusedOpsModule(nn.Module):
     """Module that uses the fused operators if it has them."""
 
-    pointwise: Pointwise | None = None
+    pointwise: FusedOps | None = None
 
     def bias_prelu(self, x: Tensor, bias: Any, slope: Any, residual: Tensor | None = None) -> Tensor:
         """Apply the fused bias and PReLU to a map that nothing else needs: without gradients the result overwrites it."""
@@ -44,29 +44,29 @@ class PointwiseModule(nn.Module):
         return activated
 
 
-def give_pointwise(network: nn.Module, pointwise: Pointwise | None) -> None:
+def set_fused_ops(network: nn.Module, pointwise: FusedOps | None) -> None:
     """Let all modules of `network` use these fused operators, or PyTorch's if None."""
     for module in network.modules():
-        if isinstance(module, PointwiseModule):
+        if isinstance(module, FusedOpsModule):
             module.pointwise = pointwise
 
 
-def choose_pointwise(backend: str, device: torch.device) -> tuple[Pointwise | None, str]:
+def select_fused_ops(backend: str, device: torch.device) -> tuple[FusedOps | None, str]:
     """Return the fused operators, or None for PyTorch's, and a line that states the choice and the reason.
 
     The backend `fused` raises if the kernels can't run.
     """
-    taken, line = takes_fused("pointwise", backend, device)
+    taken, line = select_fused("pointwise", backend, device)
     return _import() if taken else None, line
 
 
-def _import() -> Pointwise:
+def _import() -> FusedOps:
     from vfi.ops.pointwise.bias_prelu_kernels import bias_prelu
-    from vfi.ops.pointwise.concat_kernels import stack_channels
+    from vfi.ops.pointwise.concat_kernels import concat_channels
     from vfi.ops.pointwise.layer_norm_kernels import layer_norm
     from vfi.ops.warp.warp_kernels import backward_warp_fused
 
     def warp(x: Tensor, flow: Tensor, top: int | None = None) -> Tensor:
         return (backward_warp if torch.are_deterministic_algorithms_enabled() else backward_warp_fused)(x, flow, top)
 
-    return Pointwise(bias_prelu, stack_channels, warp, layer_norm)
+    return FusedOps(bias_prelu, concat_channels, warp, layer_norm)

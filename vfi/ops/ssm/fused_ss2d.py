@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from vfi.ops.triton import launch_config
-from vfi.ops.triton.availability import fused_obstacle, multiprocessors
+from vfi.ops.triton.availability import multiprocessors, why_unavailable
 
 HEAD_DIMS, STATES = (16, 32, 64), (16, 32, 64, 128)
 """Widths of a head and of a state for which the kernels have tiles."""
@@ -116,7 +116,7 @@ def fused_ss2d(projected: Tensor, parameters: Parameters, shape: Shape) -> Tenso
 
 def ss2d_obstacle(device: torch.device, head_dim: int, state: int, groups: int) -> str | None:
     """Return why the fused kernels can't run; None if they can."""
-    if obstacle := fused_obstacle(device):
+    if obstacle := why_unavailable(device):
         return obstacle
     if groups != 1:
         return "the fused kernels have one B and C for all heads (--ssd_groups shared)"

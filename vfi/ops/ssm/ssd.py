@@ -26,7 +26,7 @@ from vfi.ops.precision import fp32_island
 from vfi.ops.triton import tuned_configs
 
 SSD = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
-Obstacle = Callable[[torch.device], str | None]  # why kernels can't run on a device; None if they can
+UnavailableReason = Callable[[torch.device], str | None]  # why kernels can't run on a device; None if they can
 BACKENDS = ("auto", "reference", "mamba_ssm", "fused")
 # The work inside a chunk grows with its length, and the number of states decreases. The kernels' own default is 256.
 REFERENCE_CHUNK = 64
@@ -197,14 +197,14 @@ def ssd_elements(L: int, H: int, P: int, G: int, S: int) -> int:
     return max(L * H * P, L * G * S, chunks * G * _KERNEL_CHUNK**2, chunks * H * P * S)
 
 
-def choose_ssd(backend: str, device: torch.device, fused_obstacle: Obstacle) -> tuple[SSD | None, str]:
+def choose_ssd(backend: str, device: torch.device, why_unavailable: UnavailableReason) -> tuple[SSD | None, str]:
     """Return the function for a backend name, and a line that states the choice and the reason.
 
-    The function is None for fused, which covers more than this recurrence (vfi/ops/ssm/fused_ss2d.py); `fused_obstacle` returns
-    why it can't run. A named backend that can't run raises.
+    The function is None for fused, which covers more than this recurrence (vfi/ops/ssm/fused_ss2d.py); `why_unavailable`
+    returns why it can't run. A named backend that can't run raises.
     """
     functions = {"reference": ssd_reference, "mamba_ssm": ssd_mamba_ssm, "fused": None}
-    name, choice = choose_kernel("ssd", backend, device, {"fused": fused_obstacle, "mamba_ssm": kernel_obstacle})
+    name, choice = choose_kernel("ssd", backend, device, {"fused": why_unavailable, "mamba_ssm": kernel_obstacle})
     if name == "mamba_ssm":
         known = (
             "kernels tuned" if tuned_configs.entry(device) else "the first step tunes kernels; `vfi tune` keeps what is found"
@@ -213,7 +213,9 @@ def choose_ssd(backend: str, device: torch.device, fused_obstacle: Obstacle) -> 
     return functions[name], choice
 
 
-def choose_kernel(operator: str, backend: str, device: torch.device, obstacles: Mapping[str, Obstacle]) -> tuple[str, str]:
+def choose_kernel(
+    operator: str, backend: str, device: torch.device, obstacles: Mapping[str, UnavailableReason]
+) -> tuple[str, str]:
     """Return the chosen backend for a name, and the line that states the choice.
 
     `obstacles` maps the backends with kernels, the best first, to functions that return why each can't run.

@@ -11,7 +11,7 @@ BACKENDS = ("auto", "torch", "fused")
 _CAPABILITY = (8, 0)  # minimum compute capability: bf16 products and asynchronous copies
 
 
-def fused_obstacle(device: torch.device) -> str | None:
+def why_unavailable(device: torch.device) -> str | None:
     """Return why the fused kernels can't run on `device`; None if they can."""
     if device.type != "cuda":
         return f"the fused kernels need a CUDA GPU and the device is {device.type}"
@@ -23,13 +23,13 @@ def fused_obstacle(device: torch.device) -> str | None:
     return None
 
 
-def takes_fused(name: str, backend: str, device: torch.device) -> tuple[bool, str]:
+def select_fused(name: str, backend: str, device: torch.device) -> tuple[bool, str]:
     """Return whether fused kernels serve `--NAME_backend`, and a line with the reason; `fused` raises if they can't run."""
     if backend not in BACKENDS:
         raise ValueError(f"{name}_backend {backend!r} does not exist; choose from {', '.join(BACKENDS)}")
     if backend == "torch":
         return False, f"{name}: torch (asked for)"
-    obstacle = fused_obstacle(device)
+    obstacle = why_unavailable(device)
     if obstacle is None:
         return True, f"{name}: fused ({'asked for' if backend == 'fused' else f'available on {device}'})"
     if backend == "fused":
