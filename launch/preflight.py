@@ -106,7 +106,7 @@ def refuse_other_run(config: Config) -> None:
     """Raise ConfigError when the folder already holds a run that this one does not resume."""
     folder = run_folder(config)
     if (step := newest_step(folder)) and config.run.resume != "auto":
-        raise ConfigError(f"{folder} already holds a run at step {step}: go on with it by --resume auto, or take another name")
+        raise ConfigError(f"{folder} already holds a run at step {step}: resume it by --resume auto, or take another name")
 
 
 def _check_first_weights(config: Config, later: str) -> None:

@@ -23,7 +23,7 @@ from launch.slurm import JobState
 from launch.submission import QUEUED, SUBMISSION, Submission, read_queued, read_submission, submissions
 from vfi.errors import JobError, clear_errors
 from vfi.io.dataclass_json import config_from_json
-from vfi.runtime.logging import note
+from vfi.runtime.logging import logger
 from vfi.tracking.run_status import read_status
 
 WAITING = ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "SUSPENDED", "RESIZING", "SIGNALING")
@@ -96,7 +96,7 @@ def query_runs(folders: Sequence[Path]) -> list[SubmittedRun]:
             try:
                 found[folder] = read_submission(newest / SUBMISSION), read_queued(newest).job_id
             except JobError as error:  # written by another version: show the other runs nevertheless
-                note(f"{folder.name} is left out: {error}")
+                logger.warning(f"{folder.name} is left out: {error}")
     states = slurm.states(job_id for submission, job_id in found.values() if submission.cluster == "slurm")
     return [_launched(folder, submission, job_id, states) for folder, (submission, job_id) in found.items()]
 
@@ -145,7 +145,7 @@ def _seconds_left(folder: Path, submission: Submission, rows: list[dict[str, Any
     rates = [row["samples_per_s"] for row in rows if row.get("samples_per_s")][-_LAST:]
     if not rates:
         return None
-    data = config_from_json((folder / "config.json").read_text(), "config.json", say=lambda _: None).data
+    data = config_from_json((folder / "config.json").read_text(), "config.json", quiet=True).data
     batch = data.global_batch or data.batch_size * submission.nodes * submission.processes
     return steps * batch * len(rates) / sum(rates)
 

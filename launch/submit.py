@@ -32,7 +32,7 @@ from launch.submission import LAUNCH, SUBMISSION, Submission, next_folder, read_
 from shards.schema import ShardError
 from vfi.config.configs import ConfigError
 from vfi.errors import JobError, clear_errors
-from vfi.runtime.logging import note
+from vfi.runtime.logging import logger
 
 _SHOWN = 3  # jobs for which the commands to follow them are printed
 
@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     snapshot.require_checkout()
     runs, notes = plan(options, groups, accelerate_config(options, snapshot.ROOT))
     for text in notes:
-        note(text)
+        logger.warning(text)
     command = ["python", "-m", "launch.submit", *argv]
     if options.dry_run:
         print_scripts(options, runs)

@@ -79,7 +79,7 @@ def describe(folder: Path) -> Run:
     status, newest = read_status(folder), latest(folder)
     why = status.why
     try:
-        config = config_from_json((folder / CONFIG).read_text(), CONFIG, say=lambda _: None)
+        config = config_from_json((folder / CONFIG).read_text(), CONFIG, quiet=True)
         preset, phase, planned = config.run.preset, int(config.model.phase), config.run.steps
     except (OSError, UnicodeDecodeError, ConfigError) as error:
         preset, phase, planned, why = None, None, None, why or f"{CONFIG} cannot be read: {error}"

@@ -19,6 +19,7 @@ from vfi.config import command_line
 from vfi.config.configs import Config, ConfigError
 from vfi.data.augment import FrameTooSmallError
 from vfi.errors import CheckpointError, JobError, clear_errors
+from vfi.runtime.logging import logger
 from vfi.runtime.numerics import explain_determinism_errors
 from vfi.tracking.run_status import recorded
 from vfi.training.divergence import TrainingError
@@ -49,7 +50,7 @@ def train(config: Config, flow_teacher: FlowTeacher | None = None) -> None:
     trainer = Trainer(dataclasses.replace(config, run=run, data=data), flow_teacher)
     try:
         trainer.fit()
-        trainer.say("dry run: training, validation and saving work")
+        logger.info("dry run: training, validation and saving work")
     finally:
         if trainer.accelerator.is_main_process:
             shutil.rmtree(trainer.folder, ignore_errors=True)

@@ -127,7 +127,7 @@ def test_stopped_run_goes_on_bit_for_bit(undisturbed, tmp_path, train_shards, va
     process.kill()
     assert latest(run).step < 8, "the run ended before it could be killed"
     (output,) = finish([Process(TRAIN, *FLAGS, *flags)])
-    assert "going on from the weights of" in output
+    assert "resuming from the weights of" in output
     for name, tensor in weights(undisturbed).items():
         assert torch.equal(tensor, weights(run)[name]), name
     timeless = ("loss", "grad_norm", "lr", "epoch", "step", "psnr", "average_psnr")
@@ -170,7 +170,7 @@ def test_two_processes_killed_within_an_epoch_go_on_as_one(tmp_path, train_shard
     monkeypatch.setattr(trainer.Trainer, "flow_to_learn", spy)
     run_here(*flags, "--batch_size", 5, "--epochs", epoch + 1)
     rest = 22 - 4 * steps
-    assert f"the global batch was 4 and is 5: what epoch {epoch} has not seen yet is dealt anew" in capsys.readouterr().out
+    assert f"the global batch was 4 and is 5: what epoch {epoch} has not seen yet is planned again" in capsys.readouterr().out
     assert len(before) == 4 * steps
     assert len(set(before + after[:rest])) == 22
     assert len(after) == 5 * -(-rest // 5)  # the last step is filled up
@@ -183,7 +183,7 @@ def test_another_order_starts_the_epoch_anew(undisturbed, tmp_path, train_shards
     shutil.copytree(undisturbed, run)
     run_here("--data_path", train_shards, "--steps", 9, "--batch_size", 4, "--output_dir", tmp_path, "--exp_name", "changed",
              "--resume", "auto", "--shuffle_shards", 1)  # fmt: skip
-    assert "are not those of the checkpoint: epoch 1 starts anew" in capsys.readouterr().out
+    assert "are not those of the checkpoint: epoch 1 starts again" in capsys.readouterr().out
     assert read_state(latest(run).path).position.position == Position(1, ((4, 1),))
 
 
@@ -306,7 +306,7 @@ def test_existing_run_is_not_overwritten(capsys, undisturbed, train_shards):
     before = (undisturbed / "metrics.jsonl").read_bytes()
     message = refused(capsys, "--data_path", train_shards, "--batch_size", 4, "--steps", 9, "--exp_name", "whole",
                       "--output_dir", undisturbed.parent)  # fmt: skip
-    assert "already holds a run at step 8: go on with it by --resume auto" in message
+    assert "already holds a run at step 8: resume it by --resume auto" in message
     assert (undisturbed / "metrics.jsonl").read_bytes() == before
 
 

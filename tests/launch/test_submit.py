@@ -142,7 +142,7 @@ def test_the_batch_follows_from_the_type_of_gpu(here):
         (["--nodes", "3"], ["--global_batch", "64"], "--global_batch 64 is not a multiple of --batch_size 2 * 3 processes"),
         (["--gpus_per_node", "8"], ["--batch_size", "32"], "22 samples, a global batch 256"),
         ([], ["--resume", "absent"], "no run or checkpoint 'absent' to start from"),
-        ([], ["--exp_name", "done"], "already holds a run at step 7: go on with it by --resume auto"),
+        ([], ["--exp_name", "done"], "already holds a run at step 7: resume it by --resume auto"),
         ([], ["--dry_run"], "--dry_run after the -- would be a job that leaves nothing"),
         (["--time", "soon"], [], "--time 'soon' is no time limit"),
         (["--time", "2"], [], "--time 2 must be longer than --signal_seconds 180"),

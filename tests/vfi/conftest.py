@@ -1,7 +1,8 @@
-"""A browser for the tests of pages; for those of Triton kernels an interpreter, and GPUs to compile for that are not there."""
+"""Fixtures: logged messages, a browser for pages, and for Triton kernels an interpreter and GPUs to compile for."""
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import os
 import shutil
@@ -14,6 +15,8 @@ from typing import TYPE_CHECKING
 import pytest
 from interpreted import in_an_interpreter
 
+from vfi.runtime.logging import logger
+
 if TYPE_CHECKING:
     from playwright.sync_api import Browser
 
@@ -21,6 +24,17 @@ CHROMIUM = Path("/usr/bin/chromium")
 INSTALL = Path(__file__).parents[1] / "apt_install.sh"
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
          "--disable-component-update", "--disable-sync"]  # fmt: skip
+
+
+@pytest.fixture
+def messages() -> Iterator[list[str]]:
+    """The messages that the project logs, as a list that grows."""
+    texts: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: texts.append(record.getMessage())  # type: ignore[method-assign]
+    logger.addHandler(handler)
+    yield texts
+    logger.removeHandler(handler)
 
 
 @pytest.fixture(scope="module")  # and not longer: Playwright keeps an event loop running, which other tests can't have

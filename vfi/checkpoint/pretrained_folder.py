@@ -16,7 +16,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,7 +32,7 @@ from vfi.errors import CheckpointError, JobError
 from vfi.io.dataclass_json import RecordError, from_object
 from vfi.io.verified_folder import MANIFEST
 from vfi.model.interpolator import FrameInterpolator
-from vfi.runtime.logging import note
+from vfi.runtime.logging import logger
 from vfi.runtime.versions import PROJECT, project_version
 from vfi.shipped import is_shipped, shipped_model
 
@@ -147,9 +147,9 @@ def _stored(weights: dict[str, Tensor], dtype: Dtype) -> dict[str, Tensor]:
     return stored
 
 
-def read_model(folder: Path, device: torch.device, say: Callable[[str], None] = note) -> tuple[FrameInterpolator, Description]:
+def read_model(folder: Path, device: torch.device) -> tuple[FrameInterpolator, Description]:
     """Return the network of a folder, in eval mode on `device`, in fp32. CheckpointError says what is not usable."""
-    described = read_description(folder, say)
+    described = read_description(folder)
     if not (folder / MODEL).is_file():
         there = ", ".join(sorted(path.name for path in folder.iterdir()))
         raise CheckpointError(f"{folder} lacks {MODEL}, the only file that weights are read from; it holds {there}")
@@ -164,7 +164,7 @@ def read_model(folder: Path, device: torch.device, say: Callable[[str], None] = 
     return network.eval(), described
 
 
-def read_description(folder: Path, say: Callable[[str], None] = note) -> Description:
+def read_description(folder: Path) -> Description:
     """Read and check config.json; CheckpointError names what does not fit and which version wrote it."""
     path = folder / CONFIG
     content = _read_json(path)
@@ -183,7 +183,7 @@ def read_description(folder: Path, say: Callable[[str], None] = note) -> Descrip
     except (RecordError, ConfigError) as error:
         raise CheckpointError(f"{error} ({path} was written by {writer}; this is {this_version()})") from error
     if defaulted:
-        say(f"{path} is older than these settings, which have their defaults: {', '.join(defaulted)}")
+        logger.warning(f"{path} is older than these settings, which have their defaults: {', '.join(defaulted)}")
     return described
 
 

@@ -21,7 +21,7 @@ import io
 import json
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,7 +42,6 @@ from vfi.io.verified_folder import (
     remove_folder,
     write_folder,
 )
-from vfi.runtime.logging import note
 
 MODEL, EMA, OPTIMIZER, RANDOM = "model.safetensors", "ema.safetensors", "optimizer.pt", "random.json"
 STATE, CONFIG = "state.json", "config.json"
@@ -208,7 +207,7 @@ def newest_whole(run_folder: Path) -> tuple[Path | None, list[str]]:
         damaged.append(f"{checkpoint.path}: {', '.join(wrong)}")
     if damaged:
         raise CheckpointError(
-            f"no checkpoint of {run_folder} is whole: {'; '.join(damaged)}. Start anew under another --exp_name, or remove "
+            f"no checkpoint of {run_folder} is whole: {'; '.join(damaged)}. Start again under another --exp_name, or remove "
             f"{run_folder / 'checkpoints'}"
         )
     return None, []
@@ -270,11 +269,11 @@ def config_of(checkpoint: Path) -> Path:
     return checkpoint.parent.parent / CONFIG if not own.is_file() and not is_verifiable(checkpoint) else own
 
 
-def read_config(checkpoint: Path, say: Callable[[str], None] = note) -> Config:
-    """Return the settings under which a checkpoint was made; `say` reports settings that the checkpoint is too old to have."""
+def read_config(checkpoint: Path) -> Config:
+    """Return the settings under which a checkpoint was made; settings that it is too old to have are logged."""
     path = config_of(checkpoint)
     try:
-        return config_from_json(path.read_text(), str(path), say)
+        return config_from_json(path.read_text(), str(path))
     except OSError as error:
         raise CheckpointError(f"{checkpoint} has no settings: {path} cannot be read ({error.strerror})") from error
     except (ConfigError, UnicodeDecodeError) as error:

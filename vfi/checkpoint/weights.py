@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import pickle
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,23 +16,23 @@ from vfi.checkpoint.store import EMA, MODEL, OPTIMIZER, STATE, config_of, find, 
 from vfi.config.configs import Config
 from vfi.errors import CheckpointError
 from vfi.model.interpolator import FrameInterpolator
-from vfi.runtime.logging import note
+from vfi.runtime.logging import logger
 
 PARTS = ("flow.teacher", "backbone", "flow", "refine")  # parts of the network, the longest name first
 
 
-def load_model(path: str | Path, device: torch.device, say: Callable[[str], None] = note) -> tuple[FrameInterpolator, Config]:
+def load_model(path: str | Path, device: torch.device) -> tuple[FrameInterpolator, Config]:
     """Return a model in eval mode on `device` and its settings; `path` is a run (name or folder), checkpoint or weights file.
 
-    Its files are verified first. EMA weights are preferred where there are any, which `say` reports; a weights file is used as
+    Its files are verified first. EMA weights are preferred where there are any, which is logged; a weights file is used as
     given.
     """
     checkpoint = find(path)
     name = Path(path).name if Path(path).suffix == ".safetensors" else best_weights(checkpoint)
     refuse_damage(checkpoint, [name, STATE])
     if name == EMA and Path(path).name != EMA:
-        say(f"{checkpoint}: the EMA weights are taken; those without averaging are in {MODEL} beside them")
-    config = read_config(checkpoint, say)
+        logger.warning(f"{checkpoint}: the EMA weights are taken; those without averaging are in {MODEL} beside them")
+    config = read_config(checkpoint)
     model = FrameInterpolator(config.model, device)
     load_weights(model, checkpoint, name)
     return model.eval(), config

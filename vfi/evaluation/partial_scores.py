@@ -1,6 +1,6 @@
 """Scores of an unfinished benchmark, stored as they are computed, so that no sample is measured twice.
 
-    with Ledger(folder, settings, rank, world, say=print) as ledger:
+    with Ledger(folder, settings, rank, world) as ledger:
         for number in ledger.missing(samples):           # this rank's share of the pending samples
             ledger.add(number, scores)                   # any JSON value; written to disk at once
         found = ledger.finish(samples)                   # rank 0: the scores of all samples by number; other ranks: None
@@ -15,7 +15,6 @@ import datetime
 import hashlib
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
@@ -24,6 +23,7 @@ import torch
 
 from vfi.errors import JobError
 from vfi.io.dataclass_json import write_text
+from vfi.runtime.logging import logger
 
 _SETTINGS = "settings.json"
 _LONGEST = datetime.timedelta(days=7)  # longest wait of a rank for the slowest one
@@ -32,8 +32,8 @@ _LONGEST = datetime.timedelta(days=7)  # longest wait of a rank for the slowest 
 class ScoreCache:
     """The scores of one benchmark; `settings` is everything that they depend on, as a JSON value."""
 
-    def __init__(self, folder: Path, settings: dict[str, Any], rank: int, world: int, say: Callable[[str], None]) -> None:
-        self.folder, self.rank, self.world, self.say = folder, rank, world, say
+    def __init__(self, folder: Path, settings: dict[str, Any], rank: int, world: int) -> None:
+        self.folder, self.rank, self.world = folder, rank, world
         self.settings = json.dumps(settings, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
         self.file: IO[str] | None = None
 
@@ -86,8 +86,8 @@ class ScoreCache:
             )
         digest = hashlib.sha256(self.settings.encode()).hexdigest()
         if found.is_file() and hashlib.sha256(found.read_bytes()).hexdigest() != digest:
-            self.say(
-                f"{self.folder} holds unfinished scores of other settings: they are not taken, everything is measured anew"
+            logger.info(
+                f"{self.folder} holds unfinished scores of other settings: they are not taken, everything is measured again"
             )
             shutil.rmtree(self.folder)
         self.folder.mkdir(parents=True, exist_ok=True)

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from shards.schema import ShardError
 from vfi.config.configs import ModelConfig
@@ -30,6 +29,7 @@ from vfi.metrics.lpips import load_lpips
 from vfi.model.interpolator import FrameInterpolator
 from vfi.profiling import costs
 from vfi.runtime.device import DeviceName, pick_device, pick_precision
+from vfi.runtime.logging import logger, show_messages
 from vfi.tracking.environment import _environment
 
 
@@ -42,7 +42,8 @@ def benchmark_all(options: Options, command: str = "") -> bool:
     found = find_sets(options.data_root)
     if not found:
         raise JobError(f"--data_root {options.data_root} and two levels below it hold none of {', '.join(PROTOCOLS)}")
-    say, lines, usable = _say(), [], True
+    lines, usable = list[str](), True
+    show_messages(is_main=_rank() == 0)
     for name, protocol in PROTOCOLS.items():
         if name not in found:
             lines.append(f"{name}: not there")
@@ -51,7 +52,7 @@ def benchmark_all(options: Options, command: str = "") -> bool:
         else:
             one = dataclasses.replace(options, protocol=name, data=str(found[name]), data_root=None)
             one = dataclasses.replace(one, out=options.out / f"{name}.json")
-            say(f"{name}: {found[name]}")
+            logger.info(f"{name}: {found[name]}")
             try:
                 results = benchmark(one, command)
             except (JobError, ShardError) as error:
@@ -59,8 +60,8 @@ def benchmark_all(options: Options, command: str = "") -> bool:
                 lines.append(f"{name}: NOT MEASURED: {error}")
             else:
                 lines.append(f"{name}: {one.out}")
-                say(table(results) if results else "")
-    say("\n".join(lines))
+                logger.info(table(results) if results else "")
+    logger.info("\n".join(lines))
     return usable
 
 
@@ -70,7 +71,8 @@ def benchmark(options: Options, command: str = "") -> Results | None:
     Raises JobError, ShardError or CheckpointError for unusable options, before anything is measured.
     """
     _check(options)
-    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    rank, world = _rank(), int(os.environ.get("WORLD_SIZE", "1"))
+    show_messages(is_main=rank == 0)
     device = _own_device(options.device)
     precision = pick_precision(options.precision, device)
     bench = protocol_bench(options, device) if options.protocol else task_from_shards(options, device)
@@ -91,7 +93,7 @@ def benchmark(options: Options, command: str = "") -> Results | None:
     }
     way = EvalOptions(options.tta, options.motion, lpips, options.workers)
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    with ScoreCache(_unfinished(options.out), settings, rank, world, _say()) as ledger:
+    with ScoreCache(_unfinished(options.out), settings, rank, world) as ledger:
         measure(bench, asks, ledger, way, show=rank == 0)
         found = ledger.finish(bench.samples)
         if found is None:
@@ -113,9 +115,8 @@ def benchmark(options: Options, command: str = "") -> Results | None:
     return results
 
 
-def _say() -> Any:
-    """Return a function that prints on rank 0, above the progress bar."""
-    return tqdm.write if int(os.environ.get("RANK", "0")) == 0 else lambda text: None
+def _rank() -> int:
+    return int(os.environ.get("RANK", "0"))
 
 
 def _own_device(name: DeviceName) -> torch.device:

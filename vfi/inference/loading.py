@@ -25,7 +25,7 @@ from vfi.model.interpolator import FrameInterpolator
 from vfi.ops.triton.precompile import compiling_ahead
 from vfi.runtime.cuda_graphs import Graphs
 from vfi.runtime.device import _autocast
-from vfi.runtime.logging import note
+from vfi.runtime.logging import logger
 from vfi.shipped import SHIPPED, is_shipped, shipped_model
 
 
@@ -182,7 +182,7 @@ def _load_shipped(device: torch.device) -> LoadedModel:
     size = f"{loaded.parameters / 1e6:.1f} M parameters, {(folder / MODEL).stat().st_size / 1e6:.1f} MB"
     shown, more = origin.trained_on[:3], len(origin.trained_on[3:])
     data = ", ".join(shown + ((f"{more} more",) if more else ())) or "data that it does not name"
-    note(
+    logger.warning(
         f"the shipped model is used: {folder.name}, phase {phase} ({size}), licence {origin.licence or 'unknown'}, trained on "
         f"{data}; to use a model of yours, name it, such as runs/NAME"
     )

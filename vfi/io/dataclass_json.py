@@ -11,12 +11,11 @@ import json
 import os
 import types
 import typing
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
 from vfi.config.configs import Config, ConfigError
-from vfi.runtime.logging import note
+from vfi.runtime.logging import logger
 
 _UNIONS = (types.UnionType, typing.Union)
 
@@ -37,9 +36,11 @@ def to_json(record: Any) -> str:
     return json.dumps(dataclasses.asdict(record), indent=1) + "\n"
 
 
-def config_from_json(text: str, where: str = "config.json", say: Callable[[str], None] = note) -> Config:
-    """Read a Config back. What an older program did not have yet takes its default, which `say` tells; unknown or wrongly typed
-    entries raise ConfigError that names them and `where`.
+def config_from_json(text: str, where: str = "config.json", quiet: bool = False) -> Config:
+    """Return the Config that a JSON text holds.
+
+    What an older program did not have yet takes its default, which is logged unless `quiet`. Unknown or wrongly typed entries
+    raise ConfigError that names them and `where`.
     """
     defaulted: list[str] = []
     try:
@@ -48,8 +49,8 @@ def config_from_json(text: str, where: str = "config.json", say: Callable[[str],
         raise ConfigError(f"{where} is not JSON: {error}") from error
     except (RecordError, RecursionError) as error:
         raise ConfigError(str(error)) from error
-    if defaulted:
-        say(f"{where} is older than these settings, which have their defaults: {', '.join(defaulted)}")
+    if defaulted and not quiet:
+        logger.warning(f"{where} is older than these settings, which have their defaults: {', '.join(defaulted)}")
     return config
 
 

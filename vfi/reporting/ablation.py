@@ -85,7 +85,7 @@ def _read_runs(output_dir: Path) -> list[_Run]:
     runs = []
     for folder in sorted(path.parent for path in output_dir.glob(f"*/{CONFIG}")):
         try:
-            config = config_from_json((folder / CONFIG).read_text(), str(folder / CONFIG), say=lambda _: None)
+            config = config_from_json((folder / CONFIG).read_text(), str(folder / CONFIG), quiet=True)
         except (OSError, ConfigError) as error:
             raise JobError(f"{folder} is not a usable run: {error}") from error
         last: dict[str, Any] = next((row for row in reversed(read_rows(folder / METRICS)) if row.get("event") == "val"), {})

@@ -1,6 +1,6 @@
 """Find the largest batch size whose training step fits into GPU memory, by trial steps before training starts.
 
-    smaller = fit_batch(config, accelerator, sharding="none", say=print)     # None: keep --batch_size
+    smaller = fit_batch(config, accelerator, sharding="none")     # None: keep --batch_size
 
 A trial takes two steps of a separate network, on frames of the run's largest crop, with everything that a run holds in memory
 alongside; nothing of it remains. So the run equals, from its first step on, one started with the smaller --batch_size: the
@@ -10,7 +10,6 @@ global batch is the same, and so are the samples of every step (vfi/data/sampler
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 
 import torch
 from accelerate import Accelerator
@@ -18,6 +17,7 @@ from accelerate import Accelerator
 from vfi.config.configs import Config, accumulation
 from vfi.errors import JobError
 from vfi.runtime import memory
+from vfi.runtime.logging import logger
 from vfi.runtime.memory import is_out_of_memory
 from vfi.runtime.numerics import explain_determinism_errors
 from vfi.runtime.stop_signals import Agreement
@@ -26,7 +26,7 @@ from vfi.training.synthetic_step import PRECISIONS, TrainingStep
 _HEADROOM = 256 * 2**20  # bytes that stay free in addition to a step: prefetched batches, metrics, fragmentation
 
 
-def find_batch_size(config: Config, accelerator: Accelerator, sharding: str, say: Callable[[str], None]) -> Config | None:
+def find_batch_size(config: Config, accelerator: Accelerator, sharding: str) -> Config | None:
     """Return the same experiment with a smaller --batch_size where a process's GPU can't hold it; None where all of them can.
 
     To be called by all processes together. JobError when not even one sample fits. Nothing is tried on a CPU, nor with sharded
@@ -35,7 +35,9 @@ def find_batch_size(config: Config, accelerator: Accelerator, sharding: str, say
     if not supports_oom_trial(accelerator.device):
         return None
     if sharding != "none":
-        say(f"with {sharding} it is not tried beforehand whether --batch_size {config.data.batch_size} fits into memory")
+        logger.info(
+            f"with {sharding} it is not tried beforehand whether --batch_size {config.data.batch_size} fits into memory"
+        )
         return None
     agreement, fitting = Agreement(accelerator.device), config
     agreement.any(False, at_once=True)  # allocates what the processes need to communicate, before memory is measured
@@ -46,7 +48,7 @@ def find_batch_size(config: Config, accelerator: Accelerator, sharding: str, say
         fitting = with_smaller_batch(fitting, accelerator.num_processes)
     if fitting is config:
         return None
-    say(
+    logger.info(
         f"--batch_size {config.data.batch_size} does not fit into the memory of a GPU at crop {config.data.largest_crop}: this "
         f"run takes {fitting.data.batch_size} and accumulates {accumulation(fitting, accelerator.num_processes)}; the global "
         f"batch stays {fitting.data.global_batch}, and so does what every step sees"

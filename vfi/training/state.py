@@ -1,9 +1,9 @@
 """The complete state of a training run: collect it, copy it in memory, read it from a checkpoint, restore it exactly.
 
-    snapshot = Snapshot(None, state, shards.weights(), shards.optimizer_state(), averages, gather_random(accelerator))
+    snapshot = Snapshot(None, state, strategy.weights(), strategy.optimizer_state(), averages, gather_random(accelerator))
     snapshot.copy_to_host()         # unaffected as the run continues
     read_snapshot(checkpoint)       # the same from disk, as written by vfi/checkpoint/store.py
-    restore(accelerator, snapshot, shards, ema, guard, say)
+    restore(accelerator, snapshot, strategy, ema, monitor)
 
 To be called by all processes together. vfi/distributed/strategy.py defines how weights and optimizer are spread over them.
 """
@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,12 +26,16 @@ from vfi.checkpoint.store import EMA, RANDOM, STATE, State, read_random, read_st
 from vfi.checkpoint.weights import read_optimizer, read_weights, refuse_differences
 from vfi.distributed.strategy import DDPStrategy
 from vfi.errors import CheckpointError
+from vfi.runtime.logging import logger
 from vfi.training.ema import Ema
 from vfi.training.gradient_monitor import GradientMonitor
 
 
 class Snapshot(NamedTuple):
-    """The state of a run after a step, as a checkpoint holds it. Tensors are whole; with shards only on the main process."""
+    """The state of a run after a step, as a checkpoint holds it.
+
+    Tensors are whole; where weights are sharded, only the main process has them.
+    """
 
     path: Path | None
     """The checkpoint that it was read from; None: it exists in memory only."""
@@ -83,39 +86,38 @@ def scaler_state(accelerator: Accelerator) -> dict[str, float]:
 def restore(
     accelerator: Accelerator,
     snapshot: Snapshot,
-    shards: DDPStrategy,
+    strategy: DDPStrategy,
     ema: Ema | None,
-    guard: GradientMonitor | None,
-    say: Callable[[str], None],
+    monitor: GradientMonitor | None,
 ) -> None:
     """Restore everything but the weights and the position: optimizer, EMA, loss scale, guard, random generators.
 
     CheckpointError names what is not usable. The tensors of `snapshot` belong to the run from then on.
     """
-    shards.load_optimizer(snapshot.optimizer, snapshot.place)
-    _restore_ema(ema, snapshot, say)
-    _restore_scaler(accelerator.scaler, snapshot, say)
-    _restore_guard(guard, snapshot)
-    _restore_random(accelerator, snapshot, say)
+    strategy.load_optimizer(snapshot.optimizer, snapshot.place)
+    _restore_ema(ema, snapshot)
+    _restore_scaler(accelerator.scaler, snapshot)
+    _restore_guard(monitor, snapshot)
+    _restore_random(accelerator, snapshot)
 
 
-def _restore_ema(ema: Ema | None, snapshot: Snapshot, say: Callable[[str], None]) -> None:
+def _restore_ema(ema: Ema | None, snapshot: Snapshot) -> None:
     if ema is None or snapshot.ema is None:
         if snapshot.ema is not None:
-            say(f"--ema is 0: the EMA weights of {snapshot.place} end here")
+            logger.info(f"--ema is 0: the EMA weights of {snapshot.place} end here")
         if ema is not None:
-            say(f"{snapshot.place} has no EMA weights: the average starts from its weights")
+            logger.info(f"{snapshot.place} has no EMA weights: the average starts from its weights")
         return
     if snapshot.path is not None:
         refuse_differences(ema.weights(), snapshot.ema, snapshot.path, EMA)
     ema.load(snapshot.ema, snapshot.state.ema_updates)
 
 
-def _restore_scaler(scaler: torch.amp.GradScaler | None, snapshot: Snapshot, say: Callable[[str], None]) -> None:
+def _restore_scaler(scaler: torch.amp.GradScaler | None, snapshot: Snapshot) -> None:
     saved = snapshot.state.scaler
     if scaler is None or not saved:
         if scaler is not None:
-            say(f"{snapshot.place} was not made in fp16: the loss scale starts anew")
+            logger.info(f"{snapshot.place} was not made in fp16: the loss scale starts from its default")
         return
     own = scaler.state_dict()
     if set(saved) != set(own) or not all(0 <= value < math.inf for value in saved.values()) or not saved["scale"] > 0:
@@ -132,11 +134,11 @@ def _restore_guard(guard: GradientMonitor | None, snapshot: Snapshot) -> None:
         raise CheckpointError(f"{snapshot.place}/{STATE} has no usable state of the guard: {error!r}") from error
 
 
-def _restore_random(accelerator: Accelerator, snapshot: Snapshot, say: Callable[[str], None]) -> None:
+def _restore_random(accelerator: Accelerator, snapshot: Snapshot) -> None:
     """Restore each process's random state; with another number of processes report that it can't be restored."""
     states = snapshot.random
     if len(states) != accelerator.num_processes:
-        say(
+        logger.info(
             f"{snapshot.place} has the random states of {len(states)} processes, now there are {accelerator.num_processes}: "
             f"they start from --seed (the order of samples and their augmentation don't depend on them)"
         )

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 
 import torch
 from torch.profiler import ProfilerActivity
 
+from vfi.runtime.logging import logger
 from vfi.runtime.memory_history import start_memory_history, stop_memory_history, write_memory_snapshot
 
 WARM_UP_STEPS = 5  # in them kernels are compiled, CUDA graphs recorded, caches filled; in the last one the profiler starts
@@ -20,11 +21,11 @@ class StepProfiler:
 
     The files in `folder` are named after the steps they hold: `steps_6_to_8.trace.json.gz` (Chrome's trace format, for
     https://ui.perfetto.dev) and on a CUDA device `steps_6_to_8.memory.pickle` (for https://pytorch.org/memory_viz). When the
-    context ends early they hold the steps so far. `say` is told where they are, or why there are none.
+    context ends early they hold the steps so far. A message says where they are, or why there are none.
     """
 
-    def __init__(self, folder: Path, steps: int, device: torch.device, say: Callable[[str], None]) -> None:
-        self._folder, self._steps, self._say = folder, steps, say
+    def __init__(self, folder: Path, steps: int, device: torch.device) -> None:
+        self._folder, self._steps = folder, steps
         self._is_cuda = device.type == "cuda"
         self._taken: list[int] = []  # numbers of the steps, those of the warm-up first
         self._profile: torch.profiler.profile | None = None
@@ -42,7 +43,9 @@ class StepProfiler:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._stop()
         if self._steps and len(self._taken) <= WARM_UP_STEPS:
-            self._say(f"--profile {self._steps} recorded nothing: it begins after {WARM_UP_STEPS} steps, and there were fewer")
+            logger.info(
+                f"--profile {self._steps} recorded nothing: it begins after {WARM_UP_STEPS} steps, and there were fewer"
+            )
 
     @contextlib.contextmanager
     def step(self, number: int) -> Iterator[None]:
@@ -78,4 +81,4 @@ class StepProfiler:
         profile.export_chrome_trace(str(self._folder / f"{name}.trace.json.gz"))
         if self._is_cuda:
             write_memory_snapshot(self._folder / f"{name}.memory.pickle")
-        self._say(f"profile of steps {recorded[0]} to {recorded[-1]}: {self._folder}")
+        logger.info(f"profile of steps {recorded[0]} to {recorded[-1]}: {self._folder}")

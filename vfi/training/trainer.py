@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,9 +16,9 @@ from accelerate.utils import gather_object, set_seed
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from vfi.checkpoint import pretrained_folder, store, weights
-from vfi.checkpoint.store import SavedPosition, State
-from vfi.config.configs import KNOWN_STEPS, UNTRAINED, Config, ConfigError, accumulation
+from vfi.checkpoint import store
+from vfi.checkpoint.store import State
+from vfi.config.configs import KNOWN_STEPS, Config, ConfigError, accumulation
 from vfi.data.bad_samples import BadSampleCounts, BadSampleMonitor
 from vfi.data.batch import FrameBatch
 from vfi.data.loader import TrainingLoader
@@ -29,13 +28,13 @@ from vfi.distributed.gradients import copies, layer_groups, update_ratios
 from vfi.distributed.launcher_checks import asked_precision, idle_gpus, start_accelerator
 from vfi.distributed.select import sharding
 from vfi.distributed.watchdog import Watchdog
-from vfi.errors import CheckpointError, Stopped
+from vfi.errors import Stopped
 from vfi.io.dataclass_json import to_json, write_text
 from vfi.model.compile import checkpoint_activations, compile_modules
 from vfi.model.hyper_connections import MixingRecord, annealing_factor, mixing_report, recording, set_annealing
 from vfi.model.interpolator import FrameInterpolator
-from vfi.model.matvlm_init import init_mamba_from_attn, random_source
 from vfi.ops.loss.laplacian import choose_loss
+from vfi.runtime.logging import logger
 from vfi.runtime.numerics import set_numerics
 from vfi.tracking.environment import METRICS, environment, versions, write_environment
 from vfi.tracking.tracker import Tracker
@@ -47,6 +46,14 @@ from vfi.training.gradient_monitor import PROCEED, Decision, GradientMonitor, as
 from vfi.training.losses import training_losses
 from vfi.training.optimizer import annealing, build_optimizer, carry_over, freeze, learning_rate
 from vfi.training.progress_bar import progress
+from vfi.training.resume import (
+    init_from_attention,
+    load_initial_weights,
+    load_own_weights,
+    resume_point,
+    saved_position,
+    starting_position,
+)
 from vfi.training.state import Snapshot, gather_random, read_snapshot, restore, scaler_state
 from vfi.training.step_profiler import StepProfiler
 from vfi.training.throughput import Meter
@@ -79,7 +86,7 @@ class Trainer:
         if not self.data.data_path:
             raise ConfigError("--data_path is missing: give a shard folder (see `python -m shards.synthetic --help`)")
         self.folder = Path(self.run.output_dir) / self.run.exp_name
-        self.start_from = self._resume_point()
+        self.start = resume_point(self.run, self.folder)
         if config.compute.cuda_graphs:
             enable_expandable_segments()
         self.accelerator = start_accelerator(config)
@@ -108,7 +115,7 @@ class Trainer:
 
     def _fit_batch(self) -> None:
         """Reduce the batch size and accumulate more batches where a GPU can't hold --batch_size."""
-        smaller = find_batch_size(self.config, self.accelerator, self.strategy.name, self.say)
+        smaller = find_batch_size(self.config, self.accelerator, self.strategy.name)
         if smaller is None:
             return
         self.config, self.data = smaller, smaller.data
@@ -118,10 +125,10 @@ class Trainer:
 
     def _read_resumed(self) -> Snapshot | None:
         """Read the checkpoint that this run resumes from, if it does resume, and report damaged checkpoints."""
-        check_agreement(self.accelerator, self.start_from)
-        for line in self.found:
-            self.say(line)
-        return read_snapshot(self.start_from) if self.is_resume and self.start_from else None
+        check_agreement(self.accelerator, self.start.path)
+        for line in self.start.notes:
+            logger.info(line)
+        return read_snapshot(self.start.path) if self.start.is_resume and self.start.path else None
 
     def _build(self, snapshot: Snapshot | None) -> None:
         """Build network, optimizer and data position, from `snapshot` or from scratch; also after a roll-back."""
@@ -129,20 +136,23 @@ class Trainer:
         set_seed(self.run.seed)
         self.network = FrameInterpolator(config.model, self.accelerator.device)
         self.choices = [*self.network.choices(), choose_loss(config.optim.loss_backend, self.accelerator.device)[1]]
-        self.step = self._load_own(snapshot) if snapshot else self._load()
+        self.step = (
+            load_own_weights(self.network, snapshot, config) if snapshot
+            else load_initial_weights(self.network, self.start, config)
+        )  # fmt: skip
         self.least_annealing = annealing_factor(self.network)  # read once: each read waits for the device
         if config.run.matvlm_plan != "off" and snapshot is None:
-            self._transplant()
-        saved = self._saved_position(snapshot)
+            init_from_attention(self.network, config)
+        saved = saved_position(self.loader.plan, snapshot, self.step)
         # the checkpoint of the last frozen step still has a frozen backbone: it is unfrozen in the step after it
         self.frozen = config.optim.freeze_backbone > 0 and saved.position <= Position(config.optim.freeze_backbone)
-        self.position = self._position(saved)
+        self.position = starting_position(self.loader.plan, saved)
         self.batches = self.loader.batches(self.position)
         self.upcoming: FrameBatch | None = None
         self.next_losses: dict[str, Tensor] | None = None
         epochs = self.run.epochs or DEFAULT_EPOCHS[config.model.phase]
         self.total = self.run.steps or self.step + self.loader.plan.steps_until(self.position, epochs)
-        if self.frozen and self.start_from is None:
+        if self.frozen and self.start.path is None:
             raise ConfigError(
                 f"--freeze_backbone {config.optim.freeze_backbone} would keep a backbone as it is that was never trained: "
                 f"add --resume with the run of an earlier phase"
@@ -162,7 +172,7 @@ class Trainer:
         self.groups = layer_groups(self.network)
         self.monitor = GradientMonitor(self.groups, config.guard) if config.guard.guard else None
         if snapshot is not None:
-            restore(self.accelerator, snapshot, self.strategy, self.ema, self.monitor, self.say)
+            restore(self.accelerator, snapshot, self.strategy, self.ema, self.monitor)
 
     def _build_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
         return build_optimizer(model, self.config.optim, self.config.compute.cuda_graphs)
@@ -176,135 +186,28 @@ class Trainer:
             raise ConfigError(f"--cuda_graphs needs weights that stay where they are, and {self.strategy.name} moves them")
         return capture_graphs(self.network)
 
-    def _resume_point(self) -> Path | None:
-        """Return the verified checkpoint to start from, or None; ConfigError rather than mix two runs in one folder."""
-        self.is_resume, self.found = False, list[str]()
-        auto, newest = self.run.resume == "auto", store.latest(self.folder)
-        if newest and not auto:
-            raise ConfigError(
-                f"{self.folder} already holds a run at step {newest.step}: go on with it by --resume auto, "
-                f"or give another --exp_name"
-            )
-        if newest:
-            path, self.found = store.newest_whole(self.folder)
-            self.is_resume = True
-            return path
-        first = self.run.start_from or ("" if auto else self.run.resume)
-        if not first:
-            return None
-        if folder := pretrained_folder.find(first, Path(self.run.output_dir)):
-            return folder
-        path, self.found = store.find_whole(first, self.run.output_dir)
-        return path
-
-    def _load_own(self, snapshot: Snapshot) -> int:
-        """Load the weights of this run's own checkpoint and return their step."""
-        self.say(f"going on from the weights of {snapshot.place} (step {snapshot.state.step})")
-        if snapshot.path is None:
-            self.network.load_state_dict(snapshot.weights)
-            return snapshot.state.step
-        different = self._compare_models(store.read_config(snapshot.path, self.say))
-        try:
-            weights.refuse_differences(self.network.state_dict(), snapshot.weights, snapshot.path)
-        except CheckpointError as error:
-            raise CheckpointError(f"{error}. Settings that differ: {different or 'none'}") from error
-        self.network.load_state_dict(snapshot.weights)
-        return snapshot.state.step
-
-    def _compare_models(self, theirs: Config) -> str:
-        """Return the model settings that differ from those of the loaded weights, and report them."""
-        different = weights.compare_models(self.config, theirs)
-        if different:
-            self.say(f"settings of the model that differ from that run's: {different}")
-        return different
-
-    def _load(self) -> int:
-        """Load initial weights, if any are given, and return 0, the step that training starts at."""
-        if self.start_from is None:
-            if self.run.resume == "auto":
-                self.say(f"no checkpoint in {self.folder}: starting from scratch")
-            return 0
-        if pretrained_folder.is_model_folder(self.start_from):
-            described = pretrained_folder.read_description(self.start_from, self.say)
-            step, theirs = described.origin.step, Config(model=described.model)
-        else:
-            step, theirs = store.read_step(self.start_from), store.read_config(self.start_from, self.say)
-        self.say(f"starting from the weights of {self.start_from} (step {step})")
-        different = self._compare_models(theirs)
-        try:
-            for line in weights.load_parts(self.network, self.start_from):
-                self.say(line)
-            if factor := annealing_factor(self.network):
-                self.say(f"the mixing's annealing factor starts at {factor:.3g}, under which these weights were trained")
-        except CheckpointError as error:
-            raise CheckpointError(f"{error}. Settings that differ: {different or 'none'}") from error
-        return 0
-
-    def _saved_position(self, snapshot: Snapshot | None) -> SavedPosition:
-        """Return the data position of a resumed run; without a saved one, the position that its number of steps leads to."""
-        plan = self.loader.plan
-        saved = snapshot.state.position if snapshot else None
-        return saved or SavedPosition(plan.at_step(self.step), plan.order)
-
-    def _position(self, saved: SavedPosition) -> Position:
-        """Return the data position to resume from, and report where it is not the one of an uninterrupted run."""
-        plan, (epoch, done) = self.loader.plan, saved.position
-        if saved.order != plan.order:
-            self.say(
-                f"the folders, or settings that the order of samples depends on (--seed, --mixed_ratio, --shuffle_shards, "
-                f"--lane_bundle, --remainder), are not those of the checkpoint: epoch {epoch} starts anew"
-            )
-            return Position(epoch)
-        if done and done[-1][0] != plan.global_batch:
-            self.say(
-                f"the global batch was {done[-1][0]} and is {plan.global_batch}: what epoch {epoch} has not seen yet is dealt "
-                f"anew, {plan.steps_left(saved.position)} steps"
-            )
-        return plan.settled(saved.position)
-
-    def _transplant(self) -> None:
-        """Initialise the scan from a donor's attention (MaTVLM), and report what was copied."""
-        if self.run.matvlm_donor == UNTRAINED:
-            donor, steps = random_source(self.config.model, self.run.seed + 1), 0
-        else:
-            path = store.find(self.run.matvlm_donor, self.run.output_dir)
-            heads = self.config.model.head_dim, store.read_config(path).model.head_dim
-            if heads[0] != heads[1]:  # it can't always be seen from the weights
-                raise ConfigError(f"--head_dim is {heads[0]}, that of --matvlm_donor {path} is {heads[1]}: take the donor's")
-            donor, steps = weights.read_weights(path), store.read_step(path)
-        try:
-            self.say(str(init_mamba_from_attn(self.network.backbone, donor, self.run.matvlm_plan, steps)))
-        except ValueError as error:
-            raise ConfigError(f"--matvlm_donor {self.run.matvlm_donor}: {error}") from error
-
-    def say(self, text: str) -> None:
-        """Print on the main process, above the progress bar."""
-        if self.accelerator.is_main_process:
-            tqdm.write(text)
-            sys.stdout.flush()  # in a log file it would lag behind stderr, and be lost when the process is killed
-
     def describe(self) -> None:
         """Print a summary of the run, and write config.json and environment.json."""
         device, world = self.accelerator.device, self.accelerator.num_processes
         size = f"{self.parameters / 1e6:.2f} M parameters"
-        self.say(f"run {self.folder}: preset {self.run.preset}, phase {self.config.model.phase}, {size}")
+        logger.info(f"run {self.folder}: preset {self.run.preset}, phase {self.config.model.phase}, {size}")
         where = device.type if self.strategy.name == "none" else f"{device.type} in shards ({self.strategy.name})"
-        self.say(
+        logger.info(
             f"{world} process{'es' * (world > 1)} on {where}, precision {asked_precision()}, "
             f"global batch {self.loader.plan.global_batch} = {self.data.batch_size} * {world} * {self.accumulation} accumulated"
         )
         plan = self.loader.plan
         epochs = self.epoch + (self.total - self.step) / plan.steps_per_epoch
         mixed = " of a mixture" if len(self.data.data_path) > 1 else ""
-        self.say(f"{plan.samples} samples{mixed}, {plan.steps_per_epoch} steps an epoch, {epochs:.1f} epochs")
+        logger.info(f"{plan.samples} samples{mixed}, {plan.steps_per_epoch} steps an epoch, {epochs:.1f} epochs")
         for choice in self.choices:
-            self.say(choice)
+            logger.info(choice)
         if self.monitor and self.strategy.name != "none":
-            self.say(
+            logger.info(
                 "weights are in shards: the guard keeps no state in memory and goes back to checkpoints alone (--save_every)"
             )
         if idle_gpus():
-            self.say(f"{idle_gpus()} more GPUs are visible and not used: accelerate_configs/ddp.yaml uses several")
+            logger.info(f"{idle_gpus()} more GPUs are visible and not used: accelerate_configs/ddp.yaml uses several")
         if self.accelerator.is_main_process:
             write_text(self.folder / store.CONFIG, to_json(self.config))
             content = environment(device) | {"processes": world, "precision": asked_precision(), "sharding": self.strategy.name}
@@ -317,7 +220,7 @@ class Trainer:
         self.train_mode()
         is_main = self.accelerator.is_main_process
         bar = progress(self.step, self.total, is_main)
-        profiler = StepProfiler(self.folder / "profile", self.run.profile * is_main, self.accelerator.device, self.say)
+        profiler = StepProfiler(self.folder / "profile", self.run.profile * is_main, self.accelerator.device)
         with contextlib.closing(self.tracker), self.watch, bar, profiler:
             self.catch_up()
             self.keep_snapshot()
@@ -331,7 +234,7 @@ class Trainer:
     def catch_up(self) -> None:
         """Run the validation of the step that training resumes from, if the run was stopped before it."""
         due = self.validation is not None and (self.step % self.run.val_every == 0 or self.step >= self.total)
-        missing = self.is_resume and due and not self.tracker.has(self.step, "val")
+        missing = self.start.is_resume and due and not self.tracker.has(self.step, "val")
         if self.watch.agreement.any(missing, at_once=True) and not self.validate():
             self.end_early()
 
@@ -392,14 +295,14 @@ class Trainer:
             )
         self.train_mode()
         if self.score:
-            self.say(f"{self.score}{', EMA weights' if self.ema else ''}")
+            logger.info(f"{self.score}{', EMA weights' if self.ema else ''}")
         return self.score is not None
 
     def end_early(self) -> NoReturn:
         """Report that a signal ended the run, whose last step is saved, and raise Stopped."""
         text = f"stopped after step {self.step} of {self.total} ({self.watch.reason}): --resume auto goes on from there"
         self.tracker.log(self.step, "stop", why=[self.watch.reason])
-        self.say(text)
+        logger.info(text)
         raise Stopped(text)
 
     def train_mode(self) -> None:
@@ -410,7 +313,7 @@ class Trainer:
 
     def thaw(self) -> None:
         """Unfreeze the backbone: build a new optimizer that keeps the old one's state of the other parameters."""
-        self.say(f"step {self.step}: the backbone trains from now on")
+        logger.info(f"step {self.step}: the backbone trains from now on")
         self.frozen = False
         old = self.optimizer.optimizer
         freeze(self.network.backbone, frozen=False)
@@ -536,7 +439,9 @@ class Trainer:
         self.tracker.log(self.step, decision.action, why=[decision.why], samples=samples, **numbers)
         if decision.action != "watch" or self.monitor.in_a_row == 1:
             given = "".join(f", {name} {value:.3g}" for name, value in numbers.items())
-            self.say(f"step {step}: {decision.action}{given}: {decision.why}; samples {', '.join(samples[:_FAULTS_SHOWN])} …")
+            logger.info(
+                f"step {step}: {decision.action}{given}: {decision.why}; samples {', '.join(samples[:_FAULTS_SHOWN])} …"
+            )
         if decision.action == "stop":
             self.give_up(decision.why, f"the run went back {self.monitor.roll_backs} times, as --guard_roll_backs allows")
 
@@ -607,11 +512,11 @@ class Trainer:
             return
         named = [f"{fault.kind}: {fault.where}: {fault.why}" + f" ({n} times)" * (n > 1) for fault, n in fresh.items()]
         self.tracker.log(self.step, "fault", named=named, **self.skipped.numbers())
-        self.say(f"step {self.step}: skipped {fresh.total()} samples that can't be used, {self.skipped.rate:.2%} so far")
+        logger.info(f"step {self.step}: skipped {fresh.total()} samples that can't be used, {self.skipped.rate:.2%} so far")
         for name in named[:_FAULTS_SHOWN]:
-            self.say(f"  {name}")
+            logger.info(f"  {name}")
         if len(named) > _FAULTS_SHOWN:
-            self.say(f"  … all {len(named)} are named in {self.folder / METRICS}")
+            logger.info(f"  … all {len(named)} are named in {self.folder / METRICS}")
         self.skipped.check(next(iter(fresh)))
 
     def save(self, loss: Tensor, norm: Tensor) -> None:

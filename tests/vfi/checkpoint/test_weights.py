@@ -91,34 +91,34 @@ def test_model_is_loaded_by_run_folder_checkpoint_and_file(trained, monkeypatch)
         assert torch.equal(loaded.refine.head.weight, model.refine.head.weight)
 
 
-def test_ema_weights_are_taken_where_there_are_some_and_said(tmp_path):
+def test_ema_weights_are_taken_where_there_are_some_and_said(tmp_path, messages):
     model, _, ema = make_run(tmp_path / "run", presets.tiny(), [1, 2], decay=0.9)
     newest = store.latest(tmp_path / "run").path
     name = "refine.head.weight"
     assert not torch.equal(ema.average[name], model.state_dict()[name])
-    said: list[str] = []
     for path in (tmp_path / "run", newest):
-        loaded, _ = weights.load_model(path, CPU, said.append)
+        loaded, _ = weights.load_model(path, CPU)
         assert torch.equal(loaded.state_dict()[name], ema.average[name])
-        assert said.pop().startswith(f"{newest}: the EMA weights are taken; those without averaging are in model.safetensors")
+        assert messages.pop().startswith(
+            f"{newest}: the EMA weights are taken; those without averaging are in model.safetensors"
+        )
     for file, expected in ((store.EMA, ema.average), (store.MODEL, model.state_dict())):
-        loaded, _ = weights.load_model(newest / file, CPU, said.append)
+        loaded, _ = weights.load_model(newest / file, CPU)
         assert torch.equal(loaded.state_dict()[name], expected[name])
-    assert said == []
+    assert messages == []
     start = FrameInterpolator(presets.tiny().model)
     assert weights.load_parts(start, newest)[0] == "they are the EMA weights (ema.safetensors)"
     assert torch.equal(start.state_dict()[name], ema.average[name])
 
 
-def test_settings_of_an_older_program_are_loaded_and_said(path, tmp_path):
+def test_settings_of_an_older_program_are_loaded_and_said(path, tmp_path, messages):
     """Its config.json lacks what came later: that has the defaults, under which its weights mean the same."""
     content = json.loads((path / store.CONFIG).read_text())
     del content["run"]["keep_best"], content["optim"]["ema"], content["model"]["mixing_coefficients"]
     rewrite(path, config__json=json.dumps(content).encode())
-    said: list[str] = []
-    _, config = weights.load_model(path, CPU, said.append)
+    _, config = weights.load_model(path, CPU)
     assert config == presets.tiny()
-    assert said == [
+    assert messages == [
         f"{path / 'config.json'} is older than these settings, which have their defaults: keep_best, ema, mixing_coefficients"
     ]
 

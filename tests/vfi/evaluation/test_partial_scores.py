@@ -12,9 +12,9 @@ from vfi.evaluation.partial_scores import ScoreCache
 SETTINGS = {"data": "a" * 64, "models": {"first": "b" * 64}}
 
 
-def open_ledger(folder, settings=None, said=None, rank=0):
+def open_ledger(folder, settings=None, rank=0):
     """One process, whatever its rank: the others are those of an earlier start."""
-    ledger = ScoreCache(folder, settings or SETTINGS, 0, 1, (said if said is not None else []).append)
+    ledger = ScoreCache(folder, settings or SETTINGS, 0, 1)
     ledger.rank = rank
     return ledger
 
@@ -68,18 +68,17 @@ def test_files_of_all_processes_count(tmp_path):
         assert ledger.finish(3) == ["by 0", "by 1", "by 2"]
 
 
-def test_scores_of_other_settings_are_not_taken(tmp_path):
-    said: list[str] = []
+def test_scores_of_other_settings_are_not_taken(tmp_path, messages):
     with open_ledger(tmp_path / "u") as ledger:
         ledger.add(0, "old")
     other = SETTINGS | {"models": {"first": "c" * 64}}
-    with open_ledger(tmp_path / "u", other, said) as ledger:
+    with open_ledger(tmp_path / "u", other) as ledger:
         assert ledger.missing(2) == [0, 1]
-    assert len(said) == 1
-    assert "unfinished scores of other settings" in said[0]
-    with open_ledger(tmp_path / "u", other, said) as ledger:
+    assert len(messages) == 1
+    assert "unfinished scores of other settings" in messages[0]
+    with open_ledger(tmp_path / "u", other) as ledger:
         ledger.add(0, "new")
-    assert len(said) == 1
+    assert len(messages) == 1
 
 
 def test_a_folder_of_something_else_is_left_alone(tmp_path):

@@ -31,14 +31,12 @@ FLAGS = [
 ]
 
 
-def profile_products(folder: Path, steps: int, taken: int, device: str = "cpu") -> list[str]:
-    """Take steps of one product each, the first of which is step 101; return what was said."""
-    said: list[str] = []
-    with StepProfiler(folder, steps, torch.device(device), said.append) as profiler:
+def profile_products(folder: Path, steps: int, taken: int, device: str = "cpu") -> None:
+    """Take steps of one product each, the first of which is step 101."""
+    with StepProfiler(folder, steps, torch.device(device)) as profiler:
         for number in range(101, 101 + taken):
             with profiler.step(number):
                 torch.ones(16, 16, device=device) @ torch.ones(16, 16, device=device)
-    return said
 
 
 def events(path: Path) -> list[dict]:
@@ -54,14 +52,14 @@ def steps_of(path: Path) -> list[str]:
     return [event["name"] for event in sorted(found, key=lambda event: event["ts"])]
 
 
-def test_trace_holds_the_steps_after_the_warm_up(tmp_path):
-    said = profile_products(tmp_path / "profile", steps=3, taken=WARM_UP_STEPS + 6)
+def test_trace_holds_the_steps_after_the_warm_up(tmp_path, messages):
+    profile_products(tmp_path / "profile", steps=3, taken=WARM_UP_STEPS + 6)
     first = 101 + WARM_UP_STEPS
     (trace,) = (tmp_path / "profile").iterdir()
     assert trace.name == f"steps_{first}_to_{first + 2}.trace.json.gz"
     assert steps_of(trace) == [f"step {number}" for number in range(first, first + 3)]
     assert [event["name"] for event in events(trace)].count("aten::mm") == 3
-    assert said == [f"profile of steps {first} to {first + 2}: {tmp_path / 'profile'}"]
+    assert messages == [f"profile of steps {first} to {first + 2}: {tmp_path / 'profile'}"]
 
 
 def test_trace_of_a_run_that_ends_early_holds_the_steps_so_far(tmp_path):
@@ -74,7 +72,7 @@ def test_trace_is_written_when_a_step_fails(tmp_path):
     first = 101 + WARM_UP_STEPS
 
     def fail_at(failing: int) -> None:
-        with StepProfiler(tmp_path, 5, torch.device("cpu"), print) as profiler:
+        with StepProfiler(tmp_path, 5, torch.device("cpu")) as profiler:
             for number in range(101, failing + 1):
                 with profiler.step(number):
                     if number == failing:
@@ -88,14 +86,15 @@ def test_trace_is_written_when_a_step_fails(tmp_path):
 
 
 @pytest.mark.parametrize("taken", [1, WARM_UP_STEPS])
-def test_without_a_step_after_the_warm_up_nothing_is_written(tmp_path, taken):
-    said = profile_products(tmp_path / "profile", steps=3, taken=taken)
+def test_without_a_step_after_the_warm_up_nothing_is_written(tmp_path, taken, messages):
+    profile_products(tmp_path / "profile", steps=3, taken=taken)
     assert not (tmp_path / "profile").exists()
-    assert said == [f"--profile 3 recorded nothing: it begins after {WARM_UP_STEPS} steps, and there were fewer"]
+    assert messages == [f"--profile 3 recorded nothing: it begins after {WARM_UP_STEPS} steps, and there were fewer"]
 
 
-def test_no_steps_are_profiled_unless_asked_for(tmp_path):
-    assert profile_products(tmp_path / "profile", steps=0, taken=WARM_UP_STEPS + 2) == []
+def test_no_steps_are_profiled_unless_asked_for(tmp_path, messages):
+    profile_products(tmp_path / "profile", steps=0, taken=WARM_UP_STEPS + 2)
+    assert not messages
     assert not (tmp_path / "profile").exists()
 
 
@@ -120,7 +119,7 @@ def test_memory_is_recorded_around_the_profiled_steps(tmp_path, monkeypatch):
     for name in ("_record_memory_history", "_dump_snapshot"):
         calls.attach_mock(create_autospec(getattr(memory, name)), name)  # refuses arguments that this torch does not have
         monkeypatch.setattr(memory, name, getattr(calls, name))
-    with StepProfiler(tmp_path, 2, torch.device("cuda"), print) as profiler:
+    with StepProfiler(tmp_path, 2, torch.device("cuda")) as profiler:
         for number in range(1, WARM_UP_STEPS + 4):
             with profiler.step(number):
                 calls.step(number)
