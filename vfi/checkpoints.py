@@ -4,7 +4,7 @@
     vfi checkpoints runs/NAME --json
 
 Every file is read again and compared with the manifest. Exits with 1 if a checkpoint is damaged: `--resume auto` does without
-it. Those of an older version have no manifest: they are unverified.
+it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Literal
 
 import tyro
 
-from vfi.checkpoint.store import check, is_verifiable, list_checkpoints, newest_run, read_state
+from vfi.checkpoint.store import check, list_checkpoints, newest_run, read_state
 from vfi.errors import CheckpointError, JobError, clear_errors
 from vfi.tracking.run_status import age
 
@@ -39,7 +39,7 @@ class Checkpoint:
 
     name: str
     step: int
-    status: Literal["verified", "unverified", "damaged"]
+    status: Literal["verified", "damaged"]
     problems: tuple[str, ...]
     """What is wrong with which file."""
     best: bool
@@ -86,7 +86,7 @@ def _describe(path: Path, step: int) -> Checkpoint:
     return Checkpoint(
         name=path.name,
         step=step,
-        status="damaged" if problems else "verified" if is_verifiable(path) else "unverified",
+        status="damaged" if problems else "verified",
         problems=tuple(problems),
         best=False,
         psnr=psnr,

@@ -18,7 +18,6 @@ from vfi.checkpoint.store import State
 from vfi.config import presets
 from vfi.errors import Stopped
 from vfi.io.dataclass_json import to_json
-from vfi.io.verified_folder import MANIFEST
 from vfi.tracking.run_status import STATES, STATUS, age, read_status, recorded
 
 CONFIG = presets.override(presets.tiny(), steps=40, phase=2)
@@ -204,16 +203,6 @@ def test_damage_is_shown_and_is_an_error(tmp_path, capsys):
     assert rows[0].endswith("verified, best")
     assert "DAMAGED, model.safetensors has 0 bytes instead of" in rows[1]
     assert "DAMAGED, state.json has 1 bytes instead of" in rows[2]
-
-
-def test_old_checkpoints_are_unverified_and_no_error(tmp_path, capsys):
-    run = make_run(tmp_path / "mine", [], checkpoints=(10,))
-    path = run / "checkpoints" / "step_00000010"
-    for name in (MANIFEST, store.CONFIG, store.RANDOM):
-        (path / name).unlink()
-    (path / store.STATE).write_text('{"version": 1, "step": 10, "torch": "2.11.0"}')
-    checkpoints.main([str(run)])
-    assert capsys.readouterr().out.splitlines()[1].endswith("  -      -  -    unverified")
 
 
 def test_a_folder_without_checkpoints_is_a_clear_error(tmp_path, capsys):

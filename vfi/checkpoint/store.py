@@ -11,7 +11,7 @@
 
 A checkpoint is written under a temporary name and renamed (vfi/io/verified_folder.py): one that has its name is complete, and
 its manifest shows whether it still is. The learning rate is a function of the step, and the order of samples and their
-augmentation of the position. Version 1, which had no manifests, is still read; it can't be verified, and that is reported.
+augmentation of the position.
 """
 
 from __future__ import annotations
@@ -47,7 +47,6 @@ MODEL, EMA, OPTIMIZER, RANDOM = "model.safetensors", "ema.safetensors", "optimiz
 STATE, CONFIG = "state.json", "config.json"
 VERSION = 2
 _NEEDED = (MODEL, OPTIMIZER, RANDOM, STATE, CONFIG)
-_NEEDED_1 = (MODEL, OPTIMIZER, STATE)
 _NAME = re.compile(r"step_(\d+)")
 _LARGEST = 1 << 40  # far above any real count
 
@@ -164,8 +163,6 @@ def latest(run_folder: Path) -> Found | None:
 
 def check(checkpoint: Path, names: Sequence[str] | None = None) -> list[str]:
     """Read everything (or the files `names`) again and return what is wrong with which file; empty for an intact checkpoint."""
-    if not is_verifiable(checkpoint):
-        return [f"{name} is missing" for name in _NEEDED_1 if not (checkpoint / name).is_file()]
     try:
         listed = read_manifest(checkpoint).files
     except ManifestError as error:
@@ -181,16 +178,6 @@ def check(checkpoint: Path, names: Sequence[str] | None = None) -> list[str]:
     return wrong
 
 
-def is_verifiable(checkpoint: Path) -> bool:
-    """Return whether the checkpoint was written with a manifest; one of version 1 was not."""
-    if (checkpoint / MANIFEST).exists():
-        return True
-    try:
-        return read_state(checkpoint).version != 1
-    except CheckpointError:
-        return True
-
-
 def newest_whole(run_folder: Path) -> tuple[Path | None, list[str]]:
     """Return the newest intact checkpoint, and a line on each newer one that is damaged.
 
@@ -200,10 +187,7 @@ def newest_whole(run_folder: Path) -> tuple[Path | None, list[str]]:
     for checkpoint in reversed(list_checkpoints(run_folder)):
         wrong = check(checkpoint.path)
         if not wrong:
-            lines = [f"DAMAGED and not used: {line}; the one before is" for line in damaged]
-            if not is_verifiable(checkpoint.path):
-                lines.append(f"{checkpoint.path} can't be verified: it was written before checkpoints had a manifest")
-            return checkpoint.path, lines
+            return checkpoint.path, [f"DAMAGED and not used: {line}; the one before is" for line in damaged]
         damaged.append(f"{checkpoint.path}: {', '.join(wrong)}")
     if damaged:
         raise CheckpointError(
@@ -263,15 +247,9 @@ def newest_run(output_dir: str | Path = "runs") -> Path:
     return max(written, key=lambda run: written[run])
 
 
-def config_of(checkpoint: Path) -> Path:
-    """Return the file with the settings of a checkpoint: its own, or in version 1 that of its run."""
-    own = checkpoint / CONFIG
-    return checkpoint.parent.parent / CONFIG if not own.is_file() and not is_verifiable(checkpoint) else own
-
-
 def read_config(checkpoint: Path) -> Config:
     """Return the settings under which a checkpoint was made; settings that it is too old to have are logged."""
-    path = config_of(checkpoint)
+    path = checkpoint / CONFIG
     try:
         return config_from_json(path.read_text(), str(path))
     except OSError as error:
@@ -286,11 +264,7 @@ def read_step(checkpoint: Path) -> int:
 
 
 def read_random(checkpoint: Path) -> list[Any]:
-    """Return the states of the random generators, one entry per process (see vfi/training/state.py); empty where there are
-    none.
-    """
-    if not (checkpoint / RANDOM).exists() and not is_verifiable(checkpoint):
-        return []
+    """Return the states of the random generators, one entry per process (see vfi/training/state.py)."""
     content = _read_json(checkpoint / RANDOM)
     if not isinstance(content, list):
         raise CheckpointError(f"{checkpoint / RANDOM} is not usable: it is no list")
@@ -302,10 +276,8 @@ def read_state(checkpoint: Path) -> State:
     path = checkpoint / STATE
     content = _read_json(path)
     version = content.get("version") if isinstance(content, dict) else None
-    if version not in (1, VERSION):
-        raise CheckpointError(f"{path} has version {version}; this program reads versions 1 and {VERSION}")
-    if version == 1:
-        content["versions"] = {"torch": content.pop("torch", "unknown")}
+    if version != VERSION:
+        raise CheckpointError(f"{path} has version {version}; this program reads version {VERSION}")
     try:
         state: State = from_object(State, content, str(path), [])
     except RecordError as error:

@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from vfi.checkpoint.store import EMA, MODEL, OPTIMIZER, STATE, config_of, find, read_config, refuse_damage
+from vfi.checkpoint.store import CONFIG, EMA, MODEL, OPTIMIZER, STATE, find, read_config, refuse_damage
 from vfi.config.configs import Config
 from vfi.errors import CheckpointError
 from vfi.model.interpolator import FrameInterpolator
@@ -154,5 +154,5 @@ def refuse_differences(
     if differences:
         raise CheckpointError(
             f"{checkpoint / name} is of another architecture: {differences}. Give the model that run's settings "
-            f"(see {config_of(checkpoint)})"
+            f"(see {checkpoint / CONFIG})"
         )

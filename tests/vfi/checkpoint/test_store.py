@@ -50,15 +50,6 @@ def rewrite(folder: Path, **contents: bytes) -> None:
     write_folder(folder, (files | {name.replace("__", "."): content for name, content in contents.items()}).items())
 
 
-def make_old(folder: Path) -> None:
-    """Turn a checkpoint into one of version 1: no manifest, settings and random states."""
-    for name in (MANIFEST, store.CONFIG, store.RANDOM):
-        (folder / name).unlink()
-    state = {"version": 1, "step": int(folder.name[-8:]), "torch": "2.11.0", "epoch": 3, "done": [[16, 2]], "order": "abc"}
-    (folder / store.STATE).write_text(json.dumps(state))
-    (folder.parent.parent / store.CONFIG).write_text(json.dumps(dataclasses.asdict(CONFIG)))
-
-
 def test_all_of_a_checkpoint_comes_back(tmp_path):
     guard = {"medians": [0.1, math.inf, 1 / 3], "known": True}
     state = State(
@@ -212,27 +203,9 @@ def test_one_checkpoint_named_for_a_start_must_be_whole(run):
     assert "step_00000020: model.safetensors has 0 bytes" in line
 
 
-def test_checkpoints_of_version_1_are_used_and_said_to_be_unverified(run):
-    path = run / "checkpoints" / "step_00000020"
-    make_old(path)
-    assert store.check(path) == []
-    assert not store.is_verifiable(path)
-    assert store.read_config(path) == CONFIG
-    assert store.read_random(path) == []
-    assert store.read_state(path) == State(
-        20, 3, ((16, 2),), "abc", versions={"torch": "2.11.0"}, version=1
-    )  # fmt: skip
-    found, (line,) = store.newest_whole(run)
-    assert found == path
-    assert "can't be verified: it was written before checkpoints had a manifest" in line
-    (path / store.OPTIMIZER).unlink()
-    assert store.check(path) == ["optimizer.pt is missing"]
-
-
-def test_a_new_checkpoint_without_its_manifest_is_damaged(run):
+def test_a_checkpoint_without_its_manifest_is_damaged(run):
     path = run / "checkpoints" / "step_00000020"
     (path / MANIFEST).unlink()
-    assert store.is_verifiable(path)
     assert store.check(path) == ["manifest.json is missing"]
 
 
@@ -260,7 +233,7 @@ def test_a_new_checkpoint_without_its_manifest_is_damaged(run):
         ({"scaler": []}, r"scaler is \[\], expected"),
         ({"scaler": {"scale": "x"}}, "scaler.scale is 'x'"),
         ({"guard": "x"}, "guard is 'x'"),
-        ({"version": 3}, "version 3; this program reads versions 1 and 2"),
+        ({"version": 3}, "version 3; this program reads version 2"),
         ({"version": "2"}, "version 2; this program"),
         ({"later": 1}, r"Unknown fields: \['later'\]"),
     ],
