@@ -205,7 +205,7 @@ def _with_plain(
     if plain.ssm == "mamba2":  # only this one has a fused implementation
         plain = dataclasses.replace(plain, ssd_backend="reference" if kernel_obstacle(device) else "mamba_ssm")
     model = FrameInterpolator(plain, device).eval()
-    found = [_if_it_fits(partial(_parts, model, options, size, device, precision)) for size in sizes]
+    found = [memory.if_it_fits(partial(_parts, model, options, size, device, precision)) for size in sizes]
     del model
     memory.free_memory()
     sizes = [
@@ -214,7 +214,7 @@ def _with_plain(
     ]
     if training:
         config = dataclasses.replace(config, model=plain)
-        of_step = _if_it_fits(lambda: _training_parts(TrainingStep(config, device, precision), options))
+        of_step = memory.if_it_fits(lambda: _training_parts(TrainingStep(config, device, precision), options))
         training = dataclasses.replace(training, plain_parts=of_step, plain_out_of_memory=of_step is None)
     return sizes, training
 
@@ -285,7 +285,7 @@ def _measure(
         again = timing.measure(lambda frames: step(frames, graphs), make, device, options.repeats).ms
         return dataclasses.replace(summary, measured=measured, parts_ms=parts, graph_ms=again if graphs.captured else None)
 
-    return _if_it_fits(measure) or dataclasses.replace(summary, out_of_memory=True)
+    return memory.if_it_fits(measure) or dataclasses.replace(summary, out_of_memory=True)
 
 
 def _parts(
@@ -321,23 +321,13 @@ def _measure_training(config: Config, options: Options, device: torch.device, pr
         measured = timing.measure(step, step.make_frames, device, options.repeats)
         return TrainingSummary(batch, crop, measured, 1e3 * batch / measured.ms, _training_parts(step, options))
 
-    return _if_it_fits(measure) or TrainingSummary(batch, crop, None, None)
+    return memory.if_it_fits(measure) or TrainingSummary(batch, crop, None, None)
 
 
 def _training_parts(step: TrainingStep, options: Options) -> dict[str, Measured]:
     """Measure the forward and backward pass of each part alone."""
     frames = step.make_frames()
     return timing.measure_training_parts(step.model, step.loss, frames, step.device, step.precision, options.repeats)
-
-
-def _if_it_fits(measure: Callable[[], T]) -> T | None:
-    """Return the measurement, or None if memory was insufficient."""
-    try:
-        return measure()
-    except torch.OutOfMemoryError:
-        pass  # the error holds its frames, and they their tensors, until here
-    memory.free_memory()
-    return None
 
 
 if __name__ == "__main__":

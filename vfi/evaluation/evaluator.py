@@ -7,9 +7,7 @@ rows = summarise(ledger.finish(…))
 from __future__ import annotations
 
 import statistics
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -26,6 +24,7 @@ from vfi.evaluation.results import BASELINES, FRAME_AVERAGE, ImageScore
 from vfi.evaluation.task import EvaluationTask, Sample
 from vfi.metrics.image_quality import interpolation_error, psnr, psnr_in, psnr_of_changes, ssim_matlab, ssim_skimage
 from vfi.metrics.motion import MotionStats, estimate
+from vfi.runtime.prefetch import map_ahead
 
 Predictor = Callable[[Tensor, Tensor, Tensor], Tensor]
 """img0, img1 `[1, 3, H, W]` in [0, 1], timestep `[1]` -> imgt."""
@@ -113,19 +112,11 @@ def _score(
 
 def _with_motion(samples: Iterable[Sample], way: EvalOptions) -> Iterator[tuple[Sample, MotionStats | None]]:
     """Yield samples with an estimate of their motion, which threads prefetch."""
-    if not way.motion or not way.workers:
-        for sample in samples:
-            yield sample, estimate(sample.img0, sample.img1) if way.motion else None
-        return
-    with ThreadPoolExecutor(way.workers) as pool:
-        waiting: deque[tuple[Sample, Future[MotionStats]]] = deque()
-        for sample in samples:
-            waiting.append((sample, pool.submit(estimate, sample.img0, sample.img1)))
-            if len(waiting) > way.workers:
-                first, motion = waiting.popleft()
-                yield first, motion.result()
-        for first, motion in waiting:
-            yield first, motion.result()
+
+    def with_motion(sample: Sample) -> tuple[Sample, MotionStats | None]:
+        return sample, estimate(sample.img0, sample.img1) if way.motion else None
+
+    return map_ahead(with_motion, samples, way.workers if way.motion else 0)
 
 
 def frame_average(sample: Sample) -> Tensor:

@@ -9,9 +9,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -25,6 +24,7 @@ from vfi.errors import JobError
 from vfi.evaluation.datasets import open_frames
 from vfi.evaluation.protocols import PROTOCOLS, Prepare, Protocol, Rules
 from vfi.model.interpolator import MIN_SIZE
+from vfi.runtime.prefetch import map_ahead
 
 if TYPE_CHECKING:
     from vfi.evaluation.options import Options
@@ -119,31 +119,8 @@ def protocol_bench(options: Options, device: torch.device) -> EvaluationTask:
         **_rules(rules, options.tta),
     }
     sha256 = hashlib.sha256("\n".join(frames.keys).encode()).hexdigest()
-    read = _ahead(sample, options.workers)
+    read = partial(map_ahead, sample, workers=options.workers)
     return EvaluationTask(samples, available, len(protocol.truths), rules, facts, sha256, read)
-
-
-def _ahead(read: Callable[[int], Sample], workers: int) -> Callable[[Iterable[int]], Iterator[Sample]]:
-    """Prefetch `workers` samples, each in a thread; none with 0."""
-
-    def iterate(numbers: Iterable[int]) -> Iterator[Sample]:
-        if not workers:
-            yield from map(read, numbers)
-            return
-        with ThreadPoolExecutor(workers) as pool:
-            waiting: deque[Future[Sample]] = deque()
-            try:
-                for number in numbers:
-                    waiting.append(pool.submit(read, number))
-                    if len(waiting) > workers:
-                        yield waiting.popleft().result()
-                while waiting:
-                    yield waiting.popleft().result()
-            finally:
-                for left in waiting:
-                    left.cancel()
-
-    return iterate
 
 
 def _frames(protocol: Protocol) -> str:

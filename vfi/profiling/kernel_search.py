@@ -14,7 +14,6 @@ import contextlib
 import statistics
 from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
 from typing import Any, NamedTuple
-from unittest import mock
 
 import torch
 from torch import Tensor
@@ -27,6 +26,7 @@ from vfi.ops.pointwise.dispatch import FusedOps, FusedOpsModule
 from vfi.ops.triton import launch_config, tuned_configs
 from vfi.ops.triton.precompile import compiling_ahead
 from vfi.profiling.timing import queue_ahead
+from vfi.runtime.attributes import replaced
 from vfi.training.synthetic_step import TrainingStep
 
 Key = tuple[str, launch_config.ShapeClass]
@@ -162,11 +162,11 @@ def parts_of(step: TrainingStep) -> list[Part]:
                 )
                 after.callback(hook.remove)
             elif isinstance(module, FusedOpsModule) and module.pointwise is not None:
-                after.enter_context(mock.patch.object(module, "pointwise", FusedOps(*map(noted, module.pointwise))))
+                after.enter_context(replaced(module, "pointwise", FusedOps(*map(noted, module.pointwise))))
         if choose_loss(step.config.optim.loss_backend, step.device)[0]:
             from vfi.ops.loss import laplacian_kernels
 
-            after.enter_context(mock.patch.object(laplacian_kernels, "pyramid_sizes", noted(laplacian_kernels.pyramid_sizes)))
+            after.enter_context(replaced(laplacian_kernels, "pyramid_sizes", noted(laplacian_kernels.pyramid_sizes)))
         step(step.make_frames())
     return list(met.values())
 
@@ -194,7 +194,7 @@ def search(parts: Sequence[Part], known: Collection[Key]) -> Iterator[Found]:
     """Search for the kernels of these parts. A kernel is measured in all parts that launch it for its shape class."""
     chooser = _Chooser()
     defaults, users = dict[Key, launch_config.Options](), dict[Key, list[Part]]()
-    with mock.patch.object(launch_config, "configuration", chooser):
+    with replaced(launch_config, "configuration", chooser):
         for part in parts:
             chooser.asked = {}
             part()

@@ -13,7 +13,7 @@ from vfi.config.configs import ConfigError, DataConfig
 from vfi.data.evaluation_loader import evaluation_batches, evenly_spaced
 from vfi.data.shard_cache import cache_at, shard_folder
 from vfi.distributed.watchdog import Watchdog
-from vfi.metrics.flow_color import flow_image
+from vfi.metrics.flow_color import flow_picture
 from vfi.metrics.image_quality import psnr
 from vfi.model.interpolator import MIN_SIZE, FrameInterpolator, Prediction
 from vfi.tracking.tracker import Tracker
@@ -102,4 +102,5 @@ def flow_pictures(prediction: Prediction) -> dict[str, Tensor]:
     flows = {"flow_t0": prediction.flow_t0[0], "flow_t1": prediction.flow_t1[0]}
     longest = max(flow.norm(dim=0).max().item() for flow in flows.values())
     mask = prediction.mask_logit[0].sigmoid().expand(3, -1, -1)
-    return {name: flow_image(flow, longest) for name, flow in flows.items()} | {"mask": mask}
+    pictures = {name: flow_picture(flow.float().cpu().numpy(), longest) for name, flow in flows.items()}
+    return {name: torch.from_numpy(picture).permute(2, 0, 1) / 255 for name, picture in pictures.items()} | {"mask": mask}

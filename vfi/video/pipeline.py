@@ -26,12 +26,14 @@ from shards.color_conversion import from_rgb, to_planes
 from shards.frame_sources import VideoFrame
 from shards.sequence_filter import CUT, is_cut, is_duplicate
 from vfi.errors import JobError
+from vfi.runtime.prefetch import prefetch
+from vfi.video.background_writer import BackgroundWriter
 from vfi.video.interfaces import Sink, Source
-from vfi.video.prefetch import _ahead, _Behind
 from vfi.video.timeline import OutputFrame, Timeline
 
 InterpolationEngine = Callable[[np.ndarray, np.ndarray, Sequence[Fraction]], Callable[[], list[np.ndarray]]]
 """Two frames `[H, W, 3]` uint8 or uint16, timesteps -> a function that waits for the frames there, which have the same type."""
+_PREFETCH = 4  # frames that are decoded ahead
 _CONVERTING = 8  # threads: one of them takes longer for a 4K frame than a fast model
 _MOST_REPEATS = 4  # dropped in a row: a longer run is no pulldown but a static picture
 
@@ -78,8 +80,8 @@ def add_frames(
     # in this order: the reading thread must end before its source is closed, and no frame is converted after that
     with (
         ThreadPoolExecutor(max(2, min(_CONVERTING, os.cpu_count() or 1))) as pool,
-        _Behind(sink) as behind,
-        contextlib.closing(_ahead(_shown(source, counts, pool))) as items,
+        BackgroundWriter(sink) as behind,
+        contextlib.closing(prefetch(_shown(source, counts, pool), _PREFETCH)) as items,
     ):
         work = _Work(source, behind, line, between, care, counts, pool)
         for item in items:
@@ -138,7 +140,7 @@ class _Work:
     def __init__(
         self,
         source: Source,
-        behind: _Behind,
+        behind: BackgroundWriter,
         line: Timeline,
         between: InterpolationEngine,
         care: FrameFilter,

@@ -155,6 +155,12 @@ def test_colours_of_directions(direction, colour):
         assert (flow_picture(uniform(*(length * np.array(direction)))) == colour).all()
 
 
+def test_lengths_are_relative_to_a_given_one():
+    assert (flow_picture(uniform(3, 0), longest=6.0) == (255, 128, 128)).all()
+    assert (flow_picture(uniform(9, 0), longest=6.0) == (255, 0, 0)).all()
+    assert (flow_picture(uniform(0, 0), longest=0.0) == 255).all()
+
+
 def test_colours_go_round_without_a_seam():
     angles = np.linspace(0, 2 * np.pi, 721)
     colours = flow_picture(np.stack((np.cos(angles), np.sin(angles)))[:, None, :])[0].astype(int)

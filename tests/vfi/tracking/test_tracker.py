@@ -1,30 +1,13 @@
-"""Pictures of flow against the standard library's colours; what is kept of earlier starts of a run."""
+"""What is kept of earlier starts of a run."""
 
 from __future__ import annotations
 
-import colorsys
 import json
-import math
 
-import pytest
 import torch
 
-from vfi.metrics.flow_color import flow_image
 from vfi.tracking.environment import environment, read_environment, write_environment
 from vfi.tracking.tracker import Tracker
-
-
-@pytest.mark.parametrize("degrees", [0, 17, 90, 135, 200, 301])
-@pytest.mark.parametrize("length", [0.0, 2.0, 5.0, 50.0])
-def test_hue_is_direction_and_saturation_length(degrees, length):
-    angle = math.radians(degrees)
-    flow = length * torch.tensor([math.cos(angle), math.sin(angle)]).view(2, 1, 1)
-    expected = colorsys.hsv_to_rgb(degrees / 360, min(length / 5, 1), 1)
-    assert flow_image(flow, longest=5.0).flatten().tolist() == pytest.approx(expected, abs=1e-5)
-
-
-def test_no_motion_at_all_is_white():
-    assert torch.equal(flow_image(torch.zeros(2, 3, 4), longest=0.0), torch.ones(3, 3, 4))
 
 
 def test_a_resumed_run_keeps_what_it_ran_on_before(tmp_path):

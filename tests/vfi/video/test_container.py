@@ -21,8 +21,9 @@ from vfi import interpolate
 from vfi.errors import JobError
 from vfi.inference.engine import InterpolationEngine
 from vfi.inference.loading import LoadedModel
+from vfi.runtime.prefetch import prefetch
+from vfi.video.background_writer import BackgroundWriter
 from vfi.video.container import VideoInput, choose_pix_fmt, default_codec
-from vfi.video.prefetch import _ahead, _Behind
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -355,7 +356,7 @@ def test_an_error_of_a_thread_reaches_the_job():
 
     def write() -> None:
         sink = Sink()
-        with _Behind(sink) as behind:
+        with BackgroundWriter(sink) as behind:
             for number in range(100):
                 behind.put(lambda number=number: sink.write(None, number))
 
@@ -366,7 +367,7 @@ def test_an_error_of_a_thread_reaches_the_job():
         yield 1
         raise JobError("damaged")
 
-    reading = _ahead(items())
+    reading = prefetch(items(), 4)
     assert next(reading) == 1
     with pytest.raises(JobError, match="damaged"):
         next(reading)
@@ -374,7 +375,7 @@ def test_an_error_of_a_thread_reaches_the_job():
 
 def test_no_more_is_read_ahead_than_a_few_frames():
     taken = []
-    reading = _ahead(taken.append(n) or n for n in range(1000))
+    reading = prefetch((taken.append(n) or n for n in range(1000)), 4)
     for _ in range(5):
         next(reading)
     assert len(taken) < 20

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vfi.ops.triton.availability import why_unavailable
+from vfi.ops.triton.availability import UnavailableReason, select_backend, why_unavailable
 
 FUSED_WIDTHS = (16, 32, 64)  # of a head
 FusedWindowAttention = Callable[[Tensor, int, int, int, int], Tensor]
@@ -117,18 +117,12 @@ def choose_window_attention(backend: str, device: torch.device, head_dim: int) -
 
     The function is None for fused, which takes q, k, v and gate unsplit, as projected. A named backend that can't run raises.
     """
-    if backend not in BACKENDS:
-        raise ValueError(f"attention_backend {backend!r} does not exist; choose from {', '.join(BACKENDS)}")
-    if backend == "sdpa":
-        return gated_window_attention, "attention: sdpa (asked for)"
-    obstacle = _flash_obstacle(device) if backend == "flash_attn" else attention_obstacle(device, head_dim)
-    if backend == "auto":
-        if obstacle is None:
-            return None, f"attention: fused (available on {device})"
-        return gated_window_attention, f"attention: sdpa ({obstacle})"
-    if obstacle is not None:
-        raise RuntimeError(f"attention_backend {backend} cannot run: {obstacle}; use --attention_backend auto or sdpa")
-    return gated_window_attention_flash if backend == "flash_attn" else None, f"attention: {backend} (asked for)"
+    kernels: dict[str, UnavailableReason] = {"fused": lambda device: attention_obstacle(device, head_dim)}
+    if backend == "flash_attn":  # only by name
+        kernels = {"flash_attn": _flash_obstacle}
+    name, line = select_backend("attention", "attention_backend", backend, BACKENDS, device, kernels)
+    functions = {"sdpa": gated_window_attention, "flash_attn": gated_window_attention_flash, "fused": None}
+    return functions[name], line
 
 
 @functools.cache

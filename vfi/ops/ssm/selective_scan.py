@@ -20,7 +20,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from vfi.ops.precision import fp32_island
-from vfi.ops.ssm.ssd import choose_kernel, kernel_obstacle, mamba1_obstacle
+from vfi.ops.ssm.ssd import BACKENDS, kernel_obstacle, mamba1_obstacle
+from vfi.ops.triton.availability import select_backend
 
 SelectiveScan = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 # States that the reference computes at once, N * L * D * S, in each of about eight tensors: what fits into a CPU's cache is
@@ -137,7 +138,8 @@ def choose_selective_scan(backend: str, device: torch.device) -> tuple[Selective
     A named backend that can't run raises.
     """
     functions = {"reference": selective_scan_reference, "mamba_ssm": selective_scan_mamba_ssm}
-    name, choice = choose_kernel("selective_scan", backend, device, {"mamba_ssm": _kernel_obstacle})
+    kernels = {"mamba_ssm": _kernel_obstacle}
+    name, choice = select_backend("selective_scan", "ssd_backend", backend, BACKENDS, device, kernels)
     return functions[name], choice
 
 

@@ -16,7 +16,7 @@ import math
 import os
 import sys
 import types
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -24,9 +24,9 @@ from torch import Tensor
 
 from vfi.ops.precision import fp32_island
 from vfi.ops.triton import tuned_configs
+from vfi.ops.triton.availability import UnavailableReason, select_backend
 
 SSD = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
-UnavailableReason = Callable[[torch.device], str | None]  # why kernels can't run on a device; None if they can
 BACKENDS = ("auto", "reference", "mamba_ssm", "fused")
 # The work inside a chunk grows with its length, and the number of states decreases. The kernels' own default is 256.
 REFERENCE_CHUNK = 64
@@ -204,38 +204,14 @@ def choose_ssd(backend: str, device: torch.device, why_unavailable: UnavailableR
     returns why it can't run. A named backend that can't run raises.
     """
     functions = {"reference": ssd_reference, "mamba_ssm": ssd_mamba_ssm, "fused": None}
-    name, choice = choose_kernel("ssd", backend, device, {"fused": why_unavailable, "mamba_ssm": kernel_obstacle})
+    kernels = {"fused": why_unavailable, "mamba_ssm": kernel_obstacle}
+    name, choice = select_backend("ssd", "ssd_backend", backend, BACKENDS, device, kernels)
     if name == "mamba_ssm":
         known = (
             "kernels tuned" if tuned_configs.entry(device) else "the first step tunes kernels; `vfi tune` keeps what is found"
         )
         choice += f"; {tuned_configs.card(device)}: {known}"
     return functions[name], choice
-
-
-def choose_kernel(
-    operator: str, backend: str, device: torch.device, obstacles: Mapping[str, UnavailableReason]
-) -> tuple[str, str]:
-    """Return the chosen backend for a name, and the line that states the choice.
-
-    `obstacles` maps the backends with kernels, the best first, to functions that return why each can't run.
-    """
-    if backend not in BACKENDS:
-        raise ValueError(f"ssd_backend {backend!r} does not exist; choose from {', '.join(BACKENDS)}")
-    if backend == "reference":
-        return backend, f"{operator}: reference (asked for)"
-    if backend != "auto":
-        problem = obstacles[backend](device) if backend in obstacles else f"{operator} has no such kernels"
-        if problem is not None:
-            raise RuntimeError(f"ssd_backend {backend} cannot run: {problem}; use --ssd_backend auto or reference")
-        return backend, f"{operator}: {backend} (asked for)"
-    problems: list[str] = []
-    for name, obstacle in obstacles.items():
-        problem = obstacle(device)
-        if problem is None:
-            return name, f"{operator}: {name} ({'; '.join((f'available on {device}', *problems))})"
-        problems.append(problem)
-    return "reference", f"{operator}: reference ({'; '.join(problems)})"
 
 
 def kernel_obstacle(device: torch.device) -> str | None:

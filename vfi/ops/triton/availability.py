@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
 BACKENDS = ("auto", "torch", "fused")
+UnavailableReason = Callable[[torch.device], str | None]
+"""device -> why kernels can't run there, or None if they can."""
 _CAPABILITY = (8, 0)  # minimum compute capability: bf16 products and asynchronous copies
 
 
@@ -25,16 +28,41 @@ def why_unavailable(device: torch.device) -> str | None:
 
 def select_fused(name: str, backend: str, device: torch.device) -> tuple[bool, str]:
     """Return whether fused kernels serve `--NAME_backend`, and a line with the reason; `fused` raises if they can't run."""
-    if backend not in BACKENDS:
-        raise ValueError(f"{name}_backend {backend!r} does not exist; choose from {', '.join(BACKENDS)}")
-    if backend == "torch":
-        return False, f"{name}: torch (asked for)"
-    obstacle = why_unavailable(device)
-    if obstacle is None:
-        return True, f"{name}: fused ({'asked for' if backend == 'fused' else f'available on {device}'})"
-    if backend == "fused":
-        raise RuntimeError(f"{name}_backend fused cannot run: {obstacle}; use --{name}_backend auto or torch")
-    return False, f"{name}: torch ({obstacle})"
+    chosen, line = select_backend(name, f"{name}_backend", backend, BACKENDS, device, {"fused": why_unavailable})
+    return chosen == "fused", line
+
+
+def select_backend(
+    operator: str,
+    flag: str,
+    backend: str,
+    backends: Sequence[str],
+    device: torch.device,
+    kernels: Mapping[str, UnavailableReason],
+) -> tuple[str, str]:
+    """Return the backend that serves an operator, and a line that states the choice and the reason.
+
+    `backends`: the values of the flag, "auto" and the reference first. `kernels` maps those with kernels for this operator, the
+    best first, to functions that return why each can't run. A named backend that can't run raises RuntimeError, an unknown one
+    ValueError.
+    """
+    _, reference, *_ = backends
+    if backend not in backends:
+        raise ValueError(f"{flag} {backend!r} does not exist; choose from {', '.join(backends)}")
+    if backend == reference:
+        return backend, f"{operator}: {reference} (asked for)"
+    if backend != "auto":
+        problem = kernels[backend](device) if backend in kernels else f"{operator} has no such kernels"
+        if problem is not None:
+            raise RuntimeError(f"{flag} {backend} cannot run: {problem}; use --{flag} auto or {reference}")
+        return backend, f"{operator}: {backend} (asked for)"
+    problems: list[str] = []
+    for name, why in kernels.items():
+        problem = why(device)
+        if problem is None:
+            return name, f"{operator}: {name} ({'; '.join((f'available on {device}', *problems))})"
+        problems.append(problem)
+    return reference, f"{operator}: {reference} ({'; '.join(problems)})"
 
 
 @functools.cache

@@ -16,11 +16,11 @@ import functools
 import importlib.metadata
 from collections.abc import Iterator
 from typing import Any
-from unittest import mock
 
 import torch
 
 from vfi.ops.triton import tuned_configs
+from vfi.runtime.attributes import replaced
 
 Options = dict[str, int]
 """BLOCK, num_warps …: values by the name of the launch argument."""
@@ -72,7 +72,7 @@ def timed(kernel: str) -> Iterator[list[tuple[torch.cuda.Event, torch.cuda.Event
         events.append((before, after))
         return result
 
-    with mock.patch.object(JITFunction, "run", launch):
+    with replaced(JITFunction, "run", launch):
         yield events
 
 

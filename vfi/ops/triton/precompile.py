@@ -19,12 +19,12 @@ from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor
 
 from vfi.ops.triton.launch_config import can_not_run
+from vfi.runtime.attributes import replaced
 
 Compile = Callable[[], Any]
 
@@ -50,7 +50,7 @@ def compiling_ahead(device: torch.device, failing: bool = False) -> Iterator[Non
             first = first or pool.submit(met[key])  # meanwhile; the forks inherit what all of them need from it
 
     with ThreadPoolExecutor(_cores(), "load", torch.cuda.set_device, (index,)) as pool:
-        with mock.patch.object(JITFunction, "run", note):
+        with replaced(JITFunction, "run", note):
             yield
         if first is not None:
             with _may_be_impossible(failing):

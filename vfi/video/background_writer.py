@@ -1,58 +1,20 @@
-"""Prefetching for a reader and background work for a writer, in threads."""
+"""Background work for a writer, in a thread."""
 
 from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Self, TypeVar
 
 from vfi.video.interfaces import Sink
 
 T = TypeVar("T")
-_AHEAD = 4  # prefetched frames, or pairs that wait to be written
+_AHEAD = 4  # pieces of work that wait
 
 
-def _ahead(items: Iterator[T]) -> Generator[T]:
-    """Yield the items, some of which a thread prefetches."""
-    waiting: queue.Queue[tuple[bool, Any]] = queue.Queue(_AHEAD)
-    stop = threading.Event()
-
-    def put(item: tuple[bool, Any]) -> None:
-        while not stop.is_set():
-            try:
-                return waiting.put(item, timeout=0.1)
-            except queue.Full:
-                continue
-
-    def work() -> None:
-        try:
-            for item in items:
-                put((True, item))
-                if stop.is_set():
-                    return
-        except BaseException as error:  # noqa: BLE001 (raised again where the items are taken)
-            put((False, error))
-        else:
-            put((False, None))
-
-    thread = threading.Thread(target=work, daemon=True)
-    thread.start()
-    try:
-        while True:
-            more, item = waiting.get()
-            if not more:
-                if item is not None:
-                    raise item
-                return
-            yield item
-    finally:
-        stop.set()
-        thread.join()
-
-
-class _Behind:
+class BackgroundWriter:
     """Work on a sink in a background thread. Its errors are raised at the next call, or at the end."""
 
     def __init__(self, sink: Sink) -> None:
