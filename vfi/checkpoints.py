@@ -1,10 +1,9 @@
-"""Which checkpoints does a run have, and is each of them whole? JOB (`vfi checkpoints`).
+"""List the checkpoints of a run and verify each of them (`vfi checkpoints`).
 
     vfi checkpoints runs/NAME
     vfi checkpoints runs/NAME --json
 
-Every file is read again and compared with the manifest. Exits with 1 if a checkpoint is damaged: `--resume auto` does without
-it.
+Every file is read again and compared with the manifest. Exits with 1 if a checkpoint is damaged; `--resume auto` skips it.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from vfi.tracking.run_status import age
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Each field is a flag of the job."""
+    """Each field is a flag of the command."""
 
     run: tyro.conf.Positional[Path | None] = None
     """Folder of a run; by default the run in ./runs that was trained last."""
@@ -35,7 +34,7 @@ class Options:
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint in numbers; None: not known."""
+    """Numbers of a checkpoint; None if unknown."""
 
     name: str
     step: int
@@ -56,7 +55,7 @@ class Checkpoint:
 
 @clear_errors(CheckpointError)
 def main(argv: Sequence[str] | None = None) -> None:
-    """The job: one line a checkpoint, the oldest first."""
+    """Run the command: print a line for each checkpoint, the oldest first."""
     options = tyro.cli(Options, prog="vfi checkpoints", description=__doc__, args=argv)
     run = options.run or newest_run()
     checkpoints = describe_all(run)
@@ -67,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def describe_all(run_folder: Path) -> list[Checkpoint]:
-    """All checkpoints of a run, verified; JobError where there is none."""
+    """Return all checkpoints of a run, verified; JobError where there is none."""
     found = list_checkpoints(run_folder)
     if not found:
         raise JobError(f"{run_folder} holds no checkpoint: give the folder of a run (`vfi runs` lists them)")
@@ -98,7 +97,7 @@ def _describe(path: Path, step: int) -> Checkpoint:
 
 
 def table(checkpoints: Sequence[Checkpoint]) -> str:
-    """Checkpoints as aligned text."""
+    """Return checkpoints as aligned text."""
     lines = [f"{'step':>10}  {'written':>10}  {'size':>9}  {'PSNR':>9}  {'epoch':>5}  {'EMA':<3}  status"]
     for c in checkpoints:
         psnr = "-" if c.psnr is None else f"{c.psnr:.2f} dB"

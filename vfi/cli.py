@@ -1,6 +1,6 @@
-"""Which jobs are there? The `vfi` command: `vfi JOB --help` has the flags of each.
+"""The `vfi` command: `vfi COMMAND --help` lists the flags of each.
 
-A job is imported when it is called, so that `vfi --help` is quick.
+A command is imported when it is called, so that `vfi --help` is quick.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _ELSEWHERE = {
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Call one job with the arguments after its name; exits with 2 for a name that is none."""
+    """Run a command with the arguments after its name; exits with 2 for an unknown name."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(usage())
@@ -46,12 +46,12 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def module_of(name: str) -> str:
-    """The module of a job, which has `main(argv)`."""
+    """Return the module of a command, which has `main(argv)`."""
     return _ELSEWHERE.get(name, f"vfi.{name}")
 
 
 def usage() -> str:
-    """What `vfi --help` prints."""
+    """Return the text of `vfi --help`."""
     width = max(map(len, JOBS))
     jobs = "\n".join(f"  {name:<{width}}  {what}" for name, what in JOBS.items())
     return (
@@ -61,7 +61,7 @@ def usage() -> str:
 
 
 def unknown(name: str) -> str:
-    """The message for a name that is no job."""
+    """Return the message for an unknown command."""
     close = difflib.get_close_matches(name, JOBS, n=1)
     guess = f" Did you mean `vfi {close[0]}`?" if close else ""
     return f"{name!r} is not a job: there are {', '.join(JOBS)}.{guess}"

@@ -1,14 +1,14 @@
-"""How does a job end, other than well? A user's mistake: one line on stderr and exit code 2, without a traceback.
+"""Errors that end a command with one line on stderr and exit code 2, without a traceback.
 
     with clear_errors(ShardError, ConfigError):
         …
     @clear_errors(ResultError)
     def main(…): …
 
-Each job names the kinds that carry a message for its user; every other exception is a bug and keeps its traceback.
+Each command names the exceptions that carry a message for its user; every other one is a bug and keeps its traceback.
 
-Exit codes: 0 done · 1 a bug, or a process that hangs or died · 2 a mistake of the user · 75 training was told to stop and has
-saved: --resume auto goes on from there · 130 interrupted. torchrun and accelerate launch make 1 of every code but 0.
+Exit codes: 0 success · 1 a bug, or a process that stalled or died · 2 a user error · 75 training stopped by a signal after
+saving, to be resumed by --resume auto · 130 interrupted. torchrun and accelerate launch make 1 of every code but 0.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ STOPPED = 75
 
 
 class Stopped(Exception):  # noqa: N818 (nothing went wrong)
-    """Training was told to stop by a signal and has saved its last step; the message says which, and how to go on."""
+    """Raised when a signal stopped training and its last step is saved; the message says which signal, and how to resume."""
 
 
 class JobError(ValueError):
-    """An argument of a job is not usable; the message says what was given and what to do."""
+    """Raised for an unusable argument of a command; the message says what was given and what to do."""
 
 
 @contextmanager
 def clear_errors(*kinds: type[Exception]) -> Iterator[None]:
     """Print `error: …` and exit with 2 for JobError and the named kinds, with 130 when interrupted; also a decorator.
 
-    Training that was stopped has said so: exit code 75.
+    Training that was stopped by a signal has already reported it: exit code 75.
 
-    A loader process that died is no mistake but no bug either: one line, too, and exit code 1.
+    A loader process that died is neither a user error nor a bug: one line, too, and exit code 1.
     """
     caught: tuple[type[Exception], ...] = (JobError, *kinds)
     try:
@@ -61,7 +61,7 @@ def clear_errors(*kinds: type[Exception]) -> Iterator[None]:
 
 
 def message_of(error: Exception) -> str:
-    """The message on one line. What a loader process raised arrives with its whole traceback as message: the end is taken."""
+    """Return the message on one line. For an error of a loader process, whose message is a traceback, that is its end."""
     text = str(error)
     if "Original Traceback" in text:
         text = text.strip().rpartition("\n")[2].partition(": ")[2]
@@ -69,4 +69,4 @@ def message_of(error: Exception) -> str:
 
 
 class CheckpointError(ValueError):
-    """A checkpoint is missing, damaged, of another architecture or can't be written; the message says which and what to do."""
+    """Raised for a checkpoint that is missing, damaged, of another architecture or can't be written."""

@@ -1,10 +1,10 @@
-"""Which runs are there, and how far is each? JOB.
+"""List all runs and their progress (`vfi runs`).
 
     vfi runs
     vfi runs --output_dir /data/runs --json
 
-A run's state is what its main process wrote down (status.json), and whether that process is still there. Step, epoch and PSNR
-are those of metrics.jsonl.
+The state of a run is what its main process recorded in status.json, and whether that process still exists. Step, epoch and
+PSNR come from metrics.jsonl.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from vfi.tracking.tracker import read_rows
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Each field is a flag of the job."""
+    """Each field is a flag of the command."""
 
     output_dir: Path = Path("runs")
     """Folder of all runs."""
@@ -37,7 +37,7 @@ class Options:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A run folder in numbers; None: not known."""
+    """Numbers of a run folder; None if unknown."""
 
     name: str
     preset: str | None
@@ -58,7 +58,7 @@ class Run:
 
 @clear_errors()
 def main(argv: Sequence[str] | None = None) -> None:
-    """The job: one line a run, the one that moved last first."""
+    """Run the command: print a line for each run, the most recently active first."""
     options = tyro.cli(Options, prog="vfi runs", description=__doc__, args=argv)
     if not options.output_dir.is_dir():
         raise JobError(f"--output_dir {options.output_dir} is no folder: give the folder that the runs lie in")
@@ -70,12 +70,12 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def run_folders(output_dir: Path) -> list[Path]:
-    """The folders in `output_dir` that a training run wrote."""
+    """Return the folders in `output_dir` that a training run wrote."""
     return [path for path in output_dir.iterdir() if (path / CONFIG).is_file() or (path / "checkpoints").is_dir()]
 
 
 def describe(folder: Path) -> Run:
-    """What a run folder says of its run."""
+    """Return what a run folder holds about its run."""
     status, newest = read_status(folder), latest(folder)
     why = status.why
     try:
@@ -105,7 +105,7 @@ def describe(folder: Path) -> Run:
 
 
 def table(runs: Sequence[Run]) -> str:
-    """Runs as aligned text, and below it why those ended that did not finish."""
+    """Return runs as aligned text, followed by the reasons of those that did not finish."""
     head = ("run", "preset", "phase", "state", "step", "saved", "epoch", "best PSNR", "gain", "last activity")
     rows = [head] + [
         (

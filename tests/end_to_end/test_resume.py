@@ -258,7 +258,7 @@ def test_start_from_is_resume_with_a_name(whole, tmp_path, train_shards):
 
 def test_two_sources_of_first_weights_are_refused(whole, tmp_path, train_shards, capsys):
     message = refused(capsys, tmp_path, "x", "--data_path", train_shards, "--steps", 1, "--resume", "a", "--start_from", "b")
-    assert "--resume a and --start_from b both give the first weights: drop one" in message
+    assert "--resume a and --start_from b both give the initial weights: remove one" in message
 
 
 def test_a_damaged_start_is_refused(whole, tmp_path, train_shards, capsys):

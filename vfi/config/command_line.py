@@ -23,7 +23,7 @@ torchrun and accelerate launch make 1 of every code but 0."""
 
 
 def from_command_line(argv: Sequence[str] | None = None, prog: str = "vfi.train") -> Config:
-    """Flags -> checked Config. The preset gives every default; `_` and `-` are the same in a flag."""
+    """Return the checked Config of a command line. The preset gives every default; `_` and `-` are equal in a flag."""
     argv = expand_aliases(sys.argv[1:] if argv is None else argv)
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     finder.add_argument("--preset", default="small")
@@ -40,6 +40,6 @@ def from_command_line(argv: Sequence[str] | None = None, prog: str = "vfi.train"
 
 
 def expand_aliases(argv: Sequence[str]) -> list[str]:
-    """Put what an alias means in its place."""
+    """Replace aliases by the flags they stand for."""
     known = {name.replace("-", "_"): meaning for name, meaning in ALIASES.items()}
     return [part for argument in argv for part in known.get(argument.replace("-", "_"), (argument,))]

@@ -1,9 +1,9 @@
-"""What can be set? One tree of frozen dataclasses; every field is a flag of the command line, flattened.
+"""All settings of a training run: a tree of frozen dataclasses, each field of which is a flag of the command line.
 
     python -m vfi.train --preset small --data_path SHARDS --batch_size 16 --no-use_ecab
 
-The accelerate YAML owns processes and precision; this file owns the mathematics and the run. Rules that cross fields live
-in `validate`, and a flag whose feature does not exist yet is refused there by name.
+The accelerate YAML defines processes and precision, this file the mathematics and the run. Rules that involve several fields
+are in vfi/config/validation.py.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Literal
 SequenceKind = Literal["middle", "random_time", "random_gap"]
 SCALES = (1.0, 0.5, 0.25)
 UNTRAINED = "untrained"  # a --matvlm_donor
-KNOWN_STEPS = 20  # fewer give no median to judge a loss or a gradient by (vfi/training/gradient_monitor.py)
+KNOWN_STEPS = 20  # with fewer, a loss or a gradient can't be compared with a median (vfi/training/gradient_monitor.py)
 
 
 class ConfigError(ValueError):
@@ -23,7 +23,7 @@ class ConfigError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """The network. Two checkpoints with equal values here hold the same parameters."""
+    """The network. Checkpoints with equal values here hold the same parameters."""
 
     phase: Literal[1, 2, 3] = 1
     """1: backbone only; 2: with flow; 3: high resolution (the parameters of phase 2)."""
@@ -40,95 +40,99 @@ class ModelConfig:
     d_state: int = 64
     """State size S of the scan."""
     expand: int = 2
-    """Inner width of the scan = expand * channels."""
+    """Inner width of the scan, as a multiple of its channels."""
     head_dim: int = 32
     """Channels of a head, in the scan and in the attention."""
     ssd_groups: Literal["shared", "per_head"] = "shared"
-    """B and C of Mamba-2: one pair for all heads, or one a head as attention has them (MaTVLM plans B and C)."""
+    """B and C of Mamba-2: one pair for all heads, or one for each head, as in attention (MaTVLM plans B and C)."""
     xb_share: int = 1
     """Heads that share one x and one B, the d_xb of MaTVLM plan C; needs --ssd_groups per_head."""
     ssd_precision: Literal["auto", "fp32", "tf32", "input"] = "auto"
-    """Products in the scan's core: fp32, TF32, or of the type that its input has under autocast. auto: bf16 of bf16 input in
-    the fused kernels, or else fp32. Sums, decays and states are fp32 in any case. mamba_ssm's kernels multiply fp32 as TF32."""
+    """Precision of products in the scan's core: fp32, TF32, or that of its input under autocast. auto: bf16 for bf16 input in
+    the fused kernels, otherwise fp32. Sums, decays and states are always fp32. mamba_ssm's kernels multiply fp32 as TF32."""
     ssd_backend: Literal["auto", "reference", "mamba_ssm", "fused"] = "auto"
-    """auto takes the fused kernels on a GPU, or else mamba_ssm's, and says what it took and why."""
+    """Implementation of the scan. auto selects the fused Triton kernels on a GPU, otherwise mamba_ssm's, and logs why."""
     window_size: Literal[7, 8, 14] = 8
     """Side of an attention window in tokens."""
     gate: Literal["headwise", "elementwise", "off"] = "headwise"
-    """Gate on the attention's output: one a head and token, one a channel and token, or none."""
+    """Gate on the attention's output: one for each head and token, one for each channel and token, or none."""
     attention_backend: Literal["auto", "sdpa", "flash_attn", "fused"] = "auto"
-    """auto takes the fused kernels on a GPU, or else PyTorch's SDPA; flash_attn needs that package and half precision."""
+    """Implementation of the attention. auto selects the fused Triton kernels on a GPU, otherwise PyTorch's SDPA; flash_attn
+    needs that package and half precision."""
     pointwise_backend: Literal["auto", "torch", "fused"] = "auto"
-    """Bias and PReLU, warps, layer norms, what lies side by side: auto takes fused kernels on a GPU, or else PyTorch's."""
+    """Implementation of bias and PReLU, warps, layer norms and concatenation. auto selects the fused Triton kernels on a GPU,
+    otherwise PyTorch's."""
     use_ecab: bool = True
-    """Fusion by efficient channel attention (ECAB); --no-use_ecab takes CAB (squeeze and excite)."""
+    """Fusion by efficient channel attention (ECAB); --no-use_ecab selects CAB (squeeze and excite)."""
     mixing: Literal["none", "hc", "mhc", "mhc_lite"] = "none"
-    """Residual streams of an LGS block: one, or several with hyper-connections. --use_mhc is --mixing mhc."""
+    """Residual streams of an LGS block: one, or several with hyper-connections. --use_mhc means --mixing mhc."""
     mixing_streams: Literal[2, 4] = 4
-    """Residual streams n."""
+    """Number of residual streams."""
     mixing_coefficients: Literal["token", "pooled"] = "token"
-    """Mixing coefficients for every token, or one set a frame from its mean state."""
+    """Mixing coefficients for every token, or one set for each frame, from its mean state."""
     sinkhorn_iterations: int = 20
     """Row and column normalisations of mhc."""
     warp: Literal["feature", "image", "flow_only"] = "feature"
-    """What flow moves: features and frames, only frames, or frames without RefineNet (phases 2 and 3)."""
+    """What is warped by the flow: features and frames, only frames, or frames without RefineNet (phases 2 and 3)."""
     teacher: bool = False
-    """A further flow stage that sees the true frame while training, and teaches the others (phases 2 and 3)."""
+    """Add a flow stage that sees the true frame during training and teaches the others (phases 2 and 3)."""
     scale: float = 1.0
-    """Flow is estimated at this fraction of the frame's size: 1, 0.5 or 0.25 (phases 2 and 3)."""
+    """Fraction of the frame's size at which flow is estimated: 1, 0.5 or 0.25 (phases 2 and 3)."""
 
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """Where batches come from and what is done to them."""
+    """The source of the batches, and their augmentation."""
 
     data_path: tuple[str, ...] = ()
-    """Shard folder to train on (what a `python -m shards.…` job wrote) or its URL (https://, s3://, gs:// …), or several, to be
+    """Shard folder to train on (written by a `python -m shards.…` command) or its URL (https://, s3://, gs:// …), or several,
     mixed by --mixed_ratio."""
     val_path: str = ""
     """Shard folder to validate on, or its URL; without it nothing is validated."""
     batch_size: int = 16
-    """Samples a device works on at once."""
+    """Samples of a forward pass on each device."""
     global_batch: int | None = None
-    """Samples an optimiser step sees, over all devices; default: batch_size * processes. Accumulation follows from it."""
+    """Samples of an optimizer step over all devices; default: batch_size * processes. Gradient accumulation follows from it."""
     crop: int = 256
     """Side of the square training crop in pixels."""
     num_workers: int = 4
-    """Loader processes of each device; the order of samples does not depend on it. 0 loads in the training process."""
+    """Loader processes of each device; the order of samples does not depend on it. Each gives an equal share of every batch,
+    so divisors of --batch_size are fastest. 0 loads in the training process."""
     shuffle_shards: int = 8
-    """Samples of this many shards are shuffled among each other (the shards are shuffled, too)."""
+    """Number of shards whose samples are shuffled together (the shards are shuffled, too)."""
     lane_bundle: int = 8
-    """Places of the global batch that read on together: a batch mixes global batch / lane_bundle parts of the shuffled shards,
-    and a process keeps about batch_size / lane_bundle * shuffle_shards shards open."""
+    """Batch slots that read one stream of samples: a batch mixes global batch / lane_bundle streams of shuffled shards, and a
+    process keeps about batch_size / lane_bundle * shuffle_shards shards open."""
     remainder: Literal["drop", "pad"] = "drop"
-    """Samples left of an epoch that don't fill a global batch: leave them out, or fill up with samples of the epoch's start."""
+    """Samples at the end of an epoch that don't fill a global batch: drop them, or pad with samples of the epoch's start."""
     augment_prob: float = 0.5
     """Probability of each of: channel reversal, vertical flip, horizontal flip, time reversal."""
     rotate: bool = True
     """Rotate by a random multiple of 90 degrees."""
     max_fault_rate: float = 0.01
-    """Part of the samples read that may be unusable (they are skipped, counted and named) before training stops."""
+    """Fraction of unusable samples (which are skipped, counted and named) above which training stops."""
     cache_dir: str = ""
-    """Folder in which shards of a remote --data_path or --val_path are kept, on a local disk; default: ~/.cache/vfi/shards."""
+    """Folder on a local disk that caches the shards of a remote --data_path or --val_path; default: ~/.cache/vfi/shards."""
     cache_gb: float = 50.0
-    """Largest size of that folder in GB (10^9 bytes), for all processes of a machine together."""
+    """Maximum size of that folder in GB (10^9 bytes), for all processes of a machine together."""
     val_samples: int | None = None
-    """Validate on this many samples of val_path, evenly spaced; default: all."""
+    """Number of samples of val_path to validate on, evenly spaced; default: all."""
     mixed_ratio: str | None = None
-    """Samples of each folder of --data_path among those of a few hundred lanes, such as 2:1. An epoch is the first one once."""
+    """Proportion in which the folders of --data_path are mixed, such as 2:1. An epoch is one pass over the first one."""
     sequence: tuple[SequenceKind, ...] = ("middle",)
-    """What of a sample of N frames is used, for all folders or one each. middle: the first, middle and last frame; random_time:
-    first and last and a random one between; random_gap: a, a + g, a + 2g at random, scaled by 1, 1/2 or 1/4 before the crop."""
+    """Triplet taken from a sample of N frames, for all folders or one each. middle: the first, middle and last frame;
+    random_time: first, last and a random one in between; random_gap: random a, a + g, a + 2g, scaled by 1, 1/2 or 1/4 before
+    the crop."""
     curriculum: bool = False
-    """Let the crop grow during training, in place of --crop (phase 3)."""
+    """Increase the crop during training, in place of --crop (phase 3)."""
     curriculum_T: int = 50  # noqa: N815 (the flag's published name)
-    """Epochs over which the crop grows: each of --curriculum_crops holds for an equal part, the last one from then on."""
+    """Epochs over which the crop increases: each of --curriculum_crops applies to an equal part, the last one from then on."""
     curriculum_crops: tuple[int, int, int] = (256, 384, 512)
     """Crops of the curriculum."""
 
     @property
     def largest_crop(self) -> int:
-        """Of the whole run."""
+        """The largest crop of the whole run, in pixels."""
         return max(self.curriculum_crops) if self.curriculum else self.crop
 
 
@@ -137,116 +141,115 @@ class OptimConfig:
     """The optimizer with linear warm-up and cosine decay, and the loss."""
 
     optimizer: Literal["adamw", "muon"] = "adamw"
-    """AdamW for everything, or Muon for matrices and convolutions with AdamW for the rest (one process or DDP)."""
+    """AdamW for all parameters, or Muon for matrices and convolutions and AdamW for the rest (one process or DDP)."""
     lr: float = 2e-4
     """Peak learning rate."""
     lr_min: float = 2e-5
     """Learning rate at the last step."""
     weight_decay: float = 1e-4
-    """Of matrices and convolutions; norms, biases, A_log, D and dt_bias have none."""
+    """Weight decay of matrices and convolutions; norms, biases, A_log, D and dt_bias have none."""
     warmup_steps: int = 2000
-    """Steps of linear warm-up."""
+    """Number of steps of linear warm-up."""
     clip_norm: float = 0.1
-    """Largest norm of the gradient, about what this loss gives once training runs smoothly; 0 switches clipping off."""
+    """Maximum norm of the gradient, about its usual norm in stable training; 0 disables clipping."""
     vgg_weight: float = 0.0
-    """Weight of a perceptual loss beside the Laplacian pyramid loss."""
+    """Weight of a perceptual loss in addition to the Laplacian pyramid loss."""
     loss_backend: Literal["auto", "torch", "fused"] = "auto"
-    """What makes the Laplacian pyramids: kernels of our own (fused) or PyTorch; auto takes the kernels where they can run."""
+    """Implementation of the Laplacian pyramid loss. auto selects the fused Triton kernels on a GPU, otherwise PyTorch's."""
     merge_weight: float = 0.5
     """Weight of the loss of each flow stage's own merge of the warped frames (phases 2 and 3)."""
     teacher_weight: float = 0.01
     """Weight of the distance to the flow of the --teacher."""
     distill_weight: float = 0.0
-    """Weight of the distance to flow that is stored beside the samples (phases 2 and 3)."""
+    """Weight of the distance to the flow stored with the samples (phases 2 and 3)."""
     mhc_anneal: float = 0.0
-    """Part of the steps, at the end, over which the mixing's annealing factor rises from 0 (as learnt) to 1 (identity)."""
+    """Fraction of the steps, at the end, over which the mixing's annealing factor rises from 0 (as learnt) to 1 (identity)."""
     freeze_backbone: int = 0
-    """Epochs at the start during which the backbone does not train (phases 2 and 3)."""
+    """Number of epochs at the start during which the backbone does not train (phases 2 and 3)."""
     ema: float = 0.0
-    """Decay of a running mean of the weights, such as 0.999, which validation and later jobs then use; 0: none. It is lower in
-    the first steps: (1 + n) / (10 + n) in the n-th."""
+    """Decay of an exponential moving average of the weights, such as 0.999, which validation and later commands use; 0: none.
+    In the first steps it is lower: (1 + n) / (10 + n) in step n."""
 
 
 @dataclasses.dataclass(frozen=True)
 class GuardConfig:
-    """What watches over the gradient, and what it does before weights are lost: see vfi/training/gradient_monitor.py."""
+    """The gradient monitor, which acts before weights are lost: see vfi/training/gradient_monitor.py."""
 
     guard: bool = True
-    """Watch the gradient norm of each layer group and react in stages; without it, a loss that is no number ends the run."""
+    """Monitor the gradient norm of each layer group and respond in stages; without it, a non-finite loss ends the run."""
     guard_factor: float = 5.0
-    """A norm is unusual when it is above its running median by more than this factor, and by more than so many spreads (of its
+    """A norm is unusual above this multiple of its running median, if it also exceeds it by as many spreads (of its
     logarithm)."""
     guard_window: int = 200
-    """Steps that the running medians look back, and among which skipped steps are counted."""
+    """Number of recent steps that the running medians and the count of skipped steps cover."""
     guard_skips: int = 3
-    """Steps of the window that may be skipped; with one more the run goes back to the last good state."""
+    """Maximum number of skipped steps in the window; one more, and the run rolls back to the last good state."""
     guard_roll_backs: int = 2
-    """Times that a run may go back; then it stops."""
+    """Maximum number of roll-backs of a run; at the next one it stops."""
     guard_rate_factor: float = 0.5
-    """The learning rate is multiplied by this each time a run goes back."""
+    """Factor applied to the learning rate at each roll-back."""
 
 
 @dataclasses.dataclass(frozen=True)
 class RunConfig:
-    """How long, how often, and where to."""
+    """Length of the run, intervals and folders."""
 
     preset: str = "small"
-    """Named set of defaults, see vfi/config/presets.py."""
+    """Named set of defaults (vfi/config/presets.py)."""
     exp_name: str = ""
     """Name of the run; its folder is output_dir/exp_name. Default: preset_phaseN."""
     output_dir: str = "runs"
     """Folder of all runs."""
     steps: int | None = None
-    """Optimiser steps to train; or give --epochs."""
+    """Number of optimizer steps; or give --epochs."""
     epochs: int | None = None
-    """Epochs to train; default without --steps: 300 in phase 1."""
+    """Number of epochs; default without --steps: 300 in phase 1, 200 in phase 2, 100 in phase 3."""
     seed: int = 0
-    """Of the initial weights, the order of samples and the augmentation."""
+    """Random seed of the initial weights, the order of samples and the augmentation."""
     log_every: int = 50
-    """Steps between two rows of metrics."""
+    """Steps between rows of metrics."""
     save_every: int = 1000
-    """Steps between two checkpoints; the last step is always saved."""
+    """Steps between checkpoints; the last step is always saved."""
     val_every: int = 1000
-    """Steps between two validations; the last step is always validated."""
+    """Steps between validations; the last step is always validated."""
     keep_last: int = 3
-    """Newest checkpoints that are kept."""
+    """Number of newest checkpoints to keep."""
     keep_best: int = 1
-    """Checkpoints of the highest PSNR that are kept, too: of those steps that are validated and saved."""
+    """Number of checkpoints with the highest PSNR to keep in addition, among the steps that are both validated and saved."""
     resume: str = ""
-    """auto: go on with this run, if it has a checkpoint; NAME or PATH: start from the weights of another run."""
+    """auto: resume this run if it has a checkpoint; NAME or PATH: start from the weights of another run."""
     start_from: str = ""
     """Run or checkpoint (NAME or PATH), folder of `vfi export`, `shipped` (the model that comes with the package), or model on
-    the Hugging Face hub (ORG/NAME), whose weights are the first ones. With --resume auto only as long as this run has no
-    checkpoint, so that the same command starts a run and goes on with it."""
+    the Hugging Face hub (ORG/NAME) to take the initial weights from. With --resume auto only if this run has no
+    checkpoint yet, so that the same command starts and resumes a run."""
     matvlm_plan: Literal["off", "A", "B", "C"] = "off"
-    """Start the scan from the attention of --matvlm_donor (MaTVLM): see vfi/model/matvlm_init.py for the plans."""
+    """Initialise the scan from the attention of --matvlm_donor (MaTVLM); the plans are in vfi/model/matvlm_init.py."""
     matvlm_donor: str = ""
-    """Run or checkpoint with the attention (NAME or PATH), or `untrained`: random attention, the control arm."""
+    """Run or checkpoint with the source attention (NAME or PATH), or `untrained`: random attention, the control arm."""
     timeout_minutes: float = 20.0
-    """When no process has moved for so long, the one that hangs is named and the run ends."""
+    """Minutes without progress of any process after which the run ends and names the stalled one."""
     profile: int = 0
-    """Steps of which a profile is written after a few others, into profile/ of the run folder: a trace and, on a CUDA GPU, a
-    snapshot of its memory; 0: none."""
+    """Number of steps to profile after a few others; profile/ in the run folder gets a trace and, on a CUDA GPU, a snapshot of
+    its memory; 0: none."""
     dry_run: bool = False
-    """A few steps of everything, with validation and saving, in a folder that is removed afterwards."""
+    """Take a few steps with validation and saving, in a folder that is removed afterwards."""
 
 
 @dataclasses.dataclass(frozen=True)
 class ComputeConfig:
-    """How the same mathematics is computed: what it costs, not what is learnt. Processes and precision are the launcher's."""
+    """How the same mathematics is computed: this changes cost, not results. The launcher sets processes and precision."""
 
     compile: bool = False
-    """Compile the network (torch.compile): minutes before the first step, less time and memory in each."""
+    """Compile the network (torch.compile): costs minutes before the first step, saves time and memory in each step."""
     checkpointing: bool = False
-    """Keep no activations of the LGS blocks and of RefineNet for the backward pass but compute them anew: less memory, more
-    time."""
+    """Recompute the activations of the LGS blocks and of RefineNet in the backward pass: less memory, more time."""
     cuda_graphs: bool = False
-    """Record the network's passes once and replay them: seconds before the first step, and of the others what Python takes to
-    launch them. On a GPU, one a process or DDP."""
+    """Capture the network's passes and Muon's update as CUDA graphs: costs seconds before the first step, saves the time that
+    Python needs to launch kernels. For one GPU per process, alone or with DDP."""
     tf32: bool = False
-    """Let products and convolutions of fp32 numbers round their factors to 10 bits on a GPU: faster where training is fp32."""
+    """Allow fp32 products and convolutions on a GPU to round their factors to 10 bits: faster if training is fp32."""
     deterministic: bool = False
-    """The same bits every time on the same hardware; operators that can't do it are refused. Slower on a GPU."""
+    """Produce identical bits every time on the same hardware; operators that can't are refused. Slower on a GPU."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -262,7 +265,7 @@ class Config:
 
 
 def folder_ratio(data: DataConfig) -> tuple[int, ...]:
-    """The parts of --mixed_ratio, (1,) without it; ConfigError when it is none."""
+    """Return the parts of --mixed_ratio, (1,) without it; ConfigError when it is not a ratio."""
     parts = (data.mixed_ratio or "1").split(":")
     if not all(part.isdecimal() and 1 <= int(part) <= 100 for part in parts) or (data.mixed_ratio and len(parts) < 2):
         raise ConfigError(f"--mixed_ratio is {data.mixed_ratio!r}; it must be numbers from 1 to 100 such as 2:1, one a folder")
@@ -270,7 +273,10 @@ def folder_ratio(data: DataConfig) -> tuple[int, ...]:
 
 
 def accumulation(config: Config, processes: int) -> int:
-    """Forward passes of a device in one optimiser step = global batch / (device batch * processes); a remainder is refused."""
+    """Return the forward passes of a device in one optimizer step: global batch / (device batch * processes).
+
+    Raises ConfigError where there is a remainder.
+    """
     at_once = config.data.batch_size * processes
     total = config.data.global_batch or at_once
     if total % at_once:

@@ -1,4 +1,4 @@
-"""Which runs exist? Named functions -> Config, and the command line on top of them.
+"""Presets: named functions that return a Config, which the command line modifies.
 
 A preset is a full Config; a flag changes one field of it: `--preset small --lr 1e-4`.
 """
@@ -13,7 +13,7 @@ from vfi.config.configs import Config, ConfigError, DataConfig, ModelConfig, Opt
 
 
 def tiny() -> Config:
-    """Learns something on two CPU cores within minutes: the demo and the tests."""
+    """Return a preset that learns something on two CPU cores within minutes: for the demo and the tests."""
     return Config(
         run=RunConfig(preset="tiny", log_every=10, save_every=200, val_every=200),
         data=DataConfig(batch_size=8, crop=64, num_workers=1),
@@ -23,12 +23,12 @@ def tiny() -> Config:
 
 
 def small() -> Config:
-    """F = 16: the size to compare with the small models of the field."""
+    """Return the preset with F = 16, the size of the small models of the field."""
     return Config(run=RunConfig(preset="small"), data=DataConfig(batch_size=32), model=ModelConfig(width=16))
 
 
 def base() -> Config:
-    """F = 32: the full model."""
+    """Return the preset with F = 32, the full model."""
     return Config(run=RunConfig(preset="base"), data=DataConfig(batch_size=32), model=ModelConfig(width=32))
 
 
@@ -64,17 +64,17 @@ PRESETS: dict[str, Callable[[], Config]] = {preset.__name__: preset for preset i
 
 
 def experiments(ablation: AblationName) -> list[str]:
-    """The presets of an ablation, in their order: Exp-1a, Exp-1b … of phase1."""
+    """Return the presets of an ablation, in their order: Exp-1a, Exp-1b … of phase1."""
     return [name for name in ABLATIONS if name.startswith(f"Exp-{ablation[-1]}")]
 
 
 def names() -> list[str]:
-    """All presets: sizes first, then the ablations in their order."""
+    """Return the names of all presets: sizes first, then the ablations in their order."""
     return [*PRESETS, *ABLATIONS]
 
 
 def get(name: str) -> Config:
-    """The Config of a preset, upper and lower case, `-` and `_` the same; ConfigError names those that exist."""
+    """Return the Config of a preset, ignoring case and `-` versus `_`; ConfigError lists those that exist."""
     known = {_plain(preset): preset for preset in names()}
     if _plain(name) not in known:
         raise ConfigError(f"--preset {name!r} does not exist; choose from {', '.join(names())}")
@@ -87,7 +87,7 @@ def _plain(name: str) -> str:
 
 
 def override(config: Config, **values: Any) -> Config:
-    """`config` with some fields changed, wherever in the tree they are: a field's name is unique in it."""
+    """Return `config` with some fields changed, anywhere in the tree: a field's name is unique in it."""
     for group in dataclasses.fields(config):
         part = getattr(config, group.name)
         own = {field.name: values.pop(field.name) for field in dataclasses.fields(part) if field.name in values}

@@ -22,7 +22,7 @@ from vfi.config.configs import (
 
 
 def validate(config: Config) -> None:
-    """Check the rules that cross fields and refuse what does not exist yet; raises ConfigError."""
+    """Check all rules; ConfigError names the setting, its value and what to do."""
     run, data, optim, model = config.run, config.data, config.optim, config.model
     if run.steps is not None and run.epochs is not None:
         raise ConfigError(f"--steps {run.steps} and --epochs {run.epochs} were both given: give one of them")
@@ -46,34 +46,34 @@ def validate(config: Config) -> None:
         if crop < 64 or crop % 16:
             raise ConfigError(f"{flag} is {crop}; it must be a multiple of 16 and at least 64 (the loss has five levels)")
     if not 0 <= data.max_fault_rate <= 1:
-        raise ConfigError(f"--max_fault_rate is {data.max_fault_rate}; it is a part of the samples and must lie in 0 … 1")
+        raise ConfigError(f"--max_fault_rate is {data.max_fault_rate}; it must be a fraction between 0 and 1")
     if not 0 < run.timeout_minutes < math.inf:
-        raise ConfigError(f"--timeout_minutes is {run.timeout_minutes}; it must be more than 0, and a number")
+        raise ConfigError(f"--timeout_minutes is {run.timeout_minutes}; it must be positive and finite")
     if not 0 < data.cache_gb < math.inf:
-        raise ConfigError(f"--cache_gb is {data.cache_gb}; it must be more than 0, and a number")
+        raise ConfigError(f"--cache_gb is {data.cache_gb}; it must be positive and finite")
     if not 0 <= data.augment_prob <= 1:
-        raise ConfigError(f"--augment_prob is {data.augment_prob}; it must lie in 0 … 1")
+        raise ConfigError(f"--augment_prob is {data.augment_prob}; it must be between 0 and 1")
     if not 0 <= optim.lr_min <= optim.lr:
         raise ConfigError(f"--lr_min {optim.lr_min} must lie between 0 and --lr {optim.lr}")
     if optim.weight_decay < 0 or optim.clip_norm < 0:
         raise ConfigError(f"--weight_decay {optim.weight_decay} and --clip_norm {optim.clip_norm} must not be negative")
     if not 0 <= optim.mhc_anneal <= 1:
-        raise ConfigError(f"--mhc_anneal is {optim.mhc_anneal}; it is a part of the steps and must lie in 0 … 1")
+        raise ConfigError(f"--mhc_anneal is {optim.mhc_anneal}; it must be a fraction between 0 and 1")
     if not 0 <= optim.ema < 1:
         raise ConfigError(f"--ema is {optim.ema}; it is a decay such as 0.999 and must be at least 0 and below 1")
     for name in ("merge_weight", "teacher_weight", "distill_weight"):
         if getattr(optim, name) < 0:
             raise ConfigError(f"--{name} is {getattr(optim, name)}; it must not be negative")
     if data.curriculum and list(data.curriculum_crops) != sorted(data.curriculum_crops):
-        raise ConfigError(f"--curriculum_crops {data.curriculum_crops} must grow")
+        raise ConfigError(f"--curriculum_crops {data.curriculum_crops} must increase")
     if run.exp_name and (Path(run.exp_name).name != run.exp_name or run.exp_name.startswith(".")):
-        raise ConfigError(f"--exp_name {run.exp_name!r} must be a plain folder name; where it lies is --output_dir")
+        raise ConfigError(f"--exp_name {run.exp_name!r} must be a plain folder name; --output_dir sets its parent")
     if run.matvlm_plan != "off" and not run.matvlm_donor:
         raise ConfigError(f"--matvlm_plan {run.matvlm_plan} needs --matvlm_donor: a run with attention, or {UNTRAINED}")
     first = {"--matvlm_plan": run.matvlm_plan, "--resume": run.resume, "--start_from": run.start_from}
     given = [f"{flag} {value}" for flag, value in first.items() if value not in ("", "auto", "off")]
     if len(given) > 1:
-        raise ConfigError(f"{' and '.join(given)} both give the first weights: drop one")
+        raise ConfigError(f"{' and '.join(given)} both give the initial weights: remove one")
     _validate_folders(data)
     _validate_compute(config)
     _validate_guard(config.guard)
@@ -83,41 +83,41 @@ def validate(config: Config) -> None:
 
 
 def _validate_folders(data: DataConfig) -> None:
-    """As many parts of the ratio, and kinds of sequences, as folders. A preset may name no folder yet."""
+    """Check that there are as many parts of the ratio, and kinds of sequences, as folders; a preset may name no folder yet."""
     folders, ratio = len(data.data_path), folder_ratio(data)
     if folders and len(ratio) != folders:
         given = f"--mixed_ratio {data.mixed_ratio}" if data.mixed_ratio else "no --mixed_ratio"
         one_each = ":".join(["1"] * folders)
-        advice = f"give one number a folder, such as --mixed_ratio {one_each}" if folders > 1 else "leave it out"
+        advice = f"give one number for each folder, such as --mixed_ratio {one_each}" if folders > 1 else "remove it"
         raise ConfigError(f"--data_path has {folders} folder{'s' * (folders > 1)} and there is {given}: {advice}")
     if folders and len(data.sequence) not in (1, folders):
         raise ConfigError(f"--sequence has {len(data.sequence)} entries and --data_path {folders}: give one, or one for each")
 
 
 def _validate_compute(config: Config) -> None:
-    """What can't be recorded."""
+    """Refuse what CUDA graphs can't capture."""
     compute, mixing = config.compute, config.model.mixing
     others = {"--compile": compute.compile, "--checkpointing": compute.checkpointing, f"--mixing {mixing}": mixing != "none"}
     given = [flag for flag, is_given in others.items() if is_given]
     if compute.cuda_graphs and given:
-        raise ConfigError(f"--cuda_graphs can't record a network with {' and '.join(given)}: leave one of them out")
+        raise ConfigError(f"--cuda_graphs can't capture a network with {' and '.join(given)}: remove one of them")
 
 
 def _validate_guard(guard: GuardConfig) -> None:
-    """Ranges of the guard's settings."""
+    """Check the ranges of the gradient monitor's settings."""
     if not 1 < guard.guard_factor < math.inf:
-        raise ConfigError(f"--guard_factor is {guard.guard_factor}; it must be more than 1, and a number")
+        raise ConfigError(f"--guard_factor is {guard.guard_factor}; it must be finite and greater than 1")
     if guard.guard_window < 2 * KNOWN_STEPS:
         raise ConfigError(f"--guard_window is {guard.guard_window}; it must be at least {2 * KNOWN_STEPS}")
     for flag, value in (("--guard_skips", guard.guard_skips), ("--guard_roll_backs", guard.guard_roll_backs)):
         if value < 0:
             raise ConfigError(f"{flag} is {value}; it must not be negative")
     if not 0 < guard.guard_rate_factor <= 1:
-        raise ConfigError(f"--guard_rate_factor is {guard.guard_rate_factor}; it must be more than 0 and at most 1")
+        raise ConfigError(f"--guard_rate_factor is {guard.guard_rate_factor}; it must be greater than 0 and at most 1")
 
 
 def _validate_model(model: ModelConfig) -> None:
-    """Rules of the network alone."""
+    """Check the settings of the network."""
     if (8 * model.width) % model.head_dim:
         raise ConfigError(
             f"--head_dim {model.head_dim} must divide 8 * --width = {8 * model.width}, the channels at stride 8: "
@@ -135,7 +135,7 @@ def _validate_model(model: ModelConfig) -> None:
 
 
 def _refuse_without_effect(config: Config) -> None:
-    """A switch that the rest of the settings leave without effect is refused: it would be a flag that does nothing."""
+    """Refuse settings that others leave without effect: they would be flags that do nothing."""
     model, optim, data, run = config.model, config.optim, config.data, config.run
     guard, flow, mixed = config.guard, model.phase > 1, model.mixing != "none"
     scan, attention = model.backbone_mode != "gated_attn_only", model.backbone_mode != "mamba2_only"
@@ -166,11 +166,11 @@ def _refuse_without_effect(config: Config) -> None:
         for name in names.split():
             value = getattr(given, name)
             if not condition and value != getattr(default, name):
-                raise ConfigError(f"--{name} {value} has no effect without {needs}: leave it out, or add that")
+                raise ConfigError(f"--{name} {value} has no effect without {needs}: remove it or add that")
 
 
 def _refuse_unsupported(config: Config) -> None:
-    """Every accepted flag whose feature does not exist yet, and what to do instead."""
+    """Refuse flags whose feature does not exist yet, and say what to do instead."""
     unsupported = {
         f"--vgg_weight {config.optim.vgg_weight}": (config.optim.vgg_weight != 0, "use --vgg_weight 0"),
     }

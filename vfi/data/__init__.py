@@ -1,1 +1,1 @@
-"""How do shards become batches? From where they lie to frames on the device, in the planned order."""
+"""From shards to batches of frames on the device, in the planned order."""

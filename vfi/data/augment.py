@@ -1,4 +1,4 @@
-"""Which random changes keep the frames, time and flow consistent? One draw a sample, applied to all that it holds."""
+"""Augmentation: one random change for each sample, applied to its frames, timestep and flow alike."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from vfi.config.configs import DataConfig
 
 
 class FrameTooSmallError(ValueError):
-    """A frame does not hold the crop; the message has both sizes and the fix."""
+    """Raised when a frame is smaller than the crop; the message has both sizes and the fix."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Change:
-    """What one draw does, in this order: crop, channel reversal, flips, rotation, time reversal."""
+    """The changes of one draw, in this order: crop, channel reversal, flips, rotation, time reversal."""
 
     top: int
     left: int
@@ -29,9 +29,9 @@ class Change:
 
 
 def crop_at(config: DataConfig, epoch: int) -> int:
-    """Side in pixels of the training crop in an epoch, counted from 0.
+    """Return the side of the training crop in pixels in an epoch, counted from 0.
 
-    Under the curriculum each of its crops holds for an equal part of its T epochs, and the last one from then on.
+    Under the curriculum each crop applies to an equal part of its T epochs, and the last one from then on.
     """
     if not config.curriculum:
         return config.crop
@@ -40,7 +40,7 @@ def crop_at(config: DataConfig, epoch: int) -> int:
 
 
 def crop_advice(height: int, width: int, config: DataConfig) -> str:
-    """What to do about frames of `height` x `width` pixels that don't hold the crop."""
+    """Return advice for frames of `height` x `width` pixels that are smaller than the crop."""
     flag = "--curriculum_crops up to" if config.curriculum else "--crop"
     return f"take {flag} {max(64, min(height, width) // 16 * 16)} or make shards of larger frames"
 
@@ -64,13 +64,13 @@ def draw_change(rng: np.random.Generator, height: int, width: int, size: int, co
 
 
 def apply_change(change: Change, frames: Sequence[np.ndarray], timestep: float) -> tuple[list[np.ndarray], float]:
-    """Frames `[H, W, 3]` in order of time and the timestep of the middle one -> changed frames, as views, and timestep."""
+    """Change frames `[H, W, 3]`, in order of time, and the timestep of the middle one; return views, and the timestep."""
     changed = [_move_pixels(change, frame, change.reverse_channels) for frame in frames]
     return (changed[::-1], 1 - timestep) if change.reverse_time else (changed, timestep)
 
 
 def apply_change_to_flows(change: Change, flows: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """Flows `[H, W, 2]`, (dx, dy) in pixels, to the first and to the last frame -> those of the changed frames."""
+    """Change flows `[H, W, 2]`, (dx, dy) in pixels, to the first and to the last frame, as their frames are changed."""
     if not flows:
         return []
     flip = np.diag([-1 if change.flip_horizontal else 1, -1 if change.flip_vertical else 1])
@@ -82,7 +82,7 @@ def apply_change_to_flows(change: Change, flows: Sequence[np.ndarray]) -> list[n
 
 
 def copy_pixels(pixels: np.ndarray, into: np.ndarray | None = None) -> np.ndarray:
-    """An image `[H, W, C]` that may be a view of another one -> the same in contiguous memory, by default its own."""
+    """Copy an image `[H, W, C]`, which may be a view, into contiguous memory, by default its own."""
     into = np.empty(pixels.shape, pixels.dtype) if into is None else into
     if pixels.strides[2] == pixels.itemsize == pixels.strides[1] // pixels.shape[2]:
         into[:] = pixels  # whole rows
@@ -93,7 +93,7 @@ def copy_pixels(pixels: np.ndarray, into: np.ndarray | None = None) -> np.ndarra
 
 
 def _move_pixels(change: Change, image: np.ndarray, reverse_channels: bool = False) -> np.ndarray:
-    """Crop, flips, rotation and order of channels of an image `[H, W, C]`: a view."""
+    """Return a view of an image `[H, W, C]` with crop, flips, rotation and order of channels applied."""
     pixels = image[change.top : change.top + change.size, change.left : change.left + change.size]
     pixels = pixels[::-1] if change.flip_vertical else pixels
     pixels = pixels[:, ::-1] if change.flip_horizontal else pixels

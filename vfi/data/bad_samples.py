@@ -1,4 +1,4 @@
-"""What becomes of a sample that can't be used? It is skipped, counted by kind and named, and too many of them end training.
+"""Skip, count and name samples that can't be used, and stop training when there are too many.
 
 A worker meets a fault and notes it in its batch, the trainer adds up those of all ranks, and `BadSampleMonitor` compares the
 sum with the rate that is allowed. Evaluation skips nothing: there a fault is the error that ends the job.
@@ -21,7 +21,7 @@ _LONGEST_TEXT = 300
 
 
 class BadSample(NamedTuple):
-    """One sample that was skipped: where it lies and why it can't be used."""
+    """A skipped sample: its location, and why it can't be used."""
 
     kind: FaultKind
     where: str
@@ -29,7 +29,7 @@ class BadSample(NamedTuple):
 
 
 class FaultError(ShardError):
-    """A sample can't be used, and why."""
+    """Raised for a sample that can't be used."""
 
     fault: BadSample  # not there once the error comes out of a loader process: torch makes it again from its text
 
@@ -40,30 +40,30 @@ class FaultError(ShardError):
 
 
 class FaultRateError(ShardError):
-    """More samples were skipped than --max_fault_rate allows."""
+    """Raised when more samples were skipped than --max_fault_rate allows."""
 
 
 def printable(text: str) -> str:
-    """On one line, without control characters, and not too long."""
+    """Return a text on one line, without control characters, and shortened."""
     text = text if text.isprintable() else text.encode("unicode_escape", "surrogatepass").decode()
     return text if len(text) <= _LONGEST_TEXT else text[: _LONGEST_TEXT - 1] + "…"
 
 
 @dataclasses.dataclass
 class BadSampleCounts:
-    """What was read and what was skipped: by one rank since the last row of metrics, or by a whole run."""
+    """Counts of samples read and skipped: by one rank since the last row of metrics, or by a whole run."""
 
     reads: int = 0
     faults: Counter[BadSample] = dataclasses.field(default_factory=Counter)
 
     def add(self, samples: int, faults: Sequence[BadSample]) -> None:
-        """One batch: the samples in it, and what was read in vain before each of them could be used."""
+        """Add a batch: its samples, and the bad ones that were read before each of them."""
         self.reads += samples + len(faults)
         self.faults.update(faults)
 
 
 class BadSampleMonitor:
-    """What a run has skipped since it was started or resumed, on all ranks, against what it may skip."""
+    """The samples that all ranks have skipped since the start or resume of a run, compared with the allowed rate."""
 
     def __init__(self, max_rate: float, epoch: int = 0) -> None:
         """`epoch`: samples of an epoch; a part of the set is read at a time, and a broken shard is many of these."""
@@ -71,7 +71,7 @@ class BadSampleMonitor:
         self.reads, self.by_kind = 0, Counter[str]()
 
     def add(self, tallies: Iterable[BadSampleCounts]) -> Counter[BadSample]:
-        """The faults of all ranks since the last call, with how often each was met."""
+        """Add the counts of all ranks since the last call; return their bad samples, with the number of times each was met."""
         fresh = Counter[BadSample]()
         for tally in tallies:
             self.reads += tally.reads
@@ -81,17 +81,17 @@ class BadSampleMonitor:
         return fresh
 
     def numbers(self) -> dict[str, float]:
-        """One row of metrics: reads, rate, and faults of every kind."""
+        """Return the numbers for a row of metrics: reads, rate, and bad samples of every kind."""
         kinds: tuple[str, ...] = get_args(FaultKind)
         return {"reads": self.reads, "rate": self.rate} | {kind: self.by_kind[kind] for kind in kinds}
 
     @property
     def rate(self) -> float:
-        """Faults / reads."""
+        """The number of bad samples / reads."""
         return self.by_kind.total() / max(self.reads, 1)
 
     def check(self, example: BadSample) -> None:
-        """FaultRateError when there are too many; `example` is shown."""
+        """Raise FaultRateError, which shows `example`, when there are too many."""
         faults = self.by_kind.total()
         hopeless = faults > max(self.reads, _JUDGED_FROM) / 2
         if faults <= self.max_rate * max(self.reads, self.judged_from) and not hopeless:

@@ -49,7 +49,7 @@ class _Part(NamedTuple):
 
 
 def collate(samples: Sequence[dict[str, Any]], in_turn: bool = False) -> _Part:
-    """Samples -> a part of a batch, on the CPU; `in_turn`: see `_pieces`."""
+    """Collate samples into a part of a batch, on the CPU; `in_turn` is explained at `_pieces`."""
     flows = np.array([sample["flows"] for sample in samples], dtype=np.float32)
     frames = _to_be_sent((len(samples), 3, *samples[0]["frames"][0].shape), in_turn)
     for place, sample in zip(frames.numpy(), samples, strict=True):
@@ -65,8 +65,9 @@ def collate(samples: Sequence[dict[str, Any]], in_turn: bool = False) -> _Part:
 
 
 def _to_be_sent(shape: tuple[int, ...], in_turn: bool) -> Tensor:
-    """A uint8 tensor to be filled; in a loader process in the memory that it shares with the trainer, or torch would copy it
-    there. New memory, or one of a few pieces `in_turn`, whose pages are there already.
+    """Return a uint8 tensor to be filled, in a loader process in memory shared with the trainer, or torch would copy it there.
+
+    It is new, or one of a few pieces used `in_turn`, whose pages are mapped already.
     """
     if get_worker_info() is None:
         return torch.empty(shape, dtype=torch.uint8)
@@ -75,8 +76,10 @@ def _to_be_sent(shape: tuple[int, ...], in_turn: bool) -> Tensor:
 
 @functools.lru_cache(maxsize=1)  # the crop may grow
 def _pieces(shape: tuple[int, ...]) -> Iterator[Tensor]:
-    """Pieces of shared memory in turn, for parts that are asked for without end: when a process is asked for one, the trainer
-    takes the one _PREFETCH before that and has copied those before it, so that no more than _PREFETCH + 1 hold something.
+    """Yield pieces of shared memory in turn, for an endless sequence of parts.
+
+    When a process makes one, the trainer takes the one _PREFETCH before it and has copied those before that, so that no more
+    than _PREFETCH + 1 are in use.
     """
     return itertools.cycle(_shared(shape) for _ in range(_PREFETCH + 2))
 
@@ -101,7 +104,7 @@ def to_device(parts: Sequence[_Part], device: torch.device) -> FrameBatch:
 
 
 def _join(tensors: Sequence[Tensor], device: torch.device, divisor: float = 1) -> tuple[Tensor, ...]:
-    """[n, K, H, W, C] each -> K of [B, C, H, W], float on the device, channels-last in memory."""
+    """Join tensors `[n, K, H, W, C]` into K of `[B, C, H, W]`, float on the device, channels-last in memory."""
     count, sizes = sum(len(tensor) for tensor in tensors), tensors[0].shape[1:]
     joined = torch.empty(sizes[0], count, *sizes[1:], device=device)
     if device.type == "cpu":  # one sample after the other, which is still in the cache when it is divided

@@ -1,4 +1,4 @@
-"""How does one file come over a network that fails? In several attempts, each going on where the last one ended.
+"""Download a file over an unreliable network, in several attempts, each of which resumes the previous one.
 
 http(s) by the standard library, everything else by fsspec, whose file systems are packages of their own (s3fs, gcsfs, …).
 """
@@ -24,15 +24,15 @@ _PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "az": "
 
 
 class StorageError(ShardError):
-    """Data can't be reached, or not kept; the message says where, why, and what to do. Never a reason to skip a sample."""
+    """Raised when data can't be reached or stored; the message says where, why, and what to do. It never skips a sample."""
 
 
 class MissingError(ShardError):
-    """There is no such file."""
+    """Raised for a file that does not exist."""
 
 
 class Patience(NamedTuple):
-    """How long to try. The waits double, and are drawn between half and the whole, so that many workers don't come at once."""
+    """Limits of retrying. Waits double, and are drawn between half and the whole, so that workers don't all retry at once."""
 
     attempts: int = 8
     """In a row that brought less than 1 MiB."""
@@ -46,14 +46,13 @@ PATIENCE = Patience()
 
 
 class _InterruptedError(Exception):
-    """An attempt failed in a way that another one may not."""
+    """Raised when an attempt failed, but another one may succeed."""
 
 
 def fetch(url: str, into: BinaryIO, size: int | None, limit: int, patience: Patience) -> None:
-    """Append to `into` until it has `size` bytes; None: replace it by the whole file, of at most `limit` bytes.
+    """Append to `into` until it has `size` bytes; with None, replace it by the whole file, of at most `limit` bytes.
 
-    Raises MissingError when there is no such file, StorageError when it can't be had: not allowed, too long, or all attempts
-    failed.
+    Raises MissingError when there is no such file, StorageError when access is denied, it is too long, or all attempts failed.
     """
     failures = 0
     while size is None or into.tell() < size:
@@ -85,7 +84,7 @@ def fetch(url: str, into: BinaryIO, size: int | None, limit: int, patience: Pati
 
 
 def _pieces(url: str, start: int, size: int | None, timeout: float) -> Generator[bytes]:
-    """The file's bytes from `start` on; _InterruptedError when they end too early, or don't come."""
+    """Yield the file's bytes from `start` on; _InterruptedError when they end too early or don't arrive."""
     return _from_http(url, start, timeout) if url.startswith(("http://", "https://")) else _from_fsspec(url, start, size)
 
 
@@ -144,5 +143,5 @@ def _from_fsspec(url: str, start: int, size: int | None) -> Generator[bytes]:
 
 
 def _reason(error: Exception) -> str:
-    """What an error says, or its kind when it says nothing."""
+    """Return the message of an error, or its type when it has none."""
     return str(error) or type(error).__name__

@@ -20,13 +20,14 @@ from vfi.runtime.stop_signals import STOPPING
 
 
 def _own_generator() -> torch.Generator:
-    """For the number that a DataLoader draws for its workers: from the global generator it would change what training draws."""
+    """Return a generator for the seed that a DataLoader draws: from the global one it would change what training draws."""
     return torch.Generator().manual_seed(0)
 
 
 def _outlast_signals(_: int) -> None:
-    """Ctrl-C and the signals of launchers go to the whole group of a process, and those of some clusters to all that it has
-    started: training, told to stop, needs its loader processes for the step that it is in. They end when it does or says so.
+    """Ignore stop signals in a loader process: they reach the whole process group, and on some clusters all children.
+
+    Training that is to stop needs its loader processes for the current step. They end when it does, or at its request.
     """
     os.setpgrp()
     for number in set(STOPPING) - {signal.SIGTERM}:
@@ -36,14 +37,14 @@ def _outlast_signals(_: int) -> None:
 
 
 def _end_when_told_by(parent: int) -> None:
-    """Which ends its loader processes by SIGTERM; by whom a signal comes is not known to handlers."""
+    """End on SIGTERM once the parent is gone or ending: handlers don't know the sender of a signal."""
     while signal.sigwaitinfo((signal.SIGTERM,)).si_pid != parent:
         pass
     os._exit(0)
 
 
 def check_has_flow(index: Index, folder: ShardFolder) -> None:
-    """Raise ConfigError when no flow is stored beside the samples."""
+    """Raise ConfigError when no flow is stored with the samples."""
     if not index.has_flow:
         raise ConfigError(
             f"--distill_weight needs flow stored beside the samples, and {folder} has none: leave it out, or make shards with "
@@ -52,7 +53,7 @@ def check_has_flow(index: Index, folder: ShardFolder) -> None:
 
 
 class _Whole(IterableDataset):
-    """Whole frames of the given samples, one a batch, dealt to the workers in turn."""
+    """Whole frames of the given samples, one in each batch, distributed to the workers in turn."""
 
     def __init__(self, folder: ShardFolder, index: Index, numbers: Sequence[int], with_flow: bool) -> None:
         self.folder, self.index, self.numbers, self.with_flow = folder, index, numbers, with_flow
@@ -72,7 +73,7 @@ def evaluation_batches(
     workers: int = 0,
     with_flow: bool = False,
 ) -> Iterator[FrameBatch]:
-    """Whole frames, unchanged, one sample a batch: the samples with these numbers in this order, by default all of a folder."""
+    """Yield whole, unchanged frames, one sample in each batch: those with these numbers in this order, by default all."""
     folder = shard_folder(folder)
     index = folder.read_index()
     check_has_middle(index, folder)
@@ -89,6 +90,6 @@ def evaluation_batches(
 
 
 def evenly_spaced(samples: int, count: int | None) -> list[int]:
-    """`count` sample numbers spread over 0 … samples-1, so that a few of them come from every part of a folder; None: all."""
+    """Return `count` sample numbers spread evenly over 0 … samples-1, or all of them with None."""
     count = samples if count is None else min(count, samples)
     return [number * samples // count for number in range(count)]

@@ -1,4 +1,4 @@
-"""How do shards become batches? Planned order -> read -> decode -> augment -> batch, the same for any number of workers.
+"""The training loader: planned order -> read -> decode -> augment -> batch, the same for any number of workers.
 
 Which samples a step sees is planned in sampler.py and depends on neither ranks nor workers; what is done to a sample is drawn
 by (seed, pass through its folder, sample).
@@ -38,7 +38,7 @@ from vfi.data.triplet_sampling import draw_triplet, shrink
 
 
 def augment_sample(sample: dict[str, Any], config: DataConfig) -> dict[str, Any]:
-    """Replace `frames`, `flows` and `timestep` by randomly changed ones."""
+    """Replace `frames`, `flows` and `timestep` of a sample by augmented ones."""
     height, width = sample["frames"][0].shape[:2]
     try:
         change = draw_change(np.random.default_rng(sample["__draw__"]), height, width, sample["__crop__"], config)
@@ -62,7 +62,7 @@ class TrainingSet:
 class _Stream(IterableDataset):
     """One worker's share of a rank's training batches, from a position on and without end, as a pipeline of webdataset stages.
 
-    `lanes` `[accumulation, batch_size]`: the places of the global batch that the rank owns.
+    `lanes` `[accumulation, batch_size]`: the batch slots that the rank owns.
     """
 
     def __init__(
@@ -92,13 +92,13 @@ class _Stream(IterableDataset):
         return iter(pipeline)
 
     def _planned(self, lanes: np.ndarray) -> Iterator[tuple[int, int, int, int]]:
-        """(epoch, set, number in the set, pass through the set) in the order in which this worker gives them."""
+        """Yield (epoch, set, number in the set, pass through the set) in the order in which this worker gives them."""
         for epoch, samples in self.plan.walk(self.start, lanes.ravel()):
             for place in zip(*(column.tolist() for column in samples), strict=True):
                 yield epoch, *place
 
     def _sample(self, readers: Sequence[ShardReader], epoch: int, which: int, number: int, passes: int) -> dict[str, Any]:
-        """A decoded sample, or another one where it can't be used, with what `augment_sample` draws by."""
+        """Return a decoded sample, or a replacement where it can't be used, with the key of its augmentation."""
         training_set = self.sets[which]
         key = (self.seed, passes, training_set.before + number)
         # the two further words keep these draws apart from those of the augmentation, which are older
@@ -146,12 +146,12 @@ class TrainingLoader:
         self.lanes = np.arange(rank * share, (rank + 1) * share).reshape(accumulation, config.batch_size)
 
     def regroup(self, batch_size: int, accumulation: int) -> None:
-        """Give each step's samples in so many batches of this size; which samples these are stays the same."""
+        """Give each step's samples in `accumulation` batches of this size; the samples stay the same."""
         self.config = dataclasses.replace(self.config, batch_size=batch_size)
         self.lanes = self.lanes.reshape(accumulation, batch_size)
 
     def batches(self, start: Position = START) -> Iterator[FrameBatch]:
-        """Batches from a position on, for ever."""
+        """Yield batches from a position on, without end."""
         workers = min(self.config.num_workers, self.config.batch_size)
         stream = _Stream(self.sets, self.config, self.seed, self.plan, self.lanes, start, self.with_flow)
         loader = DataLoader(
@@ -174,7 +174,7 @@ class TrainingLoader:
 
 
 def training_sets(config: DataConfig, with_flow: bool) -> list[TrainingSet]:
-    """The folders of --data_path, checked before training: frames hold the crop, flow is there where it is wanted."""
+    """Return the folders of --data_path, after checking that frames hold the crop and that flow is stored if needed."""
     sequences = config.sequence * len(config.data_path) if len(config.sequence) == 1 else config.sequence
     sets: list[TrainingSet] = []
     for path, sequence in zip(config.data_path, sequences, strict=True):
@@ -194,7 +194,7 @@ def training_sets(config: DataConfig, with_flow: bool) -> list[TrainingSet]:
 
 
 def check_cache_holds(sets: Sequence[TrainingSet], config: DataConfig, lanes: int) -> None:
-    """Raise StorageError when the shards that so many lanes read at a time don't fit into the cache."""
+    """Raise StorageError when the shards that `lanes` batch slots read at a time don't fit into the cache."""
     blocks = -(-lanes // config.lane_bundle)
     for training_set in sets:
         sizes = sorted(shard.bytes for shard in training_set.index.shards)
@@ -203,7 +203,7 @@ def check_cache_holds(sets: Sequence[TrainingSet], config: DataConfig, lanes: in
 
 
 def check_frames_fit(index: Index, folder: ShardFolder, config: DataConfig) -> None:
-    """Raise before training, not in the middle of it, when frames don't hold the largest crop."""
+    """Raise FrameTooSmallError before training, not during it, when frames are smaller than the largest crop."""
     if min(index.min_size) < config.largest_crop:
         height, width = index.min_size
         given = f"--curriculum_crops goes up to {config.largest_crop}" if config.curriculum else f"--crop is {config.crop}"

@@ -1,6 +1,6 @@
-"""Which samples does which step see? A pure function of seed, epoch, numbers of samples and global batch.
+"""The sample plan: which samples each step sees, as a pure function of seed, epoch, sizes and global batch.
 
-Each place of a global batch is a *lane*, and `lane_bundle` neighbouring lanes make a bundle. The order of an epoch (shuffle.py)
+Each slot of a global batch is a *lane*, and `lane_bundle` neighbouring lanes make a bundle. The order of an epoch (shuffle.py)
 is cut into one part a bundle, and a bundle walks along its part, a sample for each of its lanes a step. A rank
 owns neighbouring lanes, a worker a part of its rank's. So
 
@@ -11,11 +11,11 @@ owns neighbouring lanes, a worker a part of its rank's. So
 The remainder of samples / global batch: `drop` leaves it out this epoch (another one each epoch), `pad` fills the last step up
 with the first samples of the epoch's order, which come a second time.
 
-With several sets, the places of the steps (step after step, lane after lane) are dealt to the sets by their ratio, and each set
+With several sets, the slots of the steps (step by step, lane by lane) are assigned to the sets by their ratio, and each set
 has lanes and passes of its own. An epoch is one pass through the first set.
 
 A `Position` says how much of an epoch was done with which global batch. With another global batch (other processes, other batch
-size) the rest of the epoch is cut anew: no sample comes twice, none is lost.
+size) the rest of the epoch is planned again: no sample comes twice, none is lost.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _AT_ONCE = 64  # steps that are planned together
 
 
 class Position(NamedTuple):
-    """How far training has come: the epoch, and what of it is done, as (global batch, steps) one after the other."""
+    """Progress of training: the epoch, and what of it is done, as a sequence of (global batch, steps)."""
 
     epoch: int = 0
     done: tuple[tuple[int, int], ...] = ()
@@ -43,7 +43,7 @@ START = Position()
 
 
 class Samples(NamedTuple):
-    """Where samples come from, each an array of the same length."""
+    """Origins of samples, as arrays of the same length."""
 
     sets: np.ndarray
     numbers: np.ndarray
@@ -53,7 +53,7 @@ class Samples(NamedTuple):
 
 
 class Plan:
-    """What every step sees, the same on every rank. `sets`: the number of samples in each shard, set by set."""
+    """The samples of every step, the same on every rank. `sets`: the number of samples in each shard of each set."""
 
     def __init__(
         self,
@@ -76,7 +76,7 @@ class Plan:
 
     @property
     def order(self) -> str:
-        """A short text, the same for plans between which a position carries over: they differ in the global batch at most."""
+        """A short text, equal for plans between which a position carries over: they differ at most in the global batch."""
         settings = (self.seed, self.mixture.ratio.tolist(), self.shuffle_shards, self.lane_bundle, self.pads)
         return f"{zlib.crc32(repr((settings, [samples.tolist() for samples in self.shards])).encode()):08x}"
 
@@ -84,46 +84,46 @@ class Plan:
         return math.ceil(samples / global_batch) if self.pads else samples // global_batch
 
     def steps_left(self, position: Position) -> int:
-        """Steps of this plan from a position to the end of its epoch."""
+        """Return the number of steps from a position to the end of its epoch."""
         before, under_way = self._split(position)
         done = sum(global_batch * steps for global_batch, steps in before)
         return max(0, self._steps(self.samples - done, self.global_batch) - under_way)
 
     def _split(self, position: Position) -> tuple[tuple[tuple[int, int], ...], int]:
-        """What was done of an epoch before the steps with this global batch that are under way, and how many these are."""
+        """Return what was done of an epoch with other global batches, and the number of steps done with this one."""
         if position.done and position.done[-1][0] == self.global_batch:
             return position.done[:-1], position.done[-1][1]
         return position.done, 0
 
     def settled(self, position: Position) -> Position:
-        """The position itself, or the start of the next epoch where this one has no step left."""
+        """Return the position itself, or the start of the next epoch where this one has no step left."""
         return position if self.steps_left(position) else Position(position.epoch + 1)
 
     def after(self, position: Position) -> Position:
-        """The position one step of this plan later."""
+        """Return the position one step later."""
         epoch, done = self.settled(position)
         before, under_way = self._split(Position(epoch, done))
         return self.settled(Position(epoch, (*before, (self.global_batch, under_way + 1))))
 
     def at_step(self, step: int) -> Position:
-        """The position after a number of steps that were all made with this plan."""
+        """Return the position after a number of steps of this plan from the start."""
         epoch, steps = divmod(step, self.steps_per_epoch)
         return Position(epoch, ((self.global_batch, steps),) if steps else ())
 
     def steps_until(self, position: Position, epochs: int) -> int:
-        """Steps from a position until that many epochs are over; 0 when they are."""
+        """Return the number of steps from a position to the end of `epochs` epochs; 0 when they are over."""
         if position.epoch >= epochs:
             return 0
         return self.steps_left(position) + (epochs - position.epoch - 1) * self.steps_per_epoch
 
     def epochs_at(self, position: Position) -> float:
-        """Epochs seen up to a position, with the part of the one that is under way."""
+        """Return the number of epochs up to a position, including the fraction of the current one."""
         done = sum(global_batch * steps for global_batch, steps in position.done)
         whole = done + self.steps_left(position) * self.global_batch
         return position.epoch + (done / whole if done else 0)
 
     def walk(self, position: Position, lanes: np.ndarray) -> Iterator[tuple[int, Samples]]:
-        """For every step from a position on, without end: the epoch, and the samples of these lanes of the global batch."""
+        """Yield, without end, the epoch and the samples of these lanes for every step from a position on."""
         orders: dict[tuple[int, int], PassOrder] = {}
         while True:
             position = self.settled(position)
@@ -137,7 +137,7 @@ class Plan:
             position = Position(position.epoch + 1)
 
     def _segment(self, position: Position) -> tuple[_Segment, int]:
-        """The steps that a position lies in, and how many of them are done."""
+        """Return the segment that a position lies in, and how many of its steps are done."""
         before, under_way = self._split(position)
         first, rests = 0, None
         for global_batch, steps in before:
@@ -148,7 +148,7 @@ class Plan:
     def _numbers(
         self, sets: np.ndarray, passes: np.ndarray, places: np.ndarray, known: dict[tuple[int, int], PassOrder]
     ) -> tuple[np.ndarray, dict[tuple[int, int], PassOrder]]:
-        """Sample numbers at places of the orders of passes; `known` orders -> those that were needed."""
+        """Return the sample numbers at positions in the orders of passes; `known` keeps only those that were needed."""
         numbers, needed = np.empty_like(places), {}
         for which, number in np.unique(np.stack([sets.ravel(), passes.ravel()]), axis=1).T.tolist():
             order = known.get((which, number)) or PassOrder(self.shards[which], (self.seed, number, which), self.shuffle_shards)
@@ -159,7 +159,7 @@ class Plan:
 
 
 class _Segment:
-    """The steps of one global batch from a place of an epoch on: which place of which pass does each lane see?
+    """The steps of one global batch from a position in an epoch on: the position and pass that each batch slot reads.
 
     `rests` has for each set what earlier segments left of the pass that is under way; None: nothing was done in this epoch.
     """
@@ -178,7 +178,7 @@ class _Segment:
             self.deals.append(_Deal(np.diff(edges), plan.lane_bundle, given, until, size, rest))
 
     def places(self, steps: np.ndarray, lanes: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Set, pass and place in the order of that pass, each `[steps, lanes]`."""
+        """Return set, pass and position in the order of that pass, each `[steps, lanes]`."""
         at = self.first + steps[:, None] * self.global_batch + lanes
         padded = at >= self.mixture.places
         sets = self.mixture.set_at(np.where(padded, at % self.mixture.places, at))
@@ -194,14 +194,14 @@ class _Segment:
         return sets, passes, places
 
     def rests(self, steps: int) -> list[_Runs]:
-        """What is left of each set's pass after so many of the steps."""
+        """Return what is left of each set's pass after `steps` of the steps."""
         here = self.first + steps * self.global_batch
         before = [self.mixture.count(which, np.array([self.first, here])) for which in range(len(self.deals))]
         return [deal.rest(int(np.diff(count)[0])) for deal, count in zip(self.deals, before, strict=True)]
 
 
 class _Deal:
-    """The samples that one set gives in a segment, dealt to its lanes, pass by pass.
+    """The samples that one set gives in a segment, assigned to its lanes, pass by pass.
 
     What a pass gives in the segment is the front of what is left of it, cut into neighbouring parts: one a bundle, as long as
     the bundle walks in that pass. How far a bundle has walked follows from the step alone, since the number of samples that
@@ -220,7 +220,7 @@ class _Deal:
         self.passes: dict[int, tuple[np.ndarray, np.ndarray, _Runs]] = {}
 
     def places(self, steps: np.ndarray, lanes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Steps of the segment and lanes of the set -> passes, and places in their orders."""
+        """Return passes, and positions in their orders, for steps of the segment and lanes of the set."""
         cycles, rest = np.divmod(steps, len(self.before) - 1)
         passes = (self.given + cycles * self.totals[-1] + self.totals[rest] + lanes) // self.size
         bundles = lanes // self.lane_bundle
@@ -235,14 +235,14 @@ class _Deal:
         return passes, places
 
     def rest(self, count: int) -> _Runs:
-        """What is left of the pass that is under way once the set has given `count` samples of the segment."""
+        """Return what is left of the current pass once the set has given `count` samples of the segment."""
         first, sizes, left = self._pass((self.given + count) // self.size)
         ends = np.cumsum(sizes)
         begins = ends - sizes + self._walked(count) - first
         return left.part(np.append(begins, ends[-1]), np.append(ends, left.ends[-1]))
 
     def _pass(self, number: int) -> tuple[np.ndarray, np.ndarray, _Runs]:
-        """Of a pass: what each bundle walked before it, what it walks in it, and the places in the order that are dealt."""
+        """Return what each bundle walked before a pass, what it walks in it, and the assigned positions in its order."""
         if number not in self.passes:
             begin, end = max(self.given, number * self.size), min(self.until, (number + 1) * self.size)
             first, last = self._walked(begin - self.given), self._walked(end - self.given)
@@ -251,7 +251,7 @@ class _Deal:
         return self.passes[number]
 
     def _walked(self, count: int) -> np.ndarray:
-        """What each bundle has walked once the set has given `count` samples of the segment."""
+        """Return what each bundle has walked once the set has given `count` samples of the segment."""
         cycles, rest = divmod(count, int(self.totals[-1]))
         step = int(np.searchsorted(self.totals, rest, side="right")) - 1
         within = np.clip(rest - self.totals[step] - self.bundle_starts, 0, self.lane_bundle)
@@ -259,23 +259,23 @@ class _Deal:
 
 
 class _Runs(NamedTuple):
-    """A rising list of numbers, as runs of neighbours: the number each starts with, and where in the list each ends."""
+    """An increasing list of numbers, stored as runs of consecutive ones: the first number of each, and its end in the list."""
 
     firsts: np.ndarray
     ends: np.ndarray
 
     @classmethod
     def one(cls, start: int, end: int) -> _Runs:
-        """start … end - 1."""
+        """Return the run start … end - 1."""
         return cls(np.array([start]), np.array([end - start]))
 
     def at(self, places: np.ndarray) -> np.ndarray:
-        """The numbers at these places of the list."""
+        """Return the numbers at these positions in the list."""
         run = np.searchsorted(self.ends, places, side="right")
         return self.firsts[run] + places - np.append(0, self.ends)[run]
 
     def part(self, begins: np.ndarray, ends: np.ndarray) -> _Runs:
-        """The numbers at the places of some ranges, which rise and don't overlap."""
+        """Return the numbers at the positions of ranges that increase and don't overlap."""
         cuts = np.unique(np.concatenate([begins, ends, self.ends]))
         begins, ends = begins[ends > begins], ends[ends > begins]
         if not len(begins):

@@ -1,4 +1,4 @@
-"""Where do shards come from? A local folder, http(s), or what fsspec opens (s3://, gs:// …), through a cache of bounded size.
+"""Access to shards in a local folder, over http(s) or fsspec (s3://, gs:// …), through a cache of bounded size.
 
     folder = shard_folder("https://host/set/train", cache_at("/scratch/cache", gigabytes=50))
     index = folder.read_index()
@@ -10,8 +10,8 @@ A remote shard is fetched whole, since the order of an epoch reads it nearly in 
     <sha256>.BYTES.part   being fetched, and counted with all its BYTES; what a broken connection left is continued
     lock                  held for the moment in which room is made
 
-All processes of a machine may share a cache on a local disk. Who fetches a shard holds its file's lock (flock: it ends with its
-process) and the others wait; who reads one holds a shared lock and so keeps it from being removed.
+All processes of a machine may share a cache on a local disk. A process that fetches a shard holds its file's lock (flock: it
+ends with its process) and the others wait; a reader holds a shared lock and so keeps it from being removed.
 """
 
 from __future__ import annotations
@@ -38,37 +38,37 @@ _OURS = re.compile(r"[0-9a-f]{64}(?:\.tar|\.(\d+)\.part)")
 
 
 class UnusableShardError(OSError):
-    """A remote shard is not there, or not what its index says, and fetching it again did not help."""
+    """Raised when a remote shard is missing or differs from its index, and fetching it again did not help."""
 
 
 class Cache(NamedTuple):
-    """Folder and largest size in bytes of what is kept of remote shards."""
+    """The folder of cached remote shards, and its maximum size in bytes."""
 
     directory: Path
     limit: int
 
 
 class ShardFolder(Protocol):
-    """One split of one data set, wherever it lies; `str` of it is its path or URL."""
+    """One split of one data set, at any location; its `str` is its path or URL."""
 
     advice: str
     """What to do about a damaged shard, for the end of a message."""
 
     def index_bytes(self) -> bytes:
-        """What index.json holds."""
+        """Return the content of index.json."""
 
     def read_index(self) -> Index:
-        """index.json, checked; ShardError says what is wrong."""
+        """Return the checked index.json; ShardError says what is wrong."""
 
     def check_room(self, size: int, advice: str) -> None:
-        """StorageError when shards of so many bytes can't be at hand at a time; `advice` is how to need less."""
+        """Raise StorageError with `advice` when shards of `needed` bytes can't be available at the same time."""
 
     def open(self, entry: ShardEntry) -> contextlib.AbstractContextManager[BinaryIO]:
-        """A shard to read from; OSError when it can't be read, StorageError when its storage can't be reached."""
+        """Open a shard for reading; OSError when it can't be read, StorageError when its storage can't be reached."""
 
 
 def shard_folder(location: str | Path | ShardFolder, cache: Cache | None = None) -> ShardFolder:
-    """The folder at a path or URL."""
+    """Return the shard folder at a path or URL."""
     if not isinstance(location, str | Path):
         return location
     if "://" not in str(location):
@@ -77,7 +77,7 @@ def shard_folder(location: str | Path | ShardFolder, cache: Cache | None = None)
 
 
 def cache_at(directory: str = "", gigabytes: float = 50.0) -> Cache:
-    """The cache in a folder, by default where caches of the user belong."""
+    """Return the cache in a folder, by default in the user's cache directory."""
     default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vfi" / "shards"
     return Cache(Path(directory) if directory else default, int(gigabytes * 1e9))
 
@@ -101,7 +101,7 @@ class LocalFolder:
         return read_index(self.path)
 
     def check_room(self, size: int, advice: str) -> None:
-        """See ShardFolder; they are at hand."""
+        """See ShardFolder; local shards are always available."""
 
     def open(self, entry: ShardEntry) -> contextlib.AbstractContextManager[BinaryIO]:
         """See ShardFolder."""
@@ -164,7 +164,7 @@ class RemoteFolder:
             yield file
 
     def _obtain(self, entry: ShardEntry) -> BinaryIO:
-        """The complete shard, open, checked, and kept from being removed until it is closed."""
+        """Return the complete, checked shard, opened and protected from removal until it is closed."""
         if entry.bytes > self.cache.limit:
             raise StorageError(
                 f"{self.url}/{entry.name} has {entry.bytes / 1e9:.3g} GB, the whole cache {self.cache.limit / 1e9:.3g} GB: "
@@ -182,7 +182,7 @@ class RemoteFolder:
         )
 
     def _open_complete(self, entry: ShardEntry) -> BinaryIO | None:
-        """The shard out of the cache; None when it isn't there, or was damaged and has been removed."""
+        """Return the shard from the cache; None when it isn't there, or was damaged and has been removed."""
         path = self.cache.directory / f"{entry.sha256}.tar"
         try:
             file = path.open("rb")
@@ -201,7 +201,7 @@ class RemoteFolder:
         return file
 
     def _is_good(self, file: BinaryIO, entry: ShardEntry) -> bool:
-        """Still in the cache, and of the right size and sha256; hashed once, and again when it has changed."""
+        """Return whether a file is still in the cache, with the right size and sha256; hashed again only after a change."""
         found = os.fstat(file.fileno())
         state = (found.st_ino, found.st_size, found.st_mtime_ns)
         if not found.st_nlink or found.st_size != entry.bytes:
@@ -213,7 +213,7 @@ class RemoteFolder:
         return True
 
     def _fetch_or_wait(self, entry: ShardEntry) -> BinaryIO | None:
-        """Fetch the shard; None after a moment when another process is at it, or when there is no room yet."""
+        """Fetch the shard; return None after a moment when another process is fetching it, or when there is no room yet."""
         path = self.cache.directory / f"{entry.sha256}.{entry.bytes}.part"
         with contextlib.ExitStack() as stack:
             with self._bookkeeping():
@@ -233,7 +233,7 @@ class RemoteFolder:
         return file
 
     def _fill(self, file: BinaryIO, path: Path, entry: ShardEntry) -> None:
-        """Complete a part, check it and give it its name; what a first check rejects is fetched once more from the start."""
+        """Complete a partial file, check and rename it; one that fails the check is fetched once more from the start."""
         url = f"{self.url}/{quote(entry.name)}"
         for _ in range(2):
             if file.seek(0, os.SEEK_END) > entry.bytes:
@@ -262,14 +262,14 @@ class RemoteFolder:
 
     @contextlib.contextmanager
     def _bookkeeping(self) -> Iterator[None]:
-        """The only process that makes room, or that changes which files there are."""
+        """Hold the lock under which one process at a time makes room or adds and removes files."""
         with (self.cache.directory / "lock").open("ab") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield
 
 
 def make_room(cache: Cache, needed: int) -> bool:
-    """Remove what was not used for longest until `needed` bytes fit; False when too much of it is in use right now."""
+    """Remove the least recently used shards until `needed` bytes fit; return False when too many are in use."""
     files = []
     for found in os.scandir(cache.directory):
         if match := _OURS.fullmatch(found.name):
@@ -288,7 +288,7 @@ def make_room(cache: Cache, needed: int) -> bool:
 
 
 def _try_lock(file: BinaryIO) -> bool:
-    """Lock a file for this process alone, unless another process has it locked."""
+    """Lock a file for this process alone; return whether no other process has it locked."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

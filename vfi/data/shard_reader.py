@@ -1,4 +1,4 @@
-"""How does a sample come out of its tar? Sample number -> bytes -> frames and, where asked for, flow.
+"""Read samples from tars: sample number -> bytes -> frames and, if requested, flow.
 
 Whatever a tar or an image in it claims, nothing is written, nothing is run, and no more memory is taken than the index allows
 for: headers are compared with the index first. What does not fit is a FaultError that names the sample. Training goes on with
@@ -32,9 +32,9 @@ Places = dict[str, Member]
 
 
 class ShardReader:
-    """Sample number -> bytes of the members that are needed; remembers the tables of contents of the tars.
+    """Reads the needed members of samples by their numbers; remembers the tables of contents of the tars.
 
-    `any_triplet`: three frames will be asked for that need not be the first, middle and last.
+    `any_triplet`: other frames than the first, middle and last will be requested, too.
     """
 
     def __init__(
@@ -50,11 +50,11 @@ class ShardReader:
         self.contents = functools.lru_cache(_KNOWN_SHARDS)(self._contents)
 
     def read(self, number: int, triplet: Triplet | None = None) -> dict[str, Any]:
-        """`__key__`, `__number__`, `__where__`, and a member's bytes under each extension; FaultError when it can't be had."""
+        """Return `__key__`, `__number__`, `__where__`, and a member's bytes by extension; FaultError when it can't be read."""
         return self._read(number, {*triplet_members(self.index, triplet), *FLOW_MEMBERS})
 
     def read_all(self, number: int) -> dict[str, Any]:
-        """The same with all frames of the sample; for a reader of `any_triplet`."""
+        """Return the same with all frames of the sample; for a reader of `any_triplet`."""
         return self._read(number, {*frame_members(self.index.frames, self.index.codec)})
 
     def _read(self, number: int, wanted: set[str]) -> dict[str, Any]:
@@ -76,7 +76,7 @@ class ShardReader:
         return sample
 
     def _member(self, file: BinaryIO, member: Member, where: str, extension: str) -> bytes:
-        """Content of a member."""
+        """Return the content of a member."""
         if member.size > self.largest:
             height, width = self.index.max_size
             raise _fault("member", where, f"{extension} has {member.size} bytes, too many for {height}x{width} pixels")
@@ -87,7 +87,7 @@ class ShardReader:
         return data
 
     def _contents(self, shard: int) -> list[tuple[str, Places, bool]]:
-        """Of each sample of a tar: its key, its needed members, and whether its key is there for the first time."""
+        """Return, for each sample of a tar, its key, its needed members, and whether its key appears for the first time."""
         entry = self.index.shards[shard]
         where = f"{self.folder}/{entry.name}"
         try:
@@ -103,7 +103,7 @@ class ShardReader:
         return samples
 
     def _samples(self, file: BinaryIO, entry: ShardEntry) -> list[tuple[str, Places, bool]]:
-        """Neighbouring members of one key are a sample; plain files with other names than the schema's don't count."""
+        """Group neighbouring members of one key into samples; plain files that the schema doesn't name are ignored."""
         samples: list[tuple[str, Places, bool]] = []
         keys, extensions = set[str](), set[str]()
         for member in plain_files(file):
@@ -123,7 +123,7 @@ class ShardReader:
 
 
 def triplet_members(index: Index, triplet: Triplet | None = None) -> tuple[str, str, str]:
-    """Extensions of the frames of a triplet, by default the first, middle and last of a sample."""
+    """Return the extensions of the frames of a triplet, by default the first, middle and last of a sample."""
     first, middle, last, _ = triplet or middle_triplet(index.frames)
     members = frame_members(index.frames, index.codec)
     return members[first], members[middle], members[last]
@@ -132,8 +132,9 @@ def triplet_members(index: Index, triplet: Triplet | None = None) -> tuple[str, 
 def decode_triplet(
     sample: dict[str, Any], index: Index, with_flow: bool = False, triplet: Triplet | None = None
 ) -> dict[str, Any]:
-    """Add `frames`, those of the triplet (default: first, middle, last), `[H, W, 3]` uint8, and its `timestep`; and `flows`, to
-    the first and last frame, `[H, W, 2]`, or none at all.
+    """Add the `frames` of the triplet (default: first, middle, last), `[H, W, 3]` uint8, its `timestep` and its `flows`.
+
+    Flows lead to the first and last frame, `[H, W, 2]`; without `with_flow` there are none.
 
     FaultError names the sample that can't be decoded, or whose frames have a size that the index does not allow.
     """
@@ -147,10 +148,10 @@ def decode_triplet(
 
 
 def usable_sample(reader: ShardReader, number: int, seed: int, passes: int, triplet: Triplet | None = None) -> dict[str, Any]:
-    """A decoded sample in the place of `number` in a pass: that one or, if it can't be used, another one of its folder.
+    """Return a decoded sample for `number` in a pass: that one or, if it can't be used, another one of its folder.
 
-    Which one is drawn by (seed, pass, number, attempt), so it depends on neither ranks nor workers. `faults` has what was tried
-    in vain. ShardError when nothing that was tried can be used.
+    The other one is drawn by (seed, pass, number, attempt), independently of ranks and workers. `faults` lists those that
+    failed. Raises ShardError when all attempts failed.
     """
     faults: list[BadSample] = []
     for attempt in range(_ATTEMPTS):
@@ -172,7 +173,7 @@ def usable_sample(reader: ShardReader, number: int, seed: int, passes: int, trip
 
 
 def _decode_frame(sample: dict[str, Any], name: str, index: Index) -> np.ndarray:
-    """A frame, after a look at its header."""
+    """Decode a frame after checking its header."""
     extension = name.rpartition(".")[2]
     height, width = size = _decode_member("image", sample, name, header_size, extension)
     (lowest, narrowest), (highest, widest) = index.min_size, index.max_size
@@ -183,7 +184,7 @@ def _decode_frame(sample: dict[str, Any], name: str, index: Index) -> np.ndarray
 
 
 def _decode_member(kind: FaultKind, sample: dict[str, Any], name: str, decoder: Callable[..., Any], *arguments: Any) -> Any:
-    """What `decoder` makes of a member of a sample."""
+    """Decode a member of a sample with `decoder`."""
     if name not in sample:
         raise _fault("member", sample["__where__"], f"has no {name}")
     try:
@@ -193,12 +194,12 @@ def _decode_member(kind: FaultKind, sample: dict[str, Any], name: str, decoder: 
 
 
 def _fault(kind: FaultKind, where: str, why: str) -> FaultError:
-    """A FaultError; what a hostile file wrote into its names ends up in `why` only in a printable form."""
+    """Return a FaultError; names from a hostile file appear in `why` only in printable form."""
     return FaultError(BadSample(kind, where, printable(why)))
 
 
 def check_has_middle(index: Index, folder: str | Path | ShardFolder, sequence: SequenceKind = "middle") -> None:
-    """Raise ShardError when samples have no frame between others, or (`middle`) none in the middle."""
+    """Raise ShardError when samples have no in-between frame, or (`middle`) none in the middle."""
     if index.frames < 3 or (sequence == "middle" and index.frames % 2 == 0):
         wanted = "an odd number from 3 up is needed, to have a middle one" if sequence == "middle" else "it takes 3 at least"
         raise ShardError(f"{folder} has {index.frames} frames a sample; {wanted}")

@@ -1,7 +1,7 @@
-"""In which order does a pass go through a set, and how do several sets take turns?
+"""The order of a pass through a set, and the interleaving of several sets.
 
-Shards are shuffled, and so are the samples of every few neighbouring shards among each other: well mixed, and whoever reads the
-order from start to end needs only that many shards at a time. Each such block draws from a generator of its own, so that a
+Shards are shuffled, and so are the samples of every few neighbouring shards among each other: well mixed, and a reader that
+follows the order needs only that many shards at a time. Each such block draws from a generator of its own, so that a
 worker computes the blocks that it reads and no other: what it costs does not grow with the number of samples.
 """
 
@@ -14,7 +14,7 @@ import numpy as np
 
 
 class PassOrder:
-    """All sample numbers 0 … N-1 of a set, in the order of one pass through it.
+    """The sample numbers 0 … N-1 of a set, in the order of one pass through it.
 
     `key` is (seed, pass, set), each from 0; `shuffle_shards` shards make a block, the samples of which are mixed.
     """
@@ -28,7 +28,7 @@ class PassOrder:
         self._blocks: dict[int, np.ndarray] = {}
 
     def at(self, places: np.ndarray) -> np.ndarray:
-        """Sample numbers at these places of the order, in any shape; keeps the blocks that this call needed for the next."""
+        """Return the sample numbers at these positions of the order, in any shape; keeps their blocks for the next call."""
         blocks = np.searchsorted(self.block_starts, places, side="right") - 1
         needed, which = np.unique(blocks, return_inverse=True)
         self._blocks = {b: self._blocks[b] if b in self._blocks else self._block(b) for b in needed.tolist()}
@@ -43,9 +43,9 @@ class PassOrder:
 
 
 class Mixture:
-    """Which set does each place of an epoch come from? Places repeat a pattern of the ratio from the epoch's start on.
+    """The set that each position of an epoch is taken from: a pattern of the ratio, repeated from the epoch's start on.
 
-    An epoch has as many places as one pass through the first set takes. The other sets go on in the next epoch where they
+    An epoch has as many places as one pass through the first set takes. The other sets continue in the next epoch where they
     stopped: they have passes of their own. One set alone is a mixture, too.
     """
 
@@ -61,17 +61,17 @@ class Mixture:
         self.per_epoch = [int(self.count(which, np.array(self.places))) for which in range(len(sizes))]
 
     def set_at(self, places: np.ndarray) -> np.ndarray:
-        """The set of each place."""
+        """Return the set of each position."""
         return self.pattern[places % self.period]
 
     def count(self, which: int, places: np.ndarray) -> np.ndarray:
-        """How many samples a set has given before each place."""
+        """Return the number of samples that a set has given before each position."""
         rounds, rest = np.divmod(places, self.period)
         return rounds * self.ratio[which] + self._before[which, rest]
 
 
 def interleaved(ratio: np.ndarray) -> np.ndarray:
-    """`[sum(ratio)]` sets, one a place: each place goes to the set that is furthest behind its part."""
+    """Return the sets of `sum(ratio)` positions: each position goes to the set that is furthest behind its share."""
     given = np.zeros(len(ratio), int)
     pattern = []
     for place in range(1, ratio.sum() + 1):

@@ -1,4 +1,4 @@
-"""Which plain files does a tar hold, and where do they lie? Read from its headers alone, whatever the tar claims.
+"""The plain files of a tar and their offsets, read from its headers alone, without trusting them.
 
 Tars come from elsewhere. `tarfile` reads an extended header of any claimed length at once, calls itself for every one of a
 chain of them, and takes a negative size as a step back. Here each step goes at least one block forward, nothing is allocated
@@ -19,7 +19,7 @@ _SPARSE = b"S"
 
 
 class TarError(ValueError):
-    """A file is no tar, or not a whole one; the message says at which byte."""
+    """Raised for a file that is no complete tar; the message says at which byte."""
 
 
 class Member(NamedTuple):
@@ -31,7 +31,7 @@ class Member(NamedTuple):
 
 
 def plain_files(file: BinaryIO) -> Iterator[Member]:
-    """The plain files in their order, in POSIX, pax and GNU format; links, devices, folders and sparse files are left out.
+    """Yield the plain files of a POSIX, pax or GNU tar in order, without links, devices, folders and sparse files.
 
     Raises TarError, possibly after some members.
     """
@@ -65,7 +65,7 @@ def plain_files(file: BinaryIO) -> Iterator[Member]:
 
 
 class _Extended(NamedTuple):
-    """What the headers before a member's own say about it."""
+    """Properties of a member from the extended headers before its own."""
 
     name: bytes = b""
     size: int | None = None
@@ -73,13 +73,13 @@ class _Extended(NamedTuple):
 
 
 def _checksum_fits(header: bytes) -> bool:
-    """The sum of all bytes, with the field of the sum itself taken as spaces."""
+    """Return whether the checksum is the sum of all bytes, with its own field taken as spaces."""
     field = header[148:156].strip(b" \0")
     return field.isdigit() and not set(field) & set(b"89") and int(field, 8) == sum(header) - sum(header[148:156]) + 8 * 0x20
 
 
 def _number(field: bytes, at: int) -> int:
-    """A size: octal digits, or (GNU) 0x80 and the number in binary."""
+    """Return a size given as octal digits or (GNU) as 0x80 and a binary number."""
     if field[0] == 0x80:
         return int.from_bytes(field[1:])
     digits = field.strip(b" \0")
@@ -97,7 +97,7 @@ def _read_header(file: BinaryIO, size: int, at: int) -> bytes:
 
 
 def _sparse_maps(file: BinaryIO, header: bytes) -> int:
-    """Bytes of the further blocks in which an old GNU sparse file lists its pieces, after the header, before the content."""
+    """Return the size of the blocks in which an old GNU sparse file lists its pieces, between header and content."""
     length, more = 0, header[482]
     while more:
         block = file.read(_BLOCK)
@@ -106,7 +106,7 @@ def _sparse_maps(file: BinaryIO, header: bytes) -> int:
 
 
 def _pax(records: bytes, extended: _Extended, at: int) -> _Extended:
-    """Records `length key=value newline`, where the length counts itself."""
+    """Yield the records `length key=value newline`, where the length includes itself."""
     while records.strip(b"\0"):
         length, space, _ = records[:8].partition(b" ")
         end = int(length) if space and length.isdigit() else 0

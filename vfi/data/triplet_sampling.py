@@ -1,7 +1,7 @@
-"""Which three frames of a sample are used, and at which scale? The `--sequence` of a folder.
+"""Choose the three frames of a sample, and their scale: the `--sequence` of a folder.
 
 - `middle`: the first, the middle and the last frame, as they are.
-- `random_time`: first and last, and a random one between; its timestep says where (septuplets).
+- `random_time`: first and last, and a random one in between, with its timestep (septuplets).
 - `random_gap`: a, a + g, a + 2g with a random gap g and start a, then scaled by 1, 1/2 or 1/4 (chances 1/2, 1/4 and 1/4), so
   that motion comes in all sizes (65-frame clips of X4K1000FPS; source: SGM-VFI). Where a frame would not hold the crop at the
   scale that was drawn, the next larger one is taken.
@@ -20,7 +20,7 @@ _CHANCES = {1: 0.5, 2: 0.25, 4: 0.25}  # divisor of the frames' size -> how ofte
 
 
 class Triplet(NamedTuple):
-    """Positions of the three frames in a sample, counted from 0, and by how much they are to be shrunk."""
+    """Positions of the three frames in a sample, counted from 0, and the divisor of their size."""
 
     first: int
     middle: int
@@ -29,17 +29,17 @@ class Triplet(NamedTuple):
 
     @property
     def timestep(self) -> float:
-        """Where the middle frame lies between the first (0) and the last (1)."""
+        """The time of the middle frame between the first (0) and the last (1)."""
         return (self.middle - self.first) / (self.last - self.first)
 
 
 def middle_triplet(frames: int) -> Triplet:
-    """First, middle and last of an odd number of frames."""
+    """Return the first, middle and last of an odd number of frames."""
     return Triplet(0, frames // 2, frames - 1)
 
 
 def draw_triplet(rng: np.random.Generator, frames: int, sequence: SequenceKind) -> Triplet:
-    """Draw three of so many frames; needs 3 frames at least, for `middle` an odd number."""
+    """Draw three of `frames` frames, of which there must be at least 3, and for `middle` an odd number."""
     if sequence == "middle":
         return middle_triplet(frames)
     if sequence == "random_time":
@@ -50,9 +50,10 @@ def draw_triplet(rng: np.random.Generator, frames: int, sequence: SequenceKind) 
 
 
 def shrink(frame: np.ndarray, divisor: int, crop: int) -> np.ndarray:
-    """Mean over squares of `divisor` pixels of a frame `[H, W, 3]` uint8, rounded; half the divisor until the crop is held.
+    """Return the rounded mean over squares of `divisor` pixels of a frame `[H, W, 3]` uint8.
 
-    What is left of the sides beyond a multiple of the divisor (up to 3 pixels at the bottom and on the right) is cut off.
+    The divisor is halved until the result holds the crop. Sides are first cut at the bottom and on the right to a multiple of
+    the divisor, by up to 3 pixels.
     """
     while min(frame.shape[:2]) // divisor < crop and divisor > 1:
         divisor //= 2

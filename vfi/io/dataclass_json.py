@@ -1,7 +1,7 @@
-"""How do dataclasses become JSON files and come back, checked? Written whole or not at all, read field by field.
+"""Serialise dataclasses as JSON files: written atomically, and checked field by field when read.
 
-Settings of an older program lack the fields that came later: these have their defaults, and it is said. That is why the default
-of a new field must mean what the program did before. A field that this program doesn't know is an error.
+Settings of an older program lack fields that were added later: these take their defaults, which is logged. So the default of a
+new field must mean what the program did before. An unknown field is an error.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ _UNIONS = (types.UnionType, typing.Union)
 
 
 class RecordError(ValueError):
-    """A JSON object is not what the dataclass wants; the message names the place."""
+    """Raised for a JSON object that does not fit the dataclass; the message names the place."""
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write under a temporary name, then rename: a reader sees the old file or the whole new one."""
+    """Write a file under a temporary name, then rename it: a reader sees the old file or the complete new one."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     temporary.write_text(text, encoding="utf-8")
     temporary.replace(path)
 
 
 def to_json(record: Any) -> str:
-    """The text of a dataclass as JSON, for a file."""
+    """Return a dataclass as JSON text, for a file."""
     return json.dumps(dataclasses.asdict(record), indent=1) + "\n"
 
 
@@ -55,9 +55,9 @@ def config_from_json(text: str, where: str = "config.json", quiet: bool = False)
 
 
 def from_object(kind: Any, content: Any, where: str, defaulted: list[str] | None = None) -> Any:
-    """One dataclass from a JSON object, with all that lies inside; RecordError names the place that does not fit.
+    """Return a dataclass, with those nested in it, from a JSON object; RecordError names the place that does not fit.
 
-    With a list, `defaulted`, a missing field that has a default is no error: it takes that, and its name is added to the list.
+    With a list `defaulted`, a missing field takes its default, and its name is added to the list; without, it is an error.
     """
     if not isinstance(content, dict):
         raise RecordError(f"{where}: expected an object with the fields of {kind.__name__}, found {content!r}")
@@ -79,7 +79,7 @@ def _has_default(field: dataclasses.Field[Any]) -> bool:
 
 
 def _value(hint: Any, value: Any, where: str, defaulted: list[str] | None) -> Any:
-    """A value checked against the few kinds of types that records have; lists become tuples."""
+    """Return a value checked against the types that records have; lists become tuples."""
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
     if hint is Any:
         return value
@@ -99,13 +99,13 @@ def _value(hint: Any, value: Any, where: str, defaulted: list[str] | None) -> An
 
 
 def _record_in(hint: Any) -> Any:
-    """The dataclass of one that may be left out, as in `Measured | None`; None where there is none."""
+    """Return the dataclass of an optional one, as in `Measured | None`; None for other types."""
     kinds = typing.get_args(hint) if typing.get_origin(hint) in _UNIONS else ()
     return next((kind for kind in kinds if dataclasses.is_dataclass(kind)), None)
 
 
 def _is_plain(hint: Any, value: Any) -> bool:
-    """Is `value` a number, text, truth value or nothing of this type? A whole number is also a float; true is no number."""
+    """Return whether `value` is a plain value of this type. An integer is also a float; a boolean is no number."""
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
     if origin is Literal:
         return value in inner

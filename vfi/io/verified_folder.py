@@ -1,11 +1,11 @@
-"""How is a folder there whole or not at all, and how is damage found later?
+"""Write folders atomically, with a manifest that reveals later damage.
 
     write_folder(folder, files)     writes beside it under a dot name, syncs, renames; the manifest is written last
     problems(folder)                reads everything again; empty when every file is what was written
 
 manifest.json: {"version": 1, "files": {"model.safetensors": {"bytes": 123, "sha256": "…"}, …}}
 
-Names that begin with a dot are never the folder itself: what a killed process left under one is removed by the next writing.
+Names that begin with a dot are temporary: what a killed process left under one is removed by the next write.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")  # of a file in the folder: n
 
 
 class ManifestError(ValueError):
-    """A manifest is missing or not usable; the message says which and why."""
+    """Raised for a manifest that is missing or not usable; the message says which and why."""
 
 
 class FolderWriteError(RuntimeError):
-    """A folder could not be written, and what was there before is kept; the message says why and how much room there is."""
+    """Raised when a folder could not be written; the former one is kept. The message says why and how much room there is."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """What was written of a file."""
+    """Size and hash of a file as it was written."""
 
     bytes: int
     sha256: str
@@ -45,14 +45,14 @@ class Entry:
 
 @dataclasses.dataclass(frozen=True)
 class Manifest:
-    """What was written of a folder; it does not list itself."""
+    """The files of a folder as they were written; the manifest does not list itself."""
 
     version: int
     files: dict[str, Entry]
 
 
 def write_folder(folder: Path, files: Iterable[tuple[str, bytes | memoryview]]) -> None:
-    """Make `folder` hold these files (name, content) and a manifest, in place of what it was, or raise FolderWriteError."""
+    """Replace `folder` by these files (name, content) and a manifest, or raise FolderWriteError."""
     parent, temporary = folder.parent, _beside(folder, "new")
     at = temporary
     size = 0
@@ -79,14 +79,14 @@ def write_folder(folder: Path, files: Iterable[tuple[str, bytes | memoryview]]) 
 
 
 def remove_folder(folder: Path) -> None:
-    """Remove a folder: at no moment does a part of it stand under its name."""
+    """Remove a folder atomically: it never exists partially under its name."""
     old = _beside(folder, "old")
     folder.rename(old)
     _delete(old)
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """What was written of `folder`; ManifestError for a manifest that is missing, damaged or names anything outside of it."""
+    """Return the manifest of `folder`; ManifestError when it is missing, damaged or names anything outside the folder."""
     path = folder / MANIFEST
     if why := _not_plain(path):
         raise ManifestError(why)
@@ -102,7 +102,7 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def problems(folder: Path, names: Iterable[str] | None = None) -> Iterator[str]:
-    """What is wrong with which file, one line each, by reading them again: all that the manifest lists, or only `names`."""
+    """Read files again, all that the manifest lists or only `names`, and return a line for each problem."""
     try:
         files = read_manifest(folder).files
     except ManifestError as error:
@@ -115,7 +115,7 @@ def problems(folder: Path, names: Iterable[str] | None = None) -> Iterator[str]:
 
 
 def _difference(path: Path, entry: Entry) -> str:
-    """How a file differs from what was written; empty when it does not."""
+    """Return how a file differs from its entry; empty when it does not."""
     if why := _not_plain(path):
         return why
     try:
@@ -129,7 +129,7 @@ def _difference(path: Path, entry: Entry) -> str:
 
 
 def _not_plain(path: Path) -> str:
-    """Why this is no plain file (links and pipes are none); empty when it is one."""
+    """Return why a path is no plain file (links and pipes are none); empty when it is one."""
     try:
         mode = path.lstat().st_mode
     except OSError as error:
@@ -138,7 +138,7 @@ def _not_plain(path: Path) -> str:
 
 
 def _write(path: Path, content: bytes | memoryview) -> None:
-    """Write a file down to the disk: what has no room there is noticed here."""
+    """Write a file and sync it to disk, so that a full disk is noticed here."""
     with path.open("xb") as file:
         file.write(content)
         file.flush()
@@ -146,7 +146,7 @@ def _write(path: Path, content: bytes | memoryview) -> None:
 
 
 def _sync(folder: Path) -> None:
-    """Make the names in a folder last."""
+    """Sync the names in a folder to disk."""
     number = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(number)
@@ -159,13 +159,13 @@ def _beside(folder: Path, kind: str) -> Path:
 
 
 def _sweep(folder: Path) -> None:
-    """Remove what killed processes left of this folder and of those that differ from it in a number at the end."""
+    """Remove what killed processes left of this folder, and of folders whose names differ only in their final number."""
     for path in folder.parent.glob(f".{folder.name.rstrip('0123456789')}*"):
         _delete(path)
 
 
 def _delete(path: Path) -> None:
-    """Remove a folder or a link to one, if there is one; what can't be removed is left to the next time."""
+    """Remove a folder or a link to one, if it exists; what can't be removed is left for the next time."""
     if path.is_symlink():
         path.unlink()
     else:
@@ -173,7 +173,7 @@ def _delete(path: Path) -> None:
 
 
 def _complaint(folder: Path, name: str, size: int, error: OSError) -> str:
-    """Which path, what is wrong, and what room there is."""
+    """Return a message with the path, the problem and the free space."""
     here = next(parent for parent in folder.absolute().parents if parent.exists())
     free = shutil.disk_usage(here).free
     return (

@@ -260,7 +260,7 @@ def set_annealing(model: nn.Module, value: float) -> None:
     ValueError outside 0 … 1.
     """
     if not 0 <= value <= 1:
-        raise ValueError(f"the annealing factor is {value}; it must lie in 0 … 1")
+        raise ValueError(f"the annealing factor is {value}; it must be between 0 and 1")
     for module in model.modules():
         if isinstance(module, MixingCoefficients):
             module.annealing.fill_(value)

@@ -1,12 +1,12 @@
-"""How does a small frame not wait for the CPU? Its forward pass is recorded once, as a CUDA graph, and replayed.
+"""Capture the forward passes of small frames as CUDA graphs and replay them, so that they don't wait for the CPU.
 
     graphs = Graphs()
     imgt = graphs(function, img0, img1, timestep)       # function(img0, img1, timestep), to the bit
 
-A network is hundreds of kernels, and to start them one by one takes longer than they do on frames up to about 1080p, or up to
-4K where other threads want Python, too. What is recorded are the kernels and the addresses they work on. So the function may
-depend on nothing else than its inputs and on tensors that stay where they are, such as weights; those that its operators read
-are kept alive with the graph.
+A network is hundreds of kernels, and launching them one by one takes longer than running them on frames up to about 1080p, or
+up to 4K if other threads need Python, too. A graph holds the kernels and the addresses they work on. So the function may depend
+only on its inputs and on tensors that stay in place, such as weights; those that its operators read are kept alive with the
+graph.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Function = Callable[..., Tensor]
 
 
 class Graphs:
-    """Calls functions of tensors by CUDA graphs where that pays: on a GPU, for small frames of a shape that comes again."""
+    """Calls functions of tensors by CUDA graphs where that is faster: on a GPU, for small frames of a recurring shape."""
 
     def __init__(self) -> None:
         self.limit: float = math.inf
@@ -40,7 +40,7 @@ class Graphs:
         self.pool: Any = None
 
     def __call__(self, function: Function, *inputs: Tensor, kind: Hashable = None) -> Tensor:
-        """`function(*inputs)`. Two functions that compute something else for the same shapes must differ in `kind`."""
+        """Return `function(*inputs)`. Functions that compute different things for the same shapes must differ in `kind`."""
         if not _is_worth_capturing(inputs[0]):
             return function(*inputs)
         key = (kind, *((tensor.shape, tensor.stride(), tensor.dtype, tensor.device) for tensor in inputs))
@@ -61,7 +61,7 @@ class Graphs:
         return self.captured[key](inputs)
 
     def drop(self) -> bool:
-        """Forget all graphs, so that their memory can be given back. Was there one?"""
+        """Discard all graphs, so that their memory can be released, and return whether there was one."""
         there = bool(self.captured)
         self.captured.clear()
         self.call_counts.clear()
@@ -69,8 +69,9 @@ class Graphs:
         return there
 
     def _fits(self, device: torch.device) -> bool:
-        """Is there memory for a graph of its own, as much again as the calls before it took? If it ends while one is recorded,
-        CUDA does not recover.
+        """Return whether there is memory for a graph, as much as the calls before it took.
+
+        CUDA does not recover when memory runs out during a capture.
         """
         taken, used = torch.cuda.memory_reserved(device), torch.cuda.memory_allocated(device)
         torch.cuda.empty_cache()
@@ -103,7 +104,7 @@ class CapturedCall:
 
 
 class TensorReadTracker(TorchFunctionMode):
-    """The tensors from before that operators read, such as indices that a cache may drop.
+    """Collects the existing tensors that operators read, such as indices that a cache may drop.
 
     No dispatch mode: the first one of a process imports PyTorch's compiler, which takes seconds.
     """
@@ -128,5 +129,5 @@ def _tensors(values: Any) -> list[Tensor]:
 
 
 def _is_worth_capturing(frames: Tensor) -> bool:
-    """`frames`: [B, 3, H, W]."""
+    """Return whether launching kernels takes longer than running them on `frames` `[B, 3, H, W]`."""
     return frames.is_cuda and frames.shape[0] * frames.shape[2] * frames.shape[3] <= _LARGEST

@@ -13,7 +13,7 @@ PrecisionName = Literal["auto", "fp32", "bf16"]
 
 
 def pick_device(name: DeviceName) -> torch.device:
-    """auto: the GPU if there is one. Raises JobError for `cuda` on a machine without one."""
+    """Return the device: for `auto` the GPU if there is one. Raises JobError for `cuda` on a machine without one."""
     if name == "cuda" and not torch.cuda.is_available():
         raise JobError("--device cuda: no CUDA GPU is usable here; take --device cpu or auto")
     if name == "cpu" or not torch.cuda.is_available():
@@ -22,14 +22,14 @@ def pick_device(name: DeviceName) -> torch.device:
 
 
 def pick_precision(name: PrecisionName, device: torch.device) -> torch.dtype:
-    """Type of the matrix products: auto is bf16 on a GPU that computes in it, fp32 elsewhere. Weights stay as they are."""
+    """Return the dtype of matrix products: for `auto` bf16 on a GPU that supports it, fp32 elsewhere. Weights keep theirs."""
     if name == "auto":
         return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported(False) else torch.float32
     return torch.bfloat16 if name == "bf16" else torch.float32
 
 
 def describe_precision(precision: torch.dtype) -> str:
-    """What results and messages call a precision."""
+    """Return the name of a precision in results and messages."""
     return "bf16 autocast" if precision == torch.bfloat16 else "fp32"
 
 

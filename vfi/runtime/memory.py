@@ -17,19 +17,19 @@ _OUT_OF_MEMORY = ("out of memory", "STATUS_ALLOC_FAILED", "DEVICE_ALLOCATION_FAI
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
-    """Was the device's memory full? Libraries below torch have words of their own for that."""
+    """Return whether an error means that the device's memory was full, also in the words of libraries below torch."""
     return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in _OUT_OF_MEMORY)
 
 
 def free_memory() -> None:
-    """Give back what a failed measurement left behind."""
+    """Release the memory that a failed measurement left behind."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
 
 def available_memory() -> float:
-    """Bytes that are free on this machine, or below the limit of the container that this process is in."""
+    """Return the bytes that are free on this machine, or below the limit of the container of this process."""
     free = float(psutil.virtual_memory().available)
     try:
         limit, used = ((_CGROUP / name).read_text().strip() for name in ("memory.max", "memory.current"))
@@ -39,7 +39,7 @@ def available_memory() -> float:
 
 
 def if_it_fits(call: Callable[[], T]) -> T | None:
-    """What the call gives; None, and its memory given back, where the device has not enough of it."""
+    """Return the result of the call, or None, with its memory released, where the device has not enough."""
     try:
         return call()
     except RuntimeError as error:

@@ -1,4 +1,4 @@
-"""How do the libraries below compute: TF32, cuDNN's choice of algorithms, repeatable results? Set here and nowhere else.
+"""Numerical settings of the libraries below: TF32, cuDNN's choice of algorithms, determinism. Set only here.
 
 Defaults: products of fp32 matrices and fp32 convolutions in fp32, so that the fp32 parts of a half-precision network are what
 they are called (`--tf32` trades that for speed where training is fp32), and the fastest convolutions by measurement.
@@ -21,10 +21,10 @@ _COMPLAINT = "does not have a deterministic implementation"  # so torch begins t
 
 
 def set_numerics(tf32: bool = False, deterministic: bool = False) -> None:
-    """Set all that decides how numbers come about; to be called before the first product on a GPU.
+    """Set everything that affects numerical results; to be called before the first product on a GPU.
 
-    Deterministic: the same program on the same kind of machine gives the same bits. ConfigError where the environment rules
-    that out; an operator that can't do it raises when it is used, see `explain_determinism_errors`.
+    Deterministic: the same program on the same kind of machine gives the same bits. Raises ConfigError where the environment
+    rules that out; an operator without a deterministic form raises when it is used, see `explain_determinism_errors`.
     """
     if deterministic and os.environ.setdefault(_WORKSPACE, _REPEATABLE[0]) not in _REPEATABLE:
         raise ConfigError(
@@ -41,7 +41,7 @@ def set_numerics(tf32: bool = False, deterministic: bool = False) -> None:
 
 
 def numerics() -> dict[str, bool | str | None]:
-    """What is set, for environment.json."""
+    """Return the settings, for environment.json."""
     return {
         "tf32_matmul": torch.backends.cuda.matmul.allow_tf32,
         "tf32_cudnn": torch.backends.cudnn.allow_tf32,
@@ -53,7 +53,7 @@ def numerics() -> dict[str, bool | str | None]:
 
 @contextlib.contextmanager
 def explain_determinism_errors() -> Iterator[None]:
-    """ConfigError in place of torch's RuntimeError where an operator has no deterministic form."""
+    """Raise ConfigError in place of torch's RuntimeError where an operator has no deterministic form."""
     try:
         yield
     except RuntimeError as error:

@@ -1,6 +1,7 @@
-"""How is a run told to stop? By SIGTERM (time limits, preemption), SIGUSR2 (a cluster's warning before) or SIGINT (Ctrl-C).
+"""Stop a run gracefully on SIGTERM (time limits, preemption), SIGUSR2 (a cluster's early warning) or SIGINT (Ctrl-C).
 
-The first one is noted: training finishes the step, saves and ends with exit code 75. The second one ends the process at once.
+The first signal requests a graceful stop: training finishes the step, saves and exits with code 75. The second one ends the
+process immediately.
 """
 
 from __future__ import annotations
@@ -22,9 +23,9 @@ _SAME = 1.0  # seconds in which a further signal is the first one once more: lau
 
 
 class StopSignals:
-    """Notes the first signal while it is entered, and puts the handlers of before back afterwards.
+    """Records the first signal while it is active, and restores the former handlers afterwards.
 
-    Outside of the main thread Python allows no handlers: there it notes nothing.
+    Outside the main thread, where Python allows no handlers, it records nothing.
     """
 
     def __init__(self) -> None:
@@ -53,10 +54,10 @@ class StopSignals:
 
 
 class Agreement:
-    """Does any process want to stop? The same answer on all of them after the same step.
+    """Agreement of all processes on whether any of them is to stop, after the same step.
 
-    On GPUs it is the answer to the question of the step before, unless it is wanted at once: a process would have to wait for
-    its device, which every process waits for at the steps of metrics alone.
+    On GPUs the answer is that of the previous step, unless it is needed `at_once`: otherwise a process would have to wait for
+    its device in every step.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -64,7 +65,7 @@ class Agreement:
         self.asked: tuple[Tensor, torch.cuda.Event] | None = None
 
     def any(self, mine: bool, at_once: bool = False) -> bool:
-        """To be asked by all processes together; `mine` stays true once it is."""
+        """Return whether any process is to stop. To be called by all processes together; `mine` stays true once it is."""
         if not dist.is_initialized() or dist.get_world_size() == 1:
             return mine
         wish = torch.full((1,), float(mine), device=self.device)

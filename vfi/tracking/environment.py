@@ -23,7 +23,7 @@ _PACKAGES = ("torch", "accelerate", "webdataset", "triton", "mamba-ssm", "numpy"
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """What a run ran on: command, versions, hardware, state of the source."""
+    """Return the environment of a run: command, versions, hardware, state of the source."""
     return {
         "command": sys.argv,
         "python": platform.python_version(),
@@ -36,7 +36,7 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 
 def _gpu_versions(used: bool) -> dict[str, Any]:
-    """Of what lies between torch and a GPU, where one is used."""
+    """Return the versions of driver and libraries between torch and a GPU, where one is used."""
     driver = Path("/sys/module/nvidia/version")
     return {
         "cuda": torch.version.cuda if used else None,
@@ -47,7 +47,7 @@ def _gpu_versions(used: bool) -> dict[str, Any]:
 
 
 def write_environment(run_folder: Path, now: dict[str, Any]) -> None:
-    """Write environment.json: what the run runs on now and, of its earlier starts, when they were and what was different."""
+    """Write environment.json: the present environment and, for earlier starts, their time and what was different."""
     path, always = run_folder / ENVIRONMENT, ("started", "from_step")
     now = {"started": datetime.now(UTC).isoformat(timespec="seconds"), **now}
     before = read_environment(path)
@@ -57,7 +57,7 @@ def write_environment(run_folder: Path, now: dict[str, Any]) -> None:
 
 
 def read_environment(path: Path) -> dict[str, Any]:
-    """What an environment.json holds; nothing where there is none that can be read."""
+    """Return the content of an environment.json; empty where there is none that can be read."""
     try:
         content = json.loads(path.read_text())
     except (FileNotFoundError, json.JSONDecodeError):
@@ -66,13 +66,13 @@ def read_environment(path: Path) -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Versions of what a checkpoint depends on."""
+    """Return the versions of what a checkpoint depends on."""
     return {"torch": torch.__version__, "project": project_version(), "git": git_state()}
 
 
 @functools.cache
 def git_state() -> str:
-    """Commit of the source, with '+changes' when files differ from it; 'unknown' outside a git checkout."""
+    """Return the commit of the source, with '+changes' when files differ from it; 'unknown' outside a git checkout."""
     here = Path(__file__).parent
     try:
         commit = subprocess.run(
@@ -85,7 +85,7 @@ def git_state() -> str:
 
 
 def _environment(device: torch.device, precision: torch.dtype, world: int, command: str) -> dict[str, str]:
-    """What the numbers were made with, for people."""
+    """Return the environment of a measurement, in readable words."""
     return {
         "device": _hardware(device),
         "processes": str(world),

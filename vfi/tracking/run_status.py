@@ -1,4 +1,4 @@
-"""What is a run doing? Its main process writes it down at the start and at the end; whoever reads it sees if that is still so.
+"""The status of a run: written by its main process at the start and at the end, and checked by its readers.
 
 with recorded(folder, total, step):     status.json: running …
     train()                             … finished, stopped or failed, unless it is killed
@@ -33,7 +33,7 @@ STATES = {
 
 @dataclasses.dataclass(frozen=True)
 class Status:
-    """What status.json holds."""
+    """The content of status.json."""
 
     state: str
     """One of STATES; the file holds one of the first four."""
@@ -48,7 +48,7 @@ class Status:
 
 @contextmanager
 def recorded(folder: Path, total: int, step: Callable[[], int]) -> Iterator[None]:
-    """Write down that this process trains in `folder` towards `total` steps, and how it ended: `step` tells the last one."""
+    """Record that this process trains in `folder` towards `total` steps, and how it ended; `step()` returns the last step."""
     status = Status("running", total, "", platform.node(), os.getpid(), _start_of(os.getpid()))
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / STATUS, to_json(status))
@@ -65,7 +65,7 @@ def recorded(folder: Path, total: int, step: Callable[[], int]) -> Iterator[None
 
 
 def read_status(folder: Path) -> Status:
-    """The state of a run folder, as far as it can be told from here."""
+    """Return the state of a run folder, as far as it is visible from this machine."""
     try:
         status: Status = from_object(Status, json.loads((folder / STATUS).read_bytes()), STATUS)
     except FileNotFoundError:
@@ -82,7 +82,7 @@ def read_status(folder: Path) -> Status:
 
 
 def _start_of(pid: int) -> str:
-    """When a living process started, in the kernel's ticks; empty for one that is gone."""
+    """Return when a living process started, in the kernel's ticks; empty for one that is gone."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()  # the name before it may hold anything
     except OSError:
@@ -92,7 +92,7 @@ def _start_of(pid: int) -> str:
 
 
 def age(moment: float) -> str:
-    """Time since `moment` (seconds since 1970) in its largest unit."""
+    """Return the time since `moment` (seconds since 1970) in its largest unit."""
     seconds = max(0.0, time.time() - moment)
     for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
         if seconds >= 2 * length:

@@ -1,7 +1,7 @@
-"""Where do a run's numbers go? metrics.jsonl and TensorBoard, written by the main process only.
+"""Record the metrics of a run in metrics.jsonl and TensorBoard, on the main process only.
 
 metrics.jsonl   one JSON object a line: {"step": 100, "event": "train", "loss": …}; events: train, val, fault, stop, batch
-tensorboard/    the same as curves, and pictures of the validation
+tensorboard/    the same as curves, and images of the validation
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from vfi.tracking.environment import METRICS, TENSORBOARD
 
 
 class Tracker:
-    """Writes numbers and pictures of one run; on every process but the main one it does nothing."""
+    """Writes metrics and images of one run; on processes other than the main one it does nothing."""
 
     def __init__(self, run_folder: Path, resume_step: int, is_main: bool) -> None:
         self.is_main = is_main
@@ -35,11 +35,11 @@ class Tracker:
         self.board = SummaryWriter(str(run_folder / TENSORBOARD), purge_step=resume_step + 1)
 
     def has(self, step: int, event: str) -> bool:
-        """Did the run log such a row before it was resumed? Known on the main process; the others say yes."""
+        """Return whether the run logged such a row before it was resumed; True on processes other than the main one."""
         return not self.is_main or (step, event) in self.kept
 
     def log(self, step: int, event: str, **values: float | list[str]) -> None:
-        """One row of numbers, and of names of what they count; a number that isn't finite is null, which JSON can hold."""
+        """Log a row of numbers and names; a non-finite number becomes null, which JSON can hold."""
         if not self.is_main:
             return
         row = {name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in values.items()}
@@ -51,7 +51,7 @@ class Tracker:
                 self.board.add_scalar(f"{event}/{name}", value, step)
 
     def pictures(self, step: int, name: str, pictures: dict[str, Tensor]) -> None:
-        """Pictures `[3, H, W]` in [0, 1] side by side in one strip."""
+        """Log images `[3, H, W]` in [0, 1], concatenated horizontally."""
         if not self.is_main:
             return
         strip = torch.cat([picture.detach().float().clamp(0, 1).cpu() for picture in pictures.values()], dim=2)
@@ -65,7 +65,7 @@ class Tracker:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics.jsonl; a last line that a kill cut short is dropped."""
+    """Return the rows of a metrics.jsonl, without a truncated last line."""
     rows = []
     for line in path.read_text().splitlines() if path.exists() else []:
         try:

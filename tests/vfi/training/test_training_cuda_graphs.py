@@ -186,7 +186,7 @@ def failing(plain: Callable[..., dict[str, torch.Tensor]], bad: int | None) -> C
 )
 def test_what_can_not_be_recorded_is_refused(flags, named, tmp_path, train_shards, capsys):
     assert refusal(tmp_path, train_shards, capsys, *flags) == (
-        f"error: --cuda_graphs can't record a network with {named}: leave one of them out"
+        f"error: --cuda_graphs can't capture a network with {named}: remove one of them"
     )
 
 
