@@ -129,7 +129,7 @@ def _without_slurm(folder: Path, submission: Submission, job_id: str) -> JobStat
         return JobState("RUNNING", "")
     outcome = last_outcome(folder, submission.nodes)
     if outcome is None:
-        return None if submission.cluster == "slurm" else JobState("FAILED", "it ended without a word")
+        return None if submission.cluster == "slurm" else JobState("FAILED", "it exited without reporting a status")
     return JobState({"done": "COMPLETED", "stopped": "CANCELLED"}.get(outcome.kind, "FAILED"), outcome.why)
 
 

@@ -82,9 +82,11 @@ def make(options: Options) -> dict[str, Index]:
         print(f"{options.out} is complete already, nothing to do", file=sys.stderr)
         return complete
     found = _scan(clips, options)
-    dealt = _deal(clips, found, options)
+    assigned = _deal(clips, found, options)
     return {
-        split: writer.write(folders[split], _plan(split, dealt[split], found, source, options), marks[split], options.workers)
+        split: writer.write(
+            folders[split], _plan(split, assigned[split], found, source, options), marks[split], options.workers
+        )
         for split in folders
     }
 

@@ -198,7 +198,7 @@ def test_walk_sees_imports_inside_functions(tmp_path):
 
 
 def test_a_run_starts_without_what_takes_seconds_to_import():
-    """Each is imported by whoever needs it: FSDP2, the counting of MACs, compiling, kernels, mamba_ssm's language models."""
+    """Each is imported where it is needed: FSDP2, the counting of MACs, compiling, kernels, mamba_ssm's language models."""
     slow = ["torch.distributed.tensor", "torch.utils.flop_counter", "torch._dynamo", "sympy", "triton", "transformers"]
     code = f"import sys, vfi.train; print(*[name for name in {slow} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120, check=True)

@@ -4,8 +4,8 @@
     output, _ = process.communicate(timeout=60)
 
 A server that has loaded everything, has one thread and never computes anything itself is forked for each of them. What is so of
-a process that Python starts anew is so of these: environment, a session and output of their own, exit codes, signals, random
-numbers to begin with. Only their command line is that of the server.
+a process that Python starts from scratch is so of these: environment, a session and output of their own, exit codes, signals,
+random numbers to begin with. Only their command line is that of the server.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ TRAIN = "import sys; from vfi import train; train.main(sys.argv[1:])"
 TORCHRUN = "from torch.distributed.run import main; main()"
 ON_CPU = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 _SERVER = multiprocessing.get_context("forkserver")
-# the second and the third are loaded late otherwise, by each process anew
+# the second and the third are loaded late otherwise, by each process again
 _SERVER.set_forkserver_preload(["vfi.train", "torch._dynamo", "torch.nn.parallel", "torch.distributed.run"])
 
 

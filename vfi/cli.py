@@ -17,10 +17,10 @@ JOBS = {
     "benchmark": "measure models on shards: PSNR and SSIM, beside the frame average",
     "report": "turn benchmark results into a table and a page",
     "model": "what a model costs: parameters, MACs, memory and time, by part",
-    "operators": "how fast each operator with kernels of our own is, by itself",
+    "operators": "speed of each operator that has fused Triton kernels",
     "tune": "find the fastest configurations of the kernels on this GPU, and keep them",
     "export": "hand a model to others: weights and a card, or a graph",
-    "interpolate": "make a video smoother or slower, or the frame between two images",
+    "interpolate": "make a video smoother or slower, or the in-between frame of two images",
     "app": "a local web page: try a model on two images or a short video",
     "demo": "the whole path on generated data within minutes, on a CPU",
 }

@@ -49,7 +49,7 @@ def clear_errors(*kinds: type[Exception]) -> Iterator[None]:
         print(
             f"error: a loader process died: {message_of(error)} Its signal or exit code says how; Killed is often the kernel, "
             f"for want of memory: take fewer loader processes or smaller batches, and start again "
-            f"(--resume auto goes on with a run)",
+            f"(--resume auto resumes a run)",
             file=sys.stderr,
         )
         sys.exit(1)

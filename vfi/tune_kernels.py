@@ -100,7 +100,7 @@ def tune(options: Options) -> Iterator[str]:
                 write(options.out, tuned_configs.card(device), content)
         faster = sum(one.options != one.default for one in found)
         yield (
-            f"{preset}: so far {faster} of {len(found)} configurations of our own kernels are changed, and "
+            f"{preset}: so far {faster} of {len(found)} configurations of the fused Triton kernels are changed, and "
             f"{sum(map(len, kernels.values()))} of {len(kernels)} kernels of mamba-ssm are known"
         )
     yield f"added to {options.out}: {tuned_configs.card(device)}"

@@ -209,7 +209,7 @@ class NodeAgent:
         first = (telling or bad or [self.ranks[0]])[0]
         ended = self.attempt.number_of("exit", first)
         self.show(first)
-        how = "was killed or ended without a word" if ended is None else f"ended with exit code {ended}"
+        how = "was killed or exited without an exit code" if ended is None else f"ended with exit code {ended}"
         return Outcome("failed", ended or code or 1, self.signals.names, f"process {first} {how}")
 
     def show(self, rank: int) -> None:
@@ -238,7 +238,7 @@ class NodeAgent:
             self.wait_to_be_killed()
         if self.place.cluster == "local" and "SIGUSR2" in outcome.signals:
             self.exit(_LOCAL_REQUEUE, "to be started again by submitit")
-        self.exit(STOPPED, "stopped; a new submission with --resume auto goes on from there")
+        self.exit(STOPPED, "stopped; a new submission with --resume auto continues from there")
 
     def requeue(self) -> None:
         """Ask Slurm to requeue this job; only the lowest-numbered node that has reported does so."""

@@ -134,7 +134,7 @@ def together(told: dict[int, Outcome], nodes: int) -> Outcome:
     """
     signals = tuple(sorted({name for outcome in told.values() for name in outcome.signals}))
     if missing := [node for node in range(nodes) if node not in told]:
-        return Outcome("lost", signals=signals, why=f"nothing is heard of node {', '.join(map(str, missing))}")
+        return Outcome("lost", signals=signals, why=f"node {', '.join(map(str, missing))} did not report")
     for kind in ("failed", "stopped"):
         for node, outcome in sorted(told.items(), key=lambda one: one[1].time):  # the first error may have caused the others
             if outcome.kind == kind:

@@ -39,7 +39,7 @@ class Job(NamedTuple):
     copied: tuple[str, str, int] | None = None
     """Beforehand: the folder of a run is copied there, as it was after that step."""
     faults: tuple[int, ...] = ()
-    """Steps in which the gradient of the last process is no number; its loss is as it was. Each only the first time."""
+    """Steps in which the gradient of the last process is non-finite; its loss is as it was. Each only the first time."""
     environment: dict[str, str] | None = None
     """What differs from what the launcher has set."""
 

@@ -31,7 +31,7 @@ os.environ |= {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "CUDA_VISIB
 
 import numpy as np
 import torch
-import torch._dynamo  # this and the next are loaded late otherwise, in every life anew
+import torch._dynamo  # this and the next are loaded late otherwise, again in every life
 from accelerate.utils import extract_model_from_parallel
 from safetensors.torch import load_file
 

@@ -329,7 +329,7 @@ def test_a_card_claims_nothing_that_was_not_given(model, tmp_path) -> None:
     model.save_pretrained(tmp_path / "new")
     text = (tmp_path / "new" / "README.md").read_text()
     assert metadata_load(tmp_path / "new" / "README.md")["license"] == "unknown"
-    assert "did not say under which licence" in text
+    assert "did not state under which licence" in text
     assert "PSNR" not in text
     assert "model-index" not in text
 

@@ -17,7 +17,7 @@ from vfi.errors import STOPPED
 ALIASES = {"--use_mhc": ("--mixing", "mhc"), "--no-use_mhc": ("--mixing", "none")}
 _HELP = f"""Train a model on shards; a run folder holds all that comes of it.
 
-SIGTERM, SIGUSR2 and Ctrl-C finish the step, save and end with exit code {STOPPED}; --resume auto goes on from there. A second
+SIGTERM, SIGUSR2 and Ctrl-C finish the step, save and end with exit code {STOPPED}; --resume auto continues from there. A second
 signal ends at once. Other exit codes: 0 done, 1 a bug or a process that hangs or died, 2 a mistake in settings or data.
 torchrun and accelerate launch make 1 of every code but 0."""
 

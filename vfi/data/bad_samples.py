@@ -16,7 +16,7 @@ from shards.schema import ShardError
 FaultKind = Literal["shard", "duplicate", "member", "image", "size", "flow"]
 """shard: a tar that is missing or not what its index says; duplicate: a key that was there before; member: a file that is
 missing or too large; image: not to be decoded; size: frames of another size; flow: not of the frame's size, or not finite."""
-_JUDGED_FROM = 1000  # reads: fewer are judged as if they were so many, or one bad sample among the first would end a run
+_JUDGED_FROM = 1000  # reads: fewer are judged as if they were this many, or one bad sample among the first would end a run
 _LONGEST_TEXT = 300
 
 

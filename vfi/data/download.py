@@ -18,7 +18,7 @@ import fsspec
 from shards.schema import ShardError
 
 _PIECE = 1 << 20  # bytes
-_PROGRESS = 1 << 20  # an attempt that brought so many bytes was no failure
+_PROGRESS = 1 << 20  # an attempt that brought this many bytes was no failure
 _SLOWEST = 4096  # bytes a second; an attempt that is slower over `timeout` ends
 _PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs", "abfs": "adlfs", "abfss": "adlfs"}
 
@@ -75,7 +75,7 @@ def fetch(url: str, into: BinaryIO, size: int | None, limit: int, patience: Pati
             if failures >= patience.attempts:
                 raise StorageError(
                     f"{url} could not be fetched in {failures} attempts, the last of which failed: {error}. "
-                    f"Check the network and the address, and start again (--resume auto goes on with a run)"
+                    f"Check the network and the address, and start again (--resume auto resumes a run)"
                 ) from error
             wait = min(patience.first_wait * 2 ** (failures - 1), patience.longest_wait)
             time.sleep(wait * random.uniform(0.5, 1))
@@ -116,7 +116,7 @@ def _from_http(url: str, start: int, timeout: float) -> Generator[bytes]:
         if 400 <= error.code < 500 and error.code not in (408, 425, 429):
             raise StorageError(f"{answer}: the server refuses; check the address and the right to read it") from error
         raise _InterruptedError(f"{error.code} {error.reason}") from error
-    except (OSError, ValueError, http.client.HTTPException) as error:  # a ValueError is a header that is no number
+    except (OSError, ValueError, http.client.HTTPException) as error:  # a ValueError is a header that is not a number
         raise _InterruptedError(_reason(error)) from error
 
 

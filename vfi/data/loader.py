@@ -164,7 +164,7 @@ class TrainingLoader:
             worker_init_fn=_outlast_signals,
         )
         parts = iter(loader)
-        # what comes again would be mapped anew if it were let go; for a GPU a thread copies it, and maps it
+        # reused memory would be mapped again if it were released; for a GPU a thread copies it, and maps it
         mapped = deque[Tensor](maxlen=0 if self.device.type == "cuda" else workers * (_PREFETCH + 2))
         while True:
             # the loader takes its workers in turn, and each gives its share of the same batch

@@ -1,7 +1,7 @@
 """Read samples from tars: sample number -> bytes -> frames and, if requested, flow.
 
 Whatever a tar or an image in it claims, nothing is written, nothing is run, and no more memory is taken than the index allows
-for: headers are compared with the index first. What does not fit is a FaultError that names the sample. Training goes on with
+for: headers are compared with the index first. What does not fit is a FaultError that names the sample. Training continues with
 another sample (`usable_sample`), evaluation ends.
 """
 

@@ -86,7 +86,7 @@ def _number(field: bytes, at: int) -> int:
     if not digits:
         return 0
     if not digits.isdigit() or set(digits) & set(b"89"):
-        raise TarError(f"the member at byte {at} claims a size that is no number")
+        raise TarError(f"the member at byte {at} claims a size that is not a number")
     return int(digits, 8)
 
 
@@ -119,7 +119,7 @@ def _pax(records: bytes, extended: _Extended, at: int) -> _Extended:
         elif key == b"size" and value.isdigit() and len(value) < 20:
             extended = extended._replace(size=int(value))
         elif key == b"size":
-            raise TarError(f"the pax header at byte {at} claims a size that is no number")
+            raise TarError(f"the pax header at byte {at} claims a size that is not a number")
         elif key.startswith(b"GNU.sparse."):
             extended = extended._replace(sparse=True)
     return extended

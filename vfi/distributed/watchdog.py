@@ -1,6 +1,6 @@
 """Watchdog threads that name the process that hangs, and spread the request to stop to all processes.
 
-    with Watch(device, seconds) as watch:
+    with Watchdog(device, seconds) as watch:
         watch.at("waiting for data")     # all processes pass the same places in the same order
         if watch.stop(): …               # the same answer on all of them after the same step
 

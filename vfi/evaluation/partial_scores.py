@@ -1,6 +1,6 @@
 """Scores of an unfinished benchmark, stored as they are computed, so that no sample is measured twice.
 
-    with Ledger(folder, settings, rank, world) as ledger:
+    with ScoreCache(folder, settings, rank, world) as ledger:
         for number in ledger.missing(samples):           # this rank's share of the pending samples
             ledger.add(number, scores)                   # any JSON value; written to disk at once
         found = ledger.finish(samples)                   # rank 0: the scores of all samples by number; other ranks: None

@@ -89,7 +89,7 @@ class Protocol:
         return self.profiles[profile]
 
     def timestep(self, truth: int) -> float:
-        """Return the time of a sample's frame between the inputs."""
+        """Return the time of a sample's in-between frame."""
         return truth / (self.frames - 1)
 
 

@@ -1,7 +1,7 @@
 """Conversion between the types of frames that programs pass and the tensors of the network.
 
     first, last, kind = read_pair(img0, img1, device)     # [B, 3, H, W] float32 in [0, 1] on `device`
-    kind.give_back(imgt)                                  # like img0: array or tensor, dtype, device, single frame or batch
+    kind.to_output(imgt)  # like img0: array or tensor, dtype, device, single frame or batch
 
 | input | shape | values |
 | --- | --- | --- |

@@ -1,6 +1,6 @@
 """Interpolate frames of any size on any machine, whole or in tiles, and keep static regions unchanged.
 
-    between = Between(Settings(model=Path("runs/base")))
+    between = InterpolationEngine(Settings(model=Path("runs/base")))
     images = between(img0, img1, [0.25, 0.5, 0.75])      # RGB [H, W, 3], uint8 or uint16, like img0
     wait = between.start(img0, img1, [0.5])              # asynchronous on a GPU; wait() -> the images
 

@@ -105,7 +105,7 @@ def _record_in(hint: Any) -> Any:
 
 
 def _is_plain(hint: Any, value: Any) -> bool:
-    """Return whether `value` is a plain value of this type. An integer is also a float; a boolean is no number."""
+    """Return whether `value` is a plain value of this type. An integer is also a float; a boolean is not a number."""
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
     if origin is Literal:
         return value in inner

@@ -179,5 +179,5 @@ def _complaint(folder: Path, name: str, size: int, error: OSError) -> str:
     return (
         f"{folder} could not be written: {error.strerror or error} ({name}: {size:,} bytes needed, {free:,} bytes free in "
         f"{here}); what was there before is kept. Make room, or check the quota and the rights of that folder, and start again "
-        f"(--resume auto goes on with a run)"
+        f"(--resume auto resumes a run)"
     )

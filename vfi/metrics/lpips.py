@@ -158,7 +158,7 @@ def _read(folder: Path, file: _Published, shapes: dict[str, list[int]]) -> dict[
     except _DAMAGE as error:
         # when torch refuses a pickle, the lines after the first say how to load it anyway
         reason = str(error).partition("\n")[0] or type(error).__name__
-        raise JobError(f"{path} cannot be loaded: {reason}. Fetch it anew from {file.origin}") from error
+        raise JobError(f"{path} cannot be loaded: {reason}. Fetch it again from {file.origin}") from error
     tensors = found if isinstance(found, dict) else {}
     missing = [key for key in file.keys if not isinstance(tensors.get(key), Tensor)]
     others = [

@@ -110,7 +110,7 @@ class Card:
             *_comparison(described, differences),
             "## Licence\n",
             f"Of the weights: {about.licence}." if about.licence else
-            "Whoever made this folder did not say under which licence the weights may be used.",
+            "The author of this folder did not state under which licence the weights may be used.",
         ]  # fmt: skip
         return f"---\n{self._front_matter(about)}\n---\n\n" + "\n".join(parts) + "\n"
 

@@ -1,6 +1,6 @@
 """Find the largest batch size whose training step fits into GPU memory, by trial steps before training starts.
 
-    smaller = fit_batch(config, accelerator, sharding="none")     # None: keep --batch_size
+    smaller = find_batch_size(config, accelerator, sharding="none")     # None: keep --batch_size
 
 A trial takes two steps of a separate network, on frames of the run's largest crop, with everything that a run holds in memory
 alongside; nothing of it remains. So the run equals, from its first step on, one started with the smaller --batch_size: the

@@ -1,7 +1,7 @@
 """Record the forward and backward passes of training once, as CUDA graphs, and replay them without waiting for Python.
 
-    let_segments_grow()                                    # before there is a tensor on the GPU
-    record_passes(network)                                 # before it is prepared for training
+    enable_expandable_segments()                           # before there is a tensor on the GPU
+    capture_graphs(network)                                # before it is prepared for training
     prediction = network(img0, img1, timestep, imgt)       # recorded at the first call for a shape, which takes seconds
     training_losses(prediction, imgt, config)["loss"].backward()
 

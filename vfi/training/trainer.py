@@ -300,7 +300,7 @@ class Trainer:
 
     def end_early(self) -> NoReturn:
         """Report that a signal ended the run, whose last step is saved, and raise Stopped."""
-        text = f"stopped after step {self.step} of {self.total} ({self.watch.reason}): --resume auto goes on from there"
+        text = f"stopped after step {self.step} of {self.total} ({self.watch.reason}): --resume auto continues from there"
         self.tracker.log(self.step, "stop", why=[self.watch.reason])
         logger.info(text)
         raise Stopped(text)

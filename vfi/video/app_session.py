@@ -1,6 +1,6 @@
 """Work behind the web page, without Gradio: interpolate between two images, or convert a video to a smoother or slower one.
 
-    work = Work(model, device, precision, folder)
+    work = Session(model, device, precision, folder)
     made = work.images(Path("a.png"), Path("b.png"), timestep=0.5, slower=8, report=print)
     left, right = compared(made.moment, "frame average")
 

@@ -135,7 +135,7 @@ def convert(
                 sink.close()
             if sink.count >= done:
                 partial.keep(temporary, facts(), sink.count)
-                tqdm.write(f"stopped: what was done is {partial.path}; --resume goes on with it")
+                tqdm.write(f"stopped: what was done is {partial.path}; --resume continues it")
             raise
         if isinstance(sink, VideoOutput):
             sink.close()
@@ -158,8 +158,8 @@ def _done(options: Options, partial: Partial, facts: Callable[[], dict[str, Any]
     if not options.resume:
         if partial.path.exists():
             raise JobError(
-                f"{partial.path} is there, from a conversion that was stopped: --resume goes on with it; "
-                f"to start anew, move it away"
+                f"{partial.path} is there, from a conversion that was stopped: --resume continues it; "
+                f"to start from scratch, move it away"
             )
         return 0
     done = partial.frames(facts())

@@ -1,6 +1,6 @@
 """Insert in-between frames into a stream of frames, pair by pair, so that memory does not grow with its length.
 
-    counts = add_frames(source, sink, Multiply(2), between, Care())
+    counts = add_frames(source, sink, FrameMultiplier(2), between, FrameFilter())
 
 `source` and `sink` are videos (vfi/video/container.py) or folders of frames; `between(img0, img1, timesteps)` starts the
 interpolation of a pair and returns a function that waits for its frames. Reading, conversion, the model and writing run at the

@@ -26,7 +26,7 @@ from vfi.errors import JobError
 
 _TO_STREAM = {"h264": "h264_mp4toannexb", "hevc": "hevc_mp4toannexb"}
 """Bitstream filters for codecs whose packets have another form in containers than encoders emit."""
-_ANEW = "to start anew, move it away"
+_ANEW = "to start from scratch, move it away"
 _APART = Fraction(1, 500)  # seconds: some containers have timestamps in milliseconds
 
 

@@ -1,6 +1,6 @@
 """Timestamps and timesteps of the output's frames, computed from the timestamps of the input's frames.
 
-    line = Multiply(4)                       # or Rate(Fraction(60)), or Multiply(4, slower=True): four times as slow
+    line = FrameMultiplier(4)  # or Rate(Fraction(60)), or Multiply(4, slower=True): four times as slow
     base = line.start(first_pts, stream_time_base)
     for moment in line.between(pts0, pts1):  # from a frame up to the next one, which comes with the next call
         moment.timestep, moment.pts          # timestep 0 is the frame itself; pts is in units of `base`

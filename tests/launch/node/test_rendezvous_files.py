@@ -19,7 +19,7 @@ FAILED, LATER = Outcome("failed", 3, why="process 1 ended", time=2.0), Outcome("
         ({0: DONE, 1: STOPPED}, Outcome("stopped", 75, ("SIGUSR2",), time=4.0)),
         ({0: LATER, 1: FAILED}, Outcome("failed", 3, (), "node 1: process 1 ended", 2.0)),  # the first error made the other
         ({0: STOPPED, 1: FAILED}, Outcome("failed", 3, ("SIGUSR2",), "node 1: process 1 ended", 2.0)),
-        ({1: LATER}, Outcome("lost", why="nothing is heard of node 0")),  # and its error comes from that
+        ({1: LATER}, Outcome("lost", why="node 0 did not report")),  # and its error comes from that
     ],
 )
 def test_all_nodes_conclude_the_same(told, expected):

@@ -309,7 +309,7 @@ def test_the_ratio_holds_in_every_window(ratio, global_batch):
 
 
 def test_an_epoch_of_a_mixture_is_the_first_set_once():
-    """The second set goes on where it stopped, in passes of its own that are shuffled anew."""
+    """The second set continues where it stopped, in passes of its own that are shuffled again."""
     plan = Plan([[10, 10, 10, 10], [7, 6]], 0, 6, ratio=(2, 1))
     assert (plan.samples, plan.steps_per_epoch) == (60, 10)
     epochs = [np.concatenate(steps_of(plan, Position(epoch))) for epoch in range(3)]

@@ -85,7 +85,7 @@ WHOLE = header("a.json", size=3) + b"one".ljust(512, b"\0") + header("b.json", s
         (header("a", b"x", size=512) + b"9999 path=b\n".ljust(512, b"\0") + header("b"), "malformed"),
         (header("a", b"x", size=512) + b"-9 path=b\n".ljust(512, b"\0") + header("b"), "malformed"),
         (header("a", b"x", size=512) + b"9 size=-1\n".ljust(512, b"\0") + header("b"), "malformed|no number"),
-        (header("a", b"x", size=512) + b"11 size=-1\n".ljust(512, b"\0") + header("b"), "no number"),
+        (header("a", b"x", size=512) + b"11 size=-1\n".ljust(512, b"\0") + header("b"), "not a number"),
     ],
 )
 def test_what_is_not_so_is_refused(data, message):
@@ -100,7 +100,7 @@ def test_sizes_that_step_back_are_refused(field):
     block[124:136] = field
     block[148:156] = b" " * 8
     block[148:156] = b"%06o\0 " % sum(block)
-    with pytest.raises(TarError, match="at byte 0 claims a size that is no number"):
+    with pytest.raises(TarError, match="at byte 0 claims a size that is not a number"):
         read(bytes(block) * 3)
 
 

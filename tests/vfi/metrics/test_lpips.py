@@ -206,7 +206,9 @@ def test_damaged_files(folder):
     # lengths and places at random, and none of the bytes
     for cut in (0, 1, 100, *(rng.randrange(len(intact)) for _ in range(20))):
         replace(folder / LINEAR, intact[:cut])
-        with pytest.raises(JobError, match=rf"^{folder / LINEAR} cannot be loaded: .*\. Fetch it anew from the repository .*$"):
+        with pytest.raises(
+            JobError, match=rf"^{folder / LINEAR} cannot be loaded: .*\. Fetch it again from the repository .*$"
+        ):
             load_one(folder)
     for _ in range(40):
         damaged = bytearray(intact)

@@ -295,7 +295,7 @@ def is_part(module: nn.Module) -> bool:
 
 
 def test_training_takes_them_as_asked(tmp_path, train_shards, monkeypatch):
-    """Compiled first: what is computed anew is the compiled code."""
+    """Compiled first: what is recomputed is the compiled code."""
     for flags, expected in ((("--compile", "--checkpointing"), ["compile_modules", "checkpoint_activations"]), ((), [])):
         asked: list[str] = []
         for change in ("compile_modules", "checkpoint_activations"):

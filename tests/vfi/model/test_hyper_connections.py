@@ -428,7 +428,7 @@ def test_coefficients_stay_fp32_under_autocast(kind, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_gradients_under_autocast(dtype):
-    """What the backward pass computes anew is fp32 again: the gradients of half-precision streams against those of fp32."""
+    """What the backward pass recomputes is fp32 again: the gradients of half-precision streams against those of fp32."""
     mixing = random_mixing(settings("mhc"))
     half = torch.randn(2, 3, 5, 4, 6).to(dtype)
     weight = torch.randn(half.shape)

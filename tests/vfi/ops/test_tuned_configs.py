@@ -160,7 +160,7 @@ def test_without_mamba_ssm_ours_are_tuned(without_mamba_ssm, monkeypatch, tmp_pa
     assert [step for step, _ in asked] == [(preset, precision) for preset in ("tiny", "base") for precision in both]
     assert asked[-1][1] == {("scan", (1,)), ("convolve", (2,)), ("scan", (3,))}
     assert len(lines) == 4 + 2 + 1
-    assert lines[-2].startswith("base: so far 3 of 4 configurations of our own kernels are changed")
+    assert lines[-2].startswith("base: so far 3 of 4 configurations of the fused Triton kernels are changed")
     assert json.loads(path.read_text()) == {
         "sm_90, triton 3.6": {
             "device": "H100",
@@ -175,7 +175,7 @@ def test_without_mamba_ssm_ours_are_tuned(without_mamba_ssm, monkeypatch, tmp_pa
 
 
 def test_what_is_not_tuned_now_stays(without_mamba_ssm, monkeypatch, tmp_path):
-    """One precision: a class that it has found anew, one that turns out as fast as the code has it, and two of other calls."""
+    """One precision: a class that it has found again, one that turns out as fast as the code has it, and two of other calls."""
 
     def entry(key: list[object], warps: int) -> dict[str, object]:
         return {"key": key, "config": {"num_warps": warps}}

@@ -89,7 +89,7 @@ def test_the_last_used_are_kept(on_cpu):
         for _ in range(3):
             calls(double, torch.rand(1, 3, 4, width))
     assert [key[1][0][3] for key in calls.captured] == [4, 5, 2, 6]
-    calls(double, torch.rand(1, 3, 4, 3))  # one that was dropped starts anew
+    calls(double, torch.rand(1, 3, 4, 3))  # one that was dropped starts again
     assert [key[1][0][3] for key in calls.captured] == [4, 5, 2, 6]
 
 

@@ -1,4 +1,4 @@
-"""A batch that does not fit is halved before training starts: by one process, by two, and never without a word."""
+"""A batch that does not fit is halved before training starts: by one process, by two, and never silently."""
 
 from __future__ import annotations
 

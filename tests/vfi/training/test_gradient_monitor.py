@@ -387,12 +387,12 @@ def test_update_ratio_is_the_change_by_the_size(network):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"guard_factor": 1.0}, "--guard_factor is 1.0; it must be more than 1"),
+        ({"guard_factor": 1.0}, "--guard_factor is 1.0; it must be finite and greater than 1"),
         ({"guard_factor": math.inf}, "--guard_factor is inf"),
         ({"guard_window": 39}, "--guard_window is 39; it must be at least 40"),
         ({"guard_skips": -1}, "--guard_skips is -1; it must not be negative"),
         ({"guard_roll_backs": -1}, "--guard_roll_backs is -1; it must not be negative"),
-        ({"guard_rate_factor": 0.0}, "--guard_rate_factor is 0.0; it must be more than 0"),
+        ({"guard_rate_factor": 0.0}, "--guard_rate_factor is 0.0; it must be greater than 0"),
         ({"guard_rate_factor": 1.5}, "--guard_rate_factor is 1.5"),
         ({"guard": False, "guard_factor": 4.0}, "--guard_factor 4.0 has no effect without --guard"),
         ({"guard": False, "guard_rate_factor": 0.1}, "--guard_rate_factor 0.1 has no effect without --guard"),
