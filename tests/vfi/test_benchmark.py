@@ -107,6 +107,14 @@ def test_numbers_are_those_of_independent_code(data, runs, tmp_path, capsys) -> 
         assert f"{row.psnr:.3f}" in printed
 
 
+def test_fp32_is_fp32(data, runs, tmp_path, monkeypatch) -> None:
+    """Also in adapters, whose convolutions cuDNN would compute in TF32 by default."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    _run("--model", runs / "first", "--data", data, "--out", tmp_path / "results.json", "--limit", 1)
+    assert not torch.backends.cudnn.allow_tf32
+    assert not torch.backends.cuda.matmul.allow_tf32
+
+
 def test_what_results_say_about_model_and_data(data, runs, tmp_path) -> None:
     out = tmp_path / "results.json"
     _run("--model", runs / "first", "--data", data, "--out", out, "--limit", 2)

@@ -23,7 +23,7 @@ from vfi.evaluation.protocols import Rules
 from vfi.evaluation.results import BASELINES, FRAME_AVERAGE, ImageScore
 from vfi.evaluation.task import EvaluationTask, Sample
 from vfi.metrics.image_quality import interpolation_error, psnr, psnr_in, psnr_of_changes, ssim_matlab, ssim_skimage
-from vfi.metrics.motion import MotionStats, estimate
+from vfi.metrics.motion import FlowMethod, MotionStats, estimate, flow_processes
 from vfi.runtime.prefetch import map_ahead
 
 Predictor = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -31,6 +31,7 @@ Predictor = Callable[[Tensor, Tensor, Tensor], Tensor]
 Step = Callable[[Tensor, Tensor, float], Tensor]
 Lpips = Callable[[Tensor, Tensor], Tensor]
 """prediction, truth `[1, 3, H, W]` in [0, 1] -> `[1]`; see vfi/metrics/lpips.py."""
+_WORTH_PROCESSES = 4  # samples per worker from which processes that estimate motion are worth their start
 
 
 class EvalOptions(NamedTuple):
@@ -69,11 +70,13 @@ def measure(bench: EvaluationTask, asks: Mapping[str, Predictor], ledger: ScoreC
     numbers = ledger.missing(bench.samples)
     makers: dict[str, Callable[[Sample], list[Tensor]]] = {name: partial(baseline, name) for name in BASELINES}
     makers |= {name: partial(predict, ask=ask, bench=bench, tta=way.tta) for name, ask in asks.items()}
-    samples = _with_motion(bench.read(numbers), way)
-    bar = tqdm(samples, total=len(numbers), unit="sample", desc="benchmark", disable=None if show else True)
-    for number, (sample, motion) in zip(numbers, bar, strict=True):
-        rows = {name: _score(name, sample, make(sample), motion, bench, way) for name, make in makers.items()}
-        ledger.add(number, {"length": motion.length if motion else None, "rows": rows})
+    processes = way.workers if way.motion and len(numbers) >= _WORTH_PROCESSES * way.workers else 0
+    with flow_processes(processes) as flow_method:
+        samples = _with_motion(bench.read(numbers), way, flow_method)
+        bar = tqdm(samples, total=len(numbers), unit="sample", desc="benchmark", disable=None if show else True)
+        for number, (sample, motion) in zip(numbers, bar, strict=True):
+            rows = {name: _score(name, sample, make(sample), motion, bench, way) for name, make in makers.items()}
+            ledger.add(number, {"length": motion.length if motion else None, "rows": rows})
 
 
 def summarise(found: Sequence[Any]) -> tuple[dict[str, Scores], tuple[float, ...]]:
@@ -110,11 +113,13 @@ def _score(
     return {"images": images, "changes": changes}
 
 
-def _with_motion(samples: Iterable[Sample], way: EvalOptions) -> Iterator[tuple[Sample, MotionStats | None]]:
+def _with_motion(
+    samples: Iterable[Sample], way: EvalOptions, flow_method: FlowMethod
+) -> Iterator[tuple[Sample, MotionStats | None]]:
     """Yield samples with an estimate of their motion, which threads prefetch."""
 
     def with_motion(sample: Sample) -> tuple[Sample, MotionStats | None]:
-        return sample, estimate(sample.img0, sample.img1) if way.motion else None
+        return sample, estimate(sample.img0, sample.img1, flow_method) if way.motion else None
 
     return map_ahead(with_motion, samples, way.workers if way.motion else 0)
 

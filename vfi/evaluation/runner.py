@@ -30,6 +30,7 @@ from vfi.model.interpolator import FrameInterpolator
 from vfi.profiling import costs
 from vfi.runtime.device import DeviceName, pick_device, pick_precision
 from vfi.runtime.logging import logger, show_messages
+from vfi.runtime.numerics import set_numerics
 from vfi.tracking.environment import _environment
 
 
@@ -74,6 +75,7 @@ def benchmark(options: Options, command: str = "") -> Results | None:
     rank, world = _rank(), int(os.environ.get("WORLD_SIZE", "1"))
     show_messages(is_main=rank == 0)
     device = _own_device(options.device)
+    set_numerics()  # by default cuDNN rounds the factors of fp32 convolutions, also in models from elsewhere
     precision = pick_precision(options.precision, device)
     bench = protocol_bench(options, device) if options.protocol else task_from_shards(options, device)
     if not bench.samples:

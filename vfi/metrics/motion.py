@@ -13,6 +13,12 @@ long, at worst half or twice the true one: the outline is not sharp.
 
 from __future__ import annotations
 
+import contextlib
+import multiprocessing
+import signal
+import warnings
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
@@ -43,18 +49,45 @@ class MotionStats(NamedTuple):
     """`[1, 1, H, W]`, bool: pixels of img0 that move by more than MOVING to img1; on the device of the frames."""
 
 
-def estimate(img0: Tensor, img1: Tensor) -> MotionStats:
+FlowMethod = Callable[[np.ndarray, np.ndarray], np.ndarray]
+"""Brightness `[h, w]` of two frames, fp32 -> flow `[2, h, w]`, (dx, dy) in pixels, for `backward_warp` from the second one."""
+
+
+def lucas_kanade(grey0: np.ndarray, grey1: np.ndarray) -> np.ndarray:
+    """Return the flow that warps grey1 to look like grey0, see FlowMethod."""
+    from skimage.registration import optical_flow_ilk  # takes a second to import, and few commands need it
+
+    rows, columns = optical_flow_ilk(grey0, grey1, radius=_RADIUS, num_warp=_WARPS, prefilter=_PREFILTER)
+    return np.stack((columns, rows))
+
+
+@contextlib.contextmanager
+def flow_processes(number: int) -> Iterator[FlowMethod]:
+    """Compute `lucas_kanade` in processes, for threads that call it at the same time; without a number in the caller itself.
+
+    In threads alone it is no faster than in one: most of its time it holds Python's lock.
+    """
+    if not number:
+        yield lucas_kanade
+        return
+    copies = multiprocessing.get_context("fork")  # they only compute with NumPy, and start without importing torch
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)
+        with ProcessPoolExecutor(number, copies, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
+            yield lambda grey0, grey1: pool.submit(lucas_kanade, grey0, grey1).result()
+
+
+def estimate(img0: Tensor, img1: Tensor, flow_method: FlowMethod = lucas_kanade) -> MotionStats:
     """Estimate the motion from img0 to img1, each `[1, 3, H, W]` in [0, 1], sides of at least 2; ValueError for other shapes.
 
     It is computed on the CPU in fp32: half a second for 256×448, 2 to 3 for 4K. Where no motion explains the change as well as
     the flow does, nothing moves: this is the case next to moving objects, where Lucas-Kanade spreads their flow by the radius
-    of
-    its window. NaN in a frame makes the length NaN.
+    of its window. NaN in a frame makes the length NaN.
     """
     if img0.shape != img1.shape or img0.ndim != 4 or img0.shape[:2] != (1, 3) or min(img0.shape[2:]) < 2:
         raise ValueError(f"expected two tensors [1, 3, H, W], H and W from 2, got {tuple(img0.shape)} and {tuple(img1.shape)}")
     grey0, grey1 = (shrunk_grey(image, LONGER_SIDE).cpu() for image in (img0, img1))
-    flow = _lucas_kanade(grey0, grey1)
+    flow = torch.from_numpy(flow_method(grey0[0, 0].numpy(), grey1[0, 0].numpy())).unsqueeze(0)
     flow = torch.where(_stays(grey0, grey1, flow), 0.0, flow)
     lengths = resize_flow(flow, (img0.shape[2], img0.shape[3])).norm(dim=1, keepdim=True)
     return MotionStats(lengths.mean().item(), (lengths > MOVING).to(img0.device))
@@ -69,15 +102,6 @@ def shrunk_grey(image: Tensor, longer_side: int) -> Tensor:
         sides = [max(2, round(side * longer_side / longer)) for side in grey.shape[2:]]
         grey = F.interpolate(grey, size=sides, mode="area")
     return grey
-
-
-def _lucas_kanade(grey0: Tensor, grey1: Tensor) -> Tensor:
-    """Return the flow `[1, 2, h, w]` for `backward_warp` that warps grey1 to look like grey0."""
-    from skimage.registration import optical_flow_ilk  # takes a second to import, and few commands need it
-
-    frames = (grey0[0, 0].numpy(), grey1[0, 0].numpy())
-    rows, columns = optical_flow_ilk(*frames, radius=_RADIUS, num_warp=_WARPS, prefilter=_PREFILTER)
-    return torch.from_numpy(np.stack((columns, rows))).unsqueeze(0)
 
 
 def _stays(grey0: Tensor, grey1: Tensor, flow: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
@@ -12,7 +13,8 @@ import torch
 from scipy import ndimage
 
 from vfi.metrics.flow_color import flow_picture
-from vfi.metrics.motion import LONGER_SIDE, MotionStats, estimate
+from vfi.metrics.motion import LONGER_SIDE, MotionStats, estimate, flow_processes, lucas_kanade
+from vfi.runtime.prefetch import map_ahead
 
 
 def as_tensor(image: np.ndarray) -> torch.Tensor:
@@ -153,6 +155,19 @@ def test_no_motion_is_white():
 def test_colours_of_directions(direction, colour):
     for length in (0.01, 1, 300):  # relative to itself
         assert (flow_picture(uniform(*(length * np.array(direction)))) == colour).all()
+
+
+def test_processes_and_threads_estimate_the_same():
+    frames = [torch.rand(1, 3, 40, 60, generator=torch.Generator().manual_seed(seed)) for seed in range(5)]
+    pairs = list(itertools.pairwise(frames))
+    expected = [estimate(*pair) for pair in pairs]
+    with flow_processes(2) as flow_method:
+        found = list(map_ahead(lambda pair: estimate(*pair, flow_method), pairs, 2))
+    for one, other in zip(found, expected, strict=True):
+        assert one.length == other.length
+        assert torch.equal(one.moving, other.moving)
+    with flow_processes(0) as flow_method:
+        assert flow_method is lucas_kanade
 
 
 def test_lengths_are_relative_to_a_given_one():
