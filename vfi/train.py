@@ -39,7 +39,7 @@ def train(config: Config, flow_teacher: FlowTeacher | None = None) -> None:
     if not config.run.dry_run:
         trainer = Trainer(config, flow_teacher)
         is_main = trainer.accelerator.is_main_process
-        with recorded(trainer.folder, trainer.total, lambda: trainer.step) if is_main else contextlib.nullcontext():
+        with recorded(trainer.folder, trainer.live.total, lambda: trainer.live.step) if is_main else contextlib.nullcontext():
             trainer.fit()
         return
     run = dataclasses.replace(

@@ -106,8 +106,8 @@ def faults(steps: set[int]):
         return found
 
     def faulty_optimise(trainer, meter):
-        due = trainer.step + 1 in steps
-        steps.discard(trainer.step + 1)
+        due = trainer.live.step + 1 in steps
+        steps.discard(trainer.live.step + 1)
         if due and int(os.environ["WORLD_SIZE"]) - 1 == RANK:
             trainer_module.training_losses = faulty_losses
         try:

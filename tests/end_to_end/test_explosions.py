@@ -32,6 +32,7 @@ from vfi.data.sampler import START
 from vfi.training import trainer
 from vfi.training.divergence import Snapshots
 from vfi.training.losses import training_losses
+from vfi.training.optimizer import learning_rate
 from vfi.training.state import read_snapshot
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -59,7 +60,7 @@ def losses(*arguments):
 trainer.training_losses = losses
 run = trainer.Trainer(from_command_line(sys.argv[2:]))
 run.fit()
-torch.save(run.network.state_dict(), sys.argv[1] + os.environ["RANK"])
+torch.save(run.live.network.state_dict(), sys.argv[1] + os.environ["RANK"])
 torch.distributed.destroy_process_group()
 """  # of two processes, in the forward pass of the number CALL
 
@@ -74,7 +75,7 @@ def inject(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
     def optimise(trainer, meter):
         found = plain(trainer, meter)
-        if fault := faults.get(trainer.step + 1):
+        if fault := faults.get(trainer.live.step + 1):
             fault(trainer)
         return found
 
@@ -99,13 +100,13 @@ def spoil(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 def blow_up_layer(trainer: trainer.Trainer) -> None:
     """Multiply the weights of the last layer by 1000, and add 10 to its output."""
     with torch.no_grad():
-        trainer.network.refine.head.weight.mul_(1e3)
-        trainer.network.refine.head.bias.add_(10)
+        trainer.live.network.refine.head.weight.mul_(1e3)
+        trainer.live.network.refine.head.bias.add_(10)
 
 
 def blow_up_gradient(trainer: trainer.Trainer) -> None:
     """Multiply the gradient of one stage by 1e12."""
-    for parameter in trainer.groups["stage1"]:
+    for parameter in trainer.live.groups["stage1"]:
         parameter.grad.mul_(1e12)
 
 
@@ -113,7 +114,7 @@ def step_up_rate(trainer: trainer.Trainer) -> None:
     """Raise the learning rate from now on, also after a roll-back."""
     optim = trainer.config.optim
     raised = dataclasses.replace(optim, lr=TOO_HIGH * optim.lr, lr_min=TOO_HIGH * optim.lr_min)
-    trainer.config = dataclasses.replace(trainer.config, optim=raised)
+    trainer.config = trainer.live.config = dataclasses.replace(trainer.config, optim=raised)
 
 
 def once(fault: Fault) -> Fault:
@@ -340,7 +341,7 @@ def test_checkpoints_of_ruined_weights_are_left_out_and_removed(undisturbed, run
     # and what was done survives a resume
     again = run("saved", "--steps", 62, "--resume", "auto", "--save_every", 2)
     optim = command_line.from_command_line(FLAGS).optim
-    assert [row["lr"] for row in rows(again, "train")[-2:]] == [trainer.learning_rate(step, 62, optim) / 2 for step in (60, 61)]
+    assert [row["lr"] for row in rows(again, "train")[-2:]] == [learning_rate(step, 62, optim) / 2 for step in (60, 61)]
     assert read_state(latest(again).path).guard["roll_backs"] == 1
 
 

@@ -123,14 +123,14 @@ def test_frozen_means_no_gradient_and_norms_in_eval(first, tmp_path, train_shard
     config = command_line.from_command_line([*FLAGS, "--data_path", str(train_shards), "--phase", "2", "--freeze_backbone", "1",
                                         "--steps", "9", "--resume", str(first), "--output_dir", str(tmp_path)])  # fmt: skip
     trainer = trainer_module.Trainer(config)
-    trainer.train_mode()
-    assert not trainer.network.backbone.training
-    assert trainer.network.refine.training
-    assert not any(parameter.requires_grad for parameter in trainer.network.backbone.parameters())
-    trainer.thaw()
-    trainer.train_mode()
-    assert trainer.network.backbone.training
-    assert all(parameter.requires_grad for parameter in trainer.network.parameters())
+    trainer.live.train_mode()
+    assert not trainer.live.network.backbone.training
+    assert trainer.live.network.refine.training
+    assert not any(parameter.requires_grad for parameter in trainer.live.network.backbone.parameters())
+    trainer.live.thaw()
+    trainer.live.train_mode()
+    assert trainer.live.network.backbone.training
+    assert all(parameter.requires_grad for parameter in trainer.live.network.parameters())
 
 
 @pytest.mark.parametrize("stopped_at", [STEPS_PER_EPOCH - 1, STEPS_PER_EPOCH, STEPS_PER_EPOCH + 1])

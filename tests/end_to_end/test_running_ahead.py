@@ -18,6 +18,7 @@ from vfi import train
 from vfi.checkpoint.store import EMA, MODEL, list_checkpoints
 from vfi.checkpoint.weights import read_optimizer
 from vfi.training import optimizer, trainer
+from vfi.training import run as run_state
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 FLAGS = ["--preset", "tiny", "--width", "2", "--head_dim", "8", "--backbone_mode", "gated_attn_only", "--mixing", "mhc",
@@ -30,14 +31,14 @@ NOT_A_NUMBER, LARGE, BLOWN_UP = (23, 24), (26, 27, 28), 32
 def disturb(trainer: trainer.Trainer, step: int, broken: set[int]) -> None:
     """Change the gradient, or once the weights, of the steps above by more than any ordinary step on any processor."""
     if step in NOT_A_NUMBER:
-        next(trainer.network.parameters()).grad.fill_(math.nan)
+        next(trainer.live.network.parameters()).grad.fill_(math.nan)
     if step in LARGE:
-        for parameter in trainer.groups["stage1"]:
+        for parameter in trainer.live.groups["stage1"]:
             parameter.grad.mul_(1e12)
     if step == BLOWN_UP and not broken:
         broken.add(step)
         with torch.no_grad():
-            trainer.network.refine.head.weight.mul_(1e3)
+            trainer.live.network.refine.head.weight.mul_(1e3)
 
 
 @pytest.fixture
@@ -49,7 +50,7 @@ def trained(tmp_path, train_shards, monkeypatch):
 
         def disturbed(trainer, meter):
             found = optimise(trainer, meter)
-            disturb(trainer, trainer.step + 1, broken)
+            disturb(trainer, trainer.live.step + 1, broken)
             return found
 
         def counted(trainer, batch, step):
@@ -62,7 +63,7 @@ def trained(tmp_path, train_shards, monkeypatch):
 
         with monkeypatch.context() as patch:
             patch.setattr(trainer, "_waits_for", lambda device: not waits)
-            patch.setattr(trainer, "build_optimizer", fused)
+            patch.setattr(run_state, "build_optimizer", fused)
             patch.setattr(trainer.Trainer, "optimise", disturbed)
             patch.setattr(trainer.Trainer, "forward", counted)
             train.main([*FLAGS, *flags, "--data_path", str(train_shards), "--output_dir", str(tmp_path), "--exp_name", name])

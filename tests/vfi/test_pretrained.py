@@ -458,7 +458,8 @@ class Hub(http.server.BaseHTTPRequestHandler):
     def _answer(self, body: bool) -> None:
         path = self.path.partition("?")[0]
         self.server.asked.append(path)
-        self.server.tokens.add(self.headers.get("Authorization"))
+        if "/org/" in self.path:  # once a day the library asks for other things, without a token
+            self.server.tokens.add(self.headers.get("Authorization"))
         files = {file.name: file.read_bytes() for file in self.server.folder.iterdir()}
         repository = "/api/models/org/mine"
         revision = path.rpartition("/")[2]
@@ -577,7 +578,7 @@ def begun(start: str | Path, tmp_path: Path, shards: Path, *flags: object) -> tr
 def test_training_starts_from_a_saved_model(where, hub, saved, tmp_path, train_shards, capsys) -> None:
     trainer = begun(saved if where == "a folder" else "org/mine", tmp_path, train_shards)
     weights = load_file(saved / "model.safetensors")
-    assert all(torch.equal(tensor, weights[name]) for name, tensor in trainer.network.state_dict().items())
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in trainer.live.network.state_dict().items())
     assert "(step 4)" in capsys.readouterr().out
     trainer.fit()
     assert store.latest(trainer.folder).step == 1

@@ -148,7 +148,7 @@ def test_training_starts_from_it(folder, train_shards, tmp_path, flag, capsys) -
     words = ["--preset", "tiny", "--phase", 2, "--data_path", train_shards, "--num_workers", 0, "--crop", 64, "--steps", 1]
     trainer = trainer_module.Trainer(command_line.from_command_line([*map(str, words), flag, "shipped"]))
     weights = load_file(folder / "model.safetensors")
-    for name, tensor in trainer.network.state_dict().items():
+    for name, tensor in trainer.live.network.state_dict().items():
         assert tensor.dtype == torch.float32
         assert torch.equal(tensor, weights[name].float())
     assert f"starting from the weights of {folder} (step {STEP})" in capsys.readouterr().out

@@ -27,6 +27,9 @@ class BadSample(NamedTuple):
     where: str
     why: str
 
+    def __str__(self) -> str:
+        return f"{self.kind}: {self.where}: {self.why}"
+
 
 class FaultError(ShardError):
     """Raised for a sample that can't be used."""

@@ -21,11 +21,20 @@ from torch import Tensor
 from vfi.checkpoint.store import check, list_checkpoints
 from vfi.distributed.collectives import on_main
 from vfi.io.verified_folder import remove_folder
+from vfi.model.hyper_connections import annealing_factor, set_annealing
+from vfi.model.interpolator import FrameInterpolator
 from vfi.training.state import Snapshot, read_snapshot
 
 _ANNEALING_RISE = 0.1  # fraction of the remaining distance to the identity, each time the guard sees an explosion building
 Part = tuple[Tensor, tuple[str, ...]]
 """One forward pass: its loss, still on the device, and the keys of its samples."""
+
+
+def raise_annealing(network: FrameInterpolator) -> float:
+    """Move the residual mixing a tenth closer to the identity, and return the annealing factor."""
+    now = annealing_factor(network)
+    set_annealing(network, now + _ANNEALING_RISE * (1 - now))
+    return annealing_factor(network)
 
 
 def suspects(parts: list[Part]) -> list[str]:

@@ -12,56 +12,43 @@ from typing import NamedTuple, NoReturn
 
 import psutil
 import torch
-from accelerate.utils import gather_object, set_seed
-from torch import Tensor, nn
+from accelerate.utils import gather_object
+from torch import Tensor
 from tqdm import tqdm
 
 from vfi.checkpoint import store
-from vfi.checkpoint.store import State
 from vfi.config.configs import KNOWN_STEPS, Config, ConfigError, accumulation
 from vfi.data.bad_samples import BadSampleCounts, BadSampleMonitor
 from vfi.data.batch import FrameBatch
 from vfi.data.loader import TrainingLoader
-from vfi.data.sampler import Position
 from vfi.distributed.collectives import check_agreement, on_main
-from vfi.distributed.gradients import copies, layer_groups, update_ratios
-from vfi.distributed.launcher_checks import asked_precision, idle_gpus, start_accelerator
+from vfi.distributed.gradients import copies, update_ratios
+from vfi.distributed.launcher_checks import start_accelerator
 from vfi.distributed.select import sharding
 from vfi.distributed.watchdog import Watchdog
 from vfi.errors import Stopped
-from vfi.io.dataclass_json import to_json, write_text
-from vfi.model.compile import checkpoint_activations, compile_modules
-from vfi.model.hyper_connections import MixingRecord, annealing_factor, mixing_report, recording, set_annealing
-from vfi.model.interpolator import FrameInterpolator
-from vfi.ops.loss.laplacian import choose_loss
+from vfi.model.hyper_connections import MixingRecord, mixing_report, recording, set_annealing
 from vfi.runtime.logging import logger
 from vfi.runtime.numerics import set_numerics
-from vfi.tracking.environment import METRICS, environment, versions, write_environment
+from vfi.tracking.environment import METRICS
 from vfi.tracking.tracker import Tracker
 from vfi.training.auto_batch_size import find_batch_size
-from vfi.training.cuda_graphs import GraphRecorder, capture_graphs, enable_expandable_segments
-from vfi.training.divergence import _ANNEALING_RISE, Part, Snapshots, TrainingError, go_back, suspects
-from vfi.training.ema import Ema
-from vfi.training.gradient_monitor import PROCEED, Decision, GradientMonitor, async_copy_to_cpu
+from vfi.training.cuda_graphs import enable_expandable_segments
+from vfi.training.description import describe
+from vfi.training.divergence import Part, Snapshots, TrainingError, go_back, raise_annealing, suspects
+from vfi.training.gradient_monitor import PROCEED, Decision, async_copy_to_cpu
 from vfi.training.losses import training_losses
-from vfi.training.optimizer import annealing, build_optimizer, carry_over, freeze, learning_rate
+from vfi.training.optimizer import annealing
 from vfi.training.progress_bar import progress
-from vfi.training.resume import (
-    init_from_attention,
-    load_initial_weights,
-    load_own_weights,
-    resume_point,
-    saved_position,
-    starting_position,
-)
-from vfi.training.state import Snapshot, gather_random, read_snapshot, restore, scaler_state
+from vfi.training.resume import resume_point
+from vfi.training.run import Run
+from vfi.training.state import Snapshot, read_snapshot
 from vfi.training.step_profiler import StepProfiler
 from vfi.training.throughput import Meter
 from vfi.training.validation import Score, Validation
 
 FlowTeacher = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 """img0, img1, timestep -> flow_t0, flow_t1 in pixels: what to distil (Exp-2e) in place of flow stored in the shards."""
-DEFAULT_EPOCHS = {1: 300, 2: 200, 3: 100}  # by phase
 _FAULTS_SHOWN = 5  # bad samples printed to the screen for each row of metrics
 
 
@@ -106,11 +93,12 @@ class Trainer:
         self.snapshots = Snapshots(max(KNOWN_STEPS, config.guard.guard_window // 4 + 1))
         self.raised_annealing = 0.0  # by the guard, for good
         self.can_keep_snapshots = config.guard.guard and config.guard.guard_roll_backs > 0 and self.strategy.name == "none"
-        self._build(self._read_resumed())
-        self.tracker = Tracker(self.folder, self.step, self.accelerator.is_main_process)
+        self.score: Score | None = None
+        self.live = self._build_run(self._read_resumed())
+        self.tracker = Tracker(self.folder, self.live.step, self.accelerator.is_main_process)
         if self.data.batch_size != config.data.batch_size:
             numbers = {"batch_size": self.data.batch_size, "accumulation": self.accumulation}
-            self.tracker.log(self.step, "batch", asked=config.data.batch_size, **numbers)
+            self.tracker.log(self.live.step, "batch", asked=config.data.batch_size, **numbers)
         self.tally, self.skipped = BadSampleCounts(), BadSampleMonitor(self.data.max_fault_rate, self.loader.plan.samples)
 
     def _fit_batch(self) -> None:
@@ -130,152 +118,74 @@ class Trainer:
             logger.info(line)
         return read_snapshot(self.start.path) if self.start.is_resume and self.start.path else None
 
-    def _build(self, snapshot: Snapshot | None) -> None:
-        """Build network, optimizer and data position, from `snapshot` or from scratch; also after a roll-back."""
-        config = self.config
-        set_seed(self.run.seed)
-        self.network = FrameInterpolator(config.model, self.accelerator.device)
-        self.choices = [*self.network.choices(), choose_loss(config.optim.loss_backend, self.accelerator.device)[1]]
-        self.step = (
-            load_own_weights(self.network, snapshot, config) if snapshot
-            else load_initial_weights(self.network, self.start, config)
-        )  # fmt: skip
-        self.least_annealing = annealing_factor(self.network)  # read once: each read waits for the device
-        if config.run.matvlm_plan != "off" and snapshot is None:
-            init_from_attention(self.network, config)
-        saved = saved_position(self.loader.plan, snapshot, self.step)
-        # the checkpoint of the last frozen step still has a frozen backbone: it is unfrozen in the step after it
-        self.frozen = config.optim.freeze_backbone > 0 and saved.position <= Position(config.optim.freeze_backbone)
-        self.position = starting_position(self.loader.plan, saved)
-        self.batches = self.loader.batches(self.position)
-        self.upcoming: FrameBatch | None = None
-        self.next_losses: dict[str, Tensor] | None = None
-        epochs = self.run.epochs or DEFAULT_EPOCHS[config.model.phase]
-        self.total = self.run.steps or self.step + self.loader.plan.steps_until(self.position, epochs)
-        if self.frozen and self.start.path is None:
-            raise ConfigError(
-                f"--freeze_backbone {config.optim.freeze_backbone} would keep a backbone as it is that was never trained: "
-                f"add --resume with the run of an earlier phase"
-            )
-        if self.frozen:
-            freeze(self.network.backbone)
-        self.parameters = sum(parameter.numel() for parameter in self.network.parameters())
-        if config.compute.compile:
-            compile_modules(self.network)
-        if config.compute.checkpointing:
-            checkpoint_activations(self.network)
-        self.recorder = self._record() if config.compute.cuda_graphs else None
-        self.strategy.configure(config, self.frozen)
-        self.model, self.optimizer = self.strategy.prepare(self.network, self._build_optimizer)
-        self.ema = Ema(self.network, config.optim.ema) if config.optim.ema else None
-        self.score: Score | None = None
-        self.groups = layer_groups(self.network)
-        self.monitor = GradientMonitor(self.groups, config.guard) if config.guard.guard else None
-        if snapshot is not None:
-            restore(self.accelerator, snapshot, self.strategy, self.ema, self.monitor)
-
-    def _build_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
-        return build_optimizer(model, self.config.optim, self.config.compute.cuda_graphs)
-
-    def _record(self) -> GraphRecorder:
-        """Capture the network's passes as CUDA graphs; ConfigError where that is not possible."""
-        device = self.accelerator.device.type
-        if device != "cuda":
-            raise ConfigError(f"--cuda_graphs is for a CUDA GPU, and this trains on {device}: leave it out")
-        if self.strategy.name != "none":
-            raise ConfigError(f"--cuda_graphs needs weights that stay where they are, and {self.strategy.name} moves them")
-        return capture_graphs(self.network)
-
-    def describe(self) -> None:
-        """Print a summary of the run, and write config.json and environment.json."""
-        device, world = self.accelerator.device, self.accelerator.num_processes
-        size = f"{self.parameters / 1e6:.2f} M parameters"
-        logger.info(f"run {self.folder}: preset {self.run.preset}, phase {self.config.model.phase}, {size}")
-        where = device.type if self.strategy.name == "none" else f"{device.type} in shards ({self.strategy.name})"
-        logger.info(
-            f"{world} process{'es' * (world > 1)} on {where}, precision {asked_precision()}, "
-            f"global batch {self.loader.plan.global_batch} = {self.data.batch_size} * {world} * {self.accumulation} accumulated"
-        )
-        plan = self.loader.plan
-        epochs = self.epoch + (self.total - self.step) / plan.steps_per_epoch
-        mixed = " of a mixture" if len(self.data.data_path) > 1 else ""
-        logger.info(f"{plan.samples} samples{mixed}, {plan.steps_per_epoch} steps an epoch, {epochs:.1f} epochs")
-        for choice in self.choices:
-            logger.info(choice)
-        if self.monitor and self.strategy.name != "none":
-            logger.info(
-                "weights are in shards: the guard keeps no state in memory and goes back to checkpoints alone (--save_every)"
-            )
-        if idle_gpus():
-            logger.info(f"{idle_gpus()} more GPUs are visible and not used: accelerate_configs/ddp.yaml uses several")
-        if self.accelerator.is_main_process:
-            write_text(self.folder / store.CONFIG, to_json(self.config))
-            content = environment(device) | {"processes": world, "precision": asked_precision(), "sharding": self.strategy.name}
-            write_environment(self.folder, content | {"choices": self.choices, "from_step": self.step})
+    def _build_run(self, snapshot: Snapshot | None) -> Run:
+        """Build the run from a state, or from its initial weights; also after a roll-back."""
+        return Run(self.config, self.accelerator, self.strategy, self.loader, self.start, snapshot)
 
     def fit(self) -> None:
         """Train to the last step; log, validate and save along the way."""
-        self.describe()
+        describe(self.live, self.folder)
         meter = Meter(self.loader.plan.global_batch)
-        self.train_mode()
+        self.live.train_mode()
         is_main = self.accelerator.is_main_process
-        bar = progress(self.step, self.total, is_main)
+        bar = progress(self.live.step, self.live.total, is_main)
         profiler = StepProfiler(self.folder / "profile", self.run.profile * is_main, self.accelerator.device)
         with contextlib.closing(self.tracker), self.watch, bar, profiler:
             self.catch_up()
             self.keep_snapshot()
-            first = self.step
-            while self.step < self.total:
-                with profiler.step(self.step + 1):
+            first = self.live.step
+            while self.live.step < self.live.total:
+                with profiler.step(self.live.step + 1):
                     self.train_step(meter, bar)
-                if self.step == first + 1:
-                    self.tracker.log(self.step, "start", seconds=round(time.time() - psutil.Process().create_time(), 1))
+                if self.live.step == first + 1:
+                    self.tracker.log(self.live.step, "start", seconds=round(time.time() - psutil.Process().create_time(), 1))
 
     def catch_up(self) -> None:
         """Run the validation of the step that training resumes from, if the run was stopped before it."""
-        due = self.validation is not None and (self.step % self.run.val_every == 0 or self.step >= self.total)
-        missing = self.start.is_resume and due and not self.tracker.has(self.step, "val")
+        due = self.validation is not None and (self.live.step % self.run.val_every == 0 or self.live.step >= self.live.total)
+        missing = self.start.is_resume and due and not self.tracker.has(self.live.step, "val")
         if self.watch.agreement.any(missing, at_once=True) and not self.validate():
             self.end_early()
 
     def train_step(self, meter: Meter, bar: tqdm) -> None:
         """Take one optimizer step, then log, validate and save where that is due."""
-        if self.frozen and self.position.epoch >= self.config.optim.freeze_backbone:
-            self.thaw()
+        live = self.live
+        if live.frozen and live.position.epoch >= self.config.optim.freeze_backbone:
+            live.thaw()
         if self.config.optim.mhc_anneal:
-            planned = annealing(self.step, self.total, self.config.optim)
-            set_annealing(self.network, max(planned, self.least_annealing))  # never lowered: the weights adapted to it
-        last = self.step + 1 == self.total
-        due = (self.step + 1) % self.run.log_every == 0 or last
+            planned = annealing(live.step, live.total, self.config.optim)
+            set_annealing(live.network, max(planned, live.least_annealing))  # never lowered: the weights adapted to it
+        last = live.step + 1 == live.total
+        due = (live.step + 1) % self.run.log_every == 0 or last
         watching: contextlib.AbstractContextManager[dict[str, MixingRecord]]
-        watching = recording(self.network) if due else contextlib.nullcontext({})
+        watching = recording(live.network) if due else contextlib.nullcontext({})
         with watching as records:
             losses, parts = self.optimise(meter)
         result = self.optimizer_step(losses["loss"], measured=due)
-        self.step += 1
-        self.position = self.loader.plan.after(self.position)
+        live.advance()
         if result.decision.action != "go":
             self.respond(result.decision, parts)
         if result.decision.action == "roll_back":
             meter.restart()
-            bar.n = self.step
+            bar.n = live.step
             bar.refresh()
             return
         meter.add(losses, result.decision.moves)
         bar.update()
         if due:
             mean = self.accelerator.reduce(meter.mean_losses(), reduction="mean")
-            pool_free = self.recorder.pool_bytes_free if self.recorder else 0
-            row = meter.read(mean, result.norm, pool_free) | {"lr": self.rate(self.step - 1), "epoch": self.epoch}
+            pool_free = live.recorder.pool_bytes_free if live.recorder else 0
+            row = meter.read(mean, result.norm, pool_free)
+            row |= {"lr": live.learning_rate(live.step - 1), "epoch": live.epoch}
             row |= self.by_group("grad", result.norms)
             row |= self.by_group("update", result.ratios) if self.strategy.measures_updates else {}
             row |= {f"mixing_{name}": value for name, value in mixing_report(records).items()}
             self.check_finite(row["loss"], row["grad_norm"])
             bar.set_postfix(loss=f"{row['loss']:.4f}", samples_s=f"{row['samples_per_s']:.1f}", refresh=False)
-            self.tracker.log(self.step, "train", **row)
+            self.tracker.log(live.step, "train", **row)
             self.report_faults()
-        validating = self.validation is not None and (self.step % self.run.val_every == 0 or last)
-        saving = self.step % self.run.save_every == 0 or last
+        validating = self.validation is not None and (live.step % self.run.val_every == 0 or last)
+        saving = live.step % self.run.save_every == 0 or last
         stopping = self.watch.stop(at_once=validating or saving)
         if validating or saving or stopping:
             with meter.paused():
@@ -288,106 +198,90 @@ class Trainer:
 
     def validate(self) -> bool:
         """Validate the network on all processes and log the score; return False where a process was told to stop meanwhile."""
+        live = self.live
         assert self.validation is not None
-        with self.ema.in_place() if self.ema else contextlib.nullcontext():
+        with live.ema.in_place() if live.ema else contextlib.nullcontext():
             self.score = self.validation.run(
-                self.network, self.accelerator, self.tracker, self.watch, self.step, self.strategy.forward_is_collective
+                live.network,
+                self.accelerator,
+                self.tracker,
+                self.watch,
+                live.step,
+                self.strategy.forward_is_collective,
             )
-        self.train_mode()
+        live.train_mode()
         if self.score:
-            logger.info(f"{self.score}{', EMA weights' if self.ema else ''}")
+            logger.info(f"{self.score}{', EMA weights' if live.ema else ''}")
         return self.score is not None
 
     def end_early(self) -> NoReturn:
         """Report that a signal ended the run, whose last step is saved, and raise Stopped."""
-        text = f"stopped after step {self.step} of {self.total} ({self.watch.reason}): --resume auto continues from there"
-        self.tracker.log(self.step, "stop", why=[self.watch.reason])
+        done = f"step {self.live.step} of {self.live.total}"
+        text = f"stopped after {done} ({self.watch.reason}): --resume auto continues from there"
+        self.tracker.log(self.live.step, "stop", why=[self.watch.reason])
         logger.info(text)
         raise Stopped(text)
-
-    def train_mode(self) -> None:
-        """Switch to training mode, except for a frozen backbone."""
-        self.model.train()
-        if self.frozen:
-            self.network.backbone.eval()
-
-    def thaw(self) -> None:
-        """Unfreeze the backbone: build a new optimizer that keeps the old one's state of the other parameters."""
-        logger.info(f"step {self.step}: the backbone trains from now on")
-        self.frozen = False
-        old = self.optimizer.optimizer
-        freeze(self.network.backbone, frozen=False)
-        optimizer = self._build_optimizer(self.network)
-        carry_over(old, optimizer)
-        self.model, self.optimizer = self.strategy.rebuild_optimizer(self.network, optimizer)
-
-    @property
-    def epoch(self) -> float:
-        """The number of epochs seen so far."""
-        return self.loader.plan.epochs_at(self.position)
-
-    def rate(self, step: int) -> float:
-        """Return the learning rate of a step."""
-        return learning_rate(step, self.total, self.config.optim) * (self.monitor.rate_factor if self.monitor else 1)
 
     def optimise(self, meter: Meter) -> tuple[dict[str, Tensor], list[Part]]:
         """Accumulate the gradient of one step over `accumulation` batches.
 
         Returns the mean losses, still on the device, and each forward pass with its loss and sample keys.
         """
+        live = self.live
         means: dict[str, Tensor] = {}
         parts: list[Part] = []
         for _ in range(self.accumulation):
-            if self.upcoming is None:
-                self.fetch(meter, self.step + 1)
-            batch, self.upcoming = self.upcoming, None
+            if live.upcoming is None:
+                self.fetch(meter, live.step + 1)
+            batch, live.upcoming = live.upcoming, None
             assert batch is not None
             self.tally.add(len(batch.keys), batch.faults)
             with self.strategy.accumulate():
-                losses, self.next_losses = self.next_losses or self.forward(batch, self.step + 1), None
-                self.watch.at(f"the backward pass of step {self.step + 1}")
+                losses, live.next_losses = live.next_losses or self.forward(batch, live.step + 1), None
+                self.watch.at(f"the backward pass of step {live.step + 1}")
                 self.strategy.backward(losses["loss"])
             parts.append((losses["loss"].detach(), batch.keys))
             for name, loss in losses.items():
                 means[name] = means.get(name, 0) + loss.detach() / self.accumulation
             of_this_step = len(parts) < self.accumulation
-            if of_this_step or self.step + 1 < self.total:
-                self.fetch(meter, self.step + 1 if of_this_step else self.step + 2)
+            if of_this_step or live.step + 1 < live.total:
+                self.fetch(meter, live.step + 1 if of_this_step else live.step + 2)
         return means, parts
 
     def forward(self, batch: FrameBatch, step: int) -> dict[str, Tensor]:
         """Return the losses of a batch in step `step`."""
         self.watch.at(f"the forward pass of step {step}")
-        prediction = self.model(batch.img0, batch.img1, batch.timestep, batch.imgt)
+        prediction = self.live.model(batch.img0, batch.img1, batch.timestep, batch.imgt)
         return training_losses(prediction, batch.imgt, self.config.optim, self.flow_to_learn(batch))
 
     def fetch(self, meter: Meter, step: int) -> None:
         """Fetch the next batch while the GPU is still busy with the previous one."""
         self.watch.at(f"the wait for data of step {step}")
         with meter.waiting(self.accelerator.device):
-            self.upcoming = next(self.batches)
+            self.live.upcoming = next(self.live.batches)
 
     def optimizer_step(self, loss: Tensor, measured: bool) -> StepResult:
         """Check the gradient and, if the guard allows it, update the weights; `measured`: also measure how much they change."""
-        self.watch.at(f"the update of step {self.step + 1}")
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.rate(self.step)
-        norms = self.strategy.gradient_norms(self.groups)
+        live = self.live
+        self.watch.at(f"the update of step {live.step + 1}")
+        for group in live.optimizer.param_groups:
+            group["lr"] = live.learning_rate(live.step)
+        norms = self.strategy.gradient_norms(live.groups)
         norm, ratios = torch.linalg.vector_norm(norms), torch.zeros_like(norms)
         longest = self.config.optim.clip_norm or math.inf
-        decision = self.decide(loss, norms, norm, longest) if self.monitor else PROCEED
+        decision = self.decide(loss, norms, norm, longest) if live.monitor else PROCEED
         if decision.action != "go":
-            self.next_losses = None
+            live.next_losses = None
         if decision.moves:
-            before = copies(self.groups) if measured and self.strategy.measures_updates else None
-            if self.next_losses:
+            before = copies(live.groups) if measured and self.strategy.measures_updates else None
+            if live.next_losses:
                 self.strategy.zero_grad()
             else:
                 self.strategy.step(norm, min(longest, decision.clip_norm))
-            if self.ema and not self.optimizer.step_was_skipped:
-                self.ema.update()
+            if live.ema and not live.optimizer.step_was_skipped:
+                live.ema.update()
             if before:
-                ratios = update_ratios(self.groups, before)
+                ratios = update_ratios(live.groups, before)
         else:
             self.strategy.skip_step()
         return StepResult(decision, norm, norms, ratios)
@@ -398,15 +292,16 @@ class Trainer:
         Reading those numbers makes the program wait for the device, which then waits for the program. So, where possible, the
         optimizer step is tried and the next forward pass started before they are read: see `can_run_ahead`.
         """
-        assert self.monitor is not None
+        live = self.live
+        assert live.monitor is not None
         scaler = self.accelerator.scaler
         seen = self.accelerator.reduce(torch.cat((loss.reshape(1), norms)), reduction="mean")
-        if self.upcoming and self.can_run_ahead():
+        if live.upcoming and self.can_run_ahead():
             wait = async_copy_to_cpu(seen)
-            self.strategy.speculative_step(norm, longest, self.monitor.needs_review(seen))
-            self.next_losses = self.forward(self.upcoming, self.step + 2)
+            self.strategy.speculative_step(norm, longest, live.monitor.needs_review(seen))
+            live.next_losses = self.forward(live.upcoming, live.step + 2)
             seen = wait()
-        return self.monitor.decide(self.step + 1, seen, scaler.get_scale() if scaler else 1.0)
+        return live.monitor.decide(live.step + 1, seen, scaler.get_scale() if scaler else 1.0)
 
     def can_run_ahead(self) -> bool:
         """Return whether the next forward pass may start before the guard has seen the numbers of this step.
@@ -414,68 +309,62 @@ class Trainer:
         It may where nothing else happens between the two steps or changes with the next one. An unusual step is undone on the
         device and that forward pass discarded: the run is bit-identical to one that waits.
         """
-        this, run = self.step + 1, self.run
+        this, run = self.live.step + 1, self.run
         due = (run.log_every, run.save_every, run.val_every, self.snapshots.every)
-        special = this + 1 == self.total or any(step % every == 0 for every in due for step in (this, this + 1))
-        changes = self.frozen or annealing(this, self.total, self.config.optim) > 0
+        special = this + 1 == self.live.total or any(step % every == 0 for every in due for step in (this, this + 1))
+        changes = self.live.frozen or annealing(this, self.live.total, self.config.optim) > 0
         able = self.accumulation == 1 and self.strategy.can_try and _waits_for(self.accelerator.device)
         return able and not special and not changes
 
     def by_group(self, kind: str, values: Tensor) -> dict[str, float]:
         """Return one value per layer group as entries of a row of metrics."""
-        return {f"{kind}_{name}": value for name, value in zip(self.groups, values.tolist(), strict=True)}
+        return {f"{kind}_{name}": value for name, value in zip(self.live.groups, values.tolist(), strict=True)}
 
     def respond(self, decision: Decision, parts: list[Part]) -> None:
         """Carry out the guard's decision beyond the step itself, and log it; TrainingError where training can't continue."""
-        assert self.monitor is not None
-        step, samples = self.step, suspects(parts)
+        assert self.live.monitor is not None
+        step, samples = self.live.step, suspects(parts)
         numbers: dict[str, float] = {}
         if decision.action == "watch":
             numbers["clip_norm"] = decision.clip_norm
         if decision.building and self.config.model.mixing != "none":
-            numbers["annealing"] = self.raise_annealing()
+            numbers["annealing"] = self.live.least_annealing = self.raised_annealing = raise_annealing(self.live.network)
         if decision.action == "roll_back":
             numbers = self.roll_back(decision) | {"from_step": step}
-        self.tracker.log(self.step, decision.action, why=[decision.why], samples=samples, **numbers)
-        if decision.action != "watch" or self.monitor.in_a_row == 1:
+        self.tracker.log(self.live.step, decision.action, why=[decision.why], samples=samples, **numbers)
+        if decision.action != "watch" or self.live.monitor.in_a_row == 1:
             given = "".join(f", {name} {value:.3g}" for name, value in numbers.items())
             logger.info(
                 f"step {step}: {decision.action}{given}: {decision.why}; samples {', '.join(samples[:_FAULTS_SHOWN])} …"
             )
         if decision.action == "stop":
-            self.give_up(decision.why, f"the run went back {self.monitor.roll_backs} times, as --guard_roll_backs allows")
-
-    def raise_annealing(self) -> float:
-        """Move the residual mixing a tenth closer to the identity, permanently, and return the annealing factor."""
-        now = annealing_factor(self.network)
-        set_annealing(self.network, now + _ANNEALING_RISE * (1 - now))
-        self.least_annealing = self.raised_annealing = annealing_factor(self.network)
-        return self.least_annealing
+            self.give_up(decision.why, f"the run went back {self.live.monitor.roll_backs} times, as --guard_roll_backs allows")
 
     def roll_back(self, decision: Decision) -> dict[str, float]:
         """Return to the last good state, with a lower learning rate from now on; return what has changed, for the log."""
-        self.watch.at(f"going back from step {self.step}")
-        former, snapshot = self.monitor, go_back(self.accelerator, self.folder, decision.began, self.snapshots)
+        self.watch.at(f"going back from step {self.live.step}")
+        former, snapshot = self.live.monitor, go_back(self.accelerator, self.folder, decision.began, self.snapshots)
         if snapshot is None:
             where = "in memory or as a checkpoint" if self.can_keep_snapshots else "as a checkpoint"
             self.give_up(decision.why, f"there is no good state from before step {decision.began} to go back to, {where}")
         self.accelerator.free_memory()
-        self._build(snapshot)
+        del self.live  # before there is another one in memory
+        self.live, self.score = self._build_run(snapshot), None
         # what the schedule has raised is to fall again: other weights were learnt under it
-        self.least_annealing = max(self.least_annealing, self.raised_annealing)
-        set_annealing(self.network, self.least_annealing)
-        assert self.monitor is not None
+        self.live.least_annealing = max(self.live.least_annealing, self.raised_annealing)
+        set_annealing(self.live.network, self.live.least_annealing)
+        assert self.live.monitor is not None
         assert former is not None
-        self.monitor.resume_after(former)
-        self.train_mode()
+        self.live.monitor.resume_after(former)
+        self.live.train_mode()
         self.keep_snapshot()
-        numbers = {"roll_backs": self.monitor.roll_backs, "rate_factor": self.monitor.rate_factor}
+        numbers = {"roll_backs": self.live.monitor.roll_backs, "rate_factor": self.live.monitor.rate_factor}
         return numbers | {"from_memory": float(snapshot.path is None)}
 
     def give_up(self, why: str, more: str) -> NoReturn:
         """Raise TrainingError where the guard has no remedy left."""
         raise TrainingError(
-            f"step {self.step}: {why}; {more}. What was done, and the samples concerned, are in {self.folder / METRICS}. "
+            f"step {self.live.step}: {why}; {more}. What was done, and the samples concerned, are in {self.folder / METRICS}. "
             f"Try a lower --lr or a longer --warmup_steps"
         )
 
@@ -497,10 +386,10 @@ class Trainer:
 
         Both are the same on all processes, so all of them stop. With a guard such a step was not taken.
         """
-        finite = math.isfinite(loss) and (math.isfinite(norm) or self.optimizer.step_was_skipped)  # by the loss scaler
-        if self.monitor is None and not finite:
+        finite = math.isfinite(loss) and (math.isfinite(norm) or self.live.optimizer.step_was_skipped)  # by the loss scaler
+        if self.live.monitor is None and not finite:
             raise TrainingError(
-                f"the loss is {loss}, the norm of the gradient {norm} at step {self.step}; the last good checkpoint is "
+                f"the loss is {loss}, the norm of the gradient {norm} at step {self.live.step}; the last good checkpoint is "
                 f"{store.latest(self.folder) or 'none'}. Try a lower --lr or a longer --warmup_steps"
             )
 
@@ -510,9 +399,11 @@ class Trainer:
         self.tally = BadSampleCounts()
         if not fresh:
             return
-        named = [f"{fault.kind}: {fault.where}: {fault.why}" + f" ({n} times)" * (n > 1) for fault, n in fresh.items()]
-        self.tracker.log(self.step, "fault", named=named, **self.skipped.numbers())
-        logger.info(f"step {self.step}: skipped {fresh.total()} samples that can't be used, {self.skipped.rate:.2%} so far")
+        named = [f"{fault}{f' ({n} times)' * (n > 1)}" for fault, n in fresh.items()]
+        self.tracker.log(self.live.step, "fault", named=named, **self.skipped.numbers())
+        logger.info(
+            f"step {self.live.step}: skipped {fresh.total()} samples that can't be used, {self.skipped.rate:.2%} so far"
+        )
         for name in named[:_FAULTS_SHOWN]:
             logger.info(f"  {name}")
         if len(named) > _FAULTS_SHOWN:
@@ -523,28 +414,18 @@ class Trainer:
         """Write a checkpoint on the main process while the others wait."""
         # the loss is from before the step: a non-finite gradient shows only in the norm, which all processes share
         self.check_finite(self.accelerator.reduce(loss, reduction="mean").item(), norm.item())
-        _, state, model, optimizer, ema, random = self.take_snapshot()
+        _, state, model, optimizer, ema, random = self.live.take_snapshot(self.score)
         write = functools.partial(store.save, keep_last=self.run.keep_last, keep_best=self.run.keep_best)
-        with self.watch.on_main(f"the save of step {self.step}"):
+        with self.watch.on_main(f"the save of step {self.live.step}"):
             on_main(self.accelerator, lambda: write(self.folder, state, self.config, model, optimizer, ema=ema, random=random))
-
-    def take_snapshot(self) -> Snapshot:
-        """Return everything that the run needs to resume from here; its tensors are the ones being trained, not copies."""
-        (epoch, done), order = self.position, self.loader.plan.order
-        model, optimizer = self.strategy.weights(), self.strategy.optimizer_state()
-        ema, updates = (self.strategy.gathered(self.ema.weights()), self.ema.updates) if self.ema else (None, 0)
-        psnr = self.score.psnr if self.score and self.score.step == self.step and math.isfinite(self.score.psnr) else None
-        guard = self.monitor.state_dict() if self.monitor else {}
-        state = State(self.step, epoch, done, order, psnr, updates, scaler_state(self.accelerator), guard, versions())
-        return Snapshot(None, state, model, optimizer, ema, gather_random(self.accelerator))
 
     def keep_snapshot(self) -> None:
         """Keep the state of this step in memory, where due: the cost of a roll-back does not depend on --save_every."""
-        if not (self.monitor and self.can_keep_snapshots):
+        if not (self.live.monitor and self.can_keep_snapshots):
             return
-        if self.snapshots.should_keep(self.step, self.monitor.first_doubtful_step()):
-            self.watch.at(f"the copy in memory of step {self.step}")
-            self.snapshots.keep(self.take_snapshot())
+        if self.snapshots.should_keep(self.live.step, self.live.monitor.first_doubtful_step()):
+            self.watch.at(f"the copy in memory of step {self.live.step}")
+            self.snapshots.keep(self.live.take_snapshot(self.score))
 
 
 def _waits_for(device: torch.device) -> bool:
