@@ -32,7 +32,8 @@ ORDER: dict[str, tuple[tuple[str, ...], ...]] = {
     "shards": (
         *(("", "rich_motion", "rich_shapes", "schema"), ("cli", "codecs", "color_conversion", "parallel", "rich_scene")),
         ("frame_sources", "overlap", "photographs", "synthetic_scene", "writer"),
-        ("published_sets", "rich_drawing", "sequence_filter"),
+        ("published_sets", "rich_painting", "sequence_filter"),
+        ("rich_drawing",),
         ("middlebury", "snu_film", "synthetic", "ucf101", "verify", "video", "vimeo90k", "x4k1000fps", "xiph"),
     ),
 }
