@@ -23,6 +23,7 @@ from launch.slurm import JobState
 from launch.submission import QUEUED, SUBMISSION, Submission, read_queued, read_submission, submissions
 from vfi.errors import JobError, clear_errors
 from vfi.io.dataclass_json import config_from_json
+from vfi.io.text_table import aligned
 from vfi.runtime.logging import logger
 from vfi.tracking.run_status import read_status
 
@@ -170,8 +171,7 @@ def table(runs: Sequence[SubmittedRun]) -> str:
         rows.append(
             (run.name, run.job_id, run.state, str(run.attempts), steps, psnr, "-" if run.eta is None else _time(run.eta))
         )
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = ["  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    lines = [aligned(rows, left=range(len(rows[0])))]
     return "\n".join(lines + [f"{run.name}: {run.why}" for run in runs if run.why])
 
 

@@ -36,6 +36,7 @@ from vfi.data.evaluation_loader import evaluation_batches, evenly_spaced
 from vfi.data.loader import TrainingLoader
 from vfi.errors import JobError, clear_errors
 from vfi.io.dataclass_json import write_text
+from vfi.io.text_table import aligned
 from vfi.runtime.numerics import set_numerics
 from vfi.tracking.environment import environment
 
@@ -162,12 +163,11 @@ def table(cases: Sequence[Case]) -> str:
     """Format one row per source and one column per number of workers: samples/s, and the ratio to the loose files' rate."""
     counts = sorted({case.workers for case in cases})
     found = {(case.source, case.workers): case.samples_per_s for case in cases}
-    lines = [f"{'samples/s':<10}" + "".join(f"{f'{count} workers':>18}" for count in counts) + f"{'MB':>10}"]
+    lines = [("samples/s", *(f"{count} workers" for count in counts), "MB")]
     for case in (case for case in cases if case.workers == counts[0]):
         rates = ((found[case.source, count], found[LOOSE, count]) for count in counts)
-        cells = "".join(f"{own:>10.0f} ({own / loose:4.1f}x)" for own, loose in rates)
-        lines.append(f"{case.source:<10}{cells}{case.megabytes:>10.1f}")
-    return "\n".join(lines)
+        lines.append((case.source, *(f"{own:.0f} ({own / loose:.1f}x)" for own, loose in rates), f"{case.megabytes:.1f}"))
+    return aligned(lines)
 
 
 @clear_errors(ShardError, FrameTooSmallError)

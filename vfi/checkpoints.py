@@ -19,6 +19,7 @@ import tyro
 
 from vfi.checkpoint.store import check, list_checkpoints, newest_run, read_state
 from vfi.errors import CheckpointError, JobError, clear_errors
+from vfi.io.text_table import aligned
 from vfi.tracking.run_status import age
 
 
@@ -98,16 +99,14 @@ def _describe(path: Path, step: int) -> Checkpoint:
 
 def table(checkpoints: Sequence[Checkpoint]) -> str:
     """Return checkpoints as aligned text."""
-    lines = [f"{'step':>10}  {'written':>10}  {'size':>9}  {'PSNR':>9}  {'epoch':>5}  {'EMA':<3}  status"]
+    lines = [("step", "written", "size", "PSNR", "epoch", "EMA", "status")]
     for c in checkpoints:
         psnr = "-" if c.psnr is None else f"{c.psnr:.2f} dB"
         epoch = "-" if c.epoch is None else str(c.epoch)
         status = ", ".join([c.status.upper() if c.problems else c.status, *c.problems, *["best"] * c.best])
-        lines.append(
-            f"{c.step:>10}  {age(c.written) + ' ago':>10}  {c.bytes / 1e6:>6.1f} MB  {psnr:>9}  {epoch:>5}  "
-            f"{'yes' if c.ema else '-':<3}  {status}"
-        )
-    return "\n".join(lines)
+        size, ema = f"{c.bytes / 1e6:.1f} MB", "yes" if c.ema else "-"
+        lines.append((str(c.step), f"{age(c.written)} ago", size, psnr, epoch, ema, status))
+    return aligned(lines, left=(5, 6))
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ import tyro
 
 from vfi.errors import JobError, clear_errors
 from vfi.evaluation.results import ResultError, Results, read_results
+from vfi.io.text_table import aligned
 from vfi.shipped import SHIPPED, has_shipped_model
 
 # What the demo generates and trains; all settings that are worth tuning are here.
@@ -93,9 +94,8 @@ def commands(options: Options) -> list[list[str]]:
 def summary(out: Path, results: Results) -> str:
     """Return the table, the path of each result, and whether the model is good enough."""
     average, model = results.rows[0], results.models[0]
-    width = max(len(row.model) for row in results.rows)
-    lines = [f"{'model':<{width}}   PSNR dB     SSIM"]
-    lines += [f"{row.model:<{width}}  {row.psnr:8.3f}  {row.ssim:7.4f}" for row in (average, model)]
+    rows = [(row.model, f"{row.psnr:.3f}", f"{row.ssim:.4f}") for row in (average, model)]
+    lines = [aligned([("model", "PSNR dB", "SSIM"), *rows])]
     places = {
         "report": out / "report" / "report.html",
         "table": out / "report" / "report.md",

@@ -20,6 +20,7 @@ from vfi.checkpoint.store import CONFIG, latest
 from vfi.config.configs import ConfigError
 from vfi.errors import JobError, clear_errors
 from vfi.io.dataclass_json import config_from_json
+from vfi.io.text_table import aligned
 from vfi.tracking.environment import METRICS
 from vfi.tracking.run_status import STATES, age, read_status
 from vfi.tracking.tracker import read_rows
@@ -122,8 +123,7 @@ def table(runs: Sequence[Run]) -> str:
         )
         for run in runs
     ]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
-    lines = ["  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    lines = [aligned(rows, left=range(len(head)))]
     states = sorted({run.state for run in runs}, key=list(STATES).index)
     lines += ["", *(f"{state}: {STATES[state]}" for state in states)]
     return "\n".join(lines + [f"{run.name}: {run.why}" for run in runs if run.why])

@@ -17,6 +17,7 @@ from typing import Any
 
 from vfi.evaluation.results import ResultError
 from vfi.io.dataclass_json import RecordError, from_object, write_text
+from vfi.io.text_table import aligned
 
 SCHEMA = "vfi-speed"
 VERSION = 1
@@ -121,7 +122,7 @@ def against(now: Speed, then: Speed) -> str:
         for name in dict.fromkeys([*facts, *old_facts])
         if facts.get(name) != old_facts.get(name)
     ]
-    return "\n".join([*_aligned(lines, to_the_left=range(4)), *differ, *alone])
+    return "\n".join([_without_empty(lines, left=range(4)), *differ, *alone])
 
 
 def _which(row: SpeedRow) -> tuple[str, str, str, str]:
@@ -154,8 +155,8 @@ def _what_is(content: Any) -> str:
 
 def table(speed: Speed) -> str:
     """Format the rows as aligned text, followed by the way they were measured."""
-    lines = _aligned([_HEAD, *map(_cells, speed.rows)], _TO_THE_LEFT)
-    return "\n".join([*lines, *(f"{name}: {value}" for name, value in _facts(speed).items())])
+    lines = _without_empty([_HEAD, *map(_cells, speed.rows)], _TO_THE_LEFT)
+    return "\n".join([lines, *(f"{name}: {value}" for name, value in _facts(speed).items())])
 
 
 def _facts(speed: Speed) -> dict[str, Any]:
@@ -163,15 +164,10 @@ def _facts(speed: Speed) -> dict[str, Any]:
     return {"device": speed.environment.get("device")} | speed.settings
 
 
-def _aligned(lines: Sequence[Sequence[str]], to_the_left: Collection[int]) -> list[str]:
-    """Align the lines, of which the first is the header; columns that are empty below it are left out."""
+def _without_empty(lines: Sequence[Sequence[str]], left: Collection[int]) -> str:
+    """Align the lines, of which the first is the header, without the columns that are empty below it."""
     shown = [column for column in range(len(lines[0])) if any(line[column] for line in lines[1:])]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-    texts = []
-    for line in lines:
-        cells = [line[i].ljust(widths[i]) if i in to_the_left else line[i].rjust(widths[i]) for i in shown]
-        texts.append("  ".join(cells).rstrip())
-    return texts
+    return aligned([[line[i] for i in shown] for line in lines], left=[shown.index(i) for i in left if i in shown])
 
 
 def _cells(row: SpeedRow) -> tuple[str, ...]:

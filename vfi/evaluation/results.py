@@ -20,6 +20,7 @@ from typing import Any
 
 from vfi.errors import JobError
 from vfi.io.dataclass_json import RecordError, from_object, write_text
+from vfi.io.text_table import aligned
 
 SCHEMA = "vfi-results"
 VERSION = 3
@@ -274,9 +275,8 @@ def by_clip(images: Sequence[ImageScore]) -> dict[str, list[int]]:
 def table(results: Results) -> str:
     """Format the rows as aligned text."""
     average = results.rows[0].psnr
-    width = max(len(row.model) for row in results.rows)
-    lines = [f"{'model':<{width}}  {'PSNR dB':>8}  {'SSIM':>7}  {'IE':>6}  {'gain dB':>8}"]
+    lines = [("model", "PSNR dB", "SSIM", "IE", "gain dB")]
     for row in results.rows:
-        gain = f"{row.psnr - average:+8.3f}" if row.model != FRAME_AVERAGE else f"{'':>8}"
-        lines.append(f"{row.model:<{width}}  {row.psnr:8.3f}  {row.ssim:7.4f}  {row.ie:6.3f}  {gain}")
-    return "\n".join([*lines, f"{results.samples} samples of {results.data}"])
+        gain = f"{row.psnr - average:+.3f}" if row.model != FRAME_AVERAGE else ""
+        lines.append((row.model, f"{row.psnr:.3f}", f"{row.ssim:.4f}", f"{row.ie:.3f}", gain))
+    return f"{aligned(lines)}\n{results.samples} samples of {results.data}"
