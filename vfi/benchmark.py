@@ -21,6 +21,7 @@ from collections.abc import Sequence
 import tyro
 
 from shards.schema import ShardError
+from vfi.config.renamed_flags import with_new_names
 from vfi.errors import CheckpointError, clear_errors
 from vfi.evaluation import latency, latency_results
 from vfi.evaluation.latency import SpeedOptions
@@ -36,11 +37,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     command = shlex.join(["vfi", "benchmark", *arguments])
     options = parse(arguments)
     if isinstance(options, SpeedOptions):
-        then = latency_results.read_speed(options.against) if options.against else None
+        then = latency_results.read_speed(options.compare_to) if options.compare_to else None
         now = latency.speed(options, command)
         print(latency_results.table(now))
         if then is not None:
-            print(f"\nagainst {options.against}:\n{latency_results.against(now, then)}")
+            print(f"\ncompared to {options.compare_to}:\n{latency_results.against(now, then)}")
         print(f"speed: {options.out}")
     elif options.protocol == ALL:
         if not benchmark_all(options, command):
@@ -54,7 +55,7 @@ def parse(arguments: Sequence[str]) -> Options | SpeedOptions:
     """Parse the flags of a benchmark, or with --speed those of vfi/evaluation/latency.py."""
     if SPEED not in arguments:
         return tyro.cli(Options, prog="vfi benchmark", description=__doc__, args=arguments)
-    rest = [argument for argument in arguments if argument != SPEED]
+    rest = with_new_names([argument for argument in arguments if argument != SPEED], {"against": "compare_to"})
     return tyro.cli(SpeedOptions, prog=f"vfi benchmark {SPEED}", description=latency.__doc__, args=rest)
 
 

@@ -1,7 +1,7 @@
 """Compare the speed and memory of each operator with fused Triton kernels to PyTorch's implementation of it.
 
-    vfi operators                                   on a GPU: all of them, at the sizes of training and 4K
-    vfi operators --only warp --out warp.json
+    vfi bench-ops                                   on a GPU: all of them, at the sizes of training and 4K
+    vfi bench-ops --filter warp --out warp.json
 
 Times are medians of consecutive calls, with an empty cache and without waiting for the CPU; memory is what a call allocates in
 addition to its inputs. The roofline bound (column "floor"): inputs read and outputs written once, in the backward pass once
@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from vfi.config import presets
 from vfi.config.configs import ModelConfig
+from vfi.config.renamed_flags import with_new_names
 from vfi.errors import JobError, clear_errors
 from vfi.evaluation.results import check_output
 from vfi.io.dataclass_json import write_text
@@ -46,9 +47,9 @@ _HALF = torch.bfloat16
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Options of `vfi operators`; each field is a flag."""
+    """Options of `vfi bench-ops`; each field is a flag."""
 
-    only: str = ""
+    filter: str = ""
     """Substring of the names of the operators to be measured; default: all."""
     out: Path | None = None
     """Also write all results to this .json file."""
@@ -100,13 +101,13 @@ class Row:
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point: measure, print the table, and write the results."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    options = tyro.cli(Options, prog="vfi operators", description=__doc__, args=arguments)
+    options = tyro.cli(Options, prog="vfi bench-ops", description=__doc__, args=with_new_names(arguments, {"only": "filter"}))
     if options.out:
         check_output(options.out, "operators.json")
-    chosen = [operator for operator in all_operators() if options.only in operator.name]
+    chosen = [operator for operator in all_operators() if options.filter in operator.name]
     if not chosen:
         names = ", ".join(dict.fromkeys(operator.name for operator in all_operators()))
-        raise JobError(f"--only {options.only!r} is in none of the names: {names}")
+        raise JobError(f"--filter {options.filter!r} is in none of the names: {names}")
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     if obstacle := why_unavailable(device):
         raise JobError(f"there is nothing to be measured: {obstacle}")
@@ -115,7 +116,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     set_numerics()
     gbs = timing.measure_rates(device, _HALF).gbs
     rows = []
-    told = environment(device) | {"command": shlex.join(["vfi", "operators", *arguments]), "gbs": gbs}
+    told = environment(device) | {"command": shlex.join(["vfi", "bench-ops", *arguments]), "gbs": gbs}
     for operator in chosen:
         rows.append(measure(operator, device, gbs))
         ours, plain = rows[-1].ours.both_ms, rows[-1].plain.both_ms

@@ -16,20 +16,18 @@ JOBS = {
     "checkpoints": "list and verify the checkpoints of a run",
     "benchmark": "measure models on shards: PSNR and SSIM, beside the frame average",
     "report": "turn benchmark results into a table and a page",
-    "model": "what a model costs: parameters, MACs, memory and time, by part",
-    "operators": "speed of each operator that has fused Triton kernels",
-    "tune": "find the fastest configurations of the kernels on this GPU, and keep them",
+    "profile": "what a model costs: parameters, MACs, memory and time, by part",
+    "bench-ops": "speed of each operator that has fused Triton kernels",
+    "tune-kernels": "find the fastest configurations of the kernels on this GPU, and keep them",
     "export": "hand a model to others: weights and a card, or a graph",
     "interpolate": "make a video smoother or slower, or the in-between frame of two images",
     "app": "a local web page: try a model on two images or a short video",
     "demo": "the whole path on generated data within minutes, on a CPU",
 }
 """Name -> what it does."""
-_ELSEWHERE = {
-    "model": "vfi.model_summary",  # vfi.model is the network
-    "operators": "vfi.benchmark_ops",
-    "tune": "vfi.tune_kernels",
-}
+_FORMER = {"model": "profile", "operators": "bench-ops", "tune": "tune-kernels"}
+"""Former names of commands, which stay valid."""
+_ELSEWHERE = {"profile": "vfi.model_summary", "bench-ops": "vfi.benchmark_ops", "tune-kernels": "vfi.tune_kernels"}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -39,6 +37,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(usage())
         return
     name, *rest = arguments
+    name = _FORMER.get(name, name)
     if name not in JOBS:
         print(f"error: {unknown(name)}", file=sys.stderr)
         sys.exit(2)
@@ -55,8 +54,8 @@ def usage() -> str:
     width = max(map(len, JOBS))
     jobs = "\n".join(f"  {name:<{width}}  {what}" for name, what in JOBS.items())
     return (
-        "usage: vfi JOB [flags]\n\nVideo frame interpolation: train, measure and use models.\n\n"
-        f"{jobs}\n\n`vfi JOB --help` lists the flags of a job. Data: `python -m shards.synthetic --help`."
+        "usage: vfi COMMAND [flags]\n\nVideo frame interpolation: train, measure and use models.\n\n"
+        f"{jobs}\n\n`vfi COMMAND --help` lists the flags of a command. Data: `python -m shards.synthetic --help`."
     )
 
 
@@ -64,7 +63,7 @@ def unknown(name: str) -> str:
     """Return the message for an unknown command."""
     close = difflib.get_close_matches(name, JOBS, n=1)
     guess = f" Did you mean `vfi {close[0]}`?" if close else ""
-    return f"{name!r} is not a job: there are {', '.join(JOBS)}.{guess}"
+    return f"{name!r} is not a command: there are {', '.join(JOBS)}.{guess}"
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ NAME_partial, which is playable, and from which --resume resumes.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from PIL import Image
 
 from shards.codecs import read_image
 from shards.schema import IMAGE_EXTENSIONS, ShardError
+from vfi.config.renamed_flags import with_new_names
 from vfi.errors import CheckpointError, JobError, clear_errors
 from vfi.video.convert import Options, _made_by, _temporary, _timeline, build_engine, check_sizes, convert
 
@@ -34,6 +36,7 @@ VIDEO_OUTPUTS = (".mp4", ".mkv", ".mov", ".webm", ".m4v")
 @clear_errors(ShardError, CheckpointError)
 def main(argv: Sequence[str] | None = None) -> None:
     """Check everything, load the model, write the results, and print a line about each."""
+    argv = with_new_names(sys.argv[1:] if argv is None else argv, {"keep_still": "static_regions"})
     options = tyro.cli(Options, prog="vfi interpolate", description=__doc__, args=argv)
     for line in interpolate(options):
         print(line)

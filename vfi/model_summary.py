@@ -1,7 +1,7 @@
 """Report what a model costs at each frame size and in each part: parameters, MACs, memory and time.
 
-    vfi model --preset base --phase 1 --sizes 736x1280 2176x4096
-    vfi model --preset base --phase 1 --device cuda --training --json base.json
+    vfi profile --preset base --phase 1 --sizes 736x1280 2176x4096
+    vfi profile --preset base --phase 1 --device cuda --training --json base.json
 
 With a GPU (or --measure) time and memory are measured; without, they are estimated from shapes alone. Every flag of the model
 works as in training. MACs are multiply-accumulates of convolutions, matrix products and attention with the scan in plain
@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from vfi.config import command_line, presets
 from vfi.config.configs import Config, ConfigError, ModelConfig
+from vfi.config.renamed_flags import with_new_names
 from vfi.config.validation import validate
 from vfi.errors import JobError, clear_errors
 from vfi.evaluation.options import parse_size
@@ -57,7 +58,7 @@ T = TypeVar("T")
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Options of `vfi model`; each field is a flag, in addition to those of the model."""
+    """Options of `vfi profile`; each field is a flag, in addition to those of the model."""
 
     preset: str = "small"
     """Named set of defaults, see vfi/config/presets.py."""
@@ -83,7 +84,7 @@ class Options:
     """Samples per training step; default: the preset's --batch_size."""
     crop: int = 256
     """Side of the square crops of a training step."""
-    plain: bool = False
+    reference: bool = False
     """Also measure the parts of the same network with PyTorch's operators, and with mamba-ssm's scan where it can run."""
     assume_tflops: float | None = None
     """Arithmetic rate (TFLOP/s) to estimate the time without a measurement; together with --assume_gbs."""
@@ -101,7 +102,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Entry point: count, measure or estimate, print, and write the JSON."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     options, config = from_command_line(arguments)
-    summary = summarise(options, config, command=shlex.join(["vfi", "model", *arguments]))
+    summary = summarise(options, config, command=shlex.join(["vfi", "profile", *arguments]))
     print(markdown(summary) if options.markdown else text(summary))
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
@@ -111,7 +112,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def from_command_line(argv: Sequence[str]) -> tuple[Options, Config]:
     """Parse flags to checked options and the config of the model. The preset provides the model's defaults."""
-    argv = command_line.expand_aliases(argv)
+    argv = with_new_names(command_line.expand_aliases(argv), {"plain": "reference"})
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     finder.add_argument("--preset", default=Options.preset)
     finder.add_argument("--device", default=Options.device)
@@ -120,7 +121,7 @@ def from_command_line(argv: Sequence[str]) -> tuple[Options, Config]:
     on_gpu = found.device != "cpu" and torch.cuda.is_available()
     options = tyro.cli(
         Options,
-        prog="vfi model",
+        prog="vfi profile",
         description=__doc__,
         args=argv,
         default=Options(preset=found.preset, measure=on_gpu, model=preset.model),
@@ -148,8 +149,8 @@ def _check(options: Options) -> None:
     rates = (options.assume_tflops, options.assume_gbs)
     if (None in rates and rates != (None, None)) or any(rate is not None and rate <= 0 for rate in rates):
         raise JobError("--assume_tflops and --assume_gbs belong together and must be positive, such as 400 and 2980")
-    if options.plain and not options.measure:
-        raise JobError("--plain measures, and without a GPU that needs --measure")
+    if options.reference and not options.measure:
+        raise JobError("--reference measures, and without a GPU that needs --measure")
     if options.training and not options.measure:
         raise JobError("--training measures, and without a GPU that needs --measure")
     if options.json and (options.json.suffix != ".json" or options.json.is_dir()):
@@ -186,7 +187,7 @@ def summarise(options: Options, config: Config, command: str = "") -> Summary:
         del model
         memory.free_memory()
         training = _measure_training(config, options, device, precision) if options.training else None
-        if options.plain:
+        if options.reference:
             sizes, training = _with_plain(config, options, sizes, training, device, precision)
         if training and rates:
             cost = costs.count(reference, training.batch, (training.crop, training.crop), precision)

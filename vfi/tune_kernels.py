@@ -1,7 +1,7 @@
 """Tune the launch configurations of all Triton kernels for this GPU, and store the fastest.
 
-    vfi tune                                   base, small and tiny; adds this GPU to vfi/ops/triton/tuned_kernels.json
-    vfi tune --presets base --batch_size 32 --precisions bf16 --out mine.json
+    vfi tune-kernels                                   base, small and tiny; adds this GPU to vfi/ops/triton/tuned_kernels.json
+    vfi tune-kernels --presets base --batch_size 32 --precisions bf16 --out mine.json
 
 Without it, this project's fused Triton kernels (vfi/profiling/kernel_search.py) use what was fastest on an H100; those of
 mamba-ssm, if it is installed, are tuned by Triton in the first step, each time that a command starts on a machine without
@@ -37,7 +37,7 @@ _SHOWN = ("torch", "triton", "mamba-ssm")
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Options of `vfi tune`; each field is a flag."""
+    """Options of `vfi tune-kernels`; each field is a flag."""
 
     presets: tuple[str, ...] = ("base", "small", "tiny")
     """Presets or ablations whose kernels are tuned, by a training step of phase 2 or 3 in each precision. Shared kernels are
@@ -56,7 +56,7 @@ class Options:
 @clear_errors()
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point: tune, report the results, and write them."""
-    options = tyro.cli(Options, prog="vfi tune", description=__doc__, args=argv)
+    options = tyro.cli(Options, prog="vfi tune-kernels", description=__doc__, args=argv)
     for line in tune(options):
         print(line, flush=True)
 

@@ -105,9 +105,10 @@ def test_what_was_measured_before_the_job_ends_is_kept(a_gpu, monkeypatch, tmp_p
     assert row["ours"]["both_ms"] == 1
 
 
-def test_a_name_that_is_none_lists_them(capsys):
+@pytest.mark.parametrize("flag", ["--filter", "--only"])
+def test_a_name_that_is_none_lists_them(flag, capsys):
     with pytest.raises(SystemExit) as stopped:
-        main(["--only", "convolution"])
+        main([flag, "convolution"])
     assert stopped.value.code == 2
     assert "is in none of the names: SS2D, window attention, " in capsys.readouterr().err
 

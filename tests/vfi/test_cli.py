@@ -6,7 +6,7 @@ import sys
 import pytest
 from warm import Process
 
-from vfi import demo, shipped
+from vfi import cli, demo, shipped
 from vfi.cli import JOBS, main
 from vfi.errors import JobError, clear_errors, message_of
 from vfi.evaluation.results import BASELINES, Results, Row, read_results
@@ -21,9 +21,17 @@ def test_help_lists_every_job_and_loads_none() -> None:
     assert done.stdout.endswith("set()\n")
 
 
+@pytest.mark.parametrize("name", ["model", "operators", "tune"])
+def test_former_names_of_commands_stay_valid(name, capsys) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main([name, "--help"])
+    assert stop.value.code == 0
+    assert f"usage: vfi {cli._FORMER[name]}" in capsys.readouterr().out
+
+
 def test_no_arguments_show_the_help(capsys) -> None:
     main([])
-    assert "usage: vfi JOB" in capsys.readouterr().out
+    assert "usage: vfi COMMAND" in capsys.readouterr().out
 
 
 def test_an_unknown_job_is_refused_with_the_list(capsys) -> None:
@@ -31,7 +39,7 @@ def test_an_unknown_job_is_refused_with_the_list(capsys) -> None:
         main(["trian", "--steps", "1"])
     assert stop.value.code == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
-    assert line.startswith("error: 'trian' is not a job")
+    assert line.startswith("error: 'trian' is not a command")
     assert all(name in line for name in JOBS)
     assert "Did you mean `vfi train`?" in line
 

@@ -319,7 +319,7 @@ def test_the_estimate_and_its_file(tmp_path, capsys) -> None:
         assert size["measured"] is None
     assert written["schema"] == "vfi-model-summary"
     assert written["config"]["width"] == 16
-    assert written["environment"]["command"] == f"vfi model {flags} --json {out}"
+    assert written["environment"]["command"] == f"vfi profile {flags} --json {out}"
     assert written["environment"]["precision"] == "fp32"
     assert written["environment"]["packages"]["torch"] == torch.__version__.split("+")[0]
     assert "tiny, phase 1: estimated" in shown
@@ -461,7 +461,7 @@ def test_plain_operators_stand_beside_the_fused_ones(monkeypatch, capsys, tmp_pa
     monkeypatch.setattr(timing, "measure_training_parts", training_parts)
     monkeypatch.setattr(timing, "measure", lambda *_: timing.Measured(1.0))
     out = tmp_path / "tiny.json"
-    flags = "--preset tiny --sizes 64x64 --device cpu --measure --training --plain --no-count"
+    flags = "--preset tiny --sizes 64x64 --device cpu --measure --training --reference --no-count"
     main([*flags.split(), "--assume_tflops", "1", "--assume_gbs", "1", "--json", str(out)])
     written, shown = json.loads(out.read_text()), capsys.readouterr().out.splitlines()
     assert [config.attention_backend for config in measured] == ["auto", "auto", "sdpa", "sdpa"]
@@ -515,7 +515,8 @@ def test_markdown_is_a_table_with_a_column_a_size(capsys) -> None:
         ("--width 9", "--head_dim 16 must divide 8 * --width"),
         ("--scale 0.5", "--scale 0.5 has no effect without --phase 2 or 3"),
         ("--training --no-measure", "--training measures"),
-        ("--plain --no-measure", "--plain measures"),
+        ("--reference --no-measure", "--reference measures"),
+        ("--plain --no-measure", "--reference measures"),  # the former spelling
         ("--training --measure --crop 60", "--crop is 60"),
         ("--no-count --no-measure", "--no-count leaves nothing to do"),
         ("--assume_tflops 400", "--assume_tflops and --assume_gbs belong together"),

@@ -1,7 +1,7 @@
 """Measure the latency and memory of one or more models, on photographs, at any frame size.
 
     vfi benchmark --speed --model runs/base --out speed.json
-    vfi benchmark --speed --model runs/base runs/small --out speed.json --against docs/speed/h100.json
+    vfi benchmark --speed --model runs/base runs/small --out speed.json --compare_to docs/speed/h100.json
     vfi benchmark --speed --model runs/base vfimamba_adapter:vfimamba --sizes 736x1280 2176x4096 --scale 0.25 --out speed.json
 
 A call predicts all in-between frames of a pair: one for twice the frame rate (×2), and seven for ×8, where models of this
@@ -61,7 +61,7 @@ class SpeedOptions:
     for a model of another repository (see vfi/evaluation/external_models.py); the first one is the baseline of the others."""
     out: Path
     """Speed file to write, a .json."""
-    against: Path | None = None
+    compare_to: Path | None = None
     """Speed file of an earlier run, such as docs/speed/h100.json, to compare with: also print the ratios."""
     device: DeviceName = "auto"
     """auto selects a GPU if there is one."""

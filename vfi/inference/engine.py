@@ -57,7 +57,7 @@ class Settings:
     """Average with the prediction for the frames rotated by 180 degrees."""
     tile: int | None = None
     """Largest side of a tile; None: whole frames while they fit."""
-    keep_still: bool = True
+    static_regions: bool = True
     """Keep regions that are the same in both frames unchanged in between."""
     max_memory: float | None = None
     """Memory limit in GiB, on a GPU including CUDA's own; None: what is free."""
@@ -145,7 +145,7 @@ class InterpolationEngine:
             found = made(first, last)
             if self.settings.tta:
                 found = (found + made(first.flip(2, 3), last.flip(2, 3)).flip(2, 3)) / 2
-            return keep_still(found, first, last, times) if self.settings.keep_still else found
+            return keep_static_regions(found, first, last, times) if self.settings.static_regions else found
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
@@ -213,7 +213,7 @@ class InterpolationEngine:
         return whole[None].to(memory_format=torch.channels_last).float() / np.iinfo(image.dtype).max
 
 
-def keep_still(made: Tensor, img0: Tensor, img1: Tensor, times: Tensor) -> Tensor:
+def keep_static_regions(made: Tensor, img0: Tensor, img1: Tensor, times: Tensor) -> Tensor:
     """Replace static regions of frames `[N, 3, H, W]` at `times` [N] by the mix of both inputs.
 
     A pixel is static where nothing changes in the pixels around it. A caption or a background then does not flicker, and grain

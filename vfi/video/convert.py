@@ -73,7 +73,7 @@ class Options:
     scale: float | Literal["auto"] | None = None
     """Estimate flow at this fraction of the frame size: 1, 0.5 (for 2K), 0.25 (4K), or auto, which decides for each pair from
     its size and motion; default: as trained."""
-    keep_still: bool = True
+    static_regions: bool = True
     """Keep regions that are the same in two frames unchanged in between: captions, backgrounds."""
     tile: int | None = None
     """Interpolate in overlapping tiles of at most this side; default: whole frames, or tiles where memory does not suffice."""

@@ -26,6 +26,7 @@ from vfi.errors import JobError
 
 _TO_STREAM = {"h264": "h264_mp4toannexb", "hevc": "hevc_mp4toannexb"}
 """Bitstream filters for codecs whose packets have another form in containers than encoders emit."""
+_RENAMED = {"keep_still": "static_regions"}  # flags of which a partial result may have the former name
 _ANEW = "to start from scratch, move it away"
 _APART = Fraction(1, 500)  # seconds: some containers have timestamps in milliseconds
 
@@ -52,7 +53,8 @@ class Partial:
             return 0
         try:
             found = json.loads(self.facts_path.read_text())
-            done, theirs = int(found["frames"]), dict(found["facts"])
+            done = int(found["frames"])
+            theirs = {_RENAMED.get(name, name): value for name, value in dict(found["facts"]).items()}
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise JobError(
                 f"--resume: {self.facts_path}, which says how {self.path} was made, cannot be read ({error}); {_ANEW}"

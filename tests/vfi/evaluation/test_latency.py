@@ -332,10 +332,10 @@ def test_the_job_compares_with_an_earlier_run(adapters, tmp_path, capsys):
     flags = ["--speed", "--model", "speed_adapters:quick", "--sizes", "32x48", "--repeats", "1", "--device", "cpu"]
     main([*flags, "--factors", "2", "8", "--out", str(tmp_path / "then.json")])
     capsys.readouterr()
-    main([*flags, "--factors", "2", "--out", str(tmp_path / "now.json"), "--against", str(tmp_path / "then.json")])
+    main([*flags, "--factors", "2", "--out", str(tmp_path / "now.json"), "--compare_to", str(tmp_path / "then.json")])
     shown = capsys.readouterr().out
-    lines = shown[shown.index("against") :].splitlines()
-    assert lines[0] == f"against {tmp_path / 'then.json'}:"
+    lines = shown[shown.index("compared to") :].splitlines()
+    assert lines[0] == f"compared to {tmp_path / 'then.json'}:"
     assert lines[1].split() == ["size", "model", "rate", "precision", "ms", "ms", "then", "time"]
     assert lines[2].split() == ["32x48", "speed_adapters:quick", "x2", "its", "own", "10.00", "10.00", "1.00x"]
     assert lines[3] == "32x48 speed_adapters:quick x8 its own was measured then, and is not now"

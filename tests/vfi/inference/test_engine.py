@@ -15,7 +15,7 @@ from torch import Tensor
 
 from vfi.errors import JobError
 from vfi.inference import engine
-from vfi.inference.engine import GIB, MOVES, STILL, InterpolationEngine, Settings, keep_still
+from vfi.inference.engine import GIB, MOVES, STILL, InterpolationEngine, Settings, keep_static_regions
 from vfi.inference.flow_scale import auto_scale, longest_motion
 from vfi.inference.loading import LoadedModel
 from vfi.inference.tiling import SMALLEST
@@ -35,7 +35,7 @@ def run(tmp_path_factory) -> Path:
 
 
 def one_by_one(made: Tensor, img0: Tensor, img1: Tensor, times: Tensor) -> Tensor:
-    """keep_still, pixel by pixel in float64."""
+    """keep_static_regions, pixel by pixel in float64."""
     _, _, height, width = img0.shape
     change = (img0 - img1).abs().amax(1)[0].double()
 
@@ -60,7 +60,7 @@ def test_what_stands_still_is_kept_as_one_would_pixel_by_pixel():
     img1[..., 8:12, 20:24] += 0.2  # moves
     img1[..., :6, :6] += 2.5 / 255  # in between
     made, times = torch.rand(2, 3, 24, 31), torch.tensor([0.25, 0.5])
-    found = keep_still(made, img0, img1, times)
+    found = keep_static_regions(made, img0, img1, times)
     assert torch.allclose(found.double(), one_by_one(made, img0, img1, times), atol=1e-6)
     assert torch.equal(found[..., 9:11, 21:23], made[..., 9:11, 21:23])
     assert torch.allclose(found[..., 18:, :10], img0[..., 18:, :10].expand(2, -1, -1, -1), atol=1e-6)
@@ -74,7 +74,7 @@ def test_a_caption_stays_to_the_bit_unless_that_is_not_wanted(run, monkeypatch):
     img1[:40] = rng.integers(0, 255, (40, 96, 3), dtype=np.uint8)
     monkeypatch.setattr(LoadedModel, "predict_several", lambda self, a, b, times, *rest: torch.rand(len(times), 3, 64, 96))
     kept, not_kept = (
-        InterpolationEngine(Settings(run, "cpu", keep_still=wanted))(img0, img1, [0.3, 0.6]) for wanted in (True, False)
+        InterpolationEngine(Settings(run, "cpu", static_regions=wanted))(img0, img1, [0.3, 0.6]) for wanted in (True, False)
     )
     assert all(np.array_equal(image[46:], img0[46:]) for image in kept)
     assert not any(np.array_equal(image[46:], img0[46:]) for image in not_kept)

@@ -11,6 +11,7 @@ from made_videos import call, frames_of, make, new_run, packets_of, pixels, refu
 from PIL import Image
 
 from vfi.inference.engine import InterpolationEngine
+from vfi.video.resume import Partial
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TIMES = [40 * n for n in range(12)]
@@ -133,3 +134,10 @@ def test_without_anything_to_go_on_with_it_starts(run, tmp_path, capsys):
     call(source, "-o", tmp_path / "out.mp4", "--model", run, "--resume")
     assert "out_partial.mp4 is not there: this starts at the first frame" in capsys.readouterr().out
     assert len(frames_of(tmp_path / "out.mp4")) == 5
+
+
+def test_a_partial_result_of_before_a_flag_was_renamed_is_resumed(tmp_path):
+    partial = Partial.of(tmp_path / "out.mkv")
+    partial.path.touch()
+    partial.facts_path.write_text(json.dumps({"frames": 3, "facts": {"input": "a", "keep_still": False}}))
+    assert partial.frames({"input": "a", "static_regions": False}) == 3

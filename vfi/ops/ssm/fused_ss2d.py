@@ -47,8 +47,8 @@ _SCAN_LAUNCH: dict[str, tuple[tuple[int, int], tuple[int, int]]] = {
     "scan_key_gradients": ((4, 3), (4, 3)),
     "scan_gradients": ((4, 3), (4, 1)),
 }
-# for these, `vfi tune` also tries "maxnreg", the maximum registers of a thread, so that more programs run at once; 0 leaves it
-# to the compiler
+# for these, `vfi tune-kernels` also tries "maxnreg", the maximum registers of a thread, so that more programs run at once; 0
+# leaves it to the compiler
 _FEWER_REGISTERS = ("scan", "scan_key_gradients")
 _TILE_BYTES = 8192  # of a state's operands; wider states get shorter chunks and fewer stages, to fit into shared memory
 _ROW_BYTES = 256  # of a key's operands; wider keys likewise, where shared memory is small

@@ -208,7 +208,9 @@ def choose_ssd(backend: str, device: torch.device, why_unavailable: UnavailableR
     name, choice = select_backend("ssd", "ssd_backend", backend, BACKENDS, device, kernels)
     if name == "mamba_ssm":
         known = (
-            "kernels tuned" if tuned_configs.entry(device) else "the first step tunes kernels; `vfi tune` keeps what is found"
+            "kernels tuned"
+            if tuned_configs.entry(device)
+            else "the first step tunes kernels; `vfi tune-kernels` keeps what is found"
         )
         choice += f"; {tuned_configs.card(device)}: {known}"
     return functions[name], choice

@@ -4,9 +4,9 @@
     scan[grid](x, ..., **options)
 
 Tuned configurations are in tuned_kernels.json under "fused": {kernel: [{"key": shape class, "config": options}]}, for the GPU
-and the compiler with which they were measured (vfi/ops/triton/tuned_configs.py); `vfi tune` writes the file. A shape class has
-what a kernel is compiled for: dtypes, the width of a head, the size of a state; not the frame size. The file is read once per
-process.
+and the compiler with which they were measured (vfi/ops/triton/tuned_configs.py); `vfi tune-kernels` writes the file. A shape
+class has what a kernel is compiled for: dtypes, the width of a head, the size of a state; not the frame size. The file is read
+once per process.
 """
 
 from __future__ import annotations

@@ -5,8 +5,8 @@
 
 A configuration (block sizes, warps, stages) was measured with one compiler on one generation of GPUs, for a shape class: the
 values in the key of Triton's tuning, such as the width of a head, and the dtypes of all tensors. The file is written by
-`vfi tune`, and includes the fused Triton kernels of this project (vfi/ops/triton/launch_config.py). It is valid for the version
-of Triton that measured it: another one may need more memory for the same blocks.
+`vfi tune-kernels`, and includes the fused Triton kernels of this project (vfi/ops/triton/launch_config.py). It is valid for the
+version of Triton that measured it: another one may need more memory for the same blocks.
 """
 
 from __future__ import annotations
