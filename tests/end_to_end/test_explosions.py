@@ -284,8 +284,8 @@ def test_a_fault_that_comes_again_lowers_the_rate_and_then_stops(undisturbed, ru
     """The first time the run rolls back, the second time, at half the rate, it ends; what was saved is good."""
     inject(blow_up_layer, 43)
     part_of(undisturbed, 40, tmp_path / "again")
-    message = stopped(capsys, lambda: run("again", "--steps", 60, "--resume", "auto", "--guard_roll_backs", 1))
-    assert "the run went back 1 times, as --guard_roll_backs allows" in message
+    message = stopped(capsys, lambda: run("again", "--steps", 60, "--resume", "auto", "--max_rollbacks", 1))
+    assert "the run went back 1 times, as --max_rollbacks allows" in message
     assert "Try a lower --lr" in message
     disturbed = tmp_path / "again"
     before, after = ({row["step"]: row["lr"] for row in part} for part in _around_41(rows(disturbed, "train")))
@@ -400,8 +400,8 @@ def test_all_stages_follow_one_another_in_one_run(run, inject, spoil, tmp_path, 
     inject(blow_up_gradient, 23, 24, 25)
     spoil(27, imgt=math.nan)
     inject(blow_up_layer, 33)
-    message = stopped(capsys, lambda: run("stages", *MIXED, "--steps", 60, "--guard_roll_backs", 1))
-    assert "the run went back 1 times, as --guard_roll_backs allows" in message
+    message = stopped(capsys, lambda: run("stages", *MIXED, "--steps", 60, "--max_rollbacks", 1))
+    assert "the run went back 1 times, as --max_rollbacks allows" in message
     lines = [json.loads(line) for line in (tmp_path / "stages" / "metrics.jsonl").read_text().splitlines()]
     events = [(line["step"], line["event"]) for line in lines if line["event"] not in ("start", "train")]
     blown = [event for event in events if event[0] > 33 and event[1] == "watch"]  # the ruined layer's norms may be unusual, too

@@ -83,11 +83,11 @@ def test_too_many_bad_samples_end_training(damaged, tmp_path, capsys):
     folder, key = damaged
     with pytest.raises(SystemExit) as stop:
         train.main([*FLAGS, "--data_path", str(folder), "--steps", "10", "--batch_size", "4", "--num_workers", "0",
-                    "--output_dir", str(tmp_path), "--max_fault_rate", "0"])  # fmt: skip
+                    "--output_dir", str(tmp_path), "--max_bad_sample_rate", "0"])  # fmt: skip
     assert stop.value.code == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("error: 1 of ")
-    assert f"more than --max_fault_rate 0.0 allows (it is judged as of 1000 reads). One of them: {folder}/shard" in error
+    assert f"more than --max_bad_sample_rate 0.0 allows (it is judged as of 1000 reads). One of them: {folder}/shard" in error
     assert key in error
 
 

@@ -10,6 +10,7 @@ import tyro
 
 from vfi.config.configs import Config
 from vfi.config.presets import get, override
+from vfi.config.renamed_flags import TRAINING, with_new_names
 from vfi.config.validation import validate
 from vfi.errors import STOPPED
 
@@ -24,7 +25,7 @@ torchrun and accelerate launch make 1 of every code but 0."""
 
 def from_command_line(argv: Sequence[str] | None = None, prog: str = "vfi.train") -> Config:
     """Return the checked Config of a command line. The preset gives every default; `_` and `-` are equal in a flag."""
-    argv = expand_aliases(sys.argv[1:] if argv is None else argv)
+    argv = with_new_names(expand_aliases(sys.argv[1:] if argv is None else argv), TRAINING)
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     finder.add_argument("--preset", default="small")
     default = get(finder.parse_known_args(argv)[0].preset)

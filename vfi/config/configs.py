@@ -109,7 +109,7 @@ class DataConfig:
     """Probability of each of: channel reversal, vertical flip, horizontal flip, time reversal."""
     rotate: bool = True
     """Rotate by a random multiple of 90 degrees."""
-    max_fault_rate: float = 0.01
+    max_bad_sample_rate: float = 0.01
     """Fraction of unusable samples (which are skipped, counted and named) above which training stops."""
     cache_dir: str = ""
     """Folder on a local disk that caches the shards of a remote --data_path or --val_path; default: ~/.cache/vfi/shards."""
@@ -184,7 +184,7 @@ class GuardConfig:
     """Number of recent steps that the running medians and the count of skipped steps cover."""
     guard_skips: int = 3
     """Maximum number of skipped steps in the window; one more, and the run rolls back to the last good state."""
-    guard_roll_backs: int = 2
+    max_rollbacks: int = 2
     """Maximum number of roll-backs of a run; at the next one it stops."""
     guard_rate_factor: float = 0.5
     """Factor applied to the learning rate at each roll-back."""

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+TRAINING = {"guard_roll_backs": "max_rollbacks", "max_fault_rate": "max_bad_sample_rate"}
+"""Renamed flags of training, and fields of config.json: former name -> present one."""
+
 
 def with_new_names(argv: Sequence[str], renamed: Mapping[str, str]) -> list[str]:
     """Return a command line with renamed flags in their new spelling.

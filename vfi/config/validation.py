@@ -45,8 +45,8 @@ def validate(config: Config) -> None:
     for flag, crop in (("--crop", data.crop), *(("--curriculum_crops", crop) for crop in data.curriculum_crops)):
         if crop < 64 or crop % 16:
             raise ConfigError(f"{flag} is {crop}; it must be a multiple of 16 and at least 64 (the loss has five levels)")
-    if not 0 <= data.max_fault_rate <= 1:
-        raise ConfigError(f"--max_fault_rate is {data.max_fault_rate}; it must be a fraction between 0 and 1")
+    if not 0 <= data.max_bad_sample_rate <= 1:
+        raise ConfigError(f"--max_bad_sample_rate is {data.max_bad_sample_rate}; it must be a fraction between 0 and 1")
     if not 0 < run.timeout_minutes < math.inf:
         raise ConfigError(f"--timeout_minutes is {run.timeout_minutes}; it must be positive and finite")
     if not 0 < data.cache_gb < math.inf:
@@ -109,7 +109,7 @@ def _validate_guard(guard: GuardConfig) -> None:
         raise ConfigError(f"--guard_factor is {guard.guard_factor}; it must be finite and greater than 1")
     if guard.guard_window < 2 * KNOWN_STEPS:
         raise ConfigError(f"--guard_window is {guard.guard_window}; it must be at least {2 * KNOWN_STEPS}")
-    for flag, value in (("--guard_skips", guard.guard_skips), ("--guard_roll_backs", guard.guard_roll_backs)):
+    for flag, value in (("--guard_skips", guard.guard_skips), ("--max_rollbacks", guard.max_rollbacks)):
         if value < 0:
             raise ConfigError(f"{flag} is {value}; it must not be negative")
     if not 0 < guard.guard_rate_factor <= 1:
@@ -147,8 +147,8 @@ def _refuse_without_effect(config: Config) -> None:
         (model, ModelConfig(), mixed, "--mixing hc, mhc or mhc_lite", "mixing_streams mixing_coefficients"),
         (optim, OptimConfig(), mixed, "--mixing hc, mhc or mhc_lite", "mhc_anneal"),
         (model, ModelConfig(), model.mixing == "mhc", "--mixing mhc", "sinkhorn_iterations"),
-        (guard, GuardConfig(), guard.guard, "--guard", "guard_factor guard_window guard_skips guard_roll_backs"),
-        (guard, GuardConfig(), guard.guard and guard.guard_roll_backs > 0, "--guard that may roll back", "guard_rate_factor"),
+        (guard, GuardConfig(), guard.guard, "--guard", "guard_factor guard_window guard_skips max_rollbacks"),
+        (guard, GuardConfig(), guard.guard and guard.max_rollbacks > 0, "--guard that may roll back", "guard_rate_factor"),
         (model, ModelConfig(), scan, "a --backbone_mode with a scan", "ssm scan ssd_groups xb_share ssd_precision ssd_backend"),
         (model, ModelConfig(), model.ssm == "mamba2", "--ssm mamba2", "ssd_groups xb_share"),
         (model, ModelConfig(), attention, "a --backbone_mode with attention", "window_size gate attention_backend"),

@@ -43,7 +43,7 @@ class FaultError(ShardError):
 
 
 class FaultRateError(ShardError):
-    """Raised when more samples were skipped than --max_fault_rate allows."""
+    """Raised when more samples were skipped than --max_bad_sample_rate allows."""
 
 
 def printable(text: str) -> str:
@@ -101,7 +101,7 @@ class BadSampleMonitor:
             return
         kinds = ", ".join(f"{kind} {count}" for kind, count in self.by_kind.most_common())
         raise FaultRateError(
-            f"{faults} of {self.reads} samples read could not be used ({kinds}), more than --max_fault_rate {self.max_rate} "
-            f"allows (it is judged as of {self.judged_from} reads). One of them: {example.where}: {example.why}. "
-            f"Look with `python -m shards.verify`, repair the shards, or allow more"
+            f"{faults} of {self.reads} samples read could not be used ({kinds}), more than --max_bad_sample_rate "
+            f"{self.max_rate} allows (it is judged as of {self.judged_from} reads). One of them: {example.where}: "
+            f"{example.why}. Look with `python -m shards.verify`, repair the shards, or allow more"
         )

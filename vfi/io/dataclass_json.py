@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from vfi.config.configs import Config, ConfigError
+from vfi.config.renamed_flags import TRAINING
 from vfi.runtime.logging import logger
 
 _UNIONS = (types.UnionType, typing.Union)
@@ -44,7 +45,7 @@ def config_from_json(text: str, where: str = "config.json", quiet: bool = False)
     """
     defaulted: list[str] = []
     try:
-        config: Config = from_object(Config, json.loads(text), where, defaulted)
+        config: Config = from_object(Config, _with_new_names(json.loads(text)), where, defaulted)
     except json.JSONDecodeError as error:
         raise ConfigError(f"{where} is not JSON: {error}") from error
     except (RecordError, RecursionError) as error:
@@ -52,6 +53,16 @@ def config_from_json(text: str, where: str = "config.json", quiet: bool = False)
     if defaulted and not quiet:
         logger.warning(f"{where} is older than these settings, which have their defaults: {', '.join(defaulted)}")
     return config
+
+
+def _with_new_names(content: Any) -> Any:
+    """Return the content of a config.json with renamed fields under their present names."""
+    if not isinstance(content, dict):
+        return content
+    return {
+        group: {TRAINING.get(name, name): value for name, value in fields.items()} if isinstance(fields, dict) else fields
+        for group, fields in content.items()
+    }
 
 
 def from_object(kind: Any, content: Any, where: str, defaulted: list[str] | None = None) -> Any:

@@ -206,7 +206,7 @@ class GradientMonitor:
 
     def _roll_back(self, why: str, first_bad: int) -> Decision:
         """Decide to return to the state before the weights that gave the bad loss or gradient of step `first_bad`."""
-        return Decision("roll_back" if self.roll_backs < self.config.guard_roll_backs else "stop", why, began=first_bad - 1)
+        return Decision("roll_back" if self.roll_backs < self.config.max_rollbacks else "stop", why, began=first_bad - 1)
 
     def _usual_loss(self) -> float:
         """Return the median of the losses before those being judged, at most 25 times the first one; inf without any."""

@@ -92,14 +92,14 @@ class Trainer:
         # far enough apart for the guard to notice, before the next snapshot, trouble that began before this one
         self.snapshots = Snapshots(max(KNOWN_STEPS, config.guard.guard_window // 4 + 1))
         self.raised_annealing = 0.0  # by the guard, for good
-        self.can_keep_snapshots = config.guard.guard and config.guard.guard_roll_backs > 0 and self.strategy.name == "none"
+        self.can_keep_snapshots = config.guard.guard and config.guard.max_rollbacks > 0 and self.strategy.name == "none"
         self.score: Score | None = None
         self.live = self._build_run(self._read_resumed())
         self.tracker = Tracker(self.folder, self.live.step, self.accelerator.is_main_process)
         if self.data.batch_size != config.data.batch_size:
             numbers = {"batch_size": self.data.batch_size, "accumulation": self.accumulation}
             self.tracker.log(self.live.step, "batch", asked=config.data.batch_size, **numbers)
-        self.tally, self.skipped = BadSampleCounts(), BadSampleMonitor(self.data.max_fault_rate, self.loader.plan.samples)
+        self.tally, self.skipped = BadSampleCounts(), BadSampleMonitor(self.data.max_bad_sample_rate, self.loader.plan.samples)
 
     def _fit_batch(self) -> None:
         """Reduce the batch size and accumulate more batches where a GPU can't hold --batch_size."""
@@ -338,7 +338,7 @@ class Trainer:
                 f"step {step}: {decision.action}{given}: {decision.why}; samples {', '.join(samples[:_FAULTS_SHOWN])} …"
             )
         if decision.action == "stop":
-            self.give_up(decision.why, f"the run went back {self.live.monitor.roll_backs} times, as --guard_roll_backs allows")
+            self.give_up(decision.why, f"the run went back {self.live.monitor.roll_backs} times, as --max_rollbacks allows")
 
     def roll_back(self, decision: Decision) -> dict[str, float]:
         """Return to the last good state, with a lower learning rate from now on; return what has changed, for the log."""

@@ -504,7 +504,7 @@ def test_the_job_says_what_is_wrong_in_one_line(server, tmp_path):
     ("flags", "message"),
     [
         ("--cache_gb 0", "--cache_gb is 0.0; it must be positive"),
-        ("--max_fault_rate 1.5", "--max_fault_rate is 1.5.*must be a fraction between 0 and 1"),
+        ("--max_bad_sample_rate 1.5", "--max_bad_sample_rate is 1.5.*must be a fraction between 0 and 1"),
         ("--data_path here --cache_dir there", "--cache_dir there has no effect without a URL in --data_path or --val_path"),
         ("--data_path here --cache_gb 3", "--cache_gb 3.0 has no effect"),
     ],
