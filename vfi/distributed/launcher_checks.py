@@ -17,7 +17,6 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, InitProcessGroupKwargs
 
 from vfi.config.configs import Config, ConfigError, accumulation
-from vfi.runtime.logging import show_messages
 
 Sharding = Literal["none", "zero", "fsdp2"]
 Precision = Literal["no", "bf16", "fp16"]
@@ -45,7 +44,6 @@ def start_accelerator(config: Config) -> Accelerator:
         kwargs_handlers=[_process_group(config, sharding)],
     )
     _refuse_differences(accelerator, sharding, world, accumulation(config, world))
-    show_messages(accelerator.is_main_process)
     return accelerator
 
 

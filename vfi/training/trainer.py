@@ -28,7 +28,7 @@ from vfi.distributed.select import sharding
 from vfi.distributed.watchdog import Watchdog
 from vfi.errors import Stopped
 from vfi.model.hyper_connections import MixingRecord, mixing_report, recording, set_annealing
-from vfi.runtime.logging import logger
+from vfi.runtime.logging import logger, show_messages
 from vfi.runtime.numerics import set_numerics
 from vfi.tracking.environment import METRICS
 from vfi.tracking.tracker import Tracker
@@ -77,6 +77,7 @@ class Trainer:
         if config.compute.cuda_graphs:
             enable_expandable_segments()
         self.accelerator = start_accelerator(config)
+        show_messages(self.accelerator.is_main_process)
         self.strategy = sharding(self.accelerator)
         self.accumulation = self.accelerator.gradient_accumulation_steps
         device, rank, world = self.accelerator.device, self.accelerator.process_index, self.accelerator.num_processes

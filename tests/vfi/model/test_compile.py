@@ -23,7 +23,7 @@ from vfi.model.flow import FlowStage
 from vfi.model.hyper_connections import MixingRecord, mixing_report, recording
 from vfi.model.interpolator import FrameInterpolator, Prediction
 from vfi.model.refinement import RefineNet
-from vfi.training import trainer
+from vfi.training import run
 from vfi.training.losses import training_losses
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -299,7 +299,7 @@ def test_training_takes_them_as_asked(tmp_path, train_shards, monkeypatch):
     for flags, expected in ((("--compile", "--checkpointing"), ["compile_modules", "checkpoint_activations"]), ((), [])):
         asked: list[str] = []
         for change in ("compile_modules", "checkpoint_activations"):
-            monkeypatch.setattr(trainer, change, spy(asked, change))
+            monkeypatch.setattr(run, change, spy(asked, change))
         train.main(["--preset", "tiny", "--width", "2", "--head_dim", "8", "--crop", "64", "--num_workers", "0", "--steps", "1",
                     "--batch_size", "1", "--data_path", str(train_shards), "--output_dir", str(tmp_path), "--exp_name",
                     f"run{len(flags)}", *flags])  # fmt: skip
