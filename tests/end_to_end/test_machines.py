@@ -77,6 +77,14 @@ def test_two_machines_train_as_one_with_both_processes(tmp_path, train_shards, v
         assert torch.equal(found[name], tensor), name
 
 
+def test_processes_leave_their_group_before_they_exit(tmp_path, train_shards, val_shards):
+    """Otherwise some are aborted after their work, and the launchers of other machines wait for minutes."""
+    at_exit = "import atexit, torch.distributed as group; print('in', group.is_initialized()); atexit._run_exitfuncs()"
+    code = f"{TRAIN}; {at_exit}; print('in', group.is_initialized())"
+    for output in finish(start_ranks(2, code, *flags(tmp_path / "run", (train_shards, val_shards)), "--steps", "1")):
+        assert output.splitlines()[-2:] == ["in True", "in False"]
+
+
 def test_another_number_of_processes_than_asked_for_is_refused_on_both_machines(tmp_path, train_shards, val_shards):
     """Left alone, accelerate would round down silently."""
     launches = on_two_machines(tmp_path / "run", (train_shards, val_shards), processes=3)
