@@ -332,7 +332,7 @@ def test_lpips_is_measured_where_its_weights_are(data, runs, tmp_path, capsys):
     out = tmp_path / "results.json"
     flags = ("--model", runs / "first", "--data", data, "--out", out, "--pictures", 0, "--limit", 1)
     _run(*flags)
-    assert read_results(out).protocol["LPIPS"] == "not measured: --lpips FOLDER names its weights"
+    assert read_results(out).protocol["LPIPS"] == "not measured: --lpips FILE names its weights"
     assert "alexnet-owt-7be5be79.pth" in _refusal(capsys, *flags, "--lpips", tmp_path)
 
 

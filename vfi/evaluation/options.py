@@ -50,7 +50,7 @@ class Options:
     """Estimate motion (vfi/metrics/motion.py), for PSNR by motion and of moving pixels; takes up to half a second per
     sample."""
     lpips: Path | None = None
-    """Folder with the two published weight files of LPIPS (see vfi/metrics/lpips.py); LPIPS is not measured without it."""
+    """File of AlexNet's published weights, or its folder (see vfi/metrics/lpips.py); LPIPS is not measured without it."""
     pictures: int = 6
     """Samples that are saved as pictures, spread evenly from the worst to the best gain."""
     workers: int = 2

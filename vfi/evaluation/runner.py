@@ -87,7 +87,7 @@ def benchmark(options: Options, command: str = "") -> Results | None:
     lpips = load_lpips(options.lpips, device) if options.lpips else None
 
     asks = {name: _ask(model, precision, bench.rules.scale) for name, model in named.items()}
-    facts = bench.facts | {"LPIPS": "AlexNet, v0.1" if lpips else "not measured: --lpips FOLDER names its weights"}
+    facts = bench.facts | {"LPIPS": "AlexNet, v0.1" if lpips else "not measured: --lpips FILE names its weights"}
     environment = _environment(device, precision, world, command)
     settings = {"data": bench.sha256, "samples": bench.samples, "protocol": facts, "motion": options.motion} | {
         "models": {name: model.fingerprint() for name, model in named.items()},

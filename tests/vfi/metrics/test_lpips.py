@@ -1,10 +1,12 @@
-"""LPIPS against loops over windows in float64 numpy, on weights in the layout of the two published files."""
+"""LPIPS against loops over windows in float64 numpy, on weights in the layout of the published file."""
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import os
 import random
+import sys
 from contextlib import suppress
 from pathlib import Path
 
@@ -15,34 +17,37 @@ from numpy.lib.stride_tricks import sliding_window_view
 from scipy import ndimage
 
 from vfi.errors import JobError
-from vfi.metrics.lpips import MIN_SIDE, Lpips, load_lpips
+from vfi.metrics.lpips import MIN_SIDE, Lpips, _read, load_lpips
 
 CPU = torch.device("cpu")
-ALEXNET, LINEAR = "alexnet-owt-7be5be79.pth", "alex.pth"
+ALEXNET = "alexnet-owt-7be5be79.pth"
 SHAPES = {0: (64, 3, 11, 11), 3: (192, 64, 5, 5), 6: (384, 192, 3, 3), 8: (256, 384, 3, 3), 10: (256, 256, 3, 3)}
 Weights = dict[str, torch.Tensor]
 
 
-def published_layout(seed: int) -> tuple[Weights, Weights]:
-    """Random weights that keep the signal's size, under the keys of both files."""
+def published_layout(seed: int) -> Weights:
+    """Random weights that keep the signal's size, under the keys of the file."""
     generator = torch.Generator().manual_seed(seed)
     alexnet = {}
     for index, shape in SHAPES.items():
         alexnet[f"features.{index}.weight"] = torch.randn(shape, generator=generator) * (2 / np.prod(shape[1:])) ** 0.5
         alexnet[f"features.{index}.bias"] = 0.1 * torch.randn(shape[0], generator=generator)
     alexnet["classifier.1.weight"] = torch.zeros(4, 4)  # there, of another size, and not used
-    linear = {
-        f"lin{i}.model.1.weight": torch.rand(1, shape[0], 1, 1, generator=generator) for i, shape in enumerate(SHAPES.values())
-    }
-    return alexnet, linear
+    return alexnet
+
+
+def weights_of_features() -> Weights:
+    """The authors' weights, as their package lies on the disk."""
+    package = importlib.util.find_spec("lpips")
+    assert package is not None
+    return torch.load(Path(package.origin).parent / "weights" / "v0.1" / "alex.pth", "cpu", weights_only=True)
 
 
 @pytest.fixture(scope="module")
 def published(tmp_path_factory) -> Path:
-    """A folder with both files; not to be changed."""
+    """A folder with the file; not to be changed."""
     folder = tmp_path_factory.mktemp("published")
-    for name, weights in zip((ALEXNET, LINEAR), published_layout(0), strict=True):
-        torch.save(weights, folder / name)
+    torch.save(published_layout(0), folder / ALEXNET)
     return folder
 
 
@@ -52,15 +57,12 @@ def lpips(published) -> Lpips:
 
 
 @pytest.fixture
-def folder(published, tmp_path) -> Path:
-    """Links to both files, which a test may replace."""
-    for name in (ALEXNET, LINEAR):
-        (tmp_path / name).symlink_to(published / name)
-    return tmp_path
+def file(tmp_path) -> Path:
+    """The path of a file that a test makes."""
+    return tmp_path / ALEXNET
 
 
-def replace(path: Path, content: object) -> None:
-    path.unlink()
+def write(path: Path, content: object) -> None:
     if isinstance(content, bytes):
         path.write_bytes(content)
     else:
@@ -110,13 +112,15 @@ def lpips_by_window(prediction: np.ndarray, truth: np.ndarray, alexnet: Weights,
 @pytest.mark.parametrize(("height", "width"), [(48, 64), (MIN_SIDE, 75)])
 def test_lpips_is_the_one_by_window(lpips, height, width):
     prediction, truth = pictures(height, width)
-    expected = [lpips_by_window(p, t, *published_layout(0)) for p, t in zip(prediction, truth, strict=True)]
+    expected = [
+        lpips_by_window(p, t, published_layout(0), weights_of_features()) for p, t in zip(prediction, truth, strict=True)
+    ]
     got = lpips(torch.from_numpy(prediction).float(), torch.from_numpy(truth).float())
     print(f"{expected}, off by {np.abs(got.numpy() - expected).max():.1e}")
     assert got.shape == (2,)
     assert got.dtype == torch.float32
-    assert min(expected) > 0.1
-    np.testing.assert_allclose(got.numpy(), expected, rtol=0, atol=1e-5)
+    assert min(expected) > 0.02
+    np.testing.assert_allclose(got.numpy(), expected, rtol=0, atol=1e-6)
 
 
 def test_equal_pictures_symmetry_and_order(lpips):
@@ -159,72 +163,66 @@ def test_the_least_size_is_the_least(lpips):
         with pytest.raises(ValueError, match=f"images are {size[0]}×{size[1]} .* at least {MIN_SIDE}"):
             lpips(small, small)
         with pytest.raises(RuntimeError):  # without the check
-            lpips._distance(small, small)
+            lpips.network(small, small)
 
 
-def test_files_in_the_older_format_are_read(folder, lpips):
+def test_a_file_in_the_older_format_is_read(file, lpips):
     buffer = io.BytesIO()
-    torch.save(published_layout(0)[1], buffer, _use_new_zipfile_serialization=False)
-    replace(folder / LINEAR, buffer.getvalue())
+    torch.save(published_layout(0), buffer, _use_new_zipfile_serialization=False)
+    write(file, buffer.getvalue())
     image = torch.rand(1, 3, 40, 40)
-    assert torch.equal(load_lpips(folder, CPU)(image, image.flip(3)), lpips(image, image.flip(3)))
+    assert torch.equal(load_lpips(file, CPU)(image, image.flip(3)), lpips(image, image.flip(3)))
 
 
-@pytest.mark.parametrize(
-    ("name", "origin"),
-    [
-        (ALEXNET, "the torchvision model zoo"),
-        (LINEAR, "the repository richzhang/PerceptualSimilarity on GitHub, lpips/weights/v0.1/alex.pth"),
-    ],
-)
-def test_missing_file(folder, name, origin):
-    (folder / name).unlink()
-    with pytest.raises(JobError, match=rf"{folder / name} is missing: LPIPS reads {name} there, .* published in {origin}"):
-        load_lpips(folder, CPU)
+def test_missing_file(tmp_path, file):
+    for path in (tmp_path, file):  # the folder, or the file itself
+        with pytest.raises(
+            JobError, match=rf"{file} is missing: .* published as https://download.pytorch.org/models/{ALEXNET}"
+        ):
+            load_lpips(path, CPU)
 
 
-def test_files_of_something_else(folder):
-    replace(folder / LINEAR, published_layout(0)[0])
-    with pytest.raises(JobError, match=rf"{LINEAR} is of something else: missing: lin0.model.1.weight, lin1.* published in"):
-        load_lpips(folder, CPU)
-    replace(folder / LINEAR, torch.zeros(3))
-    with pytest.raises(JobError, match=rf"{LINEAR} is of something else: missing: lin0"):
-        load_lpips(folder, CPU)
-    alexnet = published_layout(0)[0]
+def test_missing_package(file, monkeypatch):
+    monkeypatch.setitem(sys.modules, "lpips", None)
+    with pytest.raises(JobError, match=r"needs the packages lpips and torchvision: pip install -e '\.\[perceptual\]'"):
+        load_lpips(file, CPU)
+
+
+def test_files_of_something_else(file):
+    write(file, weights_of_features())
+    with pytest.raises(JobError, match=rf"{ALEXNET} is of something else: missing: features.0.weight, .* published as"):
+        load_lpips(file, CPU)
+    write(file, torch.zeros(3))
+    with pytest.raises(JobError, match=rf"{ALEXNET} is of something else: missing: features.0"):
+        load_lpips(file, CPU)
+    alexnet = published_layout(0)
     del alexnet["features.6.bias"]
     alexnet["features.8.weight"] = alexnet["features.8.weight"][:, :7]
     alexnet["features.10.bias"] = 3
-    replace(folder / ALEXNET, alexnet)
+    write(file, alexnet)
     wrong = r"missing: features.6.bias, features.10.bias; of another shape: features.8.weight \[256, 7, 3, 3\] instead of"
     with pytest.raises(JobError, match=wrong + r" \[256, 384, 3, 3\]\. "):
-        load_lpips(folder, CPU)
+        load_lpips(file, CPU)
 
 
-def test_damaged_files(folder):
-    intact = (folder / LINEAR).read_bytes()
+def test_damaged_files(file):
+    """In a smaller file of the same kind, which is read in a moment."""
+    weights = weights_of_features()
+    torch.save(weights, file)
+    intact = file.read_bytes()
     rng = random.Random(0)
     # lengths and places at random, and none of the bytes
     for cut in (0, 1, 100, *(rng.randrange(len(intact)) for _ in range(20))):
-        replace(folder / LINEAR, intact[:cut])
-        with pytest.raises(
-            JobError, match=rf"^{folder / LINEAR} cannot be loaded: .*\. Fetch it again from the repository .*$"
-        ):
-            load_one(folder)
+        write(file, intact[:cut])
+        with pytest.raises(JobError, match=rf"^{file} cannot be loaded: .*\. Fetch it again from https://.*$"):
+            _read(file, weights)
     for _ in range(40):
         damaged = bytearray(intact)
         for _ in range(10):
             damaged[rng.randrange(1500)] = rng.randrange(256)
-        replace(folder / LINEAR, bytes(damaged))
+        write(file, bytes(damaged))
         with suppress(JobError):  # where the change does no harm it is read; there is no other kind of error
-            load_one(folder)
-
-
-def load_one(folder: Path) -> None:
-    """The small file alone: the other takes longer to read."""
-    from vfi.metrics import lpips as module
-
-    shapes = {name: list(tensor.shape) for name, tensor in Lpips().state_dict().items()}
-    module._read(folder, module._FILES[1], shapes)
+            _read(file, weights)
 
 
 class Command:
@@ -237,8 +235,8 @@ class Command:
         return os.mkdir, (str(self.path),)
 
 
-def test_a_file_executes_nothing(folder):
-    replace(folder / LINEAR, {"lin0.model.1.weight": Command(folder / "made")})
+def test_a_file_executes_nothing(file):
+    write(file, {"features.0.weight": Command(file.parent / "made")})
     with pytest.raises(JobError, match=r"cannot be loaded: Weights only load failed"):
-        load_lpips(folder, CPU)
-    assert not (folder / "made").exists()
+        load_lpips(file, CPU)
+    assert not (file.parent / "made").exists()
