@@ -3,7 +3,8 @@
     average <- decay * average + (1 - decay) * weight        after each step that changed the weights
 
 decay is min(--ema, (1 + n) / (10 + n)) in the n-th step, n = 1, 2, …, so that the average soon forgets the initial weights. All
-parameters are averaged, also those of a frozen part; buffers are taken as they are.
+parameters are averaged, also those of a frozen part; buffers are taken as they are. torch.optim.swa_utils.AveragedModel would
+copy the model, which FSDP2 refuses (findings/torch_average_of_fsdp2.sh), and would average weights of half precision in it.
 """
 
 from __future__ import annotations
