@@ -9,7 +9,8 @@ are in vfi/config/validation.py.
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from collections.abc import Callable
+from typing import Annotated, Literal, NamedTuple
 
 SequenceKind = Literal["middle", "random_time", "random_gap"]
 SCALES = (1.0, 0.5, 0.25)
@@ -19,6 +20,32 @@ KNOWN_STEPS = 20  # with fewer, a loss or a gradient can't be compared with a me
 
 class ConfigError(ValueError):
     """A setting, or a combination of settings, is not usable; the message names the fields and the fix."""
+
+
+class Needs(NamedTuple):
+    """Condition without which a field has no effect, in the field's annotation; to set the field otherwise is an error."""
+
+    words: str
+    """What to add to the command line, after "without"."""
+    is_met: Callable[[Config], bool]
+
+
+_FLOW = Needs("--phase 2 or 3", lambda config: config.model.phase > 1)
+_PHASE_3 = Needs("--phase 3", lambda config: config.model.phase == 3)
+_TEACHER = Needs("--teacher", lambda config: config.model.teacher)
+_STREAMS = Needs("--mixing hc, mhc or mhc_lite", lambda config: config.model.mixing != "none")
+_SINKHORN = Needs("--mixing mhc", lambda config: config.model.mixing == "mhc")
+_SCAN = Needs("a --backbone_mode with a scan", lambda config: config.model.backbone_mode != "gated_attn_only")
+_ATTENTION = Needs("a --backbone_mode with attention", lambda config: config.model.backbone_mode != "mamba2_only")
+_MAMBA2 = Needs("--ssm mamba2", lambda config: config.model.ssm == "mamba2")
+_KERNELS = Needs("a --ssd_backend with kernels", lambda config: config.model.ssd_backend != "reference")
+_GUARD = Needs("--guard", lambda config: config.guard.guard)
+_ROLLBACKS = Needs("--guard that may roll back", lambda config: config.guard.guard and config.guard.max_rollbacks > 0)
+_REMOTE = Needs("a URL in --data_path or --val_path", lambda config: any("://" in path for path in config.data.paths))
+_VALIDATION = Needs("--val_path", lambda config: bool(config.data.val_path))
+_CURRICULUM = Needs("--curriculum", lambda config: config.data.curriculum)
+_MATVLM = Needs("--matvlm_plan A, B or C", lambda config: config.run.matvlm_plan != "off")
+_REAL_RUN = Needs("--no-dry_run", lambda config: not config.run.dry_run)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,9 +60,9 @@ class ModelConfig:
     """LGS blocks at stride 8 and at stride 16."""
     backbone_mode: Literal["hybrid", "mamba2_only", "gated_attn_only"] = "hybrid"
     """Branches of an LGS block: both, only the scan, or only the window attention."""
-    ssm: Literal["mamba2", "mamba1"] = "mamba2"
+    ssm: Annotated[Literal["mamba2", "mamba1"], _SCAN] = "mamba2"
     """State-space model of branch A."""
-    scan: Literal["interleaved", "flip"] = "interleaved"
+    scan: Annotated[Literal["interleaved", "flip"], _SCAN] = "interleaved"
     """Token order of branch A: both frames alternating, or each frame alone."""
     d_state: int = 64
     """State size S of the scan."""
@@ -43,20 +70,20 @@ class ModelConfig:
     """Inner width of the scan, as a multiple of its channels."""
     head_dim: int = 32
     """Channels of a head, in the scan and in the attention."""
-    ssd_groups: Literal["shared", "per_head"] = "shared"
+    ssd_groups: Annotated[Literal["shared", "per_head"], _SCAN, _MAMBA2] = "shared"
     """B and C of Mamba-2: one pair for all heads, or one for each head, as in attention (MaTVLM plans B and C)."""
-    xb_share: int = 1
+    xb_share: Annotated[int, _SCAN, _MAMBA2] = 1
     """Heads that share one x and one B, the d_xb of MaTVLM plan C; needs --ssd_groups per_head."""
-    ssd_precision: Literal["auto", "fp32", "tf32", "input"] = "auto"
+    ssd_precision: Annotated[Literal["auto", "fp32", "tf32", "input"], _SCAN, _KERNELS] = "auto"
     """Precision of products in the scan's core: fp32, TF32, or that of its input under autocast. auto: bf16 for bf16 input in
     the fused kernels, otherwise fp32. Sums, decays and states are always fp32. mamba_ssm's kernels multiply fp32 as TF32."""
-    ssd_backend: Literal["auto", "reference", "mamba_ssm", "fused"] = "auto"
+    ssd_backend: Annotated[Literal["auto", "reference", "mamba_ssm", "fused"], _SCAN] = "auto"
     """Implementation of the scan. auto selects the fused Triton kernels on a GPU, otherwise mamba_ssm's, and logs why."""
-    window_size: Literal[7, 8, 14] = 8
+    window_size: Annotated[Literal[7, 8, 14], _ATTENTION] = 8
     """Side of an attention window in tokens."""
-    gate: Literal["headwise", "elementwise", "off"] = "headwise"
+    gate: Annotated[Literal["headwise", "elementwise", "off"], _ATTENTION] = "headwise"
     """Gate on the attention's output: one for each head and token, one for each channel and token, or none."""
-    attention_backend: Literal["auto", "sdpa", "flash_attn", "fused"] = "auto"
+    attention_backend: Annotated[Literal["auto", "sdpa", "flash_attn", "fused"], _ATTENTION] = "auto"
     """Implementation of the attention. auto selects the fused Triton kernels on a GPU, otherwise PyTorch's SDPA; flash_attn
     needs that package and half precision."""
     pointwise_backend: Literal["auto", "torch", "fused"] = "auto"
@@ -66,17 +93,17 @@ class ModelConfig:
     """Fusion by efficient channel attention (ECAB); --no-use_ecab selects CAB (squeeze and excite)."""
     mixing: Literal["none", "hc", "mhc", "mhc_lite"] = "none"
     """Residual streams of an LGS block: one, or several with hyper-connections. --use_mhc means --mixing mhc."""
-    mixing_streams: Literal[2, 4] = 4
+    mixing_streams: Annotated[Literal[2, 4], _STREAMS] = 4
     """Number of residual streams."""
-    mixing_coefficients: Literal["token", "pooled"] = "token"
+    mixing_coefficients: Annotated[Literal["token", "pooled"], _STREAMS] = "token"
     """Mixing coefficients for every token, or one set for each frame, from its mean state."""
-    sinkhorn_iterations: int = 20
+    sinkhorn_iterations: Annotated[int, _SINKHORN] = 20
     """Row and column normalisations of mhc."""
-    warp: Literal["feature", "image", "flow_only"] = "feature"
+    warp: Annotated[Literal["feature", "image", "flow_only"], _FLOW] = "feature"
     """What is warped by the flow: features and frames, only frames, or frames without RefineNet (phases 2 and 3)."""
     teacher: bool = False
     """Add a flow stage that sees the true frame during training and teaches the others (phases 2 and 3)."""
-    scale: float = 1.0
+    scale: Annotated[float, _FLOW] = 1.0
     """Fraction of the frame's size at which flow is estimated: 1, 0.5 or 0.25 (phases 2 and 3)."""
 
 
@@ -111,11 +138,11 @@ class DataConfig:
     """Rotate by a random multiple of 90 degrees."""
     max_bad_sample_rate: float = 0.01
     """Fraction of unusable samples (which are skipped, counted and named) above which training stops."""
-    cache_dir: str = ""
+    cache_dir: Annotated[str, _REMOTE] = ""
     """Folder on a local disk that caches the shards of a remote --data_path or --val_path; default: ~/.cache/vfi/shards."""
-    cache_gb: float = 50.0
+    cache_gb: Annotated[float, _REMOTE] = 50.0
     """Maximum size of that folder in GB (10^9 bytes), for all processes of a machine together."""
-    val_samples: int | None = None
+    val_samples: Annotated[int | None, _VALIDATION] = None
     """Number of samples of val_path to validate on, evenly spaced; default: all."""
     mixed_ratio: str | None = None
     """Proportion in which the folders of --data_path are mixed, such as 2:1. An epoch is one pass over the first one."""
@@ -123,12 +150,17 @@ class DataConfig:
     """Triplet taken from a sample of N frames, for all folders or one each. middle: the first, middle and last frame;
     random_time: first, last and a random one in between; random_gap: random a, a + g, a + 2g, scaled by 1, 1/2 or 1/4 before
     the crop."""
-    curriculum: bool = False
+    curriculum: Annotated[bool, _PHASE_3] = False
     """Increase the crop during training, in place of --crop (phase 3)."""
-    curriculum_T: int = 50  # noqa: N815 (the flag's published name)
+    curriculum_T: Annotated[int, _CURRICULUM] = 50  # noqa: N815 (the flag's published name)
     """Epochs over which the crop increases: each of --curriculum_crops applies to an equal part, the last one from then on."""
-    curriculum_crops: tuple[int, int, int] = (256, 384, 512)
+    curriculum_crops: Annotated[tuple[int, int, int], _CURRICULUM] = (256, 384, 512)
     """Crops of the curriculum."""
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """All shard folders, local and remote."""
+        return (*self.data_path, self.val_path)
 
     @property
     def largest_crop(self) -> int:
@@ -156,15 +188,15 @@ class OptimConfig:
     """Weight of a perceptual loss in addition to the Laplacian pyramid loss."""
     loss_backend: Literal["auto", "torch", "fused"] = "auto"
     """Implementation of the Laplacian pyramid loss. auto selects the fused Triton kernels on a GPU, otherwise PyTorch's."""
-    merge_weight: float = 0.5
+    merge_weight: Annotated[float, _FLOW] = 0.5
     """Weight of the loss of each flow stage's own merge of the warped frames (phases 2 and 3)."""
-    teacher_weight: float = 0.01
+    teacher_weight: Annotated[float, _TEACHER] = 0.01
     """Weight of the distance to the flow of the --teacher."""
-    distill_weight: float = 0.0
+    distill_weight: Annotated[float, _FLOW] = 0.0
     """Weight of the distance to the flow stored with the samples (phases 2 and 3)."""
-    mhc_anneal: float = 0.0
+    mhc_anneal: Annotated[float, _STREAMS] = 0.0
     """Fraction of the steps, at the end, over which the mixing's annealing factor rises from 0 (as learnt) to 1 (identity)."""
-    freeze_backbone: int = 0
+    freeze_backbone: Annotated[int, _FLOW] = 0
     """Number of epochs at the start during which the backbone does not train (phases 2 and 3)."""
     ema: float = 0.0
     """Decay of an exponential moving average of the weights, such as 0.999, which validation and later commands use; 0: none.
@@ -177,16 +209,16 @@ class GuardConfig:
 
     guard: bool = True
     """Monitor the gradient norm of each layer group and respond in stages; without it, a non-finite loss ends the run."""
-    guard_factor: float = 5.0
+    guard_factor: Annotated[float, _GUARD] = 5.0
     """A norm is unusual above this multiple of its running median, if it also exceeds it by as many spreads (of its
     logarithm)."""
-    guard_window: int = 200
+    guard_window: Annotated[int, _GUARD] = 200
     """Number of recent steps that the running medians and the count of skipped steps cover."""
-    guard_skips: int = 3
+    guard_skips: Annotated[int, _GUARD] = 3
     """Maximum number of skipped steps in the window; one more, and the run rolls back to the last good state."""
-    max_rollbacks: int = 2
+    max_rollbacks: Annotated[int, _GUARD] = 2
     """Maximum number of roll-backs of a run; at the next one it stops."""
-    guard_rate_factor: float = 0.5
+    guard_rate_factor: Annotated[float, _ROLLBACKS] = 0.5
     """Factor applied to the learning rate at each roll-back."""
 
 
@@ -214,7 +246,7 @@ class RunConfig:
     """Steps between validations; the last step is always validated."""
     keep_last: int = 3
     """Number of newest checkpoints to keep."""
-    keep_best: int = 1
+    keep_best: Annotated[int, _VALIDATION] = 1
     """Number of checkpoints with the highest PSNR to keep in addition, among the steps that are both validated and saved."""
     resume: str = ""
     """auto: resume this run if it has a checkpoint; NAME or PATH: start from the weights of another run."""
@@ -222,13 +254,13 @@ class RunConfig:
     """Run or checkpoint (NAME or PATH), folder of `vfi export`, `shipped` (the model that comes with the package), or model on
     the Hugging Face hub (ORG/NAME) to take the initial weights from. With --resume auto only if this run has no
     checkpoint yet, so that the same command starts and resumes a run."""
-    matvlm_plan: Literal["off", "A", "B", "C"] = "off"
+    matvlm_plan: Annotated[Literal["off", "A", "B", "C"], _SCAN] = "off"
     """Initialise the scan from the attention of --matvlm_donor (MaTVLM); the plans are in vfi/model/matvlm_init.py."""
-    matvlm_donor: str = ""
+    matvlm_donor: Annotated[str, _MATVLM] = ""
     """Run or checkpoint with the source attention (NAME or PATH), or `untrained`: random attention, the control arm."""
     timeout_minutes: float = 20.0
     """Minutes without progress of any process after which the run ends and names the stalled one."""
-    profile: int = 0
+    profile: Annotated[int, _REAL_RUN] = 0
     """Number of steps to profile after a few others; profile/ in the run folder gets a trace and, on a CUDA GPU, a snapshot of
     its memory; 0: none."""
     dry_run: bool = False

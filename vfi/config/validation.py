@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+import typing
 from pathlib import Path
-from typing import Any
 
 from vfi.config.configs import (
     KNOWN_STEPS,
@@ -15,8 +16,7 @@ from vfi.config.configs import (
     DataConfig,
     GuardConfig,
     ModelConfig,
-    OptimConfig,
-    RunConfig,
+    Needs,
     folder_ratio,
 )
 
@@ -135,38 +135,15 @@ def _validate_model(model: ModelConfig) -> None:
 
 
 def _refuse_without_effect(config: Config) -> None:
-    """Refuse settings that others leave without effect: they would be flags that do nothing."""
-    model, optim, data, run = config.model, config.optim, config.data, config.run
-    guard, flow, mixed = config.guard, model.phase > 1, model.mixing != "none"
-    scan, attention = model.backbone_mode != "gated_attn_only", model.backbone_mode != "mamba2_only"
-    remote = any("://" in path for path in (*data.data_path, data.val_path))
-    conditions: list[tuple[Any, Any, bool, str, str]] = [
-        (model, ModelConfig(), flow, "--phase 2 or 3", "warp teacher scale"),
-        (optim, OptimConfig(), flow, "--phase 2 or 3", "merge_weight distill_weight freeze_backbone"),
-        (optim, OptimConfig(), model.teacher, "--teacher", "teacher_weight"),
-        (model, ModelConfig(), mixed, "--mixing hc, mhc or mhc_lite", "mixing_streams mixing_coefficients"),
-        (optim, OptimConfig(), mixed, "--mixing hc, mhc or mhc_lite", "mhc_anneal"),
-        (model, ModelConfig(), model.mixing == "mhc", "--mixing mhc", "sinkhorn_iterations"),
-        (guard, GuardConfig(), guard.guard, "--guard", "guard_factor guard_window guard_skips max_rollbacks"),
-        (guard, GuardConfig(), guard.guard and guard.max_rollbacks > 0, "--guard that may roll back", "guard_rate_factor"),
-        (model, ModelConfig(), scan, "a --backbone_mode with a scan", "ssm scan ssd_groups xb_share ssd_precision ssd_backend"),
-        (model, ModelConfig(), model.ssm == "mamba2", "--ssm mamba2", "ssd_groups xb_share"),
-        (model, ModelConfig(), attention, "a --backbone_mode with attention", "window_size gate attention_backend"),
-        (data, DataConfig(), remote, "a URL in --data_path or --val_path", "cache_dir cache_gb"),
-        (data, DataConfig(), model.phase == 3, "--phase 3", "curriculum"),
-        (data, DataConfig(), bool(data.val_path), "--val_path", "val_samples"),
-        (run, RunConfig(), bool(data.val_path), "--val_path", "keep_best"),
-        (model, ModelConfig(), model.ssd_backend != "reference", "a --ssd_backend with kernels", "ssd_precision"),
-        (data, DataConfig(), data.curriculum, "--curriculum", "curriculum_T curriculum_crops"),
-        (run, RunConfig(), not run.dry_run, "--no-dry_run", "profile"),
-        (run, RunConfig(), scan, "a --backbone_mode with a scan", "matvlm_plan"),
-        (run, RunConfig(), run.matvlm_plan != "off", "--matvlm_plan A, B or C", "matvlm_donor"),
-    ]
-    for given, default, condition, needs, names in conditions:
-        for name in names.split():
-            value = getattr(given, name)
-            if not condition and value != getattr(default, name):
-                raise ConfigError(f"--{name} {value} has no effect without {needs}: remove it or add that")
+    """Refuse settings that others leave without effect (see Needs): they would be flags that do nothing."""
+    for group in dataclasses.fields(config):
+        given = getattr(config, group.name)
+        hints = typing.get_type_hints(type(given), include_extras=True)
+        for field in dataclasses.fields(given):
+            value = getattr(given, field.name)
+            for needs in typing.get_args(hints[field.name])[1:] if value != field.default else ():
+                if isinstance(needs, Needs) and not needs.is_met(config):
+                    raise ConfigError(f"--{field.name} {value} has no effect without {needs.words}: remove it or add that")
 
 
 def _refuse_unsupported(config: Config) -> None:
