@@ -81,6 +81,8 @@ GUARDED = {
     "onnx": set(),
     "onnxscript": set(),
     "onnxruntime": {"vfi/release/graph_formats.py"},
+    "lpips": {"vfi/metrics/lpips.py"},
+    "torchvision": set(),
 }
 
 
@@ -157,6 +159,16 @@ def test_module_keeps_the_rules(name, path):
         for package, allowed in GUARDED.items():
             if below(imported, package):
                 assert str(path.relative_to(ROOT)) in allowed, f"{name} must not import {imported}"
+
+
+def test_no_module_imports_the_private_names_of_another():
+    """But the pieces of one kernel, which are files of one folder."""
+    own = {name for name, _ in modules()}
+    for name, path in modules():
+        for imported in imports(path):
+            module, _, last = imported.rpartition(".")
+            private = module in own and last.startswith("_") and imported not in own
+            assert not private or below(name, "vfi.ops.ssm"), f"{name} imports {imported}"
 
 
 def test_each_part_imports_only_parts_below_it():

@@ -16,9 +16,11 @@ NAME_partial, which is playable, and from which --resume resumes.
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 from PIL import Image
@@ -27,10 +29,21 @@ from shards.codecs import read_image
 from shards.schema import IMAGE_EXTENSIONS, ShardError
 from vfi.config.renamed_flags import with_new_names
 from vfi.errors import CheckpointError, JobError, clear_errors
-from vfi.video.convert import Options, _made_by, _temporary, _timeline, build_engine, check_sizes, convert
+from vfi.video.convert import ConversionSettings, build_engine, check_sizes, convert, made_by, new_timeline, temporary_path
 
 IMAGE_OUTPUTS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 VIDEO_OUTPUTS = (".mp4", ".mkv", ".mov", ".webm", ".m4v")
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Input and output of `vfi interpolate`; each field is a command-line flag."""
+
+    inputs: tyro.conf.Positional[tuple[Path, ...]]
+    """Videos, folders of frames, or two images."""
+    out: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
+    """Video or folder to write; for two images an image, for several videos a folder."""
+    conversion: tyro.conf.OmitArgPrefixes[ConversionSettings] = dataclasses.field(default_factory=ConversionSettings)
 
 
 @clear_errors(ShardError, CheckpointError)
@@ -57,13 +70,13 @@ def interpolate(options: Options) -> Iterator[str]:
     if images or not options.inputs:
         given = ", ".join(map(str, options.inputs)) or "nothing"
         raise JobError(f"give videos, folders of frames, or two images; given: {given}")
-    if options.timestep is not None:
+    if options.conversion.timestep is not None:
         raise JobError("--timestep is for two images; for a video take --multiplier, --fps or --slowmo")
-    _timeline(options)
+    new_timeline(options.conversion)
     places = _places(options)
-    model = build_engine(options)
+    model = build_engine(options.conversion)
     for path, out in places.items():
-        yield convert(options, path, out, model)
+        yield convert(options.conversion, path, out, model)
 
 
 def _places(options: Options) -> dict[Path, Path]:
@@ -100,23 +113,23 @@ def _check_place(place: Path, source: Path) -> None:
 
 
 def _images_to_image(options: Options, path0: Path, path1: Path) -> str:
-    timestep = 0.5 if options.timestep is None else options.timestep
+    timestep = 0.5 if options.conversion.timestep is None else options.conversion.timestep
     if not 0 < timestep < 1:
         raise JobError(f"--timestep {timestep} must lie between 0 (the first image) and 1 (the second)")
-    if options.fps is not None or options.multiplier is not None or options.slowmo is not None:
+    if options.conversion.fps is not None or options.conversion.multiplier is not None or options.conversion.slowmo is not None:
         raise JobError("--multiplier, --fps and --slowmo are for videos; two images make one image")
     _check_output(options.out, IMAGE_OUTPUTS, (path0, path1))
     img0, img1 = read_image(path0), read_image(path1)
     check_sizes({path0: img0.shape[:2], path1: img1.shape[:2]})
-    model = build_engine(options)
-    temporary = _temporary(options.out)
+    model = build_engine(options.conversion)
+    temporary = temporary_path(options.out)
     try:
         Image.fromarray(model(img0, img1, [timestep])[0]).save(temporary, quality=95)  # for JPEG and WebP
         temporary.replace(options.out)
     finally:
         temporary.unlink(missing_ok=True)
     height, width = img0.shape[:2]
-    return f"{options.out}: {width}x{height}, timestep {timestep:g}, {_made_by(model)}"
+    return f"{options.out}: {width}x{height}, timestep {timestep:g}, {made_by(model)}"
 
 
 def _check_output(out: Path, extensions: Sequence[str], inputs: Sequence[Path]) -> None:

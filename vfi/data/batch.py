@@ -16,7 +16,7 @@ from torch.utils.data import get_worker_info
 from vfi.data.augment import copy_pixels
 from vfi.data.bad_samples import BadSample
 
-_PREFETCH = 4  # parts of batches that a loader process makes ahead
+PREFETCH = 4  # parts of batches that a loader process makes ahead
 
 
 class FrameBatch(NamedTuple):
@@ -36,7 +36,7 @@ class FrameBatch(NamedTuple):
     """What could not be used and was replaced by other samples of this batch."""
 
 
-class _Part(NamedTuple):
+class BatchPart(NamedTuple):
     """A worker's share of a batch, in one tensor of frames: each tensor costs a file descriptor and a copy to the device."""
 
     frames: Tensor
@@ -48,14 +48,14 @@ class _Part(NamedTuple):
     faults: tuple[BadSample, ...]
 
 
-def collate(samples: Sequence[dict[str, Any]], in_turn: bool = False) -> _Part:
+def collate(samples: Sequence[dict[str, Any]], in_turn: bool = False) -> BatchPart:
     """Collate samples into a part of a batch, on the CPU; `in_turn` is explained at `_pieces`."""
     flows = np.array([sample["flows"] for sample in samples], dtype=np.float32)
     frames = _to_be_sent((len(samples), 3, *samples[0]["frames"][0].shape), in_turn)
     for place, sample in zip(frames.numpy(), samples, strict=True):
         for pixels, frame in zip(place, sample["frames"], strict=True):
             copy_pixels(frame, into=pixels)
-    return _Part(
+    return BatchPart(
         frames,
         torch.from_numpy(flows) if flows.size else None,
         tuple(float(sample["timestep"]) for sample in samples),
@@ -78,10 +78,10 @@ def _to_be_sent(shape: tuple[int, ...], in_turn: bool) -> Tensor:
 def _pieces(shape: tuple[int, ...]) -> Iterator[Tensor]:
     """Yield pieces of shared memory in turn, for an endless sequence of parts.
 
-    When a process makes one, the trainer takes the one _PREFETCH before it and has copied those before that, so that no more
-    than _PREFETCH + 1 are in use.
+    When a process makes one, the trainer takes the one PREFETCH before it and has copied those before that, so that no more
+    than PREFETCH + 1 are in use.
     """
-    return itertools.cycle(_shared(shape) for _ in range(_PREFETCH + 2))
+    return itertools.cycle(_shared(shape) for _ in range(PREFETCH + 2))
 
 
 def _shared(shape: tuple[int, ...]) -> Tensor:
@@ -89,7 +89,7 @@ def _shared(shape: tuple[int, ...]) -> Tensor:
     return torch.empty(0, dtype=torch.uint8).set_(storage).view(shape)
 
 
-def to_device(parts: Sequence[_Part], device: torch.device) -> FrameBatch:
+def to_device(parts: Sequence[BatchPart], device: torch.device) -> FrameBatch:
     """Join the parts of a batch on the device and scale their colours to [0, 1]; frames are channels-last in memory."""
 
     img0, imgt, img1 = _join([part.frames for part in parts], device, divisor=255)

@@ -13,18 +13,18 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from shards.schema import Index
 from vfi.config.configs import ConfigError
-from vfi.data.batch import FrameBatch, _Part, collate, to_device
+from vfi.data.batch import BatchPart, FrameBatch, collate, to_device
 from vfi.data.shard_cache import ShardFolder, shard_folder
 from vfi.data.shard_reader import ShardReader, check_has_middle, decode_triplet
 from vfi.runtime.stop_signals import STOPPING
 
 
-def _own_generator() -> torch.Generator:
+def own_generator() -> torch.Generator:
     """Return a generator for the seed that a DataLoader draws: from the global one it would change what training draws."""
     return torch.Generator().manual_seed(0)
 
 
-def _outlast_signals(_: int) -> None:
+def outlast_signals(_: int) -> None:
     """Ignore stop signals in a loader process: they reach the whole process group, and on some clusters all children.
 
     Training that is to stop needs its loader processes for the current step. They end when it does, or at its request.
@@ -58,7 +58,7 @@ class _Whole(IterableDataset):
     def __init__(self, folder: ShardFolder, index: Index, numbers: Sequence[int], with_flow: bool) -> None:
         self.folder, self.index, self.numbers, self.with_flow = folder, index, numbers, with_flow
 
-    def __iter__(self) -> Iterator[_Part]:
+    def __iter__(self) -> Iterator[BatchPart]:
         worker = get_worker_info()
         reader = ShardReader(self.folder, self.index, self.with_flow)
         for number in self.numbers[worker.id :: worker.num_workers] if worker else self.numbers:
@@ -82,8 +82,8 @@ def evaluation_batches(
     numbers = range(index.samples) if numbers is None else numbers
     whole = _Whole(folder, index, numbers, with_flow)
     loader = DataLoader(
-        whole, batch_size=None, num_workers=min(workers, len(numbers)), generator=_own_generator(),
-        worker_init_fn=_outlast_signals,
+        whole, batch_size=None, num_workers=min(workers, len(numbers)), generator=own_generator(),
+        worker_init_fn=outlast_signals,
     )  # fmt: skip
     for batch in loader:
         yield to_device([batch], device)

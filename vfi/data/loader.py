@@ -29,8 +29,8 @@ from vfi.data.augment import (
     crop_at,
     draw_change,
 )
-from vfi.data.batch import _PREFETCH, FrameBatch, _Part, collate, to_device
-from vfi.data.evaluation_loader import _outlast_signals, _own_generator, check_has_flow
+from vfi.data.batch import PREFETCH, BatchPart, FrameBatch, collate, to_device
+from vfi.data.evaluation_loader import check_has_flow, outlast_signals, own_generator
 from vfi.data.sampler import START, Plan, Position
 from vfi.data.shard_cache import ShardFolder, cache_at, shard_folder
 from vfi.data.shard_reader import ShardReader, check_has_middle, usable_sample
@@ -78,7 +78,7 @@ class _Stream(IterableDataset):
         self.sets, self.config, self.seed, self.plan, self.lanes, self.start = sets, config, seed, plan, lanes, start
         self.with_flow = with_flow
 
-    def __iter__(self) -> Iterator[_Part]:
+    def __iter__(self) -> Iterator[BatchPart]:
         worker = get_worker_info()
         number, workers = (worker.id, worker.num_workers) if worker else (0, 1)
         readers = [ShardReader(s.folder, s.index, self.with_flow, any_triplet=s.sequence != "middle") for s in self.sets]
@@ -159,13 +159,13 @@ class TrainingLoader:
             batch_size=None,
             num_workers=workers,
             pin_memory=self.device.type == "cuda",
-            prefetch_factor=_PREFETCH if workers else None,
-            generator=_own_generator(),
-            worker_init_fn=_outlast_signals,
+            prefetch_factor=PREFETCH if workers else None,
+            generator=own_generator(),
+            worker_init_fn=outlast_signals,
         )
         parts = iter(loader)
         # reused memory would be mapped again if it were released; for a GPU a thread copies it, and maps it
-        mapped = deque[Tensor](maxlen=0 if self.device.type == "cuda" else workers * (_PREFETCH + 2))
+        mapped = deque[Tensor](maxlen=0 if self.device.type == "cuda" else workers * (PREFETCH + 2))
         while True:
             # the loader takes its workers in turn, and each gives its share of the same batch
             given = [next(parts) for _ in range(max(1, workers))]

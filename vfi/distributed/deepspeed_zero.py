@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from vfi.config.configs import Config, ConfigError
 from vfi.distributed.gradients import LayerGroups, group_norms
-from vfi.distributed.strategy import DDPStrategy, MakeOptimizer, _make_ready, _refuse_frozen, _refuse_muon
+from vfi.distributed.strategy import DDPStrategy, MakeOptimizer, make_ready, refuse_frozen, refuse_muon
 from vfi.errors import CheckpointError
 from vfi.model.interpolator import FrameInterpolator
 
@@ -36,8 +36,8 @@ class ZeroStrategy(DDPStrategy):
         self.name, self.forward_is_collective, self.measures_updates = f"zero{self.stage}", self.stage == 3, self.stage < 3
 
     def configure(self, config: Config, frozen: bool) -> None:
-        _refuse_frozen(frozen, "ZeRO")
-        _refuse_muon(config, "ZeRO")
+        refuse_frozen(frozen, "ZeRO")
+        refuse_muon(config, "ZeRO")
         for flag, given in (("--ema", config.optim.ema), ("--compile", config.compute.compile)):
             if self.stage == 3 and given:
                 raise ConfigError(
@@ -50,7 +50,7 @@ class ZeroStrategy(DDPStrategy):
         self.settings["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] = self.stage == 3
 
     def prepare(self, network: FrameInterpolator, make: MakeOptimizer) -> tuple[nn.Module, AcceleratedOptimizer]:
-        _make_ready(network, self.accelerator.device)
+        make_ready(network, self.accelerator.device)
         plain = make(network)
         self.groups = plain.state_dict()["param_groups"]
         self.parameters: list[Any] = [parameter for group in plain.param_groups for parameter in group["params"]]

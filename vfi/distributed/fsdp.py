@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from vfi.checkpoint.weights import load_optimizer
 from vfi.config.configs import Config
-from vfi.distributed.strategy import DDPStrategy, MakeOptimizer, _make_ready, _refuse_frozen, _refuse_muon
+from vfi.distributed.strategy import DDPStrategy, MakeOptimizer, make_ready, refuse_frozen, refuse_muon
 from vfi.model.backbone import LGSBlock
 from vfi.model.flow import FlowStage
 from vfi.model.interpolator import FrameInterpolator
@@ -29,15 +29,15 @@ class FSDPStrategy(DDPStrategy):
     name, forward_is_collective, supports_speculative_step = "fsdp2", True, False
 
     def configure(self, config: Config, frozen: bool) -> None:
-        _refuse_frozen(frozen, "FSDP2")
-        _refuse_muon(config, "FSDP2")
+        refuse_frozen(frozen, "FSDP2")
+        refuse_muon(config, "FSDP2")
 
     def prepare(self, network: FrameInterpolator, make: MakeOptimizer) -> tuple[nn.Module, AcceleratedOptimizer]:
         from torch.distributed.device_mesh import init_device_mesh  # imported only here: it takes a second
         from torch.distributed.fsdp import fully_shard
 
         device = self.accelerator.device
-        _make_ready(network, device)
+        make_ready(network, device)
         mesh = init_device_mesh(device.type, (self.accelerator.num_processes,))
         for module in list(network.modules()):
             if isinstance(module, LGSBlock | FlowStage | RefineNet):

@@ -130,14 +130,14 @@ class DDPStrategy:
         load_optimizer(self.optimizer, state, place)
 
 
-def _make_ready(network: nn.Module, device: torch.device) -> None:
+def make_ready(network: nn.Module, device: torch.device) -> None:
     """Prepare a network for sharding: contiguous weights, as channels-last ones can't be cut, and the requested precision."""
     network.to(memory_format=torch.contiguous_format)
     if asked_precision() == "bf16":
         network.forward = torch.autocast(device.type, torch.bfloat16)(network.forward)
 
 
-def _refuse_frozen(frozen: bool, name: str) -> None:
+def refuse_frozen(frozen: bool, name: str) -> None:
     if frozen:
         raise ConfigError(
             f"--freeze_backbone is not supported with {name}: train the frozen epochs with ddp.yaml, then go on with {name} by "
@@ -145,7 +145,7 @@ def _refuse_frozen(frozen: bool, name: str) -> None:
         )
 
 
-def _refuse_muon(config: Config, name: str) -> None:
+def refuse_muon(config: Config, name: str) -> None:
     if config.optim.optimizer == "muon":
         raise ConfigError(
             f"--optimizer muon is not supported with {name}, under which no process has a whole matrix: use ddp.yaml, or "

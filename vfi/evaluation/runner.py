@@ -31,7 +31,7 @@ from vfi.profiling import costs
 from vfi.runtime.device import DeviceName, pick_device, pick_precision
 from vfi.runtime.logging import logger, show_messages
 from vfi.runtime.numerics import set_numerics
-from vfi.tracking.environment import _environment
+from vfi.tracking.environment import benchmark_environment
 
 
 def benchmark_all(options: Options, command: str = "") -> bool:
@@ -88,7 +88,7 @@ def benchmark(options: Options, command: str = "") -> Results | None:
 
     asks = {name: _ask(model, precision, bench.rules.scale) for name, model in named.items()}
     facts = bench.facts | {"LPIPS": "AlexNet, v0.1" if lpips else "not measured: --lpips FILE names its weights"}
-    environment = _environment(device, precision, world, command)
+    environment = benchmark_environment(device, precision, world, command)
     settings = {"data": bench.sha256, "samples": bench.samples, "protocol": facts, "motion": options.motion} | {
         "models": {name: model.fingerprint() for name, model in named.items()},
         "hardware": [environment[name] for name in ("device", "precision", "torch")],

@@ -24,7 +24,7 @@ from vfi.errors import CheckpointError, JobError
 from vfi.model.interpolator import FrameInterpolator
 from vfi.ops.triton.precompile import compiling_ahead
 from vfi.runtime.cuda_graphs import Graphs
-from vfi.runtime.device import _autocast
+from vfi.runtime.device import autocast_to
 from vfi.runtime.logging import logger
 from vfi.shipped import SHIPPED, is_shipped, shipped_model
 
@@ -61,7 +61,7 @@ class LoadedModel:
         network = cast(FrameInterpolator, self.model)
 
         def forward(img0: Tensor, img1: Tensor, timesteps: Tensor) -> Tensor:
-            with _autocast(img0.device, precision):
+            with autocast_to(img0.device, precision):
                 encoded = network.encode(img0, img1, scale)
                 times = (one.expand(img0.shape[0]) for one in timesteps.split(1))
                 return torch.cat([network.decode(encoded, time).imgt.float().clamp(0, 1) for time in times])
@@ -80,7 +80,7 @@ class LoadedModel:
 
     def flow(self, img0: Tensor, img1: Tensor, timestep: Tensor, precision: torch.dtype, scale: float | None = None) -> Tensor:
         """Return the flow from the timestep to the first frame, `[B, 2, H, W]` in pixels, for a model that has flow."""
-        with torch.inference_mode(), _autocast(img0.device, precision):
+        with torch.inference_mode(), autocast_to(img0.device, precision):
             flow: Tensor = self.model(img0, img1, timestep, scale=scale).flow_t0
         return flow
 
@@ -119,7 +119,7 @@ def predict(
     """
 
     def forward(img0: Tensor, img1: Tensor, timestep: Tensor) -> Tensor:
-        with _autocast(img0.device, precision):
+        with autocast_to(img0.device, precision):
             imgt: Tensor = model(img0, img1, timestep, scale=scale).imgt
             return imgt.float().clamp(0, 1)
 

@@ -87,15 +87,15 @@ def watch_parts(model: nn.Module, clock: Callable[[], Any]) -> Iterator[list[_Ca
         calls[open_calls.pop()].end = clock()
 
     handles = []
-    for module, part in [(model, REST), *_outermost(model)]:
+    for module, part in [(model, REST), *outermost_parts(model)]:
         handles.append(module.register_forward_pre_hook(lambda module, args, part=part: enter(part)))
         handles.append(module.register_forward_hook(lambda module, args, output: leave()))
-    with _registered(handles):
+    with registered(handles):
         yield calls
 
 
 @contextmanager
-def _registered(hooks: Sequence[RemovableHandle]) -> Iterator[None]:
+def registered(hooks: Sequence[RemovableHandle]) -> Iterator[None]:
     """Remove the hooks afterwards."""
     try:
         yield
@@ -104,13 +104,13 @@ def _registered(hooks: Sequence[RemovableHandle]) -> Iterator[None]:
             hook.remove()
 
 
-def _outermost(module: nn.Module, path: str = "") -> Iterator[tuple[nn.Module, str]]:
+def outermost_parts(module: nn.Module, path: str = "") -> Iterator[tuple[nn.Module, str]]:
     """Yield the topmost modules of every part that are called as functions, which lists and dicts of modules are not."""
     for name, child in module.named_children():
         child_path = f"{path}.{name}" if path else name
         part = part_of(child_path) if child_path != "backbone.stages" else None
         if part is None or isinstance(child, (nn.ModuleList, nn.ModuleDict)):
-            yield from _outermost(child, child_path)
+            yield from outermost_parts(child, child_path)
         else:
             yield child, part
 
@@ -267,9 +267,9 @@ def _watch_traffic(model: nn.Module, precision: torch.dtype) -> Iterator[dict[st
         module.register_forward_hook(
             lambda module, args, kwargs, output, part=part: add(part, module, (args, kwargs), output), with_kwargs=True
         )
-        for module, part in [(model, REST), *_outermost(model)]
+        for module, part in [(model, REST), *outermost_parts(model)]
     ]
-    with _registered(handles):
+    with registered(handles):
         yield traffic
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from vfi.profiling.costs import Cost, _outermost, _registered, by_part, watch_parts
+from vfi.profiling.costs import Cost, by_part, outermost_parts, registered, watch_parts
 
 WARMUP = 3
 _ROTATION = 3  # different inputs, so that none of them stays in a cache
@@ -164,9 +164,9 @@ def _watch_given(model: nn.Module, given: list[tuple[nn.Module, Any]]) -> Iterat
     def add(module: nn.Module, args: Any, kwargs: Any) -> None:
         given.append((module, (args, kwargs)))
 
-    modules = [model, *(module for module, _ in _outermost(model))]
+    modules = [model, *(module for module, _ in outermost_parts(model))]
     handles = [module.register_forward_pre_hook(add, with_kwargs=True) for module in modules]
-    with _registered(handles):
+    with registered(handles):
         yield
 
 

@@ -33,5 +33,5 @@ def describe_precision(precision: torch.dtype) -> str:
     return "bf16 autocast" if precision == torch.bfloat16 else "fp32"
 
 
-def _autocast(device: torch.device, precision: torch.dtype) -> torch.autocast:
+def autocast_to(device: torch.device, precision: torch.dtype) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == torch.bfloat16)

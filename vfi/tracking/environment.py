@@ -84,7 +84,7 @@ def git_state() -> str:
     return commit + ("+changes" if changes else "")
 
 
-def _environment(device: torch.device, precision: torch.dtype, world: int, command: str) -> dict[str, str]:
+def benchmark_environment(device: torch.device, precision: torch.dtype, world: int, command: str) -> dict[str, str]:
     """Return the environment of a measurement, in readable words."""
     return {
         "device": _hardware(device),

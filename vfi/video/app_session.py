@@ -30,7 +30,7 @@ from shards.sequence_filter import is_cut
 from vfi.errors import JobError, message_of
 from vfi.runtime.device import DeviceName, PrecisionName, describe_precision
 from vfi.video.container import Encoding, VideoInput, VideoOutput
-from vfi.video.convert import Options, build_engine, check_sizes, convert
+from vfi.video.convert import ConversionSettings, build_engine, check_sizes, convert
 
 MAX_FRAMES = 900
 """Most frames that a video may have: half a minute at 30 frames per second."""
@@ -68,7 +68,7 @@ class Session:
 
     def __init__(self, model: Path | None, device: DeviceName, precision: PrecisionName, folder: Path) -> None:
         self.folder, self.results = folder, folder / "results"
-        self.settings = Options((), folder, model, device=device, precision=precision)
+        self.settings = ConversionSettings(model, device=device, precision=precision)
         self.model = build_engine(self.settings)
         self.closed, self.busy = threading.Event(), threading.Lock()
 
@@ -104,7 +104,7 @@ class Session:
         command = f"vfi interpolate {path.name} -o out.mp4 {flag} {factor}"
         out = self.results / f"{path.stem}_{'slow' if slow else 'x'}{factor}.mp4"
         wanted = dataclasses.replace(
-            self.settings, inputs=(path,), out=out, codec="libx264", pix_fmt="yuv420p",  # supported by all browsers
+            self.settings, codec="libx264", pix_fmt="yuv420p",  # supported by all browsers
             slowmo=factor if slow else None, multiplier=None if slow else factor,
         )  # fmt: skip
         with self._job():

@@ -11,9 +11,8 @@ import time
 from collections.abc import Callable, Mapping
 from fractions import Fraction
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-import tyro
 from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
@@ -33,13 +32,9 @@ DEFAULT_FPS = 15.0
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
-    """Options of `vfi interpolate`; each field is a command-line flag."""
+class ConversionSettings:
+    """How frames are interpolated and written; each field is a flag of `vfi interpolate`."""
 
-    inputs: tyro.conf.Positional[tuple[Path, ...]]
-    """Videos, folders of frames, or two images."""
-    out: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
-    """Video or folder to write; for two images an image, for several videos a folder."""
     model: Path | None = None
     """Run folder, checkpoint folder, weights file, folder of `vfi export`, or ORG/NAME on the Hugging Face hub; default:
     `shipped`, the model that comes with the package."""
@@ -87,25 +82,27 @@ class Options:
     """auto selects a GPU if there is one."""
 
 
-def build_engine(options: Options) -> InterpolationEngine:
-    """Load the model with the settings of the options."""
-    return InterpolationEngine(Settings(**{field.name: getattr(options, field.name) for field in dataclasses.fields(Settings)}))
+def build_engine(settings: ConversionSettings) -> InterpolationEngine:
+    """Load the model with its settings for the engine."""
+    return InterpolationEngine(
+        Settings(**{field.name: getattr(settings, field.name) for field in dataclasses.fields(Settings)})
+    )
 
 
-def _timeline(options: Options) -> Timeline:
-    """Return a new timeline for each video, since it has state."""
-    given = {"--multiplier": options.multiplier, "--fps": options.fps, "--slowmo": options.slowmo}
+def new_timeline(settings: ConversionSettings) -> Timeline:
+    """Return a new timeline for each video, since it has state; JobError for flags that don't go together."""
+    given = {"--multiplier": settings.multiplier, "--fps": settings.fps, "--slowmo": settings.slowmo}
     named = [f"{name} {value}" for name, value in given.items() if value is not None]
     if len(named) > 1:
         raise JobError(f"{' and '.join(named)} don't go together: take one of them")
     for name in ("--multiplier", "--slowmo"):
         if (value := given[name]) is not None and not 2 <= value <= 64:
             raise JobError(f"{name} {value} must lie between 2 and 64")
-    if options.fps is not None:
-        if not 0.1 <= options.fps <= 1000:
-            raise JobError(f"--fps {options.fps} must lie between 0.1 and 1000")
-        return Rate(_fraction(options.fps))
-    return FrameMultiplier(options.slowmo, slower=True) if options.slowmo else FrameMultiplier(options.multiplier or 2)
+    if settings.fps is not None:
+        if not 0.1 <= settings.fps <= 1000:
+            raise JobError(f"--fps {settings.fps} must lie between 0.1 and 1000")
+        return Rate(_fraction(settings.fps))
+    return FrameMultiplier(settings.slowmo, slower=True) if settings.slowmo else FrameMultiplier(settings.multiplier or 2)
 
 
 def _fraction(fps: float) -> Fraction:
@@ -115,18 +112,21 @@ def _fraction(fps: float) -> Fraction:
 
 
 def convert(
-    options: Options, path: Path, out: Path, model: InterpolationEngine, tick: Callable[[], object] = lambda: None
+    settings: ConversionSettings, path: Path, out: Path, model: InterpolationEngine, tick: Callable[[], object] = lambda: None
 ) -> str:
-    """Convert a video or folder of frames to either kind, and return a line about it; `tick` is called for each frame read."""
-    line, partial, temporary = _timeline(options), Partial.of(out), _temporary(out)
-    facts = functools.partial(_facts, options, path, model)  # hashes all weights: only for when it is stopped or resumed
-    done = _done(options, partial, facts)
+    """Convert a video or folder of frames to either kind, and return a line about it; `tick` is called for each frame read.
+
+    `model` is that of `build_engine`. Raises JobError where the input, the flags or the output can't be used.
+    """
+    line, partial, temporary = new_timeline(settings), Partial.of(out), temporary_path(out)
+    facts = functools.partial(_facts, settings, path, model)  # hashes all weights: only for when it is stopped or resumed
+    done = _done(settings, partial, facts)
     with contextlib.ExitStack() as stack:
         stack.callback(_remove, temporary)
-        source, size = _open(options, path, stack)
-        sink = _create(options, temporary, source, size, line, stack, partial.path, done)
+        source, size = _open(settings, path, stack)
+        sink = _create(settings, temporary, source, size, line, stack, partial.path, done)
         bar = stack.enter_context(tqdm(total=source.expected, unit="frame", desc=path.name, disable=None))
-        care = FrameFilter(options.scene_cut, options.drop_duplicates)
+        care = FrameFilter(settings.scene_cut, settings.drop_duplicates)
         began, busy = time.perf_counter(), model.seconds
         try:
             counts = add_frames(source, sink, line, model.start, care, lambda: (bar.update(), tick()))
@@ -145,17 +145,17 @@ def convert(
     return _described(out, source, counts, line, model) + _pace(counts, seconds, model.seconds - busy)
 
 
-def _facts(options: Options, path: Path, model: InterpolationEngine) -> dict[str, Any]:
+def _facts(settings: ConversionSettings, path: Path, model: InterpolationEngine) -> dict[str, Any]:
     """Return everything that a result depends on."""
-    elsewhere = ("inputs", "out", "model", "device", "tile", "max_memory", "resume", "timestep")
-    flags = {name: value for name, value in dataclasses.asdict(options).items() if name not in elsewhere}
+    elsewhere = ("model", "device", "tile", "max_memory", "resume", "timestep")
+    flags = {name: value for name, value in dataclasses.asdict(settings).items() if name not in elsewhere}
     size = path.stat().st_size if path.is_file() else len(frames_of(path))
     return {"input": path.name, "input_size": size, "weights": model.loaded.fingerprint()[:16], **flags}
 
 
-def _done(options: Options, partial: Partial, facts: Callable[[], dict[str, Any]]) -> int:
+def _done(settings: ConversionSettings, partial: Partial, facts: Callable[[], dict[str, Any]]) -> int:
     """Return the number of frames that a stopped conversion has already written."""
-    if not options.resume:
+    if not settings.resume:
         if partial.path.exists():
             raise JobError(
                 f"{partial.path} is there, from a conversion that was stopped: --resume continues it; "
@@ -169,15 +169,17 @@ def _done(options: Options, partial: Partial, facts: Callable[[], dict[str, Any]
     return done
 
 
-def _open(options: Options, path: Path, stack: contextlib.ExitStack) -> tuple[VideoInput | FolderInput, tuple[int, int]]:
+def _open(
+    settings: ConversionSettings, path: Path, stack: contextlib.ExitStack
+) -> tuple[VideoInput | FolderInput, tuple[int, int]]:
     """Open the input; returns it and the (height, width) of its frames."""
     if not path.is_dir():
-        if options.input_fps is not None:
-            raise JobError(f"--input_fps {options.input_fps} is for a folder of frames: {path} has a rate of its own")
-        video = stack.enter_context(VideoInput(path, options.allow_damaged))
+        if settings.input_fps is not None:
+            raise JobError(f"--input_fps {settings.input_fps} is for a folder of frames: {path} has a rate of its own")
+        video = stack.enter_context(VideoInput(path, settings.allow_damaged))
         _check_size(path, (video.height, video.width))
         return video, (video.height, video.width)
-    fps = DEFAULT_FPS if options.input_fps is None else options.input_fps
+    fps = DEFAULT_FPS if settings.input_fps is None else settings.input_fps
     if not 0.1 <= fps <= 1000:
         raise JobError(f"--input_fps {fps} must lie between 0.1 and 1000")
     paths = frames_of(path)
@@ -188,11 +190,11 @@ def _open(options: Options, path: Path, stack: contextlib.ExitStack) -> tuple[Vi
 
 
 def _create(
-    options: Options, path: Path, source: VideoInput | FolderInput, size: tuple[int, int], line: Timeline,
+    settings: ConversionSettings, path: Path, source: VideoInput | FolderInput, size: tuple[int, int], line: Timeline,
     stack: contextlib.ExitStack, partial: Path, done: int,
 ) -> VideoOutput | FolderOutput:  # fmt: skip
     """Open the output; its first `done` frames are copied from `partial`."""
-    encoding = Encoding(options.codec, options.crf, options.encoder_preset, options.pix_fmt)
+    encoding = Encoding(settings.codec, settings.crf, settings.encoder_preset, settings.pix_fmt)
     if not path.suffix:
         if encoding != Encoding():
             raise JobError("--codec, --crf, --encoder_preset and --pix_fmt are for a video: frames are written as PNG")
@@ -220,7 +222,7 @@ def _described(
     notes = [f"{counts.cuts} scene cuts"] if counts.cuts else []
     notes += [f"{counts.dropped} duplicates left out"] if counts.dropped else []
     notes += [source.damage] if isinstance(source, VideoInput) and source.damage else []
-    return ", ".join([f"{out}: {rates}", *notes, _made_by(model)])
+    return ", ".join([f"{out}: {rates}", *notes, made_by(model)])
 
 
 def _pace(counts: ConversionStats, seconds: float, model: float) -> str:
@@ -263,7 +265,7 @@ def _check_size(path: Path, size: tuple[int, int]) -> None:
         raise JobError(f"{path} is {size[1]}x{size[0]} (width x height): each side must be at least {MIN_SIZE}")
 
 
-def _temporary(out: Path) -> Path:
+def temporary_path(out: Path) -> Path:
     """Return the path of an incomplete result; it keeps the extension, from which writers infer the format."""
     return out.with_name(f".{out.stem}_{os.getpid()}{out.suffix}")
 
@@ -278,5 +280,5 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _made_by(model: InterpolationEngine) -> str:
+def made_by(model: InterpolationEngine) -> str:
     return f"by {model.loaded.name} at step {model.loaded.step} ({model.device.type}, {describe_precision(model.precision)})"
