@@ -32,7 +32,7 @@ from vfi.config.configs import Config, ConfigError, ModelConfig
 from vfi.config.renamed_flags import with_new_names
 from vfi.config.validation import validate
 from vfi.errors import JobError, clear_errors
-from vfi.evaluation.options import parse_size
+from vfi.evaluation.settings import parse_size
 from vfi.inference.loading import predict
 from vfi.io.dataclass_json import write_text
 from vfi.model.backbone import STRIDE, level_widths

@@ -31,8 +31,8 @@ from shards.synthetic_scene import photograph_paths
 from vfi.errors import JobError
 from vfi.evaluation.external_models import Adapter, Model, distinct_names, is_adapter, load_any
 from vfi.evaluation.latency_results import OWN_PRECISION, Speed, SpeedRow, write_speed
-from vfi.evaluation.options import parse_size
 from vfi.evaluation.results import check_output
+from vfi.evaluation.settings import parse_size
 from vfi.inference.loading import LoadedModel, check_scale
 from vfi.model.compile import compile_modules
 from vfi.model.interpolator import FrameInterpolator
@@ -53,16 +53,14 @@ PairPredictor = Callable[[Tensor, Tensor], object]
 
 
 @dataclasses.dataclass(frozen=True)
-class SpeedOptions:
-    """Options of `vfi benchmark --speed`; each field is a command-line flag."""
+class SpeedSettings:
+    """What is timed, and how; each field is a flag of `vfi benchmark --speed`."""
 
     model: tuple[str, ...]
     """Run folders, checkpoint folders, .safetensors files, `shipped` (the model that comes with the package), or MODULE:FACTORY
     for a model of another repository (see vfi/evaluation/external_models.py); the first one is the baseline of the others."""
     out: Path
     """Speed file to write, a .json."""
-    compare_to: Path | None = None
-    """Speed file of an earlier run, such as docs/speed/h100.json, to compare with: also print the ratios."""
     device: DeviceName = "auto"
     """auto selects a GPU if there is one."""
     precision: PrecisionName = "auto"
@@ -90,57 +88,57 @@ class BenchmarkedModel(NamedTuple):
     """Bytes on the GPU that loading it allocated."""
 
 
-def speed(options: SpeedOptions, command: str = "") -> Speed:
+def speed(settings: SpeedSettings, command: str = "") -> Speed:
     """Measure every model at every size and factor, write the speed file, and return its content.
 
-    Raises JobError or CheckpointError for unusable options, before anything is measured.
+    Raises JobError or CheckpointError for unusable settings, before anything is measured.
     """
-    _check(options)
-    device = pick_device(options.device)
-    precision = pick_precision(options.precision, device)
+    _check(settings)
+    device = pick_device(settings.device)
+    precision = pick_precision(settings.precision, device)
     if device.type == "cuda":
-        set_numerics(options.tf32)
-    contenders = _load(options, device)
-    check_scale(options.scale, [one.model for one in contenders if isinstance(one.model, LoadedModel)])
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    rows = measure_speed(contenders, options, device, precision)
-    told = environment(device) | {  # read after the measurement: an adapter may have set global flags
+        set_numerics(settings.tf32)
+    contenders = _load(settings, device)
+    check_scale(settings.scale, [one.model for one in contenders if isinstance(one.model, LoadedModel)])
+    settings.out.parent.mkdir(parents=True, exist_ok=True)
+    rows = measure_speed(contenders, settings, device, precision)
+    facts = environment(device) | {  # read after the measurement: an adapter may have set global flags
         "command": command,
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "threads": torch.get_num_threads(),
         "choices": {one.name: _choices(one.model) for one in contenders},
     }
-    found = Speed(told, _settings(options, device, precision), rows)
-    write_speed(options.out, found)
+    found = Speed(facts, _settings(settings, device, precision), rows)
+    write_speed(settings.out, found)
     return found
 
 
-def _check(options: SpeedOptions) -> None:
+def _check(settings: SpeedSettings) -> None:
     """Reject what would otherwise fail only after the measurement."""
-    if not options.model:
+    if not settings.model:
         raise JobError("--model needs at least one run folder, such as --model runs/tiny_phase1, or shipped")
-    check_output(options.out, "speed.json")
-    if not options.sizes:
+    check_output(settings.out, "speed.json")
+    if not settings.sizes:
         raise JobError("--sizes needs at least one size, such as 736x1280")
-    for size in options.sizes:
+    for size in settings.sizes:
         parse_size(size)
-    if not options.factors:
+    if not settings.factors:
         raise JobError("--factors needs at least one factor, such as 2")
-    for factor in options.factors:
+    for factor in settings.factors:
         if factor < 2:
             raise JobError(f"--factors {factor} must be at least 2, for one frame between two")
-    if options.repeats < 1:
-        raise JobError(f"--repeats {options.repeats} must be at least 1")
-    if options.compile and (adapters := [model for model in options.model if is_adapter(model)]):
+    if settings.repeats < 1:
+        raise JobError(f"--repeats {settings.repeats} must be at least 1")
+    if settings.compile and (adapters := [model for model in settings.model if is_adapter(model)]):
         raise JobError(f"--compile does not reach into --model {', '.join(adapters)}: compile it in the adapter yourself")
 
 
-def _load(options: SpeedOptions, device: torch.device) -> list[BenchmarkedModel]:
+def _load(settings: SpeedSettings, device: torch.device) -> list[BenchmarkedModel]:
     loaded: list[tuple[Model, int]] = []
-    for given in options.model:
+    for given in settings.model:
         before = _allocated(device)
         model = load_any(given, device)
-        if options.compile:
+        if settings.compile:
             assert isinstance(model, LoadedModel)  # adapters have been rejected
             compile_modules(cast(FrameInterpolator, model.model), without_gradients=True)
         loaded.append((model, _allocated(device) - before))
@@ -157,35 +155,35 @@ def _choices(model: LoadedModel | Adapter) -> list[str]:
     return [] if isinstance(model, Adapter) else cast(FrameInterpolator, model.model).choices()
 
 
-def _settings(options: SpeedOptions, device: torch.device, precision: torch.dtype) -> dict[str, Any]:
+def _settings(settings: SpeedSettings, device: torch.device, precision: torch.dtype) -> dict[str, Any]:
     """Describe the measurement, for readers."""
     graphs = "for this project's models, where they pay (vfi/runtime/cuda_graphs.py)" if device.type == "cuda" else "none"
     return {
         "precision": describe_precision(precision),
-        "TF32": options.tf32,
-        "torch.compile": options.compile,
+        "TF32": settings.tf32,
+        "torch.compile": settings.compile,
         "CUDA graphs": graphs,
-        "flow scale": "each model's own" if options.scale is None else options.scale,
+        "flow scale": "each model's own" if settings.scale is None else settings.scale,
         "frames": f"parts of photographs that move, one pair a call, {len(_PHOTOGRAPHS)} pairs in rotation",
-        "timed calls": options.repeats,
+        "timed calls": settings.repeats,
         "warm-up calls": WARMUP,
         "order": "one call of each model in turn",
     }
 
 
 def measure_speed(
-    contenders: Sequence[BenchmarkedModel], options: SpeedOptions, device: torch.device, precision: torch.dtype
+    contenders: Sequence[BenchmarkedModel], settings: SpeedSettings, device: torch.device, precision: torch.dtype
 ) -> tuple[SpeedRow, ...]:
     """Measure rows by size, then factor, then model. A model that does not fit into memory at a size gets a row, too."""
-    sizes, factors = dict.fromkeys(options.sizes), dict.fromkeys(options.factors)
+    sizes, factors = dict.fromkeys(settings.sizes), dict.fromkeys(settings.factors)
     rows: list[SpeedRow] = []
     with tqdm(total=len(sizes) * len(factors), unit="table", desc="speed", disable=None) as progress:
         for size in sizes:
             pairs = real_pairs(*parse_size(size))
             for factor in factors:
-                rows += _measure(contenders, pairs, factor, options, device, precision)
+                rows += _measure(contenders, pairs, factor, settings, device, precision)
                 progress.update()
-            if options.compile:
+            if settings.compile:
                 torch.compiler.reset()  # compiled code of this size would only slow down the next one
     return tuple(rows)
 
@@ -208,23 +206,23 @@ def _measure(
     contenders: Sequence[BenchmarkedModel],
     pairs: Sequence[Pair],
     factor: int,
-    options: SpeedOptions,
+    settings: SpeedSettings,
     device: torch.device,
     precision: torch.dtype,
 ) -> list[SpeedRow]:
     """Measure a row for each model: first its memory, alone, then the time of all of them in turn."""
     asks, memory = {}, {}
     for one in contenders:
-        ask = partial(make_predictor, one.model, factor, device, precision, options.scale)
+        ask = partial(make_predictor, one.model, factor, device, precision, settings.scale)
         others = sum(other.held for other in contenders) - one.held
         found = if_it_fits(partial(_memory, ask(), pairs[0], others, device))
         if found is not None:
             asks[one.name], memory[one.name] = ask(), found
-    times = _alternate(asks, [(img0.to(device), img1.to(device)) for img0, img1 in pairs], options.repeats, device)
+    times = _alternate(asks, [(img0.to(device), img1.to(device)) for img0, img1 in pairs], settings.repeats, device)
     asks.clear()  # and their graphs
     free_memory()
     size = "{}x{}".format(*pairs[0][0].shape[2:])
-    rows = [_row(one, size, factor, precision, options.compile, times.get(one.name)) for one in contenders]
+    rows = [_row(one, size, factor, precision, settings.compile, times.get(one.name)) for one in contenders]
     for number, row in enumerate(rows):
         if row.ms is not None:
             allocated, reserved = memory[row.model]

@@ -1,6 +1,6 @@
 """Tasks of a benchmark: the samples and truths of a shard folder, or of a published set by its protocol, and their rules.
 
-bench = protocol_bench(options, device)
+bench = protocol_bench(settings, device)
 for sample in bench.read(range(bench.samples)): …
 """
 
@@ -27,7 +27,7 @@ from vfi.model.interpolator import MIN_SIZE
 from vfi.runtime.prefetch import map_ahead
 
 if TYPE_CHECKING:
-    from vfi.evaluation.options import Options
+    from vfi.evaluation.settings import BenchmarkSettings
 
 _PSNR = "-10 log10 of the mean squared error over RGB in 0..1, per image, then the mean over images"
 _SSIM = {
@@ -71,16 +71,16 @@ class EvaluationTask:
     """Sample numbers, ascending -> the samples, on the device."""
 
 
-def task_from_shards(options: Options, device: torch.device) -> EvaluationTask:
+def task_from_shards(settings: BenchmarkSettings, device: torch.device) -> EvaluationTask:
     """Measure on the middle frames of a shard folder. Raises JobError for frames that a model does not support."""
-    index = options.folder.read_index()
+    index = settings.folder.read_index()
     if min(index.min_size) < MIN_SIZE:
         height, width = index.min_size
-        raise JobError(f"--data {options.data} has frames as small as {height}x{width}: each side must be at least {MIN_SIZE}")
-    samples, rules = min(options.limit or index.samples, index.samples), Rules(scale=options.scale)
+        raise JobError(f"--data {settings.data} has frames as small as {height}x{width}: each side must be at least {MIN_SIZE}")
+    samples, rules = min(settings.limit or index.samples, index.samples), Rules(scale=settings.scale)
 
     def read(numbers: Sequence[int]) -> Iterator[Sample]:
-        for batch in evaluation_batches(options.folder, device, workers=options.workers, numbers=numbers):
+        for batch in evaluation_batches(settings.folder, device, workers=settings.workers, numbers=numbers):
             yield Sample(batch.img0, batch.img1, [Target(batch.keys[0], batch.timestep.item(), batch.imgt)])
 
     facts = {
@@ -88,21 +88,21 @@ def task_from_shards(options: Options, device: torch.device) -> EvaluationTask:
         "frames": f"first and last of the {index.frames} frames of a sample in, its middle frame is the truth",
         "frame set": _frame_set(samples, index.samples),
         **_about(index),
-        **_rules(rules, options.tta),
+        **_rules(rules, settings.tta),
     }
-    sha256 = hashlib.sha256(options.folder.index_bytes()).hexdigest()
+    sha256 = hashlib.sha256(settings.folder.index_bytes()).hexdigest()
     return EvaluationTask(samples, index.samples, 1, rules, facts, sha256, read)
 
 
-def protocol_bench(options: Options, device: torch.device) -> EvaluationTask:
+def protocol_bench(settings: BenchmarkSettings, device: torch.device) -> EvaluationTask:
     """Measure on a published set, as --profile does. JobError for an unknown protocol, and for frames of another set."""
-    if options.protocol not in PROTOCOLS:
-        raise JobError(f"--protocol {options.protocol} does not exist: choose from {', '.join(PROTOCOLS)}")
-    protocol = PROTOCOLS[options.protocol]
-    rules = protocol.rules(options.profile)
-    frames = open_frames(options.data, options.folder, protocol, options.allow_partial)
+    if settings.protocol not in PROTOCOLS:
+        raise JobError(f"--protocol {settings.protocol} does not exist: choose from {', '.join(PROTOCOLS)}")
+    protocol = PROTOCOLS[settings.protocol]
+    rules = protocol.rules(settings.profile)
+    frames = open_frames(settings.data, settings.folder, protocol, settings.allow_partial)
     available = len(frames.keys)
-    samples = min(options.limit or available, available)
+    samples = min(settings.limit or available, available)
 
     def sample(number: int) -> Sample:
         images = [prepare(frame, protocol.prepare, device) for frame in frames.read(number)]
@@ -112,14 +112,14 @@ def protocol_bench(options: Options, device: torch.device) -> EvaluationTask:
         return Sample(images[0], images[-1], [Target(name, protocol.timestep(t), images[t]) for name, t in truths])
 
     facts = {
-        "protocol": options.protocol,
-        "profile": options.profile,
+        "protocol": settings.protocol,
+        "profile": settings.profile,
         "frames": _frames(protocol),
         "frame set": _frame_set(samples, available) + (f"; NOT COMPARABLE: {frames.differs}" if frames.differs else ""),
-        **_rules(rules, options.tta),
+        **_rules(rules, settings.tta),
     }
     sha256 = hashlib.sha256("\n".join(frames.keys).encode()).hexdigest()
-    read = partial(map_ahead, sample, workers=options.workers)
+    read = partial(map_ahead, sample, workers=settings.workers)
     return EvaluationTask(samples, available, len(protocol.truths), rules, facts, sha256, read)
 
 

@@ -18,7 +18,7 @@ from vfi.config import presets
 from vfi.errors import JobError
 from vfi.evaluation import latency
 from vfi.evaluation.external_models import load_any
-from vfi.evaluation.latency import SpeedOptions, make_predictor, real_pairs
+from vfi.evaluation.latency import SpeedSettings, make_predictor, real_pairs
 from vfi.evaluation.latency_results import Speed, SpeedRow, against, is_speed, read_speed, table, write_speed
 from vfi.evaluation.results import ResultError
 from vfi.inference.loading import load, predict
@@ -87,7 +87,7 @@ def runs(tmp_path_factory) -> Path:
 
 
 def measure(out: Path, *models: object, **changed: object) -> Speed:
-    options = SpeedOptions(tuple(map(str, models)), out, device="cpu", sizes=("32x48",), factors=(2,), repeats=2)
+    options = SpeedSettings(tuple(map(str, models)), out, device="cpu", sizes=("32x48",), factors=(2,), repeats=2)
     return latency.speed(dataclasses.replace(options, **changed), "vfi benchmark --speed")
 
 
@@ -509,7 +509,7 @@ def test_on_a_gpu(runs, tmp_path, compiled):
 
     def found(*names: str) -> dict[tuple[str, int, str], SpeedRow]:
         models, sizes = tuple(str(runs / name) for name in names), ("64x64", "256x256")
-        options = SpeedOptions(models, tmp_path / "s.json", device="cuda", sizes=sizes, repeats=5, compile=compiled)
+        options = SpeedSettings(models, tmp_path / "s.json", device="cuda", sizes=sizes, repeats=5, compile=compiled)
         return {(row.size, row.factor, row.model): row for row in latency.speed(options).rows}
 
     together, alone = found("moving", "still"), found("still")

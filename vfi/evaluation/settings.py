@@ -1,4 +1,4 @@
-"""Options of a benchmark."""
+"""Settings of a benchmark."""
 
 from __future__ import annotations
 
@@ -12,12 +12,10 @@ from vfi.evaluation.protocols import ProfileName
 from vfi.model.interpolator import MIN_SIZE
 from vfi.runtime.device import DeviceName, PrecisionName
 
-ALL, SPEED = "all", "--speed"
-
 
 @dataclasses.dataclass(frozen=True)
-class Options:
-    """Options of `vfi benchmark`; each field is a command-line flag."""
+class BenchmarkSettings:
+    """What is measured, on what, and how; each field is a flag of `vfi benchmark`."""
 
     model: tuple[str, ...]
     """Run folders, checkpoint folders, .safetensors files, `shipped` (the model that comes with the package), or MODULE:FACTORY
@@ -32,8 +30,6 @@ class Options:
     """auto is bf16 autocast on a GPU that supports it, fp32 on the CPU. Metrics are always computed in fp32 or better."""
     protocol: str = ""
     """Published benchmark: a name of vfi/evaluation/protocols.py, such as vimeo90k or snu_film_hard, or all."""
-    data_root: Path | None = None
-    """Folder with the sets of --protocol all: published folders or shards, up to two levels below it."""
     profile: ProfileName = "vfimamba"
     """Repository family whose rules a protocol follows: padding, flow scale, rounding, kind of SSIM."""
     tta: bool = False
