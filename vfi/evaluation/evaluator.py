@@ -1,7 +1,7 @@
 """Scores of predicted frames, sample by sample, stored as soon as they are computed.
 
-measure(bench, asks, ledger, …)          # this rank's share of the samples
-rows = summarise(ledger.finish(…))
+measure(task, predictors, cache, …)          # this rank's share of the samples
+rows = summarise(cache.finish(…))
 """
 
 from __future__ import annotations
@@ -60,27 +60,31 @@ def baseline(name: str, sample: Sample) -> list[Tensor]:
     return [sample.img0 if target.timestep <= 0.5 else sample.img1 for target in sample.targets]
 
 
-def predict(sample: Sample, ask: Predictor, bench: EvaluationTask, tta: bool) -> list[Tensor]:
+def predict(sample: Sample, predictor: Predictor, task: EvaluationTask, tta: bool) -> list[Tensor]:
     """Predict a frame for each target with a model."""
-    return predict_between(ask, sample.img0, sample.img1, [target.timestep for target in sample.targets], bench.rules, tta)
+    return predict_between(predictor, sample.img0, sample.img1, [target.timestep for target in sample.targets], task.rules, tta)
 
 
-def measure(bench: EvaluationTask, asks: Mapping[str, Predictor], ledger: ScoreCache, way: EvalOptions, show: bool) -> None:
-    """Score both baselines and all models on the samples missing in the ledger. Raises JobError for non-finite predictions."""
-    numbers = ledger.missing(bench.samples)
+def measure(
+    task: EvaluationTask, predictors: Mapping[str, Predictor], cache: ScoreCache, options: EvalOptions, show: bool
+) -> None:
+    """Score both baselines and all models on the samples missing in the cache. Raises JobError for non-finite predictions."""
+    numbers = cache.missing(task.samples)
     makers: dict[str, Callable[[Sample], list[Tensor]]] = {name: partial(baseline, name) for name in BASELINES}
-    makers |= {name: partial(predict, ask=ask, bench=bench, tta=way.tta) for name, ask in asks.items()}
-    processes = way.workers if way.motion and len(numbers) >= _WORTH_PROCESSES * way.workers else 0
+    makers |= {
+        name: partial(predict, predictor=predictor, task=task, tta=options.tta) for name, predictor in predictors.items()
+    }
+    processes = options.workers if options.motion and len(numbers) >= _WORTH_PROCESSES * options.workers else 0
     with flow_processes(processes) as flow_method:
-        samples = _with_motion(bench.read(numbers), way, flow_method)
+        samples = _with_motion(task.read(numbers), options, flow_method)
         bar = tqdm(samples, total=len(numbers), unit="sample", desc="benchmark", disable=None if show else True)
         for number, (sample, motion) in zip(numbers, bar, strict=True):
-            rows = {name: _score(name, sample, make(sample), motion, bench, way) for name, make in makers.items()}
-            ledger.add(number, {"length": motion.length if motion else None, "rows": rows})
+            rows = {name: _score(name, sample, make(sample), motion, task, options) for name, make in makers.items()}
+            cache.add(number, {"length": motion.length if motion else None, "rows": rows})
 
 
 def summarise(found: Sequence[Any]) -> tuple[dict[str, Scores], tuple[float, ...]]:
-    """Combine the ledger's entries of all samples -> scores by row, and the motion of each image."""
+    """Combine the cache's entries of all samples -> scores by row, and the motion of each image."""
     rows = {}
     for name in found[0]["rows"]:
         of_row = [sample["rows"][name] for sample in found]
@@ -98,12 +102,12 @@ def mean_of(values: Iterable[float | None]) -> float | None:
 
 
 def _score(
-    name: str, sample: Sample, frames: Sequence[Tensor], motion: MotionStats | None, bench: EvaluationTask, way: EvalOptions
+    name: str, sample: Sample, frames: Sequence[Tensor], motion: MotionStats | None, task: EvaluationTask, options: EvalOptions
 ) -> dict[str, Any]:
-    """Score the frames of one row on one sample, in the form that the ledger stores."""
+    """Score the frames of one row on one sample, in the form that the cache stores."""
     images = []
     for target, frame in zip(sample.targets, frames, strict=True):
-        values = score(frame, target.truth, bench.rules, motion.moving if motion else None, way.lpips)
+        values = score(frame, target.truth, task.rules, motion.moving if motion else None, options.lpips)
         if not np.isfinite([value for value in values if value is not None]).all():
             raise JobError(f"{name} predicts values that are not finite for {target.key!r}: it cannot be scored")
         images.append([target.key, *values])
@@ -114,14 +118,14 @@ def _score(
 
 
 def _with_motion(
-    samples: Iterable[Sample], way: EvalOptions, flow_method: FlowMethod
+    samples: Iterable[Sample], options: EvalOptions, flow_method: FlowMethod
 ) -> Iterator[tuple[Sample, MotionStats | None]]:
     """Yield samples with an estimate of their motion, which threads prefetch."""
 
     def with_motion(sample: Sample) -> tuple[Sample, MotionStats | None]:
-        return sample, estimate(sample.img0, sample.img1, flow_method) if way.motion else None
+        return sample, estimate(sample.img0, sample.img1, flow_method) if options.motion else None
 
-    return map_ahead(with_motion, samples, way.workers if way.motion else 0)
+    return map_ahead(with_motion, samples, options.workers if options.motion else 0)
 
 
 def frame_average(sample: Sample) -> Tensor:
@@ -144,7 +148,7 @@ class Score(NamedTuple):
 
 
 def predict_between(
-    ask: Predictor, img0: Tensor, img1: Tensor, timesteps: Sequence[float], rules: Rules, tta: bool
+    predictor: Predictor, img0: Tensor, img1: Tensor, timesteps: Sequence[float], rules: Rules, tta: bool
 ) -> list[Tensor]:
     """Predict the frames at these timesteps, in the size of the inputs.
 
@@ -156,8 +160,8 @@ def predict_between(
 
     def step(first: Tensor, last: Tensor, timestep: float) -> Tensor:
         time = torch.full((1,), timestep, device=first.device)
-        found = ask(first, last, time)
-        return (found + ask(first.flip(2, 3), last.flip(2, 3), time).flip(2, 3)) / 2 if tta else found
+        found = predictor(first, last, time)
+        return (found + predictor(first.flip(2, 3), last.flip(2, 3), time).flip(2, 3)) / 2 if tta else found
 
     if rules.recursive:
         found = _bisect(step, first, last, timesteps)

@@ -211,15 +211,15 @@ def _measure(
     precision: torch.dtype,
 ) -> list[SpeedRow]:
     """Measure a row for each model: first its memory, alone, then the time of all of them in turn."""
-    asks, memory = {}, {}
+    predictors, memory = {}, {}
     for one in contenders:
-        ask = partial(make_predictor, one.model, factor, device, precision, settings.scale)
+        make = partial(make_predictor, one.model, factor, device, precision, settings.scale)
         others = sum(other.held for other in contenders) - one.held
-        found = if_it_fits(partial(_memory, ask(), pairs[0], others, device))
+        found = if_it_fits(partial(_memory, make(), pairs[0], others, device))
         if found is not None:
-            asks[one.name], memory[one.name] = ask(), found
-    times = _alternate(asks, [(img0.to(device), img1.to(device)) for img0, img1 in pairs], settings.repeats, device)
-    asks.clear()  # and their graphs
+            predictors[one.name], memory[one.name] = make(), found
+    times = _alternate(predictors, [(img0.to(device), img1.to(device)) for img0, img1 in pairs], settings.repeats, device)
+    predictors.clear()  # and their graphs
     free_memory()
     size = "{}x{}".format(*pairs[0][0].shape[2:])
     rows = [_row(one, size, factor, precision, settings.compile, times.get(one.name)) for one in contenders]
@@ -266,7 +266,7 @@ def make_predictor(
     return lambda img0, img1: fresh.predict_several(img0, img1, moments, precision, scale)
 
 
-def _memory(ask: PairPredictor, pair: Pair, others: int, device: torch.device) -> tuple[int | None, int | None]:
+def _memory(predictor: PairPredictor, pair: Pair, others: int, device: torch.device) -> tuple[int | None, int | None]:
     """Return (allocated, reserved), the peak bytes of a timed call as if the model were alone; None on a CPU.
 
     This includes its weights, its frames and the libraries' workspaces. The weights of the other models are in memory, too: the
@@ -277,40 +277,40 @@ def _memory(ask: PairPredictor, pair: Pair, others: int, device: torch.device) -
         return None, None
     free_memory()
     img0, img1 = (frame.to(device) for frame in pair)
-    ask(img0, img1)
+    predictor(img0, img1)
     free_memory()
     torch.cuda.reset_peak_memory_stats(device)
     for _ in range(WARMUP):  # with CUDA graphs: eager, captured, and replayed
-        ask(img0, img1)
+        predictor(img0, img1)
     return torch.cuda.max_memory_allocated(device) - others, torch.cuda.max_memory_reserved(device) - others
 
 
 def _alternate(
-    asks: dict[str, PairPredictor], pairs: Sequence[Pair], repeats: int, device: torch.device
+    predictors: dict[str, PairPredictor], pairs: Sequence[Pair], repeats: int, device: torch.device
 ) -> dict[str, list[float]]:
-    """Time every call of each model in milliseconds; a model that runs out of memory is removed, from `asks`, too."""
-    times: dict[str, list[float]] = {name: [] for name in asks}
+    """Time every call of each model in milliseconds; a model that runs out of memory is removed, from `predictors`, too."""
+    times: dict[str, list[float]] = {name: [] for name in predictors}
     for number in range(WARMUP + repeats):
         for place, name in enumerate(list(times)):
             pair = pairs[(number + place) % len(pairs)]  # not the one that the model before has just read
-            milliseconds = if_it_fits(partial(_timed, asks[name], pair, device))
+            milliseconds = if_it_fits(partial(_timed, predictors[name], pair, device))
             if milliseconds is None:
-                del times[name], asks[name]
+                del times[name], predictors[name]
             elif number >= WARMUP:
                 times[name].append(milliseconds)
     return times
 
 
-def _timed(ask: PairPredictor, pair: Pair, device: torch.device) -> float:
+def _timed(predictor: PairPredictor, pair: Pair, device: torch.device) -> float:
     """Time one call in milliseconds on an idle device: kernels that queue behind others would hide the time of their launch."""
     if device.type != "cuda":
         begun = time.perf_counter()
-        ask(*pair)
+        predictor(*pair)
         return 1e3 * (time.perf_counter() - begun)
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize(device)
     start.record()
-    ask(*pair)
+    predictor(*pair)
     end.record()
     end.synchronize()
     return float(start.elapsed_time(end))

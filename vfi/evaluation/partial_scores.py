@@ -1,9 +1,9 @@
 """Scores of an unfinished benchmark, stored as they are computed, so that no sample is measured twice.
 
-    with ScoreCache(folder, settings, rank, world) as ledger:
-        for number in ledger.missing(samples):           # this rank's share of the pending samples
-            ledger.add(number, scores)                   # any JSON value; written to disk at once
-        found = ledger.finish(samples)                   # rank 0: the scores of all samples by number; other ranks: None
+    with ScoreCache(folder, settings, rank, world) as cache:
+        for number in cache.missing(samples):           # this rank's share of the pending samples
+            cache.add(number, scores)                   # any JSON value; written to disk at once
+        found = cache.finish(samples)                   # rank 0: the scores of all samples by number; other ranks: None
 
 Each rank writes a file of its own in `folder` and reads those of all ranks: a stopped benchmark resumes with any number of
 ranks and gives the same numbers, since JSON keeps every bit of a float. Scores of other settings are discarded.

@@ -20,7 +20,7 @@ from vfi.evaluation.partial_scores import ScoreCache
 from vfi.evaluation.results import BASELINES, Results, Row, check_output, write_results
 from vfi.evaluation.sample_images import check_folder, draw_pictures
 from vfi.evaluation.settings import BenchmarkSettings
-from vfi.evaluation.task import EvaluationTask, protocol_bench, task_from_shards
+from vfi.evaluation.task import EvaluationTask, task_from_protocol, task_from_shards
 from vfi.inference.loading import LoadedModel, check_scale
 from vfi.metrics.lpips import load_lpips
 from vfi.model.interpolator import FrameInterpolator
@@ -42,43 +42,43 @@ def benchmark(settings: BenchmarkSettings, command: str = "") -> Results | None:
     device = _own_device(settings.device)
     set_numerics()  # by default cuDNN rounds the factors of fp32 convolutions, also in models from elsewhere
     precision = pick_precision(settings.precision, device)
-    bench = protocol_bench(settings, device) if settings.protocol else task_from_shards(settings, device)
-    if not bench.samples:
+    task = task_from_protocol(settings, device) if settings.protocol else task_from_shards(settings, device)
+    if not task.samples:
         raise JobError(f"--data {settings.data} holds no samples: nothing was measured")
     models = [load_any(model, device) for model in settings.model]
     named = dict(zip(distinct_names(models, taken=BASELINES), models, strict=True))
     ours = [model for model in models if isinstance(model, LoadedModel)]
-    check_scale(bench.rules.scale, [model for model in ours if not settings.protocol or model.has_flow])
+    check_scale(task.rules.scale, [model for model in ours if not settings.protocol or model.has_flow])
     lpips = load_lpips(settings.lpips, device) if settings.lpips else None
 
-    asks = {name: _ask(model, precision, bench.rules.scale) for name, model in named.items()}
-    facts = bench.facts | {"LPIPS": "AlexNet, v0.1" if lpips else "not measured: --lpips FILE names its weights"}
+    predictors = {name: _predictor(model, precision, task.rules.scale) for name, model in named.items()}
+    facts = task.facts | {"LPIPS": "AlexNet, v0.1" if lpips else "not measured: --lpips FILE names its weights"}
     environment = benchmark_environment(device, precision, world, command)
-    depends_on = {"data": bench.sha256, "samples": bench.samples, "protocol": facts, "motion": settings.motion} | {
+    depends_on = {"data": task.sha256, "samples": task.samples, "protocol": facts, "motion": settings.motion} | {
         "models": {name: model.fingerprint() for name, model in named.items()},
         "hardware": [environment[name] for name in ("device", "precision", "torch")],
     }
-    way = EvalOptions(settings.tta, settings.motion, lpips, settings.workers)
+    options = EvalOptions(settings.tta, settings.motion, lpips, settings.workers)
     settings.out.parent.mkdir(parents=True, exist_ok=True)
-    with ScoreCache(_unfinished(settings.out), depends_on, rank, world) as ledger:
-        measure(bench, asks, ledger, way, show=rank == 0)
-        found = ledger.finish(bench.samples)
+    with ScoreCache(_unfinished(settings.out), depends_on, rank, world) as cache:
+        measure(task, predictors, cache, options, show=rank == 0)
+        found = cache.finish(task.samples)
         if found is None:
             return None
         scores, motion = summarise(found)
         rows = [_row(name, named.get(name), scores[name], settings.out) for name in (*BASELINES, *named)]
-        rows = [dataclasses.replace(row, macs=_macs(named.get(row.model), bench, precision)) for row in rows]
+        rows = [dataclasses.replace(row, macs=_macs(named.get(row.model), task, precision)) for row in rows]
         pictures = draw_pictures(
-            settings.out, settings.pictures, bench, rows[0], rows[len(BASELINES)],
-            {name: partial(predict, ask=ask, bench=bench, tta=settings.tta) for name, ask in asks.items()},
-            {name: _flow(model, precision, bench.rules.scale) for name, model in named.items() if _has_flow(model)},
+            settings.out, settings.pictures, task, rows[0], rows[len(BASELINES)],
+            {name: partial(predict, predictor=one, task=task, tta=settings.tta) for name, one in predictors.items()},
+            {name: _flow(model, precision, task.rules.scale) for name, model in named.items() if _has_flow(model)},
         )  # fmt: skip
         results = Results(
-            data=str(settings.data), index_sha256=bench.sha256, samples=len(rows[0].images), available=bench.available,
+            data=str(settings.data), index_sha256=task.sha256, samples=len(rows[0].images), available=task.available,
             protocol=facts, environment=environment, rows=tuple(rows), pictures=tuple(pictures), motion=motion,
         )  # fmt: skip
         write_results(settings.out, results)
-        ledger.forget()
+        cache.forget()
     return results
 
 
@@ -118,7 +118,7 @@ def _check(settings: BenchmarkSettings) -> None:
     check_folder(settings.out)
 
 
-def _ask(model: Model, precision: torch.dtype, scale: float | None) -> Predictor:
+def _predictor(model: Model, precision: torch.dtype, scale: float | None) -> Predictor:
     """Return the predictor of a model; one without flow ignores the scale."""
     if isinstance(model, Adapter):
         return lambda img0, img1, timestep: model.ask(img0, img1, timestep.item(), scale)
@@ -161,14 +161,14 @@ def _row(name: str, model: Model | None, scores: Scores, out: Path) -> Row:
     )
 
 
-def _macs(model: Model | None, bench: EvaluationTask, precision: torch.dtype) -> int | None:
+def _macs(model: Model | None, task: EvaluationTask, precision: torch.dtype) -> int | None:
     """Count the MACs for one frame of the first sample's size; None for Mamba-1, whose reference scan takes minutes."""
     if not isinstance(model, LoadedModel) or model.config.model.ssm == "mamba1":
         return None
     config = model.config.model
-    if bench.rules.scale is not None and model.has_flow:
-        config = dataclasses.replace(config, scale=bench.rules.scale)
-    first = next(iter(bench.read([0])))
+    if task.rules.scale is not None and model.has_flow:
+        config = dataclasses.replace(config, scale=task.rules.scale)
+    first = next(iter(task.read([0])))
     height, width = first.img0.shape[-2:]
     return _macs_of(config, height, width, precision)
 

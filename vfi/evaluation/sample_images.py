@@ -43,7 +43,7 @@ def check_folder(out: Path) -> None:
 def draw_pictures(
     out: Path,
     number: int,
-    bench: EvaluationTask,
+    task: EvaluationTask,
     average: Row,
     model: Row,
     models: Mapping[str, Predict],
@@ -59,11 +59,11 @@ def draw_pictures(
     temporary.mkdir()
     try:
         pictures = []
-        numbers = sorted({image // bench.targets for image in rank_of})
-        for at, sample in zip(numbers, bench.read(numbers), strict=True):
+        numbers = sorted({image // task.targets for image in rank_of})
+        for at, sample in zip(numbers, task.read(numbers), strict=True):
             images = {name: predict(sample) for name, predict in models.items()}
             for which, target in enumerate(sample.targets):
-                if rank := rank_of.get(at * bench.targets + which):
+                if rank := rank_of.get(at * task.targets + which):
                     chosen = {name: found[which] for name, found in images.items()}
                     moved = {name: flow(sample, target) for name, flow in flows.items()}
                     pictures.append(_Saver(temporary, folder.name, rank).save(len(order), sample, target, chosen, moved))

@@ -1,7 +1,7 @@
 """Tasks of a benchmark: the samples and truths of a shard folder, or of a published set by its protocol, and their rules.
 
-bench = protocol_bench(settings, device)
-for sample in bench.read(range(bench.samples)): …
+task = task_from_protocol(settings, device)
+for sample in task.read(range(task.samples)): …
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def task_from_shards(settings: BenchmarkSettings, device: torch.device) -> Evalu
     return EvaluationTask(samples, index.samples, 1, rules, facts, sha256, read)
 
 
-def protocol_bench(settings: BenchmarkSettings, device: torch.device) -> EvaluationTask:
+def task_from_protocol(settings: BenchmarkSettings, device: torch.device) -> EvaluationTask:
     """Measure on a published set, as --profile does. JobError for an unknown protocol, and for frames of another set."""
     if settings.protocol not in PROTOCOLS:
         raise JobError(f"--protocol {settings.protocol} does not exist: choose from {', '.join(PROTOCOLS)}")
