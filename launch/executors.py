@@ -37,7 +37,9 @@ def minutes(time: str) -> int:
     """
     found = _TIME.fullmatch(time)
     if not found:
-        raise JobError(f"--time {time!r} is no time limit: give minutes (90), hours (24:00:00) or days and hours (2-12:00:00)")
+        raise JobError(
+            f"--time {time!r} is not a time limit: give minutes (90), hours (24:00:00) or days and hours (2-12:00:00)"
+        )
     days, *parts = (int(part) if part else None for part in found.group("days", "first", "second", "third"))
     first, second, third = parts
     if days is not None or third is not None:
@@ -84,7 +86,7 @@ def _running(code: Path, parameters: dict[str, Any]) -> dict[str, Any]:
 
 def _slurm(folder: Path, parameters: dict[str, Any]) -> submitit.Executor:
     if not shutil.which("sbatch"):
-        raise JobError("no Slurm here (sbatch is not found): submit from a login node, or take --cluster local")
+        raise JobError("sbatch was not found, so this machine has no Slurm: submit from a login node, or use --cluster local")
     executor = submitit.SlurmExecutor(folder)
     executor.update_parameters(**parameters)
     return executor

@@ -106,9 +106,9 @@ def check_options(options: Options) -> None:
     if options.gpu_gb is not None and not options.gpu:
         raise JobError(f"--gpu_gb {options.gpu_gb} has no effect without --gpu: drop it")
     if options.precision == "fp16" and not options.gpus_per_node:
-        raise JobError("--precision fp16 needs a GPU: take fp32 or bf16 with --gpus_per_node 0")
+        raise JobError("--precision fp16 needs a GPU: use fp32 or bf16 with --gpus_per_node 0")
     if options.accelerate_config and not options.accelerate_config.is_file():
-        raise JobError(f"--accelerate_config {options.accelerate_config} is no file")
+        raise JobError(f"--accelerate_config {options.accelerate_config} is not a file")
     _check_kind(options)
     _check_cluster(options)
 
@@ -128,7 +128,7 @@ def _check_kind(options: Options) -> None:
     if options.job == "benchmark":
         _refuse(options, "preset phase accelerate_config precision processes_per_node", "with --job benchmark")
         if options.nodes > 1 or options.gpus_per_node > 1:
-            raise JobError("--job benchmark is one process: take --nodes 1 and --gpus_per_node 1 or 0")
+            raise JobError("--job benchmark is one process: use --nodes 1 and --gpus_per_node 1 or 0")
 
 
 def _check_cluster(options: Options) -> None:

@@ -80,7 +80,7 @@ def mixed_precision(options: Options, config_file: Path) -> str:
         words = re.findall(r"[a-z0-9]+", options.gpu.lower())
         precision = "fp16" if precision == "bf16" and any(word in _NO_BF16 for word in words) else precision
     if precision == "fp16" and _SHARDED.search(text):
-        raise JobError(f"{config_file} shards over the processes, which is not supported in fp16: take bf16 or fp32, or DDP")
+        raise JobError(f"{config_file} shards over the processes, which is not supported in fp16: use bf16 or fp32, or DDP")
     return precision
 
 
@@ -150,18 +150,19 @@ def _benchmark(arguments: list[str]) -> Run:
     """Plan one benchmark, whose logs lie next to its results."""
     job = importlib.import_module("vfi.benchmark")  # not at the top: it imports torch, which no other submission needs
     options = job.parse(arguments)
-    if options.out.suffix != ".json" and getattr(options, "protocol", "") != job.ALL:
-        raise JobError(f"--out {options.out} must end in .json")
-    if missing := [model for model in options.model if not Path(model).exists() and not job.is_adapter(model)]:
+    settings = options.settings
+    if settings.out.suffix != ".json" and getattr(settings, "protocol", "") != job.ALL:
+        raise JobError(f"--out {settings.out} must end in .json")
+    if missing := [model for model in settings.model if not (Path(model).exists() or job.names_a_model(model))]:
         raise JobError(f"--model {' '.join(missing)} is not there")
-    folder = options.out.absolute().with_name(f"{options.out.stem}_job")
-    if isinstance(options, job.SpeedOptions) or options.protocol == job.ALL:
-        return Run(options.out.stem, "benchmark", tuple(arguments), folder, 0)
-    if options.protocol and not (Path(options.data).is_dir() or "://" in options.data):
-        raise JobError(f"--data {options.data} is no folder: give the set's own, or shards of it")
-    if "://" not in options.data and not options.protocol:
-        preflight.check_shards(options.data)
-    return Run(options.out.stem, "benchmark", tuple(arguments), folder, options.workers)
+    folder = settings.out.absolute().with_name(f"{settings.out.stem}_job")
+    if isinstance(options, job.SpeedOptions) or settings.protocol == job.ALL:
+        return Run(settings.out.stem, "benchmark", tuple(arguments), folder, 0)
+    if settings.protocol and not (Path(settings.data).is_dir() or "://" in settings.data):
+        raise JobError(f"--data {settings.data} is not a folder: give the set's own, or shards of it")
+    if "://" not in settings.data and not settings.protocol:
+        preflight.check_shards(settings.data)
+    return Run(settings.out.stem, "benchmark", tuple(arguments), folder, settings.workers)
 
 
 def _given(arguments: Sequence[str], name: str) -> bool:

@@ -98,7 +98,7 @@ def _check_size(config: Config, processes: int) -> None:
     if len(local) == len(data.data_path) and samples < total and data.remainder == "drop":
         raise ConfigError(
             f"--data_path has {samples} samples, a global batch {total} (--global_batch, or --batch_size {data.batch_size} * "
-            f"{processes} processes): an epoch would have no step. Take a smaller batch, fewer GPUs, or --remainder pad"
+            f"{processes} processes): an epoch would have no step. Use a smaller batch, fewer GPUs, or --remainder pad"
         )
 
 
@@ -106,7 +106,7 @@ def refuse_other_run(config: Config) -> None:
     """Raise ConfigError when the folder already holds a run that this one does not resume."""
     folder = run_folder(config)
     if (step := newest_step(folder)) and config.run.resume != "auto":
-        raise ConfigError(f"{folder} already holds a run at step {step}: resume it by --resume auto, or take another name")
+        raise ConfigError(f"{folder} already holds a run at step {step}: resume it by --resume auto, or use another name")
 
 
 def _check_first_weights(config: Config, later: str) -> None:

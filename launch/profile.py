@@ -127,7 +127,7 @@ def profile(options: Options, gpu: Gpu, measure: Measure) -> Entry:
     """
     precision: Precision = options.precision if options.precision != "auto" else "bf16" if gpu.has_bf16 else "fp16"
     if precision == "bf16" and not gpu.has_bf16:
-        raise JobError(f"{gpu.name} has no bf16: take --precision fp16")
+        raise JobError(f"{gpu.name} has no bf16: use --precision fp16")
     card = identify(gpu.name, gpu.memory_gib, read_profiles(options.out).cards)
     config = step_config(options, options.crops[0], options.batches[0])
     print(f"{config.run.preset}, phase {config.model.phase}, {precision} on {gpu.name}, {gpu.memory_gib:.1f} GiB")
@@ -137,7 +137,7 @@ def profile(options: Options, gpu: Gpu, measure: Measure) -> Entry:
     if not fitted:
         raise JobError(
             f"{gpu.name} ran out of memory at each of --crops {options.crops} with the smallest of --batches "
-            f"{options.batches}: take smaller ones, or --checkpointing"
+            f"{options.batches}: use smaller ones, or --checkpointing"
         )
     fit = fit_points(fitted, held_out)
     for line in findings(fit, fitted, held_out, card, options.crops):

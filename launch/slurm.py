@@ -36,7 +36,7 @@ def states(job_ids: Iterable[str]) -> dict[str, JobState]:
     if not asked:
         return {}
     if not shutil.which("squeue"):
-        raise JobError("no Slurm here (squeue is not found): ask on a login node")
+        raise JobError("squeue was not found, so this machine has no Slurm: ask on a login node")
     queue = _call("squeue", "--noheader", "--array", "--user", getpass.getuser(), "--format", "%i|%T|%r")
     found = {job: JobState(state, _reason(why)) for job, state, why in _fields(queue, 3) if job in asked}
     ended = sorted({job.partition("_")[0] for job in asked - set(found)})
@@ -91,7 +91,7 @@ def _call(*command: str) -> str:
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=_PATIENCE)
     except FileNotFoundError as error:
-        raise JobError(f"no Slurm here ({command[0]} is not found): take a login node") from error
+        raise JobError(f"{command[0]} was not found, so this machine has no Slurm: use a login node") from error
     except subprocess.TimeoutExpired as error:
         raise JobError(
             f"{command[0]} has not answered within {_PATIENCE:.0f} s: is Slurm's controller up (scontrol ping)?"

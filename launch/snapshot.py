@@ -31,7 +31,7 @@ _VARIABLES = ("NCCL_", "TORCH", "GLOO_", "OMP_", "CUDA_", "ACCELERATE_", "TRITON
 def require_checkout() -> None:
     """Raise JobError when accelerate_configs/ is missing next to the packages, as after an install that is not editable."""
     if not (ROOT / "accelerate_configs").is_dir():
-        raise JobError(f"{ROOT} is no checkout of this project: submit from one, installed by pip install -e '.[slurm]'")
+        raise JobError(f"{ROOT} is not a checkout of this project: submit from one, installed by pip install -e '.[slurm]'")
 
 
 def copy_code(folder: Path) -> Path:

@@ -82,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def look(output_dir: Path, names: Sequence[str] = ()) -> list[SubmittedRun]:
     """Return the submitted runs in a folder, all or those named; raise JobError for a name that was never submitted."""
     if not output_dir.is_dir():
-        raise JobError(f"--output_dir {output_dir} is no folder: give the folder that the runs lie in")
+        raise JobError(f"--output_dir {output_dir} is not a folder: give the folder that the runs lie in")
     folders = {path.name: path.absolute() for path in output_dir.iterdir() if _newest(path)}
     if unknown := [name for name in names if name not in folders]:
         raise JobError(f"{', '.join(unknown)}: no such run was submitted in {output_dir}")

@@ -73,7 +73,9 @@ def parameters(options: Options, name: str, workers: int) -> dict[str, Any]:
     further: dict[str, Any] = {"chdir": os.getcwd(), "requeue": True}
     for entry in (*options.sbatch, *options.srun):
         if not entry.strip("=") or entry.startswith(("-", "=")):
-            raise JobError(f"--sbatch and --srun: {entry!r} is no option: give NAME=VALUE without dashes, such as exclude=n7")
+            raise JobError(
+                f"--sbatch and --srun: {entry!r} is not an option: give NAME=VALUE without dashes, such as exclude=n7"
+            )
     for key, separator, value in (entry.partition("=") for entry in options.sbatch):
         if key == "dependency" and options.chain:
             raise JobError(f"--sbatch {key}={value}: --chain sets the dependencies itself")

@@ -95,7 +95,7 @@ def header_size(data: bytes, extension: str) -> tuple[int, int]:
         except ValueError as error:
             raise ShardError(f"its header cannot be read: {error}") from error
     else:
-        raise ShardError(f"it is no {extension}")
+        raise ShardError(f"it is not a {extension} file")
     return height, width
 
 

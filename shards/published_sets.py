@@ -178,7 +178,7 @@ def read_list(path: Path, pattern: str, example: str) -> list[re.Match[str]]:
         if line and not re.fullmatch(pattern, line):
             raise ShardError(f"{path} line {number}: {line!r} is not of the form {example}")
         if line in found:
-            raise ShardError(f"{path} line {number}: {line} is there already, in line {found[line]}")
+            raise ShardError(f"{path} line {number}: {line} repeats line {found[line]}")
         if line:
             found[line] = number
     if not found:

@@ -135,6 +135,7 @@ def _compare(options: Options) -> int:
     samples = len({(leak.train.folder, leak.train.key) for leak in found})
     names = ", ".join(map(str, options.folders)), ", ".join(map(str, options.against))
     print(f"{names[0]}: {len(found):,} of {frames:,} frames, in {samples:,} samples, are also in {names[1]}")
+    print("Compared are all pixels: the same picture at another size, cropped or compressed again is not found.")
     return 1 if found else 0
 
 

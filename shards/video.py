@@ -50,8 +50,8 @@ class Options:
     """JPEG quality, 1 to 100."""
     max_height: int | None = None
     """Maximum height in pixels; higher frames are downscaled (antialiased, same aspect ratio, even sides)."""
-    split: str = "train"
-    """Split that the folder is for: train, val or test."""
+    split: str = ""
+    """Split that the folder is for: train, val or test; default: the name of --out if it is one of them, otherwise train."""
     val_fraction: float = 0.0
     """Fraction of the clips that goes to a val folder; whole clips are assigned by a hash of their names."""
     samples_per_shard: int = writer.SAMPLES_PER_SHARD
@@ -66,6 +66,8 @@ def make(options: Options) -> dict[str, Index]:
     Folders that are already complete are left as they are. Raises ShardError for unusable options and sources, and for an
     output folder that holds something else.
     """
+    if not options.split:
+        options = dataclasses.replace(options, split=_default_split(options))
     _check(options)
     clips = find_clips(options.src)
     arguments: dict[str, Any] = {
@@ -98,8 +100,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _job(options: Options) -> int:
     for split, index in make(options).items():
-        print(writer.describe(_folders(options)[split], index))
+        print(writer.describe(options.out / split if options.val_fraction else options.out, index))
     return 0
+
+
+def _default_split(options: Options) -> str:
+    name = options.out.resolve().name
+    return name if name in SPLITS and not options.val_fraction else "train"
 
 
 def _check(options: Options) -> None:

@@ -82,7 +82,7 @@ GUARDED = {
     "onnxscript": set(),
     "onnxruntime": {"vfi/release/graph_formats.py"},
     "lpips": {"vfi/metrics/lpips.py"},
-    "torchvision": set(),
+    "torchvision": {"vfi/training/perceptual_loss.py"},
 }
 
 

@@ -138,7 +138,7 @@ def _free_port(host: str, port: int) -> int:
             probe.bind((host, port))
         except OSError as error:
             raise JobError(
-                f"--host {host} --port {port} can't be used: {error.strerror}; take another port, or 0 for any that is free"
+                f"--host {host} --port {port} can't be used: {error.strerror}; use another port, or 0 for any that is free"
             ) from error
         found: int = probe.getsockname()[1]
     return found

@@ -196,7 +196,7 @@ def _check(options: Options) -> None:
         raise JobError(f"--seconds {options.seconds} must be above 0, and --rounds {options.rounds} at least 1")
     available = read_index(options.data).samples
     if available < options.samples:
-        raise JobError(f"{options.data} has {available} samples, fewer than --samples {options.samples}: take a smaller number")
+        raise JobError(f"{options.data} has {available} samples, fewer than --samples {options.samples}: use a smaller number")
 
 
 def _loose_frames(folder: Path, number: int) -> list[Path]:

@@ -13,9 +13,13 @@ saving, to be resumed by --resume auto · 130 interrupted. torchrun and accelera
 
 from __future__ import annotations
 
+import json
+import os
 import sys
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 
 STOPPED = 75
 """Exit code of training that was told to stop and has saved; EX_TEMPFAIL of sysexits.h: try again later."""
@@ -41,23 +45,29 @@ def clear_errors(*kinds: type[Exception]) -> Iterator[None]:
     try:
         yield
     except caught as error:
-        print(f"error: {message_of(error)}", file=sys.stderr)
+        _report(message_of(error))
         sys.exit(2)
     except RuntimeError as error:
         if not str(error).startswith("DataLoader worker (pid"):  # torch has no kind of error for it
             raise
-        print(
-            f"error: a loader process died: {message_of(error)} Its signal or exit code says how; Killed is often the kernel, "
-            f"for want of memory: take fewer loader processes or smaller batches, and start again "
-            f"(--resume auto resumes a run)",
-            file=sys.stderr,
+        _report(
+            f"a loader process died: {message_of(error)} Its signal or exit code says how; Killed is often the kernel, for "
+            f"lack of memory: use fewer loader processes or smaller batches, and start again (--resume auto resumes a run)"
         )
         sys.exit(1)
     except Stopped:
         sys.exit(STOPPED)
     except KeyboardInterrupt:
-        print("error: interrupted", file=sys.stderr)
+        _report("interrupted")
         sys.exit(130)
+
+
+def _report(text: str) -> None:
+    """Print an error; torchrun and accelerate launch show it again below their own traceback, as the root cause."""
+    print(f"error: {text}", file=sys.stderr)
+    if place := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        with suppress(OSError):  # the launcher removes the folder when it ends first
+            Path(place).write_text(json.dumps({"message": f"error: {text}", "timestamp": int(time.time())}), encoding="utf-8")
 
 
 def message_of(error: Exception) -> str:

@@ -106,7 +106,7 @@ def _check_place(place: Path, source: Path) -> None:
     if place.suffix and place.is_dir():
         raise JobError(f"--out {place} is a folder: give a file name")
     if not place.suffix and place.exists() and (not place.is_dir() or any(place.iterdir())):
-        raise JobError(f"--out {place} is there already, and is no empty folder: give another name")
+        raise JobError(f"--out {place} already exists and is not an empty folder: give another name")
     for parent in place.parents:
         if parent.exists() and not parent.is_dir():
             raise JobError(f"--out {place}: {parent} is not a folder")

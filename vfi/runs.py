@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the command: print a line for each run, the most recently active first."""
     options = tyro.cli(Options, prog="vfi runs", description=__doc__, args=argv)
     if not options.output_dir.is_dir():
-        raise JobError(f"--output_dir {options.output_dir} is no folder: give the folder that the runs lie in")
+        raise JobError(f"--output_dir {options.output_dir} is not a folder: give the folder that the runs lie in")
     runs = sorted(map(describe, run_folders(options.output_dir)), key=lambda run: run.last_activity, reverse=True)
     if options.json:
         print(json.dumps([dataclasses.asdict(run) for run in runs], indent=1))

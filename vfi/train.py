@@ -50,7 +50,8 @@ def train(config: Config, flow_teacher: FlowTeacher | None = None) -> None:
     trainer = Trainer(dataclasses.replace(config, run=run, data=data), flow_teacher)
     try:
         trainer.fit()
-        logger.info("dry run: training, validation and saving work")
+        works = "training, validation and saving work" if data.val_path else "training and saving work (without a --val_path)"
+        logger.info(f"dry run: {works}")
     finally:
         if trainer.accelerator.is_main_process:
             shutil.rmtree(trainer.folder, ignore_errors=True)

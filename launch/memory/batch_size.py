@@ -84,14 +84,16 @@ def choose_batch(
         precision: bf16, fp16 or fp32 (or "no", as accelerate calls fp32).
         memory_gib: memory of the card, if known; otherwise it is derived from the name.
 
-    Raises ConfigError when nothing fits, naming what would; for a card of unknown size; for an unknown precision; and for a
-    global batch that is not a multiple of `processes`.
+    Raises ConfigError when nothing fits, naming what would; for a card of unknown size; for an unknown precision; for a global
+    batch that is not a multiple of `processes`; and for a perceptual loss, which no profile includes.
     """
     if precision not in _PRECISIONS:
         raise ConfigError(f"precision {precision!r} does not exist; choose from {', '.join(_PRECISIONS)}")
     total = config.data.global_batch or config.data.batch_size * processes
     if total % processes:
-        raise ConfigError(f"--global_batch {total} is not a multiple of {processes} processes: take one that is")
+        raise ConfigError(f"--global_batch {total} is not a multiple of {processes} processes: use one that is")
+    if config.optim.vgg_weight or config.optim.style_weight:
+        raise ConfigError("no memory profile includes the perceptual loss (--vgg_weight, --style_weight): give --batch_size")
     profiles = profiles or read_profiles()
     card = identify(gpu, memory_gib, profiles.cards)
     limit, why, basis, fit = _Asked(config, _PRECISIONS[precision], card, profiles).limit()

@@ -155,7 +155,7 @@ def read_profiles(path: Path = PROFILES) -> Profiles:
     except (OSError, json.JSONDecodeError) as error:
         raise ConfigError(f"{path} can't be read as memory profiles: {error}") from error
     if not isinstance(content, dict) or (content.pop("schema", None), content.pop("version", None)) != (SCHEMA, VERSION):
-        raise ConfigError(f"{path} is no {SCHEMA} file of version {VERSION}")
+        raise ConfigError(f"{path} is not a {SCHEMA} file of version {VERSION}")
     try:
         # model settings added after a measurement had their default values in it
         profiles: Profiles = from_object(Profiles, content, str(path), [])

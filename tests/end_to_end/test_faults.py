@@ -65,7 +65,7 @@ def test_a_bad_sample_is_skipped_counted_and_named(damaged, tmp_path, capsys):
     train.main([*FLAGS, "--data_path", str(folder), "--steps", "10", "--batch_size", "4", "--num_workers", "1",
                 "--output_dir", str(tmp_path), "--exp_name", "run"])  # fmt: skip
     found = rows(tmp_path / "run", "fault")
-    where = f"image: {folder}/shard-000001.tar: sample {key}: im2.png: it is no png"
+    where = f"image: {folder}/shard-000001.tar: sample {key}: im2.png: it is not a png file"
     assert [row["named"] for row in found] == [[where]] * len(found)
     total = len(found)
     assert total in (1, 2)  # two epochs of 20 of 22 samples
@@ -97,7 +97,7 @@ def test_validation_skips_nothing(damaged, train_shards, tmp_path, capsys):
         train.main([*FLAGS, "--data_path", str(train_shards), "--val_path", str(folder), "--steps", "2", "--val_every", "2",
                     "--batch_size", "4", "--num_workers", "1", "--output_dir", str(tmp_path)])  # fmt: skip
     error = capsys.readouterr().err.splitlines()[-1]
-    assert error == f"error: {folder}/shard-000001.tar: sample {key}: im2.png: it is no png"
+    assert error == f"error: {folder}/shard-000001.tar: sample {key}: im2.png: it is not a png file"
 
 
 @pytest.mark.parametrize("workers", [1, 2])

@@ -79,7 +79,7 @@ def test_above_a_batch_that_runs_out_of_memory_none_is_tried(out, capsys):
 
 
 def test_nothing_measured_is_an_error(out):
-    with pytest.raises(JobError, match=r"ran out of memory at each of --crops \(256, 384, 512\) .* \(2, 8, 24\): take smaller"):
+    with pytest.raises(JobError, match=r"ran out of memory at each of --crops \(256, 384, 512\) .* \(2, 8, 24\): use smaller"):
         profile.profile(Options(out=out), A100, FakeGpu(capacity=0.9))
 
 
@@ -113,7 +113,7 @@ def test_precision_follows_the_gpu(out, asked, has_bf16, expected):
 
 
 def test_bf16_is_refused_where_the_gpu_has_none(out):
-    with pytest.raises(JobError, match="has no bf16: take --precision fp16"):
+    with pytest.raises(JobError, match="has no bf16: use --precision fp16"):
         profile.profile(Options(precision="bf16", out=out), dataclasses.replace(A100, has_bf16=False), FakeGpu(80))
 
 

@@ -73,6 +73,14 @@ def test_dry_run_prints_the_script(name, here, capsys):
     assert not (here / "runs" / "small_phase1").exists()
 
 
+def test_a_benchmark_takes_models_that_are_no_path(here, capsys):
+    flags = ["--data", "shards", "--out", "results.json", "--model", "shipped", "module:factory", "me/mine"]
+    submit.main(["--dry_run", "--job", "benchmark", "--", *flags])
+    assert "/results_job" in capsys.readouterr().out
+    message = refused(capsys, "--job", "benchmark", "--", *flags, "runs/absent", "absent")
+    assert message == "error: --model runs/absent absent is not there"
+
+
 def test_flags_of_the_job_come_back_as_the_settings_that_were_asked_for(here):
     """Each run's command line is parsed as vfi.train parses it."""
     options = Options(ablation="phase1", seeds=2, gpus_per_node=0)
@@ -144,14 +152,14 @@ def test_the_batch_follows_from_the_type_of_gpu(here):
         ([], ["--resume", "absent"], "no run or checkpoint 'absent' to start from"),
         ([], ["--exp_name", "done"], "already holds a run at step 7: resume it by --resume auto"),
         ([], ["--dry_run"], "--dry_run after the -- would be a job that leaves nothing"),
-        (["--time", "soon"], [], "--time 'soon' is no time limit"),
+        (["--time", "soon"], [], "--time 'soon' is not a time limit"),
         (["--time", "2"], [], "--time 2 must be longer than --signal_seconds 180"),
         (["--gpus_per_node", "0", "--gpu", "a100"], [], "--gpu a100 with --gpus_per_node 0"),
         (["--gpu", "a100", "--gpu_gb", "80"], [], "--gpu_gb 80 has no effect with --batch_size"),
-        (["--sbatch=-hold"], [], "'-hold' is no option: give NAME=VALUE without dashes"),
+        (["--sbatch=-hold"], [], "'-hold' is not an option: give NAME=VALUE without dashes"),
         (["--chain", "1,2", "--sbatch", "dependency=after:7"], [], "--chain sets the dependencies itself"),
         (["--gpu", "v100", "--accelerate_config", str(ROOT / "accelerate_configs/fsdp2.yaml")], [], "not supported in fp16"),
-        (["--accelerate_config", "absent.yaml"], [], "--accelerate_config absent.yaml is no file"),
+        (["--accelerate_config", "absent.yaml"], [], "--accelerate_config absent.yaml is not a file"),
         (["--seeds", "3"], [], "--seeds without --ablation has no effect: drop it"),
         (["--ablation", "phase1", "--preset", "base"], [], "--preset with --ablation phase1"),
         (["--ablation", "phase1", "--only", "Exp-2b"], [], "--only Exp-2b: --ablation phase1 has Exp-1a, Exp-1b"),

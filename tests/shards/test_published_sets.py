@@ -236,7 +236,7 @@ def test_names_that_give_the_same_key_are_named(tmp_path):
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("", "is empty"), ("a1\n", "line 1: 'a1' is not of the form a"), ("\na\n\na\n", "line 4: a is there already, in line 2")],
+    [("", "is empty"), ("a1\n", "line 1: 'a1' is not of the form a"), ("\na\n\na\n", "line 4: a repeats line 2")],
 )
 def test_bad_lists_are_named(tmp_path, text, message):
     (tmp_path / "list.txt").write_text(text)

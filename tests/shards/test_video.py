@@ -197,6 +197,15 @@ def test_one_clip_never_spans_two_splits(tmp_path):
     assert run(src, out, "--val_fraction", 0.25) == 2  # other sources: refused
 
 
+@pytest.mark.parametrize(("name", "split"), [("val", "val"), ("test", "test"), ("clips", "train")])
+def test_a_folder_named_after_a_split_is_of_it_unless_said_otherwise(tmp_path, name, split):
+    write_frames(tmp_path / "src" / "clip", panning(4))
+    assert run(tmp_path / "src", tmp_path / name) == 0
+    assert read_index(tmp_path / name).split == split
+    assert run(tmp_path / "src", tmp_path / "own" / name, "--split", "train") == 0
+    assert read_index(tmp_path / "own" / name).split == "train"
+
+
 @pytest.mark.parametrize("fraction", [0.001, 0.999])
 def test_both_splits_get_a_clip(tmp_path, fraction):
     for number in range(3):

@@ -184,7 +184,7 @@ def refused(capsys, *arguments: object) -> str:
 def test_a_folder_with_something_in_it_is_refused(run, tmp_path, capsys) -> None:
     (tmp_path / "new").mkdir()
     (tmp_path / "new" / "mine.txt").write_text("mine")
-    assert "new is there already and is not empty" in refused(capsys, run, "--out", tmp_path / "new")
+    assert "new already exists and is not empty" in refused(capsys, run, "--out", tmp_path / "new")
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["mine.txt"]
     assert "mine.txt is a file" in refused(capsys, run, "--out", tmp_path / "new" / "mine.txt" / "new")
 
@@ -207,7 +207,7 @@ def test_what_fails_leaves_nothing(run, tmp_path, capsys, monkeypatch) -> None:
         network.refine.head.bias.fill_(1e6)
     monkeypatch.setattr(weights, "read_weights", lambda *_: network.state_dict())
     message = refused(capsys, large, "--out", tmp_path / "new", "--dtype", "fp16")
-    assert "--dtype fp16: refine.head.bias has values up to 1e+06, more than fp16 can hold: take fp32" in message
+    assert "--dtype fp16: refine.head.bias has values up to 1e+06, more than fp16 can hold: use fp32" in message
     assert sorted(path.name for path in tmp_path.iterdir()) == ["runs"]
 
 

@@ -186,7 +186,7 @@ REFUSED = {
     "a tensor of another type": (TENSOR, TENSOR.int(), {}, "img1 is a tensor of torch.int32; allowed are uint8, float16"),
     "above 1": (TENSOR, TENSOR + 200, {}, "img1 has values from 200 to 200; floats must lie between 0 and 1: divide it by 255"),
     "a little below 0": (TENSOR - 0.1, TENSOR, {}, "img0 has values from -0.1 to -0.1; .*: clamp it"),
-    "no number": (TENSOR * torch.nan, TENSOR, {}, "img0 has values from nan to nan; .* no finite number"),
+    "no number": (TENSOR * torch.nan, TENSOR, {}, "img0 has values from nan to nan; .* values that are not finite"),
     "no number in an array": (ARRAY + np.float32(np.inf), ARRAY + np.float32(0), {}, "img0 has values from inf to inf"),
     "channels first in an array": (ARRAY.transpose(2, 0, 1), ARRAY, {}, r"img0 is an array \[3, 40, 48\]; .* numpy.moveaxis"),
     "channels last in a tensor": (TENSOR, TENSOR.permute(1, 2, 0), {}, r"img1 is a tensor \[40, 48, 3\]; .* image.movedim"),
@@ -283,7 +283,7 @@ def test_jobs_take_a_saved_model(saved, of, tmp_path) -> None:
 
 def test_nothing_is_overwritten(model, saved) -> None:
     before = {path.name: path.read_bytes() for path in saved.iterdir()}
-    with pytest.raises(JobError, match="mine is there already and is not empty: give another folder"):
+    with pytest.raises(JobError, match="mine already exists and is not empty: give another folder"):
         model.save_pretrained(saved)
     assert before == {path.name: path.read_bytes() for path in saved.iterdir()}
 
@@ -369,7 +369,7 @@ BROKEN = {
     "config is a list": (lambda f: (f / "config.json").write_text("[]"), "config.json holds a JSON list, expected an object"),
     "another schema": (
         lambda f: edit(f, schema="other"),
-        "is no description of a model of this project: its schema is 'other'",
+        "does not describe a model of this project: its schema is 'other'",
     ),
     "a later version": (
         lambda f: edit(f, version=2, written_by="vfi-training-stack 9.1"),

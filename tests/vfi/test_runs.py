@@ -107,7 +107,7 @@ def test_no_folder_and_no_runs_are_said(tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         runs.main(["--output_dir", str(tmp_path / "none")])
     assert stop.value.code == 2
-    assert "is no folder" in capsys.readouterr().err
+    assert "is not a folder" in capsys.readouterr().err
 
 
 # the state of a run

@@ -103,7 +103,7 @@ def new_folder(out: Path) -> Iterator[Path]:
 def check_out(out: Path) -> None:
     """Raise JobError unless a folder can be created at `out`."""
     if out.is_dir() and any(out.iterdir()):
-        raise JobError(f"{out} is there already and is not empty: give another folder, nothing is overwritten")
+        raise JobError(f"{out} already exists and is not empty: give another folder, nothing is overwritten")
     for path in (out, *out.parents):
         if path.exists() and not path.is_dir():
             raise JobError(f"{out} cannot be a folder: {path} is a file")
@@ -142,7 +142,7 @@ def _stored(weights: dict[str, Tensor], dtype: Dtype) -> dict[str, Tensor]:
         half = dtype == "fp16" and tensor.is_floating_point()
         kept = tensor.detach().to("cpu", torch.float16 if half else tensor.dtype).contiguous()
         if half and not kept.isfinite().all():
-            raise JobError(f"--dtype fp16: {name} has values up to {tensor.abs().max():g}, more than fp16 can hold: take fp32")
+            raise JobError(f"--dtype fp16: {name} has values up to {tensor.abs().max():g}, more than fp16 can hold: use fp32")
         stored[name] = kept
     return stored
 
@@ -169,7 +169,7 @@ def read_description(folder: Path) -> Description:
     path = folder / CONFIG
     content = _read_json(path)
     if content.get("schema") != SCHEMA:
-        raise CheckpointError(f"{path} is no description of a model of this project: its schema is {content.get('schema')!r}")
+        raise CheckpointError(f"{path} does not describe a model of this project: its schema is {content.get('schema')!r}")
     writer = content.get("written_by") or "an unnamed version"
     if content.get("version") != VERSION:
         raise CheckpointError(

@@ -267,7 +267,7 @@ def read_random(checkpoint: Path) -> list[Any]:
     """Return the states of the random generators, one entry per process (see vfi/training/state.py)."""
     content = _read_json(checkpoint / RANDOM)
     if not isinstance(content, list):
-        raise CheckpointError(f"{checkpoint / RANDOM} is not usable: it is no list")
+        raise CheckpointError(f"{checkpoint / RANDOM} is not usable: it is not a list")
     return content
 
 

@@ -45,6 +45,7 @@ _REMOTE = Needs("a URL in --data_path or --val_path", lambda config: any("://" i
 _VALIDATION = Needs("--val_path", lambda config: bool(config.data.val_path))
 _CURRICULUM = Needs("--curriculum", lambda config: config.data.curriculum)
 _MATVLM = Needs("--matvlm_plan A, B or C", lambda config: config.run.matvlm_plan != "off")
+_PERCEPTUAL = Needs("--vgg_weight or --style_weight", lambda config: bool(config.optim.vgg_weight or config.optim.style_weight))
 _REAL_RUN = Needs("--no-dry_run", lambda config: not config.run.dry_run)
 
 
@@ -185,7 +186,12 @@ class OptimConfig:
     clip_norm: float = 0.1
     """Maximum norm of the gradient, about its usual norm in stable training; 0 disables clipping."""
     vgg_weight: float = 0.0
-    """Weight of a perceptual loss in addition to the Laplacian pyramid loss."""
+    """Weight of the content term of a perceptual loss (VGG-19, as in FILM) beside the Laplacian pyramid loss; such
+    as 0.01."""
+    style_weight: float = 0.0
+    """Weight of its style term, between Gram matrices."""
+    vgg_weights: Annotated[str, _PERCEPTUAL] = ""
+    """File of torchvision's weights of VGG-19 (vgg19-dcbb9e9d.pth); default: torchvision downloads it once."""
     loss_backend: Literal["auto", "torch", "fused"] = "auto"
     """Implementation of the Laplacian pyramid loss. auto selects the fused Triton kernels on a GPU, otherwise PyTorch's."""
     merge_weight: Annotated[float, _FLOW] = 0.5
@@ -314,6 +320,6 @@ def accumulation(config: Config, processes: int) -> int:
     if total % at_once:
         raise ConfigError(
             f"--global_batch {total} is not a multiple of --batch_size {config.data.batch_size} * {processes} processes = "
-            f"{at_once}: take --global_batch {max(1, total // at_once) * at_once} or another --batch_size"
+            f"{at_once}: use --global_batch {max(1, total // at_once) * at_once} or another --batch_size"
         )
     return total // at_once

@@ -61,7 +61,7 @@ def validate(config: Config) -> None:
         raise ConfigError(f"--mhc_anneal is {optim.mhc_anneal}; it must be a fraction between 0 and 1")
     if not 0 <= optim.ema < 1:
         raise ConfigError(f"--ema is {optim.ema}; it is a decay such as 0.999 and must be at least 0 and below 1")
-    for name in ("merge_weight", "teacher_weight", "distill_weight"):
+    for name in ("merge_weight", "teacher_weight", "distill_weight", "vgg_weight", "style_weight"):
         if getattr(optim, name) < 0:
             raise ConfigError(f"--{name} is {getattr(optim, name)}; it must not be negative")
     if data.curriculum and list(data.curriculum_crops) != sorted(data.curriculum_crops):
@@ -79,7 +79,6 @@ def validate(config: Config) -> None:
     _validate_guard(config.guard)
     _validate_model(model)
     _refuse_without_effect(config)
-    _refuse_unsupported(config)
 
 
 def _validate_folders(data: DataConfig) -> None:
@@ -144,13 +143,3 @@ def _refuse_without_effect(config: Config) -> None:
             for needs in typing.get_args(hints[field.name])[1:] if value != field.default else ():
                 if isinstance(needs, Needs) and not needs.is_met(config):
                     raise ConfigError(f"--{field.name} {value} has no effect without {needs.words}: remove it or add that")
-
-
-def _refuse_unsupported(config: Config) -> None:
-    """Refuse flags whose feature does not exist yet, and say what to do instead."""
-    unsupported = {
-        f"--vgg_weight {config.optim.vgg_weight}": (config.optim.vgg_weight != 0, "use --vgg_weight 0"),
-    }
-    for flag, (given, advice) in unsupported.items():
-        if given:
-            raise ConfigError(f"{flag} is not supported yet: {advice}")

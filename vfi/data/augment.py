@@ -42,7 +42,7 @@ def crop_at(config: DataConfig, epoch: int) -> int:
 def crop_advice(height: int, width: int, config: DataConfig) -> str:
     """Return advice for frames of `height` x `width` pixels that are smaller than the crop."""
     flag = "--curriculum_crops up to" if config.curriculum else "--crop"
-    return f"take {flag} {max(64, min(height, width) // 16 * 16)} or make shards of larger frames"
+    return f"use {flag} {max(64, min(height, width) // 16 * 16)} or make shards of larger frames"
 
 
 def draw_change(rng: np.random.Generator, height: int, width: int, size: int, config: DataConfig) -> Change:

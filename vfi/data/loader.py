@@ -139,7 +139,7 @@ class TrainingLoader:
             folders = " and ".join(config.data_path)
             raise ConfigError(
                 f"{folders} has {self.plan.samples} samples an epoch, fewer than the global batch of {share * world}: "
-                f"take a smaller --batch_size or --global_batch, more data, or --remainder pad"
+                f"use a smaller --batch_size or --global_batch, more data, or --remainder pad"
             )
         # the processes of a machine share its cache
         check_cache_holds(self.sets, config, share * int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
@@ -187,7 +187,7 @@ def training_sets(config: DataConfig, with_flow: bool) -> list[TrainingSet]:
             if sequence != "middle":
                 raise ConfigError(
                     f"--sequence {sequence} does not go with --distill_weight: the flow stored in {folder} starts from the "
-                    f"middle frame; take --sequence middle"
+                    f"middle frame; use --sequence middle"
                 )
         sets.append(TrainingSet(folder, index, sequence, sum(other.index.samples for other in sets)))
     return sets

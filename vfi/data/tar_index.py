@@ -19,7 +19,7 @@ _SPARSE = b"S"
 
 
 class TarError(ValueError):
-    """Raised for a file that is no complete tar; the message says at which byte."""
+    """Raised for a file that is not a complete tar; the message says at which byte."""
 
 
 class Member(NamedTuple):
@@ -45,7 +45,7 @@ def plain_files(file: BinaryIO) -> Iterator[Member]:
         if not any(header):
             return
         if len(header) < _BLOCK or not _checksum_fits(header):
-            raise TarError(f"it is no tar, or damaged, at byte {at}")
+            raise TarError(f"it is not a tar, or is damaged, at byte {at}")
         kind = header[156:157]
         size = 0 if kind in _WITHOUT_CONTENT else _number(header[124:136], at)
         if kind in _PLAIN and extended.size is not None:

@@ -93,10 +93,11 @@ def _process_group(config: Config, sharding: Sharding) -> InitProcessGroupKwargs
 def _refuse_traps(world: int) -> None:
     """Refuse what the launcher would do silently, whatever the sharding."""
     if "ACCELERATE_USE_CPU" in os.environ and "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ:
+        on_cpu = "on a CPU: use ACCELERATE_USE_CPU=true torchrun --nproc_per_node N -m vfi.train …"
+        with_one = "with a config for one process: use accelerate_configs/ddp.yaml"
         raise ConfigError(
-            "accelerate launch was asked for several processes but started one, as it does on a CPU and with a config for one "
-            "process: use accelerate_configs/ddp.yaml, on a CPU ACCELERATE_USE_CPU=true torchrun --nproc_per_node N "
-            "-m vfi.train …, or --num_processes 1"
+            f"accelerate launch was asked for several processes but started one, as it does "
+            f"{on_cpu if _uses_cpu() else with_one}, or --num_processes 1"
         )
     if (asked := _asked_processes()) not in (None, world):
         raise ConfigError(
@@ -111,7 +112,7 @@ def _refuse_traps(world: int) -> None:
     if _on_gpu() and idle_gpus() < 0:
         raise ConfigError(
             f"{os.environ['LOCAL_WORLD_SIZE']} processes were started on a machine with {torch.cuda.device_count()} visible "
-            f"GPUs: accelerate would let some share a GPU. Take --num_processes (of all machines) to match, see "
+            f"GPUs: accelerate would let some share a GPU. Use --num_processes (of all machines) to match, see "
             f"CUDA_VISIBLE_DEVICES"
         )
     if os.environ.get("ACCELERATE_DYNAMO_BACKEND", "NO").upper() != "NO":

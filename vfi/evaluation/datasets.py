@@ -46,7 +46,7 @@ def open_frames(location: str, folder: ShardFolder, protocol: Protocol, partial:
     if len(keys) != protocol.count and not partial:
         raise JobError(
             f"--data {location} has {len(keys):,} samples of {protocol.title}, the published set has {protocol.count:,}: what "
-            f"is measured on them can't be compared. Complete it, or take --allow_partial, which labels the results"
+            f"is measured on them can't be compared. Complete it, or use --allow_partial, which labels the results"
         )
 
     if not keys:
@@ -74,7 +74,7 @@ def open_frames(location: str, folder: ShardFolder, protocol: Protocol, partial:
 def find_sets(root: Path) -> dict[str, Path]:
     """Find the protocols that a folder, or one up to two levels below it, has data for -> the first such place of each."""
     if not root.is_dir():
-        raise JobError(f"--data_root {root} is no folder")
+        raise JobError(f"--data_root {root} is not a folder")
     places = [root, *sorted(path for pattern in ("*", "*/*") for path in root.glob(pattern) if path.is_dir())]
     found: dict[str, Path] = {}
     for name, protocol in PROTOCOLS.items():

@@ -92,7 +92,7 @@ def _own_device(name: DeviceName) -> torch.device:
     if name != "cpu" and torch.cuda.is_available() and "LOCAL_RANK" in os.environ:
         rank, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
         if rank >= gpus:
-            raise JobError(f"process {rank} of this machine has no GPU: start at most {gpus}, or take --device cpu")
+            raise JobError(f"process {rank} of this machine has no GPU: start at most {gpus}, or use --device cpu")
         torch.cuda.set_device(rank)
     return pick_device(name)
 

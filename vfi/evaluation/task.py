@@ -11,7 +11,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -139,8 +139,17 @@ def _about(index: Index) -> dict[str, str]:
         "split": index.split,
         "codec": index.codec,
         "sizes": f"{index.min_size[0]}x{index.min_size[1]} to {index.max_size[0]}x{index.max_size[1]}",
-        "source": json.dumps(index.source, ensure_ascii=False),
+        "source": _command(index.source),
     }
+
+
+def _command(source: dict[str, Any]) -> str:
+    """Return the source of a shard folder as the command that made it."""
+    arguments = source.get("arguments")
+    if not isinstance(arguments, dict):
+        return json.dumps(source, ensure_ascii=False)
+    flags = [f"--{name} {value}" for name, value in arguments.items() if value not in (None, "", False)]
+    return " ".join([f"python -m {source.get('job')}", *flags])
 
 
 def _rules(rules: Rules, tta: bool) -> dict[str, str]:

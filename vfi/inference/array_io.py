@@ -121,7 +121,7 @@ def _check_range(name: str, image: np.ndarray | Tensor) -> None:
     if not (low >= 0 and high <= 1):
         advice = "clamp it" if low > -1 and high < 2 else "divide it by 255, or give whole numbers as uint8"
         if not (np.isfinite(low) and np.isfinite(high)):
-            advice = "it holds what is no finite number"
+            advice = "it holds values that are not finite"
         raise JobError(f"{name} has values from {low:g} to {high:g}; floats must lie between 0 and 1: {advice}")
 
 

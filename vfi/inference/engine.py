@@ -156,7 +156,7 @@ class InterpolationEngine:
         if side is None:
             raise JobError(
                 f"{width}x{height} frames don't fit into the memory of the {self.device.type}, not even in tiles of "
-                f"{self.tile} pixels: take a smaller model, or --device cpu"
+                f"{self.tile} pixels: use a smaller model, or --device cpu"
             )
         tqdm.write(
             f"{width}x{height} frames don't fit into memory: they are made in tiles of at most {side}x{side} from now on"
@@ -181,7 +181,7 @@ class InterpolationEngine:
         if side is None:
             raise JobError(
                 f"{width}x{height} frames take up to {need:.1f} GiB, and tiles of {SMALLEST} pixels "
-                f"{SMALLEST**2 * self.bytes_per_pixel / GIB:.1f}, of which {free / GIB:.1f} are free: take a smaller model"
+                f"{SMALLEST**2 * self.bytes_per_pixel / GIB:.1f}, of which {free / GIB:.1f} are free: use a smaller model"
             )
         self.tile = side
         tqdm.write(

@@ -10,8 +10,6 @@ torchvision publishes. Nothing is downloaded.
 
 from __future__ import annotations
 
-import pickle
-import struct
 import warnings
 from pathlib import Path
 
@@ -19,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from vfi.errors import JobError
+from vfi.io.published_weights import read_published
 from vfi.ops.precision import fp32_island
 
 MIN_SIDE = 31
@@ -26,12 +25,6 @@ MIN_SIDE = 31
 
 _NAME = "alexnet-owt-7be5be79.pth"
 _ORIGIN = f"https://download.pytorch.org/models/{_NAME}"
-
-# all exceptions that torch.load was observed to raise for truncated or modified files
-_DAMAGE = (
-    *(OSError, EOFError, RuntimeError, ValueError, LookupError, TypeError, AttributeError, AssertionError),
-    *(pickle.UnpicklingError, struct.error),
-)
 
 
 class Lpips(nn.Module):
@@ -58,8 +51,7 @@ class Lpips(nn.Module):
 def load_lpips(path: Path, device: torch.device) -> Lpips:
     """Return LPIPS with AlexNet's published weights from `path`, the file or its folder, frozen, in eval mode on `device`.
 
-    Raises JobError without the package lpips, and for a file that is missing, damaged or not the published one; it says where
-    that is published.
+    Raises JobError without the package lpips, and as `read_published` does.
     """
     try:
         import lpips
@@ -69,31 +61,8 @@ def load_lpips(path: Path, device: torch.device) -> Lpips:
         warnings.simplefilter("ignore", UserWarning)  # lpips 0.1.4 calls torchvision by an argument that is deprecated
         network = lpips.LPIPS(net="alex", pnet_rand=True, verbose=False)  # random: the weights are read below
     features = {f"features.{name.partition('.')[2]}": tensor for name, tensor in network.net.state_dict().items()}
-    weights = _read(path / _NAME if path.is_dir() else path, features)
+    weights = read_published(path / _NAME if path.is_dir() else path, features, _ORIGIN)
     with torch.no_grad():
         for name, tensor in features.items():
             tensor.copy_(weights[name])
     return Lpips(network).requires_grad_(False).eval().to(device)
-
-
-def _read(path: Path, expected: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return the tensors of AlexNet's file; those that `expected` names are there and have its shapes."""
-    if not path.is_file():
-        raise JobError(f"{path} is missing: LPIPS reads {_NAME} there, which is published as {_ORIGIN}")
-    try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
-    except _DAMAGE as error:
-        # when torch refuses a pickle, the lines after the first say how to load it anyway
-        reason = str(error).partition("\n")[0] or type(error).__name__
-        raise JobError(f"{path} cannot be loaded: {reason}. Fetch it again from {_ORIGIN}") from error
-    tensors = found if isinstance(found, dict) else {}
-    missing = [name for name in expected if not isinstance(tensors.get(name), Tensor)]
-    others = [
-        f"{name} {list(tensors[name].shape)} instead of {list(tensor.shape)}"
-        for name, tensor in expected.items()
-        if name not in missing and tensors[name].shape != tensor.shape
-    ]
-    parts = [f"{kind}: {', '.join(names)}" for kind, names in (("missing", missing), ("of another shape", others)) if names]
-    if parts:
-        raise JobError(f"{path} is of something else: {'; '.join(parts)}. {_NAME} is published as {_ORIGIN}")
-    return tensors

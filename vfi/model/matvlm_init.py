@@ -96,7 +96,7 @@ def init_mamba_from_attn(
     if donor_steps is None or donor_steps < TRAINED_STEPS:
         warning = (
             f"the donor was trained for {donor_steps or 0} steps (less than {TRAINED_STEPS}): copying untrained attention "
-            f"copies random numbers; take a checkpoint of a run with --backbone_mode gated_attn_only"
+            f"copies random numbers; use a checkpoint of a run with --backbone_mode gated_attn_only"
         )
         return InitReport(tuple(lines), warning)
     return InitReport((*lines, f"the donor was trained for {donor_steps} steps"), None)
@@ -166,7 +166,7 @@ def _attention_weights(state: Mapping[str, Tensor], scan: str) -> dict[str, Tens
             return {name: state[prefix + place + name] for name in _WEIGHTS}
     present = sorted({name.partition("stages.")[2].partition(".branches")[0] for name in state if ".attention." in name})
     raise ValueError(
-        f"the donor has no {place}{_WEIGHTS[0]}; it has attention in the blocks {', '.join(present) or '(none)'}: take a donor "
+        f"the donor has no {place}{_WEIGHTS[0]}; it has attention in the blocks {', '.join(present) or '(none)'}: use a donor "
         f"with --backbone_mode gated_attn_only or hybrid and the same --depths"
     )
 

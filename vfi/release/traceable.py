@@ -57,7 +57,7 @@ def traceable(network: FrameInterpolator) -> TraceableInterpolator:
     if network.config.backbone_mode != "gated_attn_only" and network.config.ssm != "mamba2":
         raise JobError(
             f"--ssm {network.config.ssm} cannot be traced: its operator (vfi/ops/ssm/selective_scan.py) is a loop over tokens, "
-            f"whose number changes with the size of the frames. Take --format torch, or a model with --ssm mamba2"
+            f"whose number changes with the size of the frames. Use --format torch, or a model with --ssm mamba2"
         )
     network = copy.deepcopy(network).to(memory_format=torch.contiguous_format)  # channels-last weights would be saved twice
     open_operators(network, network.config.scan)

@@ -15,7 +15,7 @@ PrecisionName = Literal["auto", "fp32", "bf16"]
 def pick_device(name: DeviceName) -> torch.device:
     """Return the device: for `auto` the GPU if there is one. Raises JobError for `cuda` on a machine without one."""
     if name == "cuda" and not torch.cuda.is_available():
-        raise JobError("--device cuda: no CUDA GPU is usable here; take --device cpu or auto")
+        raise JobError("--device cuda: no CUDA GPU is usable here; use --device cpu or auto")
     if name == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", torch.cuda.current_device())

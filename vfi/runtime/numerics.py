@@ -40,6 +40,16 @@ def set_numerics(tf32: bool = False, deterministic: bool = False) -> None:
         torch.use_deterministic_algorithms(deterministic)
 
 
+@contextlib.contextmanager
+def tf32_convolutions() -> Iterator[None]:
+    """Let fp32 convolutions on a GPU round their factors to 10 bits within the context, whatever --tf32 says."""
+    former, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, True
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = former
+
+
 def numerics() -> dict[str, bool | str | None]:
     """Return the settings, for environment.json."""
     return {

@@ -101,6 +101,6 @@ def _nothing_fits(config: Config, device: torch.device) -> str:
     free, total = torch.cuda.mem_get_info(device)
     return (
         f"not even one sample fits into the memory of {torch.cuda.get_device_name(device)}, {free / 2**30:.1f} of "
-        f"{total / 2**30:.1f} GiB of which are free, at crop {config.data.largest_crop}: take a smaller --crop, "
+        f"{total / 2**30:.1f} GiB of which are free, at crop {config.data.largest_crop}: use a smaller --crop, "
         f"--checkpointing, mixed precision (bf16, or fp16), or a GPU with more memory"
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 from vfi.checkpoint import store
@@ -26,6 +27,8 @@ def describe(run: Run, folder: Path) -> None:
     epochs = run.epoch + (run.total - run.step) / plan.steps_per_epoch
     mixed = " of a mixture" if len(config.data.data_path) > 1 else ""
     logger.info(f"{plan.samples} samples{mixed}, {plan.steps_per_epoch} steps an epoch, {epochs:.1f} epochs")
+    for note in _remarks(run):
+        logger.info(note)
     for choice in run.choices:
         logger.info(choice)
     if run.monitor and sharding != "none":
@@ -36,3 +39,21 @@ def describe(run: Run, folder: Path) -> None:
         write_text(folder / store.CONFIG, to_json(config))
         content = environment(device) | {"processes": world, "precision": asked_precision(), "sharding": sharding}
         write_environment(folder, content | {"choices": run.choices, "from_step": run.step})
+
+
+def _remarks(run: Run) -> list[str]:
+    """Return what is unusual about the length of the run."""
+    optim, epochs = run.config.optim, math.ceil(run.total / run.loader.plan.steps_per_epoch)
+    if run.step >= run.total:
+        return [f"finished: step {run.step} of {run.total} is saved; to train on, give more --steps or --epochs"]
+    remarks = []
+    if optim.warmup_steps >= run.total:
+        remarks.append(
+            f"--warmup_steps {optim.warmup_steps} is not less than the {run.total} steps of the run: the learning rate never "
+            f"reaches --lr {optim.lr:g}"
+        )
+    if optim.freeze_backbone >= epochs:
+        remarks.append(
+            f"--freeze_backbone {optim.freeze_backbone} is not less than the run, {epochs} epochs: the backbone never trains"
+        )
+    return remarks

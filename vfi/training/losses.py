@@ -1,4 +1,4 @@
-"""Training losses: L1 between Laplacian pyramids, and distances between flows."""
+"""Training losses: L1 between Laplacian pyramids, perceptual distance, and distances between flows."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from vfi.config.configs import OptimConfig
 from vfi.ops.loss.laplacian import laplacian_loss
+from vfi.training.perceptual_loss import PerceptualLoss
 
 _TEACHER_MARGIN = 0.01  # the teacher is followed where it is better by more than this (mean over colours); RIFE's value
 
@@ -35,7 +36,11 @@ class Predicted(Protocol):
 
 
 def training_losses(
-    prediction: Predicted, imgt: Tensor, config: OptimConfig, flow: tuple[Tensor, Tensor] | None = None
+    prediction: Predicted,
+    imgt: Tensor,
+    config: OptimConfig,
+    flow: tuple[Tensor, Tensor] | None = None,
+    perceptual: PerceptualLoss | None = None,
 ) -> dict[str, Tensor]:
     """Return the losses by name; `loss` is their weighted sum, the others are unweighted.
 
@@ -43,6 +48,7 @@ def training_losses(
         prediction: of the model in training mode, with the outputs of its flow stages.
         imgt: `[B, 3, H, W]`, the ground truth.
         flow: flow_t0 and flow_t1 `[B, 2, H, W]` to distil (Exp-2e), in pixels.
+        perceptual: the loss of --vgg_weight and --style_weight, on the final image.
     """
     teachers = [prediction.teacher] if prediction.teacher else []
     images = [prediction.imgt, *(stage.merge for stage in (*prediction.stages, *teachers))]
@@ -60,6 +66,11 @@ def training_losses(
         target = torch.cat(flow, dim=1)
         losses["distill"] = len(prediction.stages) * end_point_error(_flows(prediction.stages), target).mean()
         total = total + config.distill_weight * losses["distill"]
+    if perceptual is not None:
+        found = perceptual(prediction.imgt, imgt)
+        losses |= {"vgg": found.content} if config.vgg_weight else {}
+        losses |= {"style": found.style} if config.style_weight else {}
+        total = total + found.total
     return {"loss": total} | losses
 
 

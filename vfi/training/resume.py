@@ -111,7 +111,7 @@ def init_from_attention(network: FrameInterpolator, config: Config) -> None:
         path = store.find(run.matvlm_donor, run.output_dir)
         heads = config.model.head_dim, store.read_config(path).model.head_dim
         if heads[0] != heads[1]:  # it can't always be seen from the weights
-            raise ConfigError(f"--head_dim is {heads[0]}, that of --matvlm_donor {path} is {heads[1]}: take the donor's")
+            raise ConfigError(f"--head_dim is {heads[0]}, that of --matvlm_donor {path} is {heads[1]}: use the donor's")
         source, steps = weights.read_weights(path), store.read_step(path)
     try:
         logger.info(str(init_mamba_from_attn(network.backbone, source, run.matvlm_plan, steps)))

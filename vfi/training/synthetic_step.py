@@ -12,6 +12,7 @@ from vfi.ops.triton.precompile import compiling_ahead
 from vfi.training.cuda_graphs import GraphRecorder, capture_graphs
 from vfi.training.losses import training_losses
 from vfi.training.optimizer import build_optimizer
+from vfi.training.perceptual_loss import random_perceptual_loss
 
 PRECISIONS = {"no": torch.float32, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -29,6 +30,8 @@ class TrainingStep:
             compile_modules(self.model)
         if config.compute.checkpointing:
             checkpoint_activations(self.model)
+        optim = config.optim
+        self.perceptual = random_perceptual_loss(optim, device) if optim.vgg_weight or optim.style_weight else None
         self.recorder: GraphRecorder | None = None
         self.optimizer = build_optimizer(self.model, config.optim, config.compute.cuda_graphs)
         self.weights = sum(parameter.nbytes for parameter in self.model.parameters())
@@ -63,4 +66,4 @@ class TrainingStep:
         img0, imgt, img1, timestep = frames
         with torch.autocast(self.device.type, self.precision, enabled=self.precision != torch.float32):
             prediction = self.model(img0, img1, timestep, imgt)
-            return training_losses(prediction, imgt, self.config.optim)["loss"]
+            return training_losses(prediction, imgt, self.config.optim, perceptual=self.perceptual)["loss"]

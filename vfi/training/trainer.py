@@ -39,6 +39,7 @@ from vfi.training.divergence import Part, Snapshots, TrainingError, go_back, rai
 from vfi.training.gradient_monitor import PROCEED, Decision, async_copy_to_cpu
 from vfi.training.losses import training_losses
 from vfi.training.optimizer import annealing
+from vfi.training.perceptual_loss import load_perceptual_loss
 from vfi.training.progress_bar import progress
 from vfi.training.resume import resume_point
 from vfi.training.run import Run
@@ -83,6 +84,8 @@ class Trainer:
         device, rank, world = self.accelerator.device, self.accelerator.process_index, self.accelerator.num_processes
         set_numerics(config.compute.tf32, config.compute.deterministic)
         self.distils = config.optim.distill_weight > 0
+        with self.accelerator.local_main_process_first():  # which may download weights
+            self.perceptual = load_perceptual_loss(config.optim, device)
         self.loader = TrainingLoader(
             self.data, self.run.seed, device, accumulation=self.accumulation, rank=rank, world=world,
             with_flow=self.distils and flow_teacher is None,
@@ -139,7 +142,9 @@ class Trainer:
                 with profiler.step(self.live.step + 1):
                     self.train_step(meter, bar)
                 if self.live.step == first + 1:
-                    self.tracker.log(self.live.step, "start", seconds=round(time.time() - psutil.Process().create_time(), 1))
+                    seconds = round(time.time() - psutil.Process().create_time(), 1)
+                    self.tracker.log(self.live.step, "start", seconds=seconds)
+                    logger.info(f"the first step ended {seconds} s after the start of the process")
 
     def catch_up(self) -> None:
         """Run the validation of the step that training resumes from, if the run was stopped before it."""
@@ -253,7 +258,7 @@ class Trainer:
         """Return the losses of a batch in step `step`."""
         self.watch.at(f"the forward pass of step {step}")
         prediction = self.live.model(batch.img0, batch.img1, batch.timestep, batch.imgt)
-        return training_losses(prediction, batch.imgt, self.config.optim, self.flow_to_learn(batch))
+        return training_losses(prediction, batch.imgt, self.config.optim, self.flow_to_learn(batch), self.perceptual)
 
     def fetch(self, meter: Meter, step: int) -> None:
         """Fetch the next batch while the GPU is still busy with the previous one."""

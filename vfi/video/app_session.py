@@ -136,7 +136,7 @@ class Session:
                 count += 1
                 if max(count, video.expected or 0) > MAX_FRAMES:
                     raise JobError(
-                        f"the video has more than the {MAX_FRAMES} frames that the page takes: take the command line, {command}"
+                        f"the video has more than the {MAX_FRAMES} frames that the page takes: use the command line, {command}"
                     )
                 thumbnail = VideoFrame(frame).thumbnail()
                 if before is not None:

@@ -303,7 +303,7 @@ def choose_pix_fmt(codec: str, asked: str, given: str, bits: int) -> str:
     try:
         formats = [pixels.name for pixels in av.Codec(codec, "w").video_formats or ()]
     except ValueError as error:
-        raise JobError(f"--codec {codec} is no encoder of this video library") from error
+        raise JobError(f"--codec {codec} is not an encoder of this video library") from error
     if asked and formats and asked not in formats:
         raise JobError(f"--pix_fmt {asked} is not among those of {codec}: choose from {', '.join(formats)}")
     if asked or not formats or given in formats:

@@ -94,7 +94,7 @@ def new_timeline(settings: ConversionSettings) -> Timeline:
     given = {"--multiplier": settings.multiplier, "--fps": settings.fps, "--slowmo": settings.slowmo}
     named = [f"{name} {value}" for name, value in given.items() if value is not None]
     if len(named) > 1:
-        raise JobError(f"{' and '.join(named)} don't go together: take one of them")
+        raise JobError(f"{' and '.join(named)} exclude each other: give one of them")
     for name in ("--multiplier", "--slowmo"):
         if (value := given[name]) is not None and not 2 <= value <= 64:
             raise JobError(f"{name} {value} must lie between 2 and 64")

@@ -63,7 +63,7 @@ class Partial:
         differing = [name for name in {**here, **theirs} if theirs.get(name) != here.get(name)]
         if differing:
             what = ", ".join(f"{name} {theirs.get(name)} (now {here.get(name)})" for name in differing)
-            raise JobError(f"--resume: {self.path} was made with {what}: take the same again; {_ANEW}")
+            raise JobError(f"--resume: {self.path} was made with {what}: use the same again; {_ANEW}")
         return done
 
     def keep(self, temporary: Path, facts: dict[str, Any], frames: int) -> None:

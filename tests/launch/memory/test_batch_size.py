@@ -29,7 +29,7 @@ from launch.memory.model import (
     write_profiles,
 )
 from vfi.config import presets
-from vfi.config.configs import Config, ConfigError
+from vfi.config.configs import Config, ConfigError, OptimConfig
 
 ROOT = Path(__file__).parents[3]
 # bytes of a training step of `small`, phase 1, bf16, in plain torch, counted from the shapes of all its tensors: (crop, batch)
@@ -274,6 +274,13 @@ def test_when_nothing_is_stated_for_so_little_it_is_refused():
         choose_batch(small(phase=3, curriculum=True), "v100-16gb", 1, "fp16")
 
 
+@pytest.mark.parametrize("name", ["vgg_weight", "style_weight"])
+def test_a_perceptual_loss_is_in_no_profile(name):
+    config = Config(optim=OptimConfig(**{name: 0.01}))
+    with pytest.raises(ConfigError, match=r"no memory profile includes the perceptual loss .*: give --batch_size"):
+        choose_batch(config, "a100-80gb", 1, "bf16")
+
+
 def test_a_curriculum_is_judged_by_its_largest_crop():
     growing = small(phase=3, curriculum=True, global_batch=64)
     known = profiles(entry(growing))
@@ -353,7 +360,7 @@ def test_jobs_that_add_at_once_lose_nothing(tmp_path):
     ("text", "message"),
     [
         ("{", "can't be read as memory profiles"),
-        ("[]", "is no vfi-memory-profiles file of version 1"),
+        ("[]", "is not a vfi-memory-profiles file of version 1"),
         ('{"schema": "vfi-memory-profiles", "version": 2}', "version 1"),
         (json.dumps({"schema": "vfi-memory-profiles", "version": 1, "cards": {}, "stated": [], "measured": [{}]}), "measured"),
     ],

@@ -78,9 +78,9 @@ def test_a_seed_draws_what_it_always_drew(seed, rotate, expected):
 
 
 def test_frame_that_does_not_hold_the_crop():
-    with pytest.raises(FrameTooSmallError, match=r"40x90.*crop is 64x64: take --crop 64 or"):
+    with pytest.raises(FrameTooSmallError, match=r"40x90.*crop is 64x64: use --crop 64 or"):
         draw_change(np.random.default_rng(0), 40, 90, 64, DataConfig())
-    with pytest.raises(FrameTooSmallError, match=r"130x90.*crop is 96x96: take --curriculum_crops up to 80 or"):
+    with pytest.raises(FrameTooSmallError, match=r"130x90.*crop is 96x96: use --curriculum_crops up to 80 or"):
         draw_change(np.random.default_rng(0), 130, 90, 96, DataConfig(curriculum=True))
 
 

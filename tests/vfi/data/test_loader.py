@@ -227,7 +227,7 @@ def test_only_the_frames_of_the_triplet_are_read(other_shards):
 
 
 def test_stored_flow_goes_with_the_middle_frame_only(train_shards):
-    with pytest.raises(ConfigError, match=r"--sequence random_time does not go with --distill_weight.*take --sequence middle"):
+    with pytest.raises(ConfigError, match=r"--sequence random_time does not go with --distill_weight.*use --sequence middle"):
         TrainingLoader(config_for(train_shards, sequence=("random_time",)), 3, CPU, accumulation=1, with_flow=True)
 
 
@@ -332,9 +332,9 @@ def test_evenly_spaced():
 
 
 def test_small_frames_are_refused_before_training(train_shards):
-    with pytest.raises(FrameTooSmallError, match=r"72x80.*--crop is 128.*take --crop 64"):
+    with pytest.raises(FrameTooSmallError, match=r"72x80.*--crop is 128.*use --crop 64"):
         TrainingLoader(config_for(train_shards, crop=128), 0, CPU, accumulation=1)
-    with pytest.raises(FrameTooSmallError, match=r"72x80.*--curriculum_crops goes up to 96: take --curriculum_crops up to 64"):
+    with pytest.raises(FrameTooSmallError, match=r"72x80.*--curriculum_crops goes up to 96: use --curriculum_crops up to 64"):
         TrainingLoader(config_for(train_shards, curriculum=True, curriculum_crops=(48, 64, 96)), 0, CPU, accumulation=1)
     TrainingLoader(config_for(train_shards, **CURRICULUM | {"crop": 128}), 0, CPU, accumulation=1)  # has no --crop
 

@@ -86,15 +86,15 @@ def png(*sizes: tuple[int, int], data: bytes = b"") -> bytes:
 
 UNUSABLE = [
     ("im2.png", None, "member", "has no im2.png"),
-    ("im2.png", b"", "image", "im2.png: it is no png"),
-    ("im2.png", b"junk" * 99, "image", "im2.png: it is no png"),
+    ("im2.png", b"", "image", "im2.png: it is not a png file"),
+    ("im2.png", b"junk" * 99, "image", "im2.png: it is not a png file"),
     ("im1.png", encode(FRAME, "png")[:3000], "image", "im1.png: image cannot be decoded as png"),
-    ("im1.png", encode(FRAME, "jpeg"), "image", "im1.png: it is no png"),
+    ("im1.png", encode(FRAME, "jpeg"), "image", "im1.png: it is not a png file"),
     ("im3.png", encode(FRAME[:64], "png"), "size", "im3.png is 64x80 pixels, the index allows 72x80 … 72x80"),
     ("im3.png", png((50_000, 50_000)), "size", "im3.png is 50000x50000 pixels"),
     ("im3.png", png((80, 72), (20_000, 20_000)), "image", "im3.png: image cannot be decoded.*Image size|20000x20000 pixels"),
     ("im3.png", png((80, 72), (9_000, 9_000)), "image", "im3.png: image cannot be decoded as png: it is 9000x9000 pixels"),
-    ("im1.png", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 80 72\n(x) run\n", "image", "im1.png: it is no png"),
+    ("im1.png", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 80 72\n(x) run\n", "image", "im1.png: it is not a png file"),
     ("im2.png", bytes(4 << 20), "member", "im2.png has 4194304 bytes, too many for 72x80 pixels"),
 ]  # fmt: skip
 
@@ -279,7 +279,7 @@ def jpeg_claiming(height: int, width: int) -> bytes:
         ("jpeg", scans(5000), "Didn't expect more than one scan"),
         ("jpeg", scans(5000, progressive=True), "more than 100 scans"),
         ("jpeg", one_by_one(5000), "more than 100 scans"),
-        ("jpeg", png((80, 72)), "it is no jpg"),
+        ("jpeg", png((80, 72)), "it is not a jpg file"),
         ("jpeg", b"\xff\xd8\xff", "its header cannot be read"),
         ("qoi", b"qoif" + struct.pack(">IIBB", 60_000, 60_000, 3, 0) + bytes(8), "im1.qoi is 60000x60000 pixels"),
         ("qoi", b"qoif" + struct.pack(">IIBB", 80, 72, 3, 0) + bytes(8), "cannot be decoded as qoi"),
@@ -404,13 +404,13 @@ def test_names_that_a_hostile_file_chose_stay_on_their_line():
 
 
 def test_an_error_survives_the_way_out_of_a_loader_process():
-    error = FaultError(BadSample("image", "t.tar: sample k", "im1.png: it is no png"))
+    error = FaultError(BadSample("image", "t.tar: sample k", "im1.png: it is not a png file"))
     assert type(error)(str(error)).args == error.args  # how torch raises it again
-    assert str(pickle.loads(pickle.dumps(error))) == "t.tar: sample k: im1.png: it is no png"
+    assert str(pickle.loads(pickle.dumps(error))) == "t.tar: sample k: im1.png: it is not a png file"
 
 
 def test_the_rate_is_that_of_all_processes_and_has_a_floor():
-    fault = BadSample("image", "t.tar: sample k", "im1.png: it is no png")
+    fault = BadSample("image", "t.tar: sample k", "im1.png: it is not a png file")
     skipped, tally = BadSampleMonitor(0.01), BadSampleCounts()
     tally.add(4, [fault, fault])
     assert tally.reads == 6

@@ -75,7 +75,7 @@ WHOLE = header("a.json", size=3) + b"one".ljust(512, b"\0") + header("b.json", s
     ("data", "message"),
     [
         (b"", "empty"),
-        (b"\x89PNG" * 400, "no tar, or damaged, at byte 0"),
+        (b"\x89PNG" * 400, "not a tar, or is damaged, at byte 0"),
         (WHOLE[:1024] + header("b", size=10**15), "at byte 1024 claims 1000000000000000 bytes"),
         (WHOLE[:1536] + b"tw", "ends at byte 1538, and the member at byte 1024 claims 3 bytes"),
         (WHOLE[:1100], "damaged, at byte 1024"),

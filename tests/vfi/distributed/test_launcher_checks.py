@@ -71,9 +71,13 @@ def gpus(monkeypatch):
 
 
 REFUSED = {
-    "one process of several": (
+    "one process of several on a CPU": (
         CPU | {"MASTER_ADDR": "127.0.0.1"},
-        "accelerate launch was asked for several processes but started one",
+        "several processes but started one, as it does on a CPU: use ACCELERATE_USE_CPU=true torchrun .*, or --num_processes 1",
+    ),
+    "one process of several": (
+        {"ACCELERATE_USE_CPU": "false", "MASTER_ADDR": "127.0.0.1"},
+        "several processes but started one, as it does with a config for one process: use accelerate_configs/ddp.yaml, or",
     ),
     "processes without a GPU": (TWO, "2 processes were started and no GPU is visible: accelerate would train 2 times"),
     "FSDP2 without a GPU": (FSDP2 | {"ACCELERATE_USE_CPU": "false"}, "2 processes were started and no GPU is visible"),

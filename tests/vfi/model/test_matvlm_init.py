@@ -280,7 +280,7 @@ def test_donor_that_does_not_fit_changes_nothing():
     receiver = HybridBackbone(TINY, CPU)
     before = {name: t.clone() for name, t in receiver.state_dict().items()}
     cases = [
-        (donor_model(depths=(1, 1)), "the donor has no stages.0.1.branches.attention.*blocks 0.0, 1.0: take .* --depths"),
+        (donor_model(depths=(1, 1)), "the donor has no stages.0.1.branches.attention.*blocks 0.0, 1.0: use .* --depths"),
         (donor_model(width=16), "the donor has 128 channels here and this model 64: use the donor's --width"),
         (FrameInterpolator(dataclasses.replace(TINY, backbone_mode="mamba2_only")), r"blocks \(none\)"),
     ]

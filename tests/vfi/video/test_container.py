@@ -176,7 +176,7 @@ def test_encoders():
         "libx265",
         "libvpx-vp9",
     )
-    with pytest.raises(JobError, match="--codec nonsense is no encoder"):
+    with pytest.raises(JobError, match="--codec nonsense is not an encoder"):
         choose_pix_fmt("nonsense", "", "yuv420p", 8)
     with pytest.raises(JobError, match=r"--pix_fmt gray16le is not among those of libx265: choose from yuv420p"):
         choose_pix_fmt("libx265", "gray16le", "yuv420p", 8)
@@ -302,7 +302,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(run, tmp_path, capsys):
     before = whole.read_bytes()
     assert "is the input" in refused(capsys, whole, "-o", whole, "--model", run)
     assert whole.read_bytes() == before
-    assert "don't go together" in refused(capsys, whole, *out, "--fps", 50, "--slowmo", 2)
+    assert "exclude each other" in refused(capsys, whole, *out, "--fps", 50, "--slowmo", 2)
     assert "--multiplier 1 must lie between 2 and 64" in refused(capsys, whole, *out, "--multiplier", 1)
     assert "--input_fps 5.0 is for a folder of frames" in refused(capsys, whole, *out, "--input_fps", 5)
     assert "a video ends in .mp4" in refused(capsys, whole, "-o", tmp_path / "out.avi2", "--model", run)
@@ -443,7 +443,7 @@ def test_a_folder_of_frames_comes_out_and_goes_in(run, tmp_path, capsys):
     first = interpolate.read_image(tmp_path / "frames" / "00000000.png")
     with VideoInput(source) as video:
         assert np.array_equal(first, to_rgb(next(iter(video.read())), video.colours))
-    assert "is there already" in refused(capsys, source, "-o", tmp_path / "frames", "--model", run)
+    assert "already exists" in refused(capsys, source, "-o", tmp_path / "frames", "--model", run)
     assert "are for a video" in refused(capsys, source, "-o", tmp_path / "f", "--model", run, "--crf", 3)
     call(tmp_path / "frames", "-o", tmp_path / "back.mp4", "--model", run, "--input_fps", 10, "--fps", 20)
     assert times_of(tmp_path / "back.mp4") == pytest.approx([n / 20 for n in range(10)], abs=1e-3)
