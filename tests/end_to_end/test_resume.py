@@ -241,7 +241,10 @@ def test_a_chained_run_may_be_started_again_with_the_same_command(whole, tmp_pat
     flags = ("--data_path", train_shards, "--phase", 2, "--save_every", 1, "--resume", "auto", "--start_from", whole)
     second = run(tmp_path, "second", *flags, "--steps", 2)
     printed = capsys.readouterr().out
-    assert f"starting from the weights of {latest(whole).path} (step 6)" in printed
+    best = store.best(whole)
+    assert best is not None
+    rank = "the newest and best" if best.step == 6 else "the newest"
+    assert f"starting from the weights of {latest(whole).path} (step 6, {rank} of its run" in printed
     assert "they are the EMA weights" in printed
     assert "from scratch" not in printed
     run(tmp_path, "second", *flags, "--steps", 3)

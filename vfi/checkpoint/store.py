@@ -16,6 +16,7 @@ augmentation of the position.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import io
 import json
@@ -48,6 +49,7 @@ STATE, CONFIG = "state.json", "config.json"
 VERSION = 2
 _NEEDED = (MODEL, OPTIMIZER, RANDOM, STATE, CONFIG)
 _NAME = re.compile(r"step_(\d+)")
+_BEST = "@best"
 _LARGEST = 1 << 40  # far above any real count
 
 
@@ -198,7 +200,12 @@ def newest_whole(run_folder: Path) -> tuple[Path | None, list[str]]:
 
 
 def find(path: str | Path, output_dir: str | Path = "runs") -> Path:
-    """Return the checkpoint folder that `path` means: a checkpoint folder, a file in one, a run folder, or a run's name."""
+    """Return the checkpoint folder that `path` means: a checkpoint folder, a file in one, a run folder, or a run's name.
+
+    Of a run that is the newest checkpoint, or with `@best` after its name the one with the highest PSNR.
+    """
+    if best := _find_best(str(path), Path(output_dir)):
+        return best
     candidates = [Path(path), Path(output_dir) / path]
     for candidate in candidates:
         if candidate.is_file() and candidate.name in (MODEL, EMA):
@@ -214,10 +221,34 @@ def find(path: str | Path, output_dir: str | Path = "runs") -> Path:
     raise CheckpointError(f"{problem}; runs in {output_dir}: {', '.join(runs) or 'none'}")
 
 
+def best(run_folder: Path) -> Found | None:
+    """Return the checkpoint of a run with the highest PSNR; None where no readable one has been validated."""
+    scored: list[tuple[float, Found]] = []
+    for checkpoint in list_checkpoints(run_folder):
+        with contextlib.suppress(CheckpointError):  # of a damaged one, whose PSNR is not known
+            if (psnr := read_state(checkpoint.path).psnr) is not None:
+                scored.append((psnr, checkpoint))
+    return max(scored, key=lambda pair: pair[0])[1] if scored else None
+
+
+def _find_best(name: str, output_dir: Path) -> Path | None:
+    """Return the checkpoint that RUN@best means, None for other names; CheckpointError for a run without a PSNR."""
+    if not name.endswith(_BEST) or Path(name).exists():
+        return None
+    for run_folder in (Path(name.removesuffix(_BEST)), output_dir / name.removesuffix(_BEST)):
+        if found := best(run_folder):
+            return found.path
+        if latest(run_folder):
+            raise CheckpointError(
+                f"no checkpoint of {run_folder} has a PSNR: train with --val_path, and --val_every and --save_every that meet"
+            )
+    return None
+
+
 def find_whole(path: str | Path, output_dir: str | Path = "runs") -> tuple[Path, list[str]]:
     """Return as `find`, but verified: a run's newest intact checkpoint, with lines on damaged ones.
 
-    A single checkpoint is that one, or CheckpointError where it is damaged.
+    A single checkpoint, and the best one of a run, is that one, or CheckpointError where it is damaged.
     """
     for run_folder in (Path(path), Path(output_dir) / path):
         if not (run_folder / MODEL).is_file():

@@ -79,7 +79,7 @@ def load_initial_weights(network: FrameInterpolator, point: ResumePoint, config:
         step, theirs = described.origin.step, Config(model=described.model)
     else:
         step, theirs = store.read_step(point.path), store.read_config(point.path)
-    logger.info(f"starting from the weights of {point.path} (step {step})")
+    logger.info(f"starting from the weights of {point.path} (step {step}{_rank_among(point.path)})")
     different = _log_differences(config, theirs)
     try:
         for line in weights.load_parts(network, point.path):
@@ -89,6 +89,15 @@ def load_initial_weights(network: FrameInterpolator, point: ResumePoint, config:
     if factor := annealing_factor(network):
         logger.info(f"the mixing's annealing factor starts at {factor:.3g}, under which these weights were trained")
     return 0
+
+
+def _rank_among(checkpoint: Path) -> str:
+    """Return what a checkpoint is among those of its run: the newest, the best, or both."""
+    run_folder = checkpoint.parent.parent
+    newest, best = store.latest(run_folder), store.best(run_folder)
+    ranks = [name for name, found in (("newest", newest), ("best", best)) if found and found.path == checkpoint]
+    other = best and best.path != checkpoint and f"; the best one is of step {best.step}: {run_folder.name}@best"
+    return (f", the {' and '.join(ranks)} of its run" if ranks else "") + (other or "")
 
 
 def _log_differences(config: Config, theirs: Config) -> str:

@@ -302,6 +302,28 @@ def test_a_checkpoint_is_found_by_run_folder_name_and_file(run, monkeypatch):
         store.find("empty", run.parent)
 
 
+def test_the_best_checkpoint_of_a_run_is_found(tmp_path, monkeypatch):
+    for step, psnr in ((10, 30.0), (20, 31.5), (30, None), (40, 31.0)):
+        save(tmp_path / "runs" / "run", step, psnr=psnr)
+    save(tmp_path / "runs" / "unseen", 10)
+    monkeypatch.chdir(tmp_path)
+    expected = tmp_path / "runs" / "run" / "checkpoints" / "step_00000020"
+    for name in ("run@best", "runs/run@best", tmp_path / "runs" / "run@best"):
+        assert store.find(name).resolve() == expected
+        found, lines = store.find_whole(name)
+        assert (found.resolve(), lines) == (expected, [])
+    assert store.find("run").name == "step_00000040"
+    with pytest.raises(CheckpointError, match=r"no checkpoint of runs/unseen has a PSNR: train with --val_path"):
+        store.find("unseen@best")
+    with pytest.raises(CheckpointError, match=r"no run or checkpoint 'away@best'; runs in runs: run, unseen"):
+        store.find("away@best")
+    (expected / "state.json").write_text("{")  # a damaged one is passed over
+    assert store.find("run@best").name == "step_00000040"
+    (tmp_path / "runs" / "run" / "checkpoints" / "step_00000040" / "model.safetensors").write_bytes(b"")
+    with pytest.raises(CheckpointError, match="step_00000040 is damaged"):
+        store.find_whole("run@best")
+
+
 def test_newest_run_is_the_one_trained_last(tmp_path):
     with pytest.raises(CheckpointError, match="no trained run"):
         store.newest_run(tmp_path)
