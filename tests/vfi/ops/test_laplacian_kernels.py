@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from vfi.errors import JobError
 from vfi.ops.loss import laplacian
 from vfi.ops.loss.laplacian import LEVELS, choose_loss, laplacian_loss
 
@@ -75,7 +76,7 @@ def test_choice(monkeypatch) -> None:
     cpu = torch.device("cpu")
     assert choose_loss("torch", cpu) == (False, "loss: torch (asked for)")
     assert choose_loss("auto", cpu) == (False, "loss: torch (the fused kernels need a CUDA GPU and the device is cpu)")
-    with pytest.raises(RuntimeError, match=r"loss_backend fused cannot run: .* is cpu; use --loss_backend auto or torch"):
+    with pytest.raises(JobError, match=r"loss_backend fused cannot run: .* is cpu; use --loss_backend auto or torch"):
         laplacian_loss(torch.zeros(1, 3, 64, 64), torch.zeros(1, 3, 64, 64), "fused")
 
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from vfi.errors import JobError
 from vfi.ops.attention.window_attention import choose_window_attention, gated_window_attention, gated_window_attention_flash
 from vfi.ops.precision import fp32_island
 from vfi.ops.ssm import ssd
@@ -114,9 +115,9 @@ def test_ssd_backend_choice_says_why():
     assert function is ssd_reference
     assert reason == "ssd: reference (heads are too narrow; mamba_ssm's kernels need a CUDA GPU and the device is cpu)"
     assert choose_ssd("auto", cpu, lambda device: None) == (None, "ssd: fused (available on cpu)")
-    with pytest.raises(RuntimeError, match="fused cannot run: heads are too narrow; use --ssd_backend auto"):
+    with pytest.raises(JobError, match="fused cannot run: heads are too narrow; use --ssd_backend auto"):
         choose_ssd("fused", cpu, narrow_heads)
-    with pytest.raises(RuntimeError, match="mamba_ssm cannot run"):
+    with pytest.raises(JobError, match="mamba_ssm cannot run"):
         choose_ssd("mamba_ssm", cpu, narrow_heads)
     with pytest.raises(ValueError, match="does not exist"):
         choose_ssd("cuda", cpu, narrow_heads)
@@ -280,7 +281,7 @@ def test_flash_attn_gets_every_window_by_pixel(window, shift, gate_width):
 @pytest.mark.usefixtures("flash_attn_stand_in")
 def test_flash_attn_refuses_fp32():
     q = torch.randn(1, 4, 4, 1, 2)
-    with pytest.raises(TypeError, match=r"was given torch.float32: .*--attention_backend sdpa"):
+    with pytest.raises(JobError, match=r"was given torch.float32: .*--attention_backend sdpa"):
         gated_window_attention_flash(q, q, q, None, 4, 0)
 
 
@@ -303,13 +304,13 @@ def test_attention_backend_choice_says_why(monkeypatch):
     assert reason == "attention: sdpa (the fused kernels need a CUDA GPU and the device is cpu)"
     with pytest.raises(ValueError, match="does not exist"):
         choose_window_attention("flash", cpu, 32)
-    with pytest.raises(RuntimeError, match="flash_attn cannot run: its kernels need a CUDA GPU and the device is cpu"):
+    with pytest.raises(JobError, match="flash_attn cannot run: its kernels need a CUDA GPU and the device is cpu"):
         choose_window_attention("flash_attn", cpu, 32)
     capability = {"value": (7, 0)}
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability["value"])
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla V100")
     for backend in ("flash_attn", "fused"):
-        with pytest.raises(RuntimeError, match=rf"{backend} cannot run: Tesla V100 is older than compute capability 8\.0"):
+        with pytest.raises(JobError, match=rf"{backend} cannot run: Tesla V100 is older than compute capability 8\.0"):
             choose_window_attention(backend, cuda, 32)
     capability["value"] = (9, 0)
     assert choose_window_attention("auto", cuda, 32) == (None, "attention: fused (available on cuda)")
@@ -319,9 +320,9 @@ def test_attention_backend_choice_says_why(monkeypatch):
     )
     monkeypatch.delitem(sys.modules, "flash_attn", raising=False)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(RuntimeError, match="package flash_attn is not installed"):
+    with pytest.raises(JobError, match="package flash_attn is not installed"):
         choose_window_attention("flash_attn", cuda, 32)
-    with pytest.raises(RuntimeError, match="package triton is not installed"):
+    with pytest.raises(JobError, match="package triton is not installed"):
         choose_window_attention("fused", cuda, 32)
 
 

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vfi.config import presets
+from vfi.errors import JobError
 from vfi.model import refinement
 from vfi.model.interpolator import FrameInterpolator, Prediction
 from vfi.ops.pointwise.dispatch import FusedOps, select_fused_ops, set_fused_ops
@@ -112,7 +113,7 @@ def test_choice_says_why(monkeypatch):
     assert select_fused_ops("torch", CPU) == (None, "pointwise: torch (asked for)")
     reason = "the fused kernels need a CUDA GPU and the device is cpu"
     assert select_fused_ops("auto", CPU) == (None, f"pointwise: torch ({reason})")
-    with pytest.raises(RuntimeError, match=f"fused cannot run: {reason}; use --pointwise_backend auto or torch"):
+    with pytest.raises(JobError, match=f"fused cannot run: {reason}; use --pointwise_backend auto or torch"):
         select_fused_ops("fused", CPU)
     with pytest.raises(ValueError, match="does not exist; choose from auto, torch, fused"):
         select_fused_ops("triton", CPU)

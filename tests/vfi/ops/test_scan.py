@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from vfi.config.configs import ModelConfig, OptimConfig
+from vfi.errors import JobError
 from vfi.model import ss2d as ss2d_module
 from vfi.model.ss2d import Mamba1SS2D, Mamba2SS2D, orders_at_once, pairs_at_once, ss2d
 from vfi.ops.ssm import scan_order, selective_scan, ssd
@@ -151,7 +152,7 @@ def test_selective_scan_choice_says_why():
     function, reason = choose_selective_scan("auto", CPU)
     assert function is selective_scan_reference
     assert reason == "selective_scan: reference (mamba_ssm's kernels need a CUDA GPU and the device is cpu)"
-    with pytest.raises(RuntimeError, match="mamba_ssm cannot run"):
+    with pytest.raises(JobError, match="mamba_ssm cannot run"):
         choose_selective_scan("mamba_ssm", CPU)
     with pytest.raises(ValueError, match="does not exist"):
         choose_selective_scan("cuda", CPU)
@@ -165,7 +166,7 @@ def test_empty_stand_in_does_not_pass_for_the_extension(monkeypatch):
         function, reason = choose_selective_scan("auto", CPU)
         assert function is selective_scan_reference
         assert "selective_scan_cuda" in reason
-        with pytest.raises(RuntimeError, match=r"selective_scan_cuda.*build mamba_ssm with CUDA"):
+        with pytest.raises(JobError, match=r"selective_scan_cuda.*build mamba_ssm with CUDA"):
             choose_selective_scan("mamba_ssm", CPU)
     real = types.ModuleType("selective_scan_cuda")
     real.fwd = real.bwd = None

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vfi.errors import JobError
 from vfi.ops.triton.availability import UnavailableReason, select_backend, why_unavailable
 
 FUSED_WIDTHS = (16, 32, 64)  # of a head
@@ -86,7 +87,7 @@ def gated_window_attention_flash(q: Tensor, k: Tensor, v: Tensor, gate: Tensor |
     from flash_attn import flash_attn_varlen_func
 
     if q.dtype not in (torch.float16, torch.bfloat16):
-        raise TypeError(
+        raise JobError(
             f"--attention_backend flash_attn takes fp16 or bf16 and was given {q.dtype}: run under autocast "
             f"(mixed_precision of the accelerate config), or use --attention_backend sdpa"
         )

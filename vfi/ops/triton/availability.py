@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
+from vfi.errors import JobError
+
 BACKENDS = ("auto", "torch", "fused")
 UnavailableReason = Callable[[torch.device], str | None]
 """device -> why kernels can't run there, or None if they can."""
@@ -43,7 +45,7 @@ def select_backend(
     """Return the backend that serves an operator, and a line that states the choice and the reason.
 
     `backends`: the values of the flag, "auto" and the reference first. `kernels` maps those with kernels for this operator, the
-    best first, to functions that return why each can't run. A named backend that can't run raises RuntimeError, an unknown one
+    best first, to functions that return why each can't run. A named backend that can't run raises JobError, an unknown one
     ValueError.
     """
     _, reference, *_ = backends
@@ -54,7 +56,7 @@ def select_backend(
     if backend != "auto":
         problem = kernels[backend](device) if backend in kernels else f"{operator} has no such kernels"
         if problem is not None:
-            raise RuntimeError(f"{flag} {backend} cannot run: {problem}; use --{flag} auto or {reference}")
+            raise JobError(f"--{flag} {backend} cannot run: {problem}; use --{flag} auto or {reference}")
         return backend, f"{operator}: {backend} (asked for)"
     problems: list[str] = []
     for name, why in kernels.items():
