@@ -16,6 +16,7 @@ from vfi.errors import STOPPED
 
 # published flags that mean a value of another one
 ALIASES = {"--use_mhc": ("--mixing", "mhc"), "--no-use_mhc": ("--mixing", "none")}
+_FOLDERS = ("data_path", "x4k_path")
 _HELP = f"""Train a model on shards; a run folder holds all that comes of it.
 
 SIGTERM, SIGUSR2 and Ctrl-C finish the step, save and end with exit code {STOPPED}; --resume auto continues from there. A second
@@ -41,6 +42,23 @@ def from_command_line(argv: Sequence[str] | None = None, prog: str = "vfi.train"
 
 
 def expand_aliases(argv: Sequence[str]) -> list[str]:
-    """Replace aliases by the flags they stand for."""
+    """Replace aliases by the flags they stand for: those of ALIASES, and --x4k_path FOLDER, the last folder of --data_path."""
     known = {name.replace("-", "_"): meaning for name, meaning in ALIASES.items()}
-    return [part for argument in argv for part in known.get(argument.replace("-", "_"), (argument,))]
+    return _append_x4k([part for argument in argv for part in known.get(argument.replace("-", "_"), (argument,))])
+
+
+def _append_x4k(argv: list[str]) -> list[str]:
+    words = [word for argument in argv for word in (argument.split("=", 1) if _is_flag(argument, *_FOLDERS) else [argument])]
+    at = next((number for number, word in enumerate(words) if _is_flag(word, "x4k_path")), None)
+    if at is None:
+        return argv
+    folder, rest = words[at + 1 : at + 2], words[:at] + words[at + 2 :]
+    first = next((number for number, word in enumerate(rest) if _is_flag(word, "data_path")), None)
+    if first is None:
+        return [*rest, "--data_path", *folder]
+    end = next((number for number in range(first + 1, len(rest)) if rest[number].startswith("--")), len(rest))
+    return [*rest[:end], *folder, *rest[end:]]
+
+
+def _is_flag(word: str, *names: str) -> bool:
+    return word.partition("=")[0].replace("-", "_").removeprefix("__") in names and word.startswith("--")

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Annotated, Literal, NamedTuple
 
 SequenceKind = Literal["middle", "random_time", "random_gap"]
+SmallFrames = Literal["refuse", "upscale", "reflect"]
 SCALES = (1.0, 0.5, 0.25)
 UNTRAINED = "untrained"  # a --matvlm_donor
 KNOWN_STEPS = 20  # with fewer, a loss or a gradient can't be compared with a median (vfi/training/gradient_monitor.py)
@@ -151,6 +152,9 @@ class DataConfig:
     """Triplet taken from a sample of N frames, for all folders or one each. middle: the first, middle and last frame;
     random_time: first, last and a random one in between; random_gap: random a, a + g, a + 2g, scaled by 1, 1/2 or 1/4 before
     the crop."""
+    small_frames: tuple[SmallFrames, ...] = ("refuse",)
+    """Frames smaller than the crop, for all folders or one each: refuse them before training, upscale them until they hold it,
+    or continue them beyond their edges by reflection."""
     curriculum: Annotated[bool, _PHASE_3] = False
     """Increase the crop during training, in place of --crop (phase 3)."""
     curriculum_T: Annotated[int, _CURRICULUM] = 50  # noqa: N815 (the flag's published name)
@@ -255,11 +259,12 @@ class RunConfig:
     keep_best: Annotated[int, _VALIDATION] = 1
     """Number of checkpoints with the highest PSNR to keep in addition, among the steps that are both validated and saved."""
     resume: str = ""
-    """auto: resume this run if it has a checkpoint; NAME or PATH: start from the weights of another run."""
+    """auto: resume this run if it has a checkpoint; NAME or PATH: start from the newest weights of another run; NAME@best: from
+    those with the highest PSNR."""
     start_from: str = ""
-    """Run or checkpoint (NAME or PATH), folder of `vfi export`, `shipped` (the model that comes with the package), or model on
-    the Hugging Face hub (ORG/NAME) to take the initial weights from. With --resume auto only if this run has no
-    checkpoint yet, so that the same command starts and resumes a run."""
+    """Run or checkpoint (NAME, NAME@best or PATH, as in --resume), folder of `vfi export`, `shipped` (the model that comes with
+    the package), or model on the Hugging Face hub (ORG/NAME) to take the initial weights from. With --resume auto only if
+    this run has no checkpoint yet, so that the same command starts and resumes a run."""
     matvlm_plan: Annotated[Literal["off", "A", "B", "C"], _SCAN] = "off"
     """Initialise the scan from the attention of --matvlm_donor (MaTVLM); the plans are in vfi/model/matvlm_init.py."""
     matvlm_donor: Annotated[str, _MATVLM] = ""

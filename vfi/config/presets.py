@@ -58,7 +58,7 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "Exp-3a": {"phase": 2, "scale": 0.25},  # the model of 2c as it is, at 4K
     "Exp-3b": {"phase": 3, "sequence": ("random_gap",)},  # --data_path X4K1000FPS
     "Exp-3c": _MIXED,
-    "Exp-3d": {"phase": 3, "sequence": ("random_gap",), "curriculum": True},  # as 3b: Vimeo90K's frames don't hold crops of 384
+    "Exp-3d": _MIXED | {"curriculum": True, "small_frames": ("upscale", "refuse")},  # Vimeo90K's frames don't hold crops of 384
 }
 PRESETS: dict[str, Callable[[], Config]] = {preset.__name__: preset for preset in (tiny, small, base)}
 

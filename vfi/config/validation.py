@@ -89,8 +89,9 @@ def _validate_folders(data: DataConfig) -> None:
         one_each = ":".join(["1"] * folders)
         advice = f"give one number for each folder, such as --mixed_ratio {one_each}" if folders > 1 else "remove it"
         raise ConfigError(f"--data_path has {folders} folder{'s' * (folders > 1)} and there is {given}: {advice}")
-    if folders and len(data.sequence) not in (1, folders):
-        raise ConfigError(f"--sequence has {len(data.sequence)} entries and --data_path {folders}: give one, or one for each")
+    for flag, entries in (("--sequence", len(data.sequence)), ("--small_frames", len(data.small_frames))):
+        if folders and entries not in (1, folders):
+            raise ConfigError(f"{flag} has {entries} entries and --data_path {folders}: give one, or one for each")
 
 
 def _validate_compute(config: Config) -> None:

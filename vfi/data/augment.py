@@ -6,8 +6,9 @@ import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
+from PIL import Image
 
-from vfi.config.configs import DataConfig
+from vfi.config.configs import DataConfig, SmallFrames
 
 
 class FrameTooSmallError(ValueError):
@@ -42,7 +43,25 @@ def crop_at(config: DataConfig, epoch: int) -> int:
 def crop_advice(height: int, width: int, config: DataConfig) -> str:
     """Return advice for frames of `height` x `width` pixels that are smaller than the crop."""
     flag = "--curriculum_crops up to" if config.curriculum else "--crop"
-    return f"use {flag} {max(64, min(height, width) // 16 * 16)} or make shards of larger frames"
+    side = max(64, min(height, width) // 16 * 16)
+    return f"use {flag} {side}, --small_frames upscale or reflect, or make shards of larger frames"
+
+
+def grow(frame: np.ndarray, crop: int, how: SmallFrames) -> np.ndarray:
+    """Return a frame `[H, W, 3]` uint8 that holds the crop: a larger one as it is, a smaller one as `how` says.
+
+    `upscale` enlarges it by bicubic interpolation until the shorter side is the crop; `reflect` continues it equally at
+    opposite edges, without repeating the pixels at the edge; `refuse` leaves it small.
+    """
+    height, width = frame.shape[:2]
+    if min(height, width) >= crop or how == "refuse":
+        return frame
+    if how == "upscale":
+        factor = crop / min(height, width)
+        size = round(width * factor), round(height * factor)
+        return np.asarray(Image.fromarray(frame).resize(size, Image.Resampling.BICUBIC))
+    margins = [(missing // 2, missing - missing // 2) for missing in (max(0, crop - height), max(0, crop - width))]
+    return np.pad(frame, (*margins, (0, 0)), mode="reflect")
 
 
 def draw_change(rng: np.random.Generator, height: int, width: int, size: int, config: DataConfig) -> Change:

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from shards.schema import Index
-from vfi.config.configs import ConfigError, DataConfig, SequenceKind, folder_ratio
+from vfi.config.configs import ConfigError, DataConfig, SequenceKind, SmallFrames, folder_ratio
 from vfi.data.augment import (
     FrameTooSmallError,
     apply_change,
@@ -28,6 +28,7 @@ from vfi.data.augment import (
     crop_advice,
     crop_at,
     draw_change,
+    grow,
 )
 from vfi.data.batch import PREFETCH, BatchPart, FrameBatch, collate, to_device
 from vfi.data.evaluation_loader import check_has_flow, outlast_signals, own_generator
@@ -55,6 +56,7 @@ class TrainingSet:
     folder: ShardFolder
     index: Index
     sequence: SequenceKind
+    small_frames: SmallFrames
     before: int
     """Samples in the folders before it: no two samples of a run have the same `before` + number."""
 
@@ -105,7 +107,8 @@ class _Stream(IterableDataset):
         triplet = draw_triplet(np.random.default_rng((*key, 0, 1)), training_set.index.frames, training_set.sequence)
         sample = usable_sample(readers[which], number, self.seed, passes, triplet)
         crop = crop_at(self.config, epoch)
-        frames = [shrink(frame, triplet.divisor, crop) for frame in sample["frames"]]
+        shrunk = (shrink(frame, triplet.divisor, crop) for frame in sample["frames"])
+        frames = [grow(frame, crop, training_set.small_frames) for frame in shrunk]
         return sample | {"frames": frames, "__draw__": key, "__crop__": crop}
 
 
@@ -175,12 +178,19 @@ class TrainingLoader:
 
 def training_sets(config: DataConfig, with_flow: bool) -> list[TrainingSet]:
     """Return the folders of --data_path, after checking that frames hold the crop and that flow is stored if needed."""
-    sequences = config.sequence * len(config.data_path) if len(config.sequence) == 1 else config.sequence
+    folders = len(config.data_path)
+    sequences = config.sequence * folders if len(config.sequence) == 1 else config.sequence
+    small_frames = config.small_frames * folders if len(config.small_frames) == 1 else config.small_frames
     sets: list[TrainingSet] = []
-    for path, sequence in zip(config.data_path, sequences, strict=True):
+    for path, sequence, small in zip(config.data_path, sequences, small_frames, strict=True):
         folder = shard_folder(path, cache_at(config.cache_dir, config.cache_gb))
         index = folder.read_index()
-        check_frames_fit(index, folder, config)
+        if small == "refuse":
+            check_frames_fit(index, folder, config)
+        elif with_flow:
+            raise ConfigError(
+                f"--small_frames {small} does not go with --distill_weight: the flow stored in {folder} stays small"
+            )
         check_has_middle(index, folder, sequence)
         if with_flow:
             check_has_flow(index, folder)
@@ -189,7 +199,7 @@ def training_sets(config: DataConfig, with_flow: bool) -> list[TrainingSet]:
                     f"--sequence {sequence} does not go with --distill_weight: the flow stored in {folder} starts from the "
                     f"middle frame; use --sequence middle"
                 )
-        sets.append(TrainingSet(folder, index, sequence, sum(other.index.samples for other in sets)))
+        sets.append(TrainingSet(folder, index, sequence, small, sum(other.index.samples for other in sets)))
     return sets
 
 

@@ -72,6 +72,21 @@ def test_several_folders():
     assert folder_ratio(parse("--data_path A").data) == (1,)
 
 
+@pytest.mark.parametrize(
+    ("flags", "folders"),
+    [
+        ("--data_path A --x4k_path B", ("A", "B")),
+        ("--x4k-path B --data-path A --mixed_ratio 2:1", ("A", "B")),
+        ("--data_path=A --lr 1e-4 --x4k_path=B --mixed_ratio 2:1", ("A", "B")),
+        ("--data_path A C --x4k_path B --mixed_ratio 2:1:1 --sequence middle", ("A", "C", "B")),
+        ("--x4k_path B", ("B",)),
+    ],
+)
+def test_x4k_path_is_the_last_folder(flags, folders):
+    ratio = [] if "ratio" in flags or len(folders) == 1 else ["--mixed_ratio", "1:1"]
+    assert parse(" ".join([flags, *ratio])).data.data_path == folders
+
+
 def test_run_has_a_name():
     assert parse("--preset base").run.exp_name == "base_phase1"
 
@@ -86,6 +101,7 @@ def test_run_has_a_name():
         ("--num_workers -1", "--num_workers is -1"),
         ("--augment_prob 1.5", "between 0 and 1"),
         ("--lr 1e-5", "--lr_min"),
+        ("--data_path A B C --mixed_ratio 1:1:1 --small_frames upscale refuse", "--small_frames has 2 entries"),
         ("--vgg_weight -1", "--vgg_weight is -1.0; it must not be negative"),
         ("--style_weight -1", "--style_weight is -1.0; it must not be negative"),
         ("--vgg_weights here.pth", "--vgg_weights here.pth has no effect without --vgg_weight or --style_weight"),

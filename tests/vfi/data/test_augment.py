@@ -21,6 +21,7 @@ from vfi.data.augment import (
     copy_pixels,
     crop_at,
     draw_change,
+    grow,
 )
 
 # every combination of channel reversal, the two flips, quarter turns and time reversal, on a crop that is off the centre
@@ -78,9 +79,9 @@ def test_a_seed_draws_what_it_always_drew(seed, rotate, expected):
 
 
 def test_frame_that_does_not_hold_the_crop():
-    with pytest.raises(FrameTooSmallError, match=r"40x90.*crop is 64x64: use --crop 64 or"):
+    with pytest.raises(FrameTooSmallError, match=r"40x90.*crop is 64x64: use --crop 64, --small_frames upscale or reflect, or"):
         draw_change(np.random.default_rng(0), 40, 90, 64, DataConfig())
-    with pytest.raises(FrameTooSmallError, match=r"130x90.*crop is 96x96: use --curriculum_crops up to 80 or"):
+    with pytest.raises(FrameTooSmallError, match=r"130x90.*crop is 96x96: use --curriculum_crops up to 80, --small_frames"):
         draw_change(np.random.default_rng(0), 130, 90, 96, DataConfig(curriculum=True))
 
 
@@ -191,3 +192,41 @@ def test_published_curriculum():
     config = DataConfig(curriculum=True)
     assert [crop_at(config, epoch) for epoch in (0, 16, 17, 33, 34, 49, 50, 1000)] == [256, 256, 384, 384, 512, 512, 512, 512]
     assert {crop_at(DataConfig(crop=320), epoch) for epoch in (0, 20, 100)} == {320}
+
+
+@pytest.mark.parametrize("size", [(40, 90), (90, 40), (40, 50), (64, 90), (100, 64)])
+def test_small_frames_are_continued_by_reflection(size):
+    frame = np.random.default_rng(0).integers(0, 255, (*size, 3), dtype=np.uint8)
+    found = grow(frame, 64, "reflect")
+    height, width = (max(64, side) for side in size)
+    assert found.shape == (height, width, 3)
+    top, left = (height - size[0]) // 2, (width - size[1]) // 2
+    for y in range(height):
+        for x in range(width):
+            row, column = (
+                abs(at) if at < side else 2 * (side - 1) - at for at, side in zip((y - top, x - left), size, strict=True)
+            )
+            assert (found[y, x] == frame[row, column]).all(), (y, x)
+
+
+@pytest.mark.parametrize(("size", "expected"), [((40, 90), (64, 144)), ((90, 48), (120, 64)), ((63, 63), (64, 64))])
+def test_small_frames_are_enlarged_until_they_hold_the_crop(size, expected):
+    """A ramp stays a ramp, at the places of the enlarged pixels."""
+    down, across = (np.arange(side) for side in size)
+    frame = np.stack(np.broadcast_arrays(2 * down[:, None], 2 * across[None], np.uint8(7)), axis=-1).astype(np.uint8)
+    found = grow(frame, 64, "upscale")
+    assert found.shape == (*expected, 3)
+    rows, columns = (
+        2 * ((np.arange(new) + 0.5) * old / new - 0.5) for new, old in zip(expected, size, strict=True)
+    )  # in units of the ramp
+    inner = np.s_[4:-4, 4:-4]
+    assert np.abs(found[..., 0] - rows[:, None])[inner].max() <= 0.6
+    assert np.abs(found[..., 1] - columns[None])[inner].max() <= 0.6
+    assert (found[..., 2] == 7).all()
+
+
+@pytest.mark.parametrize("how", ["refuse", "upscale", "reflect"])
+def test_frames_that_hold_the_crop_are_not_touched(how):
+    frame = np.zeros((64, 70, 3), np.uint8)
+    assert grow(frame, 64, how) is frame
+    assert grow(frame[:50], 64, "refuse").shape == (50, 70, 3)

@@ -23,7 +23,7 @@ from shards.schema import Index, ShardEntry, ShardError, read_index, sha256_of, 
 from vfi.config.configs import ConfigError, DataConfig
 from vfi.data import batch as batch_module
 from vfi.data import loader
-from vfi.data.augment import FrameTooSmallError
+from vfi.data.augment import FrameTooSmallError, grow
 from vfi.data.evaluation_loader import evaluation_batches, evenly_spaced
 from vfi.data.loader import TrainingLoader
 from vfi.data.sampler import START, Position
@@ -337,6 +337,34 @@ def test_small_frames_are_refused_before_training(train_shards):
     with pytest.raises(FrameTooSmallError, match=r"72x80.*--curriculum_crops goes up to 96: use --curriculum_crops up to 64"):
         TrainingLoader(config_for(train_shards, curriculum=True, curriculum_crops=(48, 64, 96)), 0, CPU, accumulation=1)
     TrainingLoader(config_for(train_shards, **CURRICULUM | {"crop": 128}), 0, CPU, accumulation=1)  # has no --crop
+
+
+@pytest.mark.parametrize("how", ["upscale", "reflect"])
+def test_small_frames_hold_the_crop_when_asked_to(train_shards, how):
+    """72x80 enlarged to 128x142 or continued to 128x128; crops that they hold are as they were."""
+    changes = {"augment_prob": 0.0, "rotate": False, "small_frames": (how,)}
+    (batch,) = take(train_shards, 1, crop=128, **changes)
+    assert batch.img0.shape == (4, 3, 128, 128)
+    reader = ShardReader(train_shards, read_index(train_shards))
+    samples = [decode_triplet(reader.read(number), reader.index) for number in range(22)]
+    frames = {sample["__key__"]: sample["frames"][0] for sample in samples}
+    for image, key in zip(batch.img0, batch.keys, strict=True):
+        grown = grow(frames[key], 128, how)
+        pixels = (image * 255).round().byte().permute(1, 2, 0).numpy()
+        assert any(np.array_equal(pixels, grown[:, left : left + 128]) for left in range(grown.shape[1] - 127))
+    for one, other in zip(take(train_shards, 2, **changes), take(train_shards, 2, augment_prob=0.0, rotate=False), strict=True):
+        assert_same(one, other)
+    take(train_shards, 0, **CURRICULUM | {"curriculum_crops": (64, 96, 128), "small_frames": (how,)})
+    with pytest.raises(ConfigError, match=f"--small_frames {how} does not go with --distill_weight"):
+        take(train_shards, 0, crop=128, with_flow=True, **changes)
+
+
+def test_small_frames_of_one_folder_of_two(train_shards, other_shards):
+    folders = {"data_path": (str(train_shards), str(other_shards)), "mixed_ratio": "1:1", "crop": 96}
+    batches = take(None, 4, **folders, small_frames=("upscale", "refuse"))
+    assert all(batch.img0.shape[2:] == (96, 96) for batch in batches)
+    with pytest.raises(FrameTooSmallError, match="72x80"):
+        take(None, 0, **folders, small_frames=("refuse", "upscale"))
 
 
 def test_too_few_samples_for_a_batch(train_shards):
