@@ -115,7 +115,9 @@ def _has_one_scan(data: bytes) -> bool:
 
 
 def decode_flow(data: bytes, height: int, width: int) -> np.ndarray:
-    """Return the float32 [height, width, 2] of a .npy file; raise ShardError for anything else or non-finite values.
+    """Return the float32 [height, width, 2] or, with weights in 0..1, [height, width, 3] of a .npy file.
+
+    Raises ShardError for anything else, for non-finite values and for other weights.
 
     The header is checked before memory is allocated. `np.load` is avoided, since it also opens archives and pickles, which can
     run code.
@@ -126,14 +128,18 @@ def decode_flow(data: bytes, height: int, width: int) -> np.ndarray:
         shape, column_major, dtype = read_header[np.lib.format.read_magic(file)](file)
     except (ValueError, KeyError, TypeError, OverflowError, SyntaxError, tokenize.TokenError) as error:
         raise ShardError(f"it cannot be read ({error!r})") from error
-    if dtype != np.float32 or shape != (height, width, 2):
-        raise ShardError(f"it is {dtype} {list(shape)} instead of float32 {[height, width, 2]}")
+    if dtype != np.float32 or shape not in ((height, width, 2), (height, width, 3)):
+        raise ShardError(
+            f"it is {dtype} {list(shape)} instead of float32 {[height, width, 2]}, or with weights {[height, width, 3]}"
+        )
     values = file.read()
-    if column_major or len(values) != 4 * height * width * 2:
+    if column_major or len(values) != 4 * height * width * shape[2]:
         raise ShardError(f"it cannot be read (column-major: {column_major}, {len(values)} bytes of values)")
     flow = np.frombuffer(values, dtype).reshape(shape)
     if not np.isfinite(flow).all():
         raise ShardError("it has values that are not finite")
+    if shape[2] == 3 and not ((flow[..., 2] >= 0) & (flow[..., 2] <= 1)).all():
+        raise ShardError("it has weights that are not between 0 and 1")
     return flow
 
 

@@ -10,7 +10,8 @@ One sample is one sequence of consecutive frames:
 
     <key>.json            SampleMeta: clip, frame names, height, width
     <key>.im1.png         the frames in order, im1 … imN (png, qoi or jpg, the same for a whole folder)
-    <key>.flow_t0.npy     optional, float32 [H, W, 2]: flow from the middle frame to the first, (dx, dy) in pixels
+    <key>.flow_t0.npy     optional, float32 [H, W, 2]: flow from the middle frame to the first, (dx, dy) in pixels, or
+                          [H, W, 3], followed by its weight in 0..1: how far it is to be trusted
     <key>.flow_t1.npy     optional, likewise to the last frame
 
 A key is unique in its folder and contains no dot and no slash. Standard `webdataset` and `tar` read the format.

@@ -56,7 +56,7 @@ _KEY = re.compile(r"[A-Za-z0-9_-]{1,80}")  # 80: with its extension it fits the 
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """One sequence, its frames already compressed. Flows are float32 [H, W, 2] or None."""
+    """One sequence, its frames already compressed. Flows are float32 [H, W, 2], or [H, W, 3] with weights, or None."""
 
     key: str
     meta: SampleMeta
@@ -239,7 +239,8 @@ def _add_sample(tar: tarfile.TarFile, sample: Sample, plan: Plan) -> int:
 
 
 def _npy(sample: Sample, flow: np.ndarray | None) -> bytes:
-    if flow is None or flow.dtype != np.float32 or flow.shape != (sample.meta.height, sample.meta.width, 2):
+    size = sample.meta.height, sample.meta.width
+    if flow is None or flow.dtype != np.float32 or flow.shape not in ((*size, 2), (*size, 3)):
         raise ShardError(f"sample {sample.key} needs its flows as float32 [{sample.meta.height}, {sample.meta.width}, 2]")
     buffer = io.BytesIO()
     np.save(buffer, np.ascontiguousarray(flow), allow_pickle=False)

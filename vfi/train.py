@@ -36,6 +36,8 @@ def train(config: Config, flow_teacher: FlowTeacher | None = None) -> None:
     """
     if flow_teacher is not None and not config.optim.distill_weight:
         raise ConfigError("a flow_teacher was given, but --distill_weight is 0: it would have no effect")
+    if config.optim.flow_teacher and flow_teacher is not None:
+        raise ConfigError(f"a flow_teacher was given, and --flow_teacher {config.optim.flow_teacher}: remove one")
     if not config.run.dry_run:
         trainer = Trainer(config, flow_teacher)
         is_main = trainer.accelerator.is_main_process

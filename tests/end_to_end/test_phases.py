@@ -13,12 +13,13 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from warm import TRAIN, finish, start_ranks
 
+from shards.flow import main as make_flow
 from shards.schema import read_index
 from vfi import train
 from vfi.checkpoint.store import latest
 from vfi.checkpoint.weights import load_model
 from vfi.config import command_line, presets
-from vfi.config.configs import Config
+from vfi.config.configs import Config, DataConfig
 from vfi.training import trainer as trainer_module
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -199,6 +200,55 @@ def test_distillation_from_the_shards_and_from_a_callable(tmp_path, train_shards
     assert not same(stored, tmp_path / "other")
     with pytest.raises(train.ConfigError, match="no effect"):
         train.train(dataclasses.replace(config, optim=dataclasses.replace(config.optim, distill_weight=0.0)), lambda *_: None)
+
+
+TEACHER = """
+import torch
+def make(device):
+    return lambda img0, img1, timestep: tuple(torch.full_like(img0[:, :2], value) for value in (1.0, -1.0))
+def with_weights(device):
+    def teach(img0, img1, timestep):
+        flow_t0, flow_t1 = make(device)(img0, img1, timestep)
+        return flow_t0, flow_t1, torch.ones_like(flow_t0)
+    return teach
+def shifted(device):
+    return lambda frame0, frame1: torch.ones_like(frame0[:, :2])
+"""
+
+
+def test_a_teacher_is_named_on_the_command_line(tmp_path, train_shards_without_flow, monkeypatch, capsys):
+    """20 steps of the preset Exp-2e, small, on shards without flow; a weight of 1 everywhere changes nothing."""
+    (tmp_path / "teacher_of_mine.py").write_text(TEACHER)
+    monkeypatch.chdir(tmp_path)
+    flags = ["--preset", "Exp-2e", "--data_path", train_shards_without_flow, "--batch_size", 2, "--freeze_backbone", 0]
+    one = run(tmp_path, "one", *flags, "--steps", 20, "--flow_teacher", "teacher_of_mine:make")
+    found = rows(one)
+    assert found[-1]["step"] == 20
+    assert 0 < found[-1]["distill"] < found[0]["distill"]
+    two = run(tmp_path, "two", *flags, "--steps", 2, "--flow_teacher", "teacher_of_mine:with_weights")
+    for first, second in zip(found[:2], rows(two), strict=True):
+        assert second["distill"] == first["distill"]
+    capsys.readouterr()
+    message = refused(capsys, *flags, "--steps", 1, "--flow_teacher", "teacher_of_mine:absent", "--output_dir", tmp_path)
+    assert "--flow_teacher teacher_of_mine:absent: " in message
+    assert "has no function absent" in message
+
+
+def test_flow_of_a_teacher_is_distilled_from_the_shards(tmp_path, train_shards_without_flow, monkeypatch):
+    (tmp_path / "teacher_of_mine.py").write_text(TEACHER)
+    monkeypatch.chdir(tmp_path)
+    source, out = ["--shards", str(train_shards_without_flow)], tmp_path / "with_flow"
+    assert make_flow([*source, "--out", str(out), "--model", "teacher_of_mine:shifted", "--device", "cpu"]) == 0
+    flags = ["--data_path", out, "--phase", 2, "--distill_weight", 0.1, "--steps", 2, "--batch_size", 2]
+    assert rows(run(tmp_path, "stored", *flags))[0]["distill"] == 0
+    batch = next(trainer_module.TrainingLoader(
+        DataConfig(data_path=(str(out),), batch_size=2, crop=64, num_workers=0), 0, torch.device("cpu"), accumulation=1,
+        with_flow=True,
+    ).batches())  # fmt: skip
+    assert batch.flow_t0.abs().unique().tolist() == [1.0]
+    # a flow of (1, 1) there and back does not cancel: 8 > 0.01 * 4 + 0.5, so it counts nowhere
+    assert batch.flow_weight.shape == (2, 2, 64, 64)
+    assert batch.flow_weight.unique().tolist() == [0.0]
 
 
 def same(one: Path, other: Path) -> bool:

@@ -204,7 +204,7 @@ def test_a_model_of_another_repository_is_measured_in_the_same_way(model, publis
         "other_models:bytes_of": "gave [1, 3, 40, 56] torch.uint8 for frames [1, 3, 40, 56]: expected floats of the same shape",
         "other_models:nothing": "nothing(device) gave NoneType, expected a function",
         "other_models:missing": "has no function missing",
-        "no_such_module:f": "No module named 'no_such_module'; start the job in the adapter's folder",
+        "no_such_module:f": "No module named 'no_such_module'; start the job in the module's folder",
     }.items():
         assert words in refused(capsys, "--model", name, *flags)
 

@@ -46,6 +46,7 @@ _REMOTE = Needs("a URL in --data_path or --val_path", lambda config: any("://" i
 _VALIDATION = Needs("--val_path", lambda config: bool(config.data.val_path))
 _CURRICULUM = Needs("--curriculum", lambda config: config.data.curriculum)
 _MATVLM = Needs("--matvlm_plan A, B or C", lambda config: config.run.matvlm_plan != "off")
+_DISTILLATION = Needs("--distill_weight", lambda config: config.optim.distill_weight > 0)
 _PERCEPTUAL = Needs("--vgg_weight or --style_weight", lambda config: bool(config.optim.vgg_weight or config.optim.style_weight))
 _REAL_RUN = Needs("--no-dry_run", lambda config: not config.run.dry_run)
 
@@ -203,7 +204,10 @@ class OptimConfig:
     teacher_weight: Annotated[float, _TEACHER] = 0.01
     """Weight of the distance to the flow of the --teacher."""
     distill_weight: Annotated[float, _FLOW] = 0.0
-    """Weight of the distance to the flow stored with the samples (phases 2 and 3)."""
+    """Weight of the distance to the flow stored with the samples (python -m shards.flow) or given by --flow_teacher."""
+    flow_teacher: Annotated[str, _DISTILLATION] = ""
+    """MODULE:FACTORY of your own, FACTORY(device) -> a function: img0, img1, timestep -> flow_t0, flow_t1 in pixels, to distil
+    in place of flow stored with the samples."""
     mhc_anneal: Annotated[float, _STREAMS] = 0.0
     """Fraction of the steps, at the end, over which the mixing's annealing factor rises from 0 (as learnt) to 1 (identity)."""
     freeze_backbone: Annotated[int, _FLOW] = 0

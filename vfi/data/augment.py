@@ -89,13 +89,17 @@ def apply_change(change: Change, frames: Sequence[np.ndarray], timestep: float) 
 
 
 def apply_change_to_flows(change: Change, flows: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """Change flows `[H, W, 2]`, (dx, dy) in pixels, to the first and to the last frame, as their frames are changed."""
+    """Change flows to the first and to the last frame as their frames are changed.
+
+    `[H, W, 2]` holds (dx, dy) in pixels, `[H, W, 3]` weights, too.
+    """
     if not flows:
         return []
     flip = np.diag([-1 if change.flip_horizontal else 1, -1 if change.flip_vertical else 1])
     quarter_turn = np.array([[0, 1], [-1, 0]])  # against the clock, as np.rot90 turns; y points down
     # a vector turns with its frame; the entries are 0, 1 and -1, so that no value is rounded
-    matrix = (np.linalg.matrix_power(quarter_turn, change.quarter_turns) @ flip).astype(np.float32)
+    matrix = np.eye(flows[0].shape[2], dtype=np.float32)
+    matrix[:2, :2] = np.linalg.matrix_power(quarter_turn, change.quarter_turns) @ flip
     changed = [copy_pixels(_move_pixels(change, flow)) @ matrix.T for flow in flows]
     return changed[::-1] if change.reverse_time else changed
 

@@ -32,6 +32,8 @@ class FrameBatch(NamedTuple):
     """[B, 2, H, W] float32, (dx, dy) in pixels from imgt to img0, as stored beside the samples; None: not asked for."""
     flow_t1: Tensor | None = None
     """Likewise to img1."""
+    flow_weight: Tensor | None = None
+    """[B, 2, H, W] float32 in 0..1: how far flow_t0 and flow_t1 are to be trusted."""
     faults: tuple[BadSample, ...] = ()
     """What could not be used and was replaced by other samples of this batch."""
 
@@ -42,7 +44,7 @@ class BatchPart(NamedTuple):
     frames: Tensor
     """[n, 3, H, W, 3] uint8: img0, imgt, img1 of each sample."""
     flows: Tensor | None
-    """[n, 2, H, W, 2] float32: flow_t0, flow_t1."""
+    """[n, 2, H, W, 3] float32: flow_t0, flow_t1, each with its weight."""
     timesteps: tuple[float, ...]
     keys: tuple[str, ...]
     faults: tuple[BadSample, ...]
@@ -94,13 +96,19 @@ def to_device(parts: Sequence[BatchPart], device: torch.device) -> FrameBatch:
 
     img0, imgt, img1 = _join([part.frames for part in parts], device, divisor=255)
     flows = [part.flows for part in parts if part.flows is not None]
-    flow_t0, flow_t1 = _join(flows, device) if flows else (None, None)
+    flow_t0, flow_t1, flow_weight = _split_weights(*_join(flows, device)) if flows else (None, None, None)
     timestep = torch.tensor([timestep for part in parts for timestep in part.timesteps])
     if device.type == "cuda":  # from other memory the copy would wait for the device
         timestep = timestep.pin_memory()
     keys = tuple(key for part in parts for key in part.keys)
     faults = tuple(fault for part in parts for fault in part.faults)
-    return FrameBatch(img0, imgt, img1, timestep.to(device, non_blocking=True), keys, flow_t0, flow_t1, faults)
+    timestep = timestep.to(device, non_blocking=True)
+    return FrameBatch(img0, imgt, img1, timestep, keys, flow_t0, flow_t1, flow_weight, faults)
+
+
+def _split_weights(flow_t0: Tensor, flow_t1: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Split flows `[B, 3, H, W]` into two of `[B, 2, H, W]` and their weights `[B, 2, H, W]`."""
+    return flow_t0[:, :2], flow_t1[:, :2], torch.stack((flow_t0[:, 2], flow_t1[:, 2]), dim=1)
 
 
 def _join(tensors: Sequence[Tensor], device: torch.device, divisor: float = 1) -> tuple[Tensor, ...]:

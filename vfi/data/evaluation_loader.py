@@ -48,7 +48,7 @@ def check_has_flow(index: Index, folder: ShardFolder) -> None:
     if not index.has_flow:
         raise ConfigError(
             f"--distill_weight needs flow stored beside the samples, and {folder} has none: leave it out, or make shards with "
-            f"flow (`python -m shards.synthetic` stores it; shards/schema.py says how a teacher's flow is stored)"
+            f"flow: `python -m shards.flow --shards {folder}` adds that of a teacher"
         )
 
 

@@ -44,8 +44,8 @@ class ShardReader:
         frames = frame_members(index.frames, index.codec) if any_triplet else triplet_members(index)
         self.needed = {*frames, *(FLOW_MEMBERS if with_flow else ())}
         self.expected = {"json", *frame_members(index.frames, index.codec), *FLOW_MEMBERS}
-        # 8 bytes a pixel: 16-bit RGBA, or float32 flow, that could not be compressed at all
-        self.largest = 8 * index.max_size[0] * index.max_size[1] + _SPARE_BYTES
+        # 12 bytes a pixel: float32 flow with its weight; 8 are 16-bit RGBA that could not be compressed at all
+        self.largest = 12 * index.max_size[0] * index.max_size[1] + _SPARE_BYTES
         self.ends = np.cumsum([shard.samples for shard in index.shards])
         self.contents = functools.lru_cache(_KNOWN_SHARDS)(self._contents)
 
@@ -134,7 +134,8 @@ def decode_triplet(
 ) -> dict[str, Any]:
     """Add the `frames` of the triplet (default: first, middle, last), `[H, W, 3]` uint8, its `timestep` and its `flows`.
 
-    Flows lead to the first and last frame, `[H, W, 2]`; without `with_flow` there are none.
+    Flows lead to the first and last frame, `[H, W, 3]`: dx, dy and a weight, 1 where none is stored; without `with_flow` there
+    are none.
 
     FaultError names the sample that can't be decoded, or whose frames have a size that the index does not allow.
     """
@@ -144,7 +145,8 @@ def decode_triplet(
         raise _fault("size", sample["__where__"], f"frames differ in size: {[frame.shape[:2] for frame in frames]}")
     size = frames[0].shape[:2]
     flows = [_decode_member("flow", sample, member, decode_flow, *size) for member in FLOW_MEMBERS] if with_flow else []
-    return sample | {"frames": frames, "flows": flows, "timestep": triplet.timestep}
+    weighted = [flow if flow.shape[2] == 3 else np.dstack((flow, np.ones(size, np.float32))) for flow in flows]
+    return sample | {"frames": frames, "flows": weighted, "timestep": triplet.timestep}
 
 
 def usable_sample(reader: ShardReader, number: int, seed: int, passes: int, triplet: Triplet | None = None) -> dict[str, Any]:

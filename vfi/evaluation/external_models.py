@@ -16,8 +16,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib
-import re
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,6 +23,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from shards.factories import call_factory, is_factory
+from shards.schema import ShardError
 from vfi.errors import JobError
 from vfi.inference.loading import LoadedModel, load
 
@@ -74,23 +74,14 @@ def distinct_names(models: Sequence[Model], taken: Sequence[str] = ()) -> list[s
 
 def is_adapter(model: str) -> bool:
     """Return whether a model is named as MODULE:FACTORY, and not by a path."""
-    return re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", model) is not None and not Path(model).exists()
+    return is_factory(model)
 
 
 def load_adapter(model: str, device: torch.device) -> Adapter:
     """Call the factory. Raises JobError for a missing module or factory, and for a result that is not callable."""
-    module_name, _, factory_name = model.partition(":")
-    if str(Path.cwd()) not in sys.path:
-        sys.path.insert(0, str(Path.cwd()))
     try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        raise JobError(f"--model {model}: {error}; start the job in the adapter's folder, or set PYTHONPATH") from error
-    factory = getattr(module, factory_name, None)
-    if not callable(factory):
-        raise JobError(f"--model {model}: {module.__file__} has no function {factory_name}")
-    interpolate = factory(device)
-    if not callable(interpolate):
-        raise JobError(f"--model {model}: {factory_name}(device) gave {type(interpolate).__name__}, expected a function")
+        interpolate = call_factory(model, "--model", device)
+    except ShardError as error:
+        raise JobError(str(error)) from error
     parameters = getattr(interpolate, "parameters", None)
     return Adapter(model, interpolate, parameters if isinstance(parameters, int) else None)

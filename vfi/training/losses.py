@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from vfi.config.configs import OptimConfig
+from vfi.config.configs import ConfigError, OptimConfig
 from vfi.ops.loss.laplacian import laplacian_loss
 from vfi.training.perceptual_loss import PerceptualLoss
 
@@ -39,7 +39,7 @@ def training_losses(
     prediction: Predicted,
     imgt: Tensor,
     config: OptimConfig,
-    flow: tuple[Tensor, Tensor] | None = None,
+    flow: tuple[Tensor, ...] | None = None,
     perceptual: PerceptualLoss | None = None,
 ) -> dict[str, Tensor]:
     """Return the losses by name; `loss` is their weighted sum, the others are unweighted.
@@ -47,7 +47,7 @@ def training_losses(
     Args:
         prediction: of the model in training mode, with the outputs of its flow stages.
         imgt: `[B, 3, H, W]`, the ground truth.
-        flow: flow_t0 and flow_t1 `[B, 2, H, W]` to distil (Exp-2e), in pixels.
+        flow: flow_t0 and flow_t1 `[B, 2, H, W]` to distil (Exp-2e), in pixels, and optionally their weights `[B, 2, H, W]`.
         perceptual: the loss of --vgg_weight and --style_weight, on the final image.
     """
     teachers = [prediction.teacher] if prediction.teacher else []
@@ -63,8 +63,8 @@ def training_losses(
         losses["teacher"] = teacher_loss(prediction.stages, prediction.teacher, imgt)
         total = total + losses["teacher_image"] + config.teacher_weight * losses["teacher"]
     if flow is not None:
-        target = torch.cat(flow, dim=1)
-        losses["distill"] = len(prediction.stages) * end_point_error(_flows(prediction.stages), target).mean()
+        target, weight = torch.cat(flow[:2], dim=1), flow[2] if len(flow) == 3 else 1.0
+        losses["distill"] = len(prediction.stages) * (end_point_error(_flows(prediction.stages), target) * weight).mean()
         total = total + config.distill_weight * losses["distill"]
     if perceptual is not None:
         found = perceptual(prediction.imgt, imgt)
@@ -72,6 +72,15 @@ def training_losses(
         losses |= {"style": found.style} if config.style_weight else {}
         total = total + found.total
     return {"loss": total} | losses
+
+
+def check_flow(flow: tuple[Tensor, ...], frame: Tensor) -> tuple[Tensor, ...]:
+    """Return what a flow teacher gave for frames `[B, 3, H, W]`; ConfigError unless that is two or three `[B, 2, H, W]`."""
+    expected = (frame.shape[0], 2, *frame.shape[2:])
+    shapes = [tuple(tensor.shape) for tensor in flow]
+    if len(shapes) not in (2, 3) or set(shapes) != {expected}:
+        raise ConfigError(f"the flow teacher gave tensors {shapes}; expected two or three of {expected}")
+    return flow
 
 
 def teacher_loss(stages: Sequence[FlowStage], teacher: FlowStage, imgt: Tensor) -> Tensor:

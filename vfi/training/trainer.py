@@ -16,6 +16,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 from tqdm import tqdm
 
+from shards.factories import call_factory
 from vfi.checkpoint import store
 from vfi.config.configs import KNOWN_STEPS, Config, ConfigError, accumulation
 from vfi.data.bad_samples import BadSampleCounts, BadSampleMonitor
@@ -37,7 +38,7 @@ from vfi.training.cuda_graphs import enable_expandable_segments
 from vfi.training.description import describe
 from vfi.training.divergence import Part, Snapshots, TrainingError, go_back, raise_annealing, suspects
 from vfi.training.gradient_monitor import PROCEED, Decision, async_copy_to_cpu
-from vfi.training.losses import training_losses
+from vfi.training.losses import check_flow, training_losses
 from vfi.training.optimizer import annealing
 from vfi.training.perceptual_loss import load_perceptual_loss
 from vfi.training.progress_bar import progress
@@ -48,8 +49,9 @@ from vfi.training.step_profiler import StepProfiler
 from vfi.training.throughput import Meter
 from vfi.training.validation import Score, Validation
 
-FlowTeacher = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
-"""img0, img1, timestep -> flow_t0, flow_t1 in pixels: what to distil (Exp-2e) in place of flow stored in the shards."""
+FlowTeacher = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, ...]]
+"""img0, img1, timestep -> flow_t0, flow_t1 `[B, 2, H, W]` in pixels, and optionally their weights `[B, 2, H, W]`: what to
+distil (Exp-2e) in place of flow stored in the shards."""
 _FAULTS_SHOWN = 5  # bad samples printed to the screen for each row of metrics
 
 
@@ -69,7 +71,6 @@ class Trainer:
     """The trainer of one run: builds everything that a step needs from a Config, and trains."""
 
     def __init__(self, config: Config, flow_teacher: FlowTeacher | None = None) -> None:
-        self.flow_teacher = flow_teacher
         self.config, self.run, self.data = config, config.run, config.data
         if not self.data.data_path:
             raise ConfigError("--data_path is missing: give a shard folder (see `python -m shards.synthetic --help`)")
@@ -86,9 +87,11 @@ class Trainer:
         self.distils = config.optim.distill_weight > 0
         with self.accelerator.local_main_process_first():  # which may download weights
             self.perceptual = load_perceptual_loss(config.optim, device)
+        named = config.optim.flow_teacher
+        self.flow_teacher = call_factory(named, "--flow_teacher", device) if named else flow_teacher
         self.loader = TrainingLoader(
             self.data, self.run.seed, device, accumulation=self.accumulation, rank=rank, world=world,
-            with_flow=self.distils and flow_teacher is None,
+            with_flow=self.distils and self.flow_teacher is None,
         )  # fmt: skip
         self.validation = Validation(self.data) if self.data.val_path else None
         self.watch = Watchdog(device, self.run.timeout_minutes * 60, signals=not self.run.dry_run)
@@ -374,7 +377,7 @@ class Trainer:
             f"Try a lower --lr or a longer --warmup_steps"
         )
 
-    def flow_to_learn(self, batch: FrameBatch) -> tuple[Tensor, Tensor] | None:
+    def flow_to_learn(self, batch: FrameBatch) -> tuple[Tensor, ...] | None:
         """Return the external flow to distil into the flow stages: the callable's, or else the shards'; None without
         distillation.
         """
@@ -382,10 +385,9 @@ class Trainer:
             return None
         if self.flow_teacher is not None:
             with torch.no_grad():
-                return self.flow_teacher(batch.img0, batch.img1, batch.timestep)
-        assert batch.flow_t0 is not None
-        assert batch.flow_t1 is not None
-        return batch.flow_t0, batch.flow_t1
+                return check_flow(self.flow_teacher(batch.img0, batch.img1, batch.timestep), batch.img0)
+        stored = batch.flow_t0, batch.flow_t1, batch.flow_weight
+        return tuple(tensor for tensor in stored if tensor is not None)
 
     def check_finite(self, loss: float, norm: float) -> None:
         """Raise TrainingError when loss or gradient norm are non-finite, before such weights are saved.

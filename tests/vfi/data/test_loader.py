@@ -398,7 +398,7 @@ def test_flow_that_is_not_there_is_asked_for(val_shards, tmp_path):
     shutil.copytree(val_shards, copy)
     content = json.loads((copy / "index.json").read_text())
     (copy / "index.json").write_text(json.dumps(content | {"has_flow": False}))
-    message = r"--distill_weight needs flow.*copy has none.*python -m shards\.synthetic"
+    message = r"--distill_weight needs flow.*copy has none.*python -m shards\.flow"
     with pytest.raises(ConfigError, match=message):
         TrainingLoader(config_for(copy), 0, CPU, accumulation=1, with_flow=True)
     with pytest.raises(ConfigError, match=message):

@@ -7,10 +7,10 @@ import pytest
 import scipy.ndimage
 import torch
 
-from vfi.config.configs import OptimConfig
+from vfi.config.configs import ConfigError, OptimConfig
 from vfi.model.interpolator import Prediction, Stage
 from vfi.ops.loss.laplacian import laplacian_loss
-from vfi.training.losses import end_point_error, teacher_loss, training_losses
+from vfi.training.losses import check_flow, end_point_error, teacher_loss, training_losses
 
 TAPS = np.array([1, 4, 6, 4, 1]) / 16
 
@@ -116,6 +116,26 @@ def test_losses_add_up_by_their_weights():
     torch.testing.assert_close(losses["distill"], sum(end_point_error(one.flow, stage(4).flow).mean() for one in stages))
     total = losses["image"] + 0.5 * losses["merge"] + losses["teacher_image"] + 0.25 * losses["teacher"] + 2 * losses["distill"]
     torch.testing.assert_close(losses["loss"], total)
+
+
+def test_distilled_flow_counts_by_its_weight():
+    truth, stages, weight = torch.rand(2, 3, 64, 64), (stage(0), stage(1)), torch.rand(2, 2, 64, 64)
+    flow, config = stage(4).flow, OptimConfig(distill_weight=1.0)
+    predicted = Prediction(stage(9).merge, *[torch.zeros(())] * 4)._replace(stages=stages)
+    losses = training_losses(predicted, truth, config, (*flow.split(2, dim=1), weight))
+    expected = sum((end_point_error(one.flow, flow) * weight).mean() for one in stages)
+    torch.testing.assert_close(losses["distill"], expected)
+    plain = training_losses(predicted, truth, config, (*flow.split(2, dim=1), torch.ones_like(weight)))
+    torch.testing.assert_close(plain["distill"], training_losses(predicted, truth, config, flow.split(2, dim=1))["distill"])
+
+
+@pytest.mark.parametrize(
+    "flow", [(torch.zeros(1, 2, 8, 9),), (torch.zeros(1, 2, 8, 9), torch.zeros(1, 2, 8, 8)), (torch.zeros(1, 2, 8, 9),) * 4]
+)
+def test_a_teacher_that_gives_something_else_is_refused(flow):
+    with pytest.raises(ConfigError, match=r"the flow teacher gave tensors \[.*\]; expected two or three of \(1, 2, 8, 9\)"):
+        check_flow(flow, torch.zeros(1, 3, 8, 9))
+    assert len(check_flow((torch.zeros(1, 2, 8, 9),) * 3, torch.zeros(1, 3, 8, 9))) == 3
 
 
 def test_nothing_flows_back_into_the_teacher():
