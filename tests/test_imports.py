@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = ("shards", "vfi", "launch")
 """The lowest first: each imports those before it and never one after it."""
 COMMANDS = (
-    *("train", "benchmark", "report", "interpolate", "export", "app", "demo", "runs", "checkpoints"),
+    *("train", "benchmark", "report", "gates", "interpolate", "export", "app", "demo", "runs", "checkpoints"),
     *("model_summary", "benchmark_ops", "benchmark_data", "tune_kernels", "cli"),
 )
 # what lies directly inside a package ("": its own __init__.py), the lowest first: a part imports those in the rows before its

@@ -16,6 +16,7 @@ JOBS = {
     "checkpoints": "list and verify the checkpoints of a run",
     "benchmark": "measure models on shards: PSNR and SSIM, beside the frame average",
     "report": "turn benchmark results into a table and a page",
+    "gates": "thresholds of the three phases, and what was measured",
     "profile": "what a model costs: parameters, MACs, memory and time, by part",
     "bench-ops": "speed of each operator that has fused Triton kernels",
     "tune-kernels": "find the fastest configurations of the kernels on this GPU, and keep them",

@@ -22,11 +22,11 @@ import tyro
 
 from vfi.config.presets import AblationName
 from vfi.errors import JobError, clear_errors
-from vfi.evaluation.latency_results import Speed, is_speed, read_speed
-from vfi.evaluation.results import Group, ResultError, Results, group_by_data, read_results
+from vfi.evaluation.results import Group, ResultError, group_by_data
 from vfi.io.dataclass_json import write_text
 from vfi.reporting import acceptance
 from vfi.reporting.ablation import ablation_table
+from vfi.reporting.files import read_files
 from vfi.reporting.html_page import TITLE, Content, about, fact, page
 from vfi.reporting.tables import (
     Table,
@@ -71,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     if options.out is None:
         raise JobError("--out is missing: give a folder for report.md and report.html")
-    results, speeds = read(options.results)
+    results, speeds = read_files(options.results)
     found = list(results.values()), list(speeds.values()), options.output_dir
     verdicts = acceptance.check(options.gate, *found) if options.gate else []
     content = Content(
@@ -90,22 +90,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def report(files: Sequence[Path], out: Path) -> tuple[Path, Path]:
     """Write report.md and report.html into `out` and return their paths. Raises ResultError or JobError."""
-    results, speeds = read(files)
+    results, speeds = read_files(files)
     return write(Content(group_by_data(results), speeds), out)
-
-
-def read(files: Sequence[Path]) -> tuple[dict[Path, Results], dict[Path, Speed]]:
-    """Read results files and speed files, each once. Raises ResultError, or JobError where none is given."""
-    if not files:
-        raise JobError("no results file was given: `vfi benchmark` writes one, then `vfi report results.json --out report`")
-    results: dict[Path, Results] = {}
-    speeds: dict[Path, Speed] = {}
-    for path in dict.fromkeys(files):
-        if is_speed(path):
-            speeds[path] = read_speed(path)
-        else:
-            results[path] = read_results(path)
-    return results, speeds
 
 
 def write(content: Content, out: Path) -> tuple[Path, Path]:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 from vfi.evaluation.latency_results import OUT_OF_MEMORY, OWN_PRECISION, Speed
 from vfi.evaluation.published import published_cells
 from vfi.evaluation.results import BASELINES, QUARTERS, Entry, Group, Row, by_clip, by_motion
-from vfi.reporting.acceptance import Verdict
+from vfi.reporting.acceptance import Verdict, summary
 
 _LONG = 30  # characters
 
@@ -142,14 +142,13 @@ def speed_table(speed: Speed) -> Table:
 
 def gate_table(name: str, verdicts: Sequence[Verdict]) -> Table:
     """Return the outcome of the gates of a phase."""
-    passed = [Cell("passed", "gain") if verdict.passed else Cell("NOT passed", "loss") for verdict in verdicts]
+    kinds = {None: "muted", True: "gain", False: "loss"}
     columns = [
-        _Column("Verdict", passed),
+        _Column("Verdict", [Cell(verdict.state, kinds[verdict.passed]) for verdict in verdicts]),
         _Column("Gate", _words(str(verdict.gate) for verdict in verdicts)),
         _Column("Why", _words(verdict.why for verdict in verdicts)),
     ]
-    count = f"{sum(verdict.passed for verdict in verdicts)} of {len(verdicts)} passed."
-    return _table(f"Gate {name}", columns, notes=(count,))
+    return _table(f"Gate {name}", columns, notes=(f"{summary(verdicts)}.",))
 
 
 def from_markdown(label: str, text: str) -> Table:
