@@ -116,7 +116,7 @@ class DataConfig:
 
     data_path: tuple[str, ...] = ()
     """Shard folder to train on (written by a `python -m shards.…` command) or its URL (https://, s3://, gs:// …), or several,
-    mixed by --mixed_ratio."""
+    mixed by --mixed_ratio; --x4k-path adds the last one."""
     val_path: str = ""
     """Shard folder to validate on, or its URL; without it nothing is validated."""
     batch_size: int = 16

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from vgg_weights import BLOCKS, random_weights
 from warm import TRAIN, finish, start_ranks
 
 from vfi.config.configs import OptimConfig
@@ -21,26 +22,10 @@ from vfi.training.perceptual_loss import PerceptualLoss, load_perceptual_loss
 
 CPU = torch.device("cpu")
 BOTH = {"vgg_weight": 0.3, "style_weight": 2.0}
-# channels of the convolutions between two poolings
-BLOCKS = ((64, 64), (128, 128), (256, 256, 256, 256), (512, 512, 512, 512), (512, 512))
 STAGE_WEIGHTS = (1 / 2.6, 1 / 4.8, 1 / 3.7, 1 / 5.6, 10 / 1.5)
 MEAN, SPREAD = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]], dtype=torch.float64).view(2, 3, 1, 1)
 RUN = ["--preset", "tiny", "--width", "2", "--head_dim", "8", "--backbone_mode", "gated_attn_only", "--crop", "64",
        "--steps", "2", "--num_workers", "0", "--batch_size", "2", "--log_every", "1", "--warmup_steps", "2"]  # fmt: skip
-
-
-def random_weights() -> dict[str, Tensor]:
-    """Weights that keep the signal's size, under the names of torchvision's file, and some that are not used."""
-    generator = torch.Generator().manual_seed(0)
-    weights, number, inputs = {}, 0, 3
-    for block in BLOCKS:
-        for outputs in block:
-            spread = (2 / (9 * inputs)) ** 0.5
-            weights[f"features.{number}.weight"] = torch.randn(outputs, inputs, 3, 3, generator=generator) * spread
-            weights[f"features.{number}.bias"] = 0.1 * torch.randn(outputs, generator=generator)
-            number, inputs = number + 2, outputs  # a ReLU follows
-        number += 1  # and after the block a pooling
-    return weights | {"classifier.0.weight": torch.zeros(4, 4)}
 
 
 @pytest.fixture(scope="module")
