@@ -23,6 +23,11 @@ from vfi.config.configs import Config, ConfigError
 from vfi.errors import JobError
 
 _NO_BF16 = ("v100", "t4", "p100")
+_OLD = ("v100", "p100")  # of compute capability 7.0 and 6.0
+_WHEELS_FOR_OLD = (
+    "gpu: V100 and P100 need a torch up to 2.14 from https://download.pytorch.org/whl/cu126; PyPI's wheels, for CUDA 13, start "
+    "at compute capability 7.5"
+)
 _SHARDED = re.compile(r"^distributed_type:\s*'?(FSDP|DEEPSPEED)", re.MULTILINE)
 _MIXED_PRECISION = re.compile(r"^mixed_precision:\s*'?(\w+)", re.MULTILINE)
 
@@ -77,11 +82,15 @@ def mixed_precision(options: Options, config_file: Path) -> str:
     if precision == "auto":
         found = _MIXED_PRECISION.search(text)
         precision = {"no": "fp32"}.get(found[1], found[1]) if found and options.gpus_per_node else "fp32"
-        words = re.findall(r"[a-z0-9]+", options.gpu.lower())
-        precision = "fp16" if precision == "bf16" and any(word in _NO_BF16 for word in words) else precision
+        precision = "fp16" if precision == "bf16" and _is_one_of(options.gpu, _NO_BF16) else precision
     if precision == "fp16" and _SHARDED.search(text):
         raise JobError(f"{config_file} shards over the processes, which is not supported in fp16: use bf16 or fp32, or DDP")
     return precision
+
+
+def _is_one_of(gpu: str, kinds: Sequence[str]) -> bool:
+    """Return whether the name of a card, in Slurm's or torch's spelling, has one of these words."""
+    return any(word in kinds for word in re.findall(r"[a-z0-9]+", gpu.lower()))
 
 
 def _checked(options: Options, flags: Sequence[str], precision: str, later: str = "") -> tuple[Config, list[str]]:
@@ -97,6 +106,7 @@ def _checked(options: Options, flags: Sequence[str], precision: str, later: str 
         config, notes = choice.applied_to(config), [f"batch: {choice.why}"]
     elif options.gpu_gb:
         raise JobError(f"--gpu_gb {options.gpu_gb} has no effect with --batch_size: drop one of them")
+    notes += [_WHEELS_FOR_OLD] if _is_one_of(options.gpu, _OLD) else []
     notes += preflight.check(config, processes, later)
     return config, notes
 

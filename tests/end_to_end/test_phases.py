@@ -176,9 +176,9 @@ def test_teacher_trains_and_validation_shows_flow(tmp_path, train_shards, val_sh
     board = EventAccumulator(str(folder / "tensorboard"))
     board.Reload()
     flows = [tag for tag in board.Tags()["images"] if tag.startswith("val_flow")]
-    assert flows == ["val_flow (flow_t0 | flow_t1 | mask)"]
+    assert flows == ["val_flow/flow_t0", "val_flow/flow_t1", "val_flow/mask"]
     picture = board.Images(flows[0])[0]
-    assert (picture.height, picture.width) == (72, 3 * 80)
+    assert (picture.height, picture.width) == (72, 80)
 
 
 def test_distillation_from_the_shards_and_from_a_callable(tmp_path, train_shards):

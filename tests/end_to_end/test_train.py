@@ -16,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.custom_scalar import layout_pb2
 from warm import ON_CPU, ROOT, TORCHRUN, TRAIN, Process, finish, start_ranks
 
 from vfi import train
@@ -110,9 +111,17 @@ def test_tensorboard_has_curves_and_pictures(undisturbed):
     tags = board.Tags()
     assert {"train/loss", "train/lr", "val/psnr"} <= set(tags["scalars"])
     assert [event.step for event in board.Scalars("val/psnr")] == [4, 8]
-    assert tags["images"] == ["val (img0 | prediction | truth | img1 | 5 x error)"]
+    assert tags["images"] == [f"val/{name}" for name in ("img0", "prediction", "truth", "img1", "error_x5")]
     picture = board.Images(tags["images"][0])[0]
-    assert (picture.height, picture.width) == (72, 5 * 80)
+    assert (picture.height, picture.width) == (72, 80)
+    gains, models, averages = (
+        [event.value for event in board.Scalars(f"val/{name}")] for name in ("gain", "psnr", "average_psnr")
+    )
+    assert gains == pytest.approx([model - average for model, average in zip(models, averages, strict=True)], abs=1e-4)
+    layout = layout_pb2.Layout.FromString(board.Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0])
+    assert [chart.title for chart in layout.category[0].chart][:2] == ["PSNR", "gain over the frame average"]
+    shown = {tag for chart in layout.category[0].chart for tag in chart.multiline.tag}
+    assert shown <= set(tags["scalars"])
 
 
 def test_stopped_run_goes_on_bit_for_bit(undisturbed, tmp_path, train_shards, val_shards):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -138,6 +139,11 @@ def test_the_batch_follows_from_the_type_of_gpu(here):
     options = Options(preset="base", phase=1, gpus_per_node=2, gpu="v100")
     (run,), notes = plan(options, [[*groups[0], "--batch_size", "8"]], accelerate_config(options, ROOT))
     assert command_line.from_command_line(run.arguments).data.batch_size == 8
+    (note,) = notes
+    assert "a torch up to 2.14 from https://download.pytorch.org/whl/cu126" in note
+    (run,), notes = plan(
+        dataclasses.replace(options, gpu="a100"), [[*groups[0], "--batch_size", "8"]], accelerate_config(options, ROOT)
+    )
     assert notes == []
 
 

@@ -11,12 +11,23 @@ import math
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from vfi.io.dataclass_json import write_text
 from vfi.tracking.environment import METRICS, TENSORBOARD
+
+_CHARTS = {
+    "at a glance": {
+        "PSNR": ["Multiline", ["val/psnr", "val/average_psnr"]],
+        "gain over the frame average": ["Multiline", ["val/gain"]],
+        "loss": ["Multiline", ["train/loss"]],
+        "gradient": ["Multiline", ["train/grad_norm"]],
+        "learning rate": ["Multiline", ["train/lr"]],
+        "samples a second": ["Multiline", ["train/samples_per_s"]],
+    }
+}
+"""The charts of the tab Custom Scalars; the tab Scalars sorts all of them by name."""
 
 
 class Tracker:
@@ -33,6 +44,7 @@ class Tracker:
         self.kept = {(line["step"], line.get("event")) for line in kept}
         self.file = path.open("a", buffering=1)
         self.board = SummaryWriter(str(run_folder / TENSORBOARD), purge_step=resume_step + 1)
+        self.board.add_custom_scalars(_CHARTS)
 
     def has(self, step: int, event: str) -> bool:
         """Return whether the run logged such a row before it was resumed; True on processes other than the main one."""
@@ -51,11 +63,11 @@ class Tracker:
                 self.board.add_scalar(f"{event}/{name}", value, step)
 
     def pictures(self, step: int, name: str, pictures: dict[str, Tensor]) -> None:
-        """Log images `[3, H, W]` in [0, 1], concatenated horizontally."""
+        """Log images `[3, H, W]` in [0, 1], each of its own, in full size."""
         if not self.is_main:
             return
-        strip = torch.cat([picture.detach().float().clamp(0, 1).cpu() for picture in pictures.values()], dim=2)
-        self.board.add_image(f"{name} ({' | '.join(pictures)})", strip, step)
+        for kind, picture in pictures.items():
+            self.board.add_image(f"{name}/{kind}", picture.detach().float().clamp(0, 1).cpu(), step)
 
     def close(self) -> None:
         """Flush everything to disk."""

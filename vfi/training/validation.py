@@ -82,7 +82,7 @@ class Validation:
             sums[:3] += torch.stack([score.double().sum() for score in scores] + [sums.new_tensor(len(batch.keys))])
             if number == 0:
                 error = (imgt - batch.imgt).abs() * 5
-                pictures = {"img0": batch.img0, "prediction": imgt, "truth": batch.imgt, "img1": batch.img1, "5 x error": error}
+                pictures = {"img0": batch.img0, "prediction": imgt, "truth": batch.imgt, "img1": batch.img1, "error_x5": error}
                 tracker.pictures(step, "val", {name: picture[0] for name, picture in pictures.items()})
                 if prediction.flow_t0 is not None:
                     tracker.pictures(step, "val_flow", flow_pictures(prediction))
@@ -91,7 +91,7 @@ class Validation:
         if broken_off:
             return None
         model, average = model / count, average / count
-        tracker.log(step, "val", psnr=model, average_psnr=average, samples=count)
+        tracker.log(step, "val", psnr=model, average_psnr=average, gain=model - average, samples=count)
         return Score(step, model, average)
 
 
