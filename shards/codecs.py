@@ -11,6 +11,7 @@ import io
 import struct
 import tokenize
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -99,6 +100,20 @@ def header_size(data: bytes, extension: str) -> tuple[int, int]:
     return height, width
 
 
+_ORIENTATION = 0x0112  # of Exif
+_WITH_EXIF = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff")
+_UPRIGHT: dict[int, Callable[[np.ndarray], np.ndarray]] = {
+    2: np.fliplr,
+    3: lambda pixels: np.rot90(pixels, 2),
+    4: np.flipud,
+    5: lambda pixels: pixels.transpose(1, 0, 2),
+    6: lambda pixels: np.rot90(pixels, -1),
+    7: lambda pixels: np.rot90(pixels, 2).transpose(1, 0, 2),
+    8: np.rot90,
+}
+"""Orientation that Exif states -> what turns the pixels upright."""
+
+
 def _has_one_scan(data: bytes) -> bool:
     """Return whether a JPEG is sequential with all components in its first scan, so that a decoder ignores any further one."""
     at, components = 2, 0
@@ -144,12 +159,16 @@ def decode_flow(data: bytes, height: int, width: int) -> np.ndarray:
 
 
 def read_image(path: Path) -> np.ndarray:
-    """Read an image file to RGB uint8 [H, W, 3]. Raises ShardError naming the file when it is missing or broken."""
+    """Read an image file to RGB uint8 [H, W, 3], upright. Raises ShardError naming the file when it is missing or broken."""
     try:
         data = path.read_bytes()
     except OSError as error:
         raise ShardError(f"{path} cannot be read: {error.strerror}") from error
-    return decode(data, path.suffix, name=str(path))
+    pixels = decode(data, path.suffix, name=str(path))
+    if path.suffix.lower() in _WITH_EXIF:
+        with Image.open(io.BytesIO(data)) as image:
+            pixels = _UPRIGHT.get(image.getexif().get(_ORIENTATION, 1), np.asarray)(pixels)
+    return np.ascontiguousarray(pixels)
 
 
 def _to_rgb(image: Image.Image) -> np.ndarray:

@@ -78,9 +78,10 @@ def test_a_folder_becomes_a_video_of_twice_the_rate(run, tmp_path, capsys) -> No
     (folder / "notes.txt").write_text("no frame")
     out = tmp_path / "clip.mp4"
     _call(folder, "-o", out, "--model", run, "--input_fps", 12)
-    decoded, rate = _decode(out)
+    decoded, rate, seconds = _decode(out)
     assert len(decoded) == 7
     assert rate == 24
+    assert seconds == pytest.approx(4 / 12)  # the last frame is shown for as long as in the folder
     assert decoded[0].shape == (36, 50, 3)
     for shown, number in zip(decoded[::2], (1, 2, 10, 11), strict=True):
         frame = np.pad(_pixels(folder / f"f{number}.png"), ((0, 1), (0, 1), (0, 0)), mode="edge")
@@ -92,10 +93,12 @@ def test_a_folder_becomes_a_video_of_twice_the_rate(run, tmp_path, capsys) -> No
     assert sorted(path.name for path in tmp_path.iterdir()) == ["between.png", "clip.mp4", "frames"]
 
 
-def _decode(path: Path) -> tuple[list[np.ndarray], float]:
+def _decode(path: Path) -> tuple[list[np.ndarray], float, float]:
+    """The frames of a video, its frames per second, and its seconds."""
     with av.open(str(path)) as container:
-        rate = float(container.streams.video[0].average_rate)
-        return [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)], rate
+        stream = container.streams.video[0]
+        rate, seconds = float(stream.guessed_rate), float(stream.duration * stream.time_base)
+        return [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)], rate, seconds
 
 
 def test_video_keeps_saturated_colours_and_says_which_matrix_made_them(run, tmp_path) -> None:
@@ -208,3 +211,50 @@ def test_unusable_folders_leave_nothing_behind(run, tmp_path, capsys) -> None:
     (folder / "2.png").write_bytes(b"no image")
     assert "2.png cannot be read" in _refusal(capsys, folder, *end)
     assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_two_series_in_a_folder_follow_one_another(tmp_path) -> None:
+    for name in ("a_0001", "b_0001", "a_0002", "b_0002", "a_0010"):
+        (tmp_path / f"{name}.png").touch()
+    assert [path.stem for path in frames_of(tmp_path)] == ["a_0001", "a_0002", "a_0010", "b_0001", "b_0002"]
+
+
+def test_missing_numbers_are_named_and_made_when_asked_for(run, tmp_path, capsys) -> None:
+    folder = tmp_path / "frames"
+    for number in (1, 2, 5):
+        _image(folder / f"f_{number:04d}.png", 48, 64, number)
+    _call(folder, "-o", tmp_path / "closed", "--model", run)
+    assert "frames 3, 4 (2) are missing: --fill_gaps makes them" in capsys.readouterr().out
+    assert len(list((tmp_path / "closed").iterdir())) == 5
+    _call(folder, "-o", tmp_path / "filled", "--model", run, "--fill_gaps", "--scene_cut", 0)
+    assert "frames 3, 4 (2) are made" in capsys.readouterr().out
+    made = [_pixels(path) for path in sorted((tmp_path / "filled").iterdir())]
+    assert len(made) == 9
+    first, second, last = (_pixels(folder / f"f_{number:04d}.png") for number in (1, 2, 5))
+    for place, frame in ((0, first), (2, second), (8, last)):
+        assert np.array_equal(made[place], frame)
+    third, fourth = (second + part * (last.astype(float) - second) / 3 for part in (1, 2))
+    assert np.abs(made[4] - third).mean() < np.abs(made[4] - fourth).mean()
+    assert np.abs(made[6] - fourth).mean() < np.abs(made[6] - third).mean()
+    _call(folder, "-o", tmp_path / "filled.mp4", "--model", run, "--fill_gaps", "--input_fps", 10)
+    _, rate, seconds = _decode(tmp_path / "filled.mp4")
+    assert rate == 20
+    assert seconds == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_images_lie_as_a_camera_says(run, tmp_path, orientation) -> None:
+    upright = np.zeros((40, 64, 3), np.uint8)
+    upright[:20, :20], upright[20:, 44:] = (200, 40, 40), (40, 40, 200)
+    for number in (1, 2):
+        image = Image.fromarray(upright)
+        stored = {1: None, 2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}[orientation]  # what Pillow's transpose calls its inverse
+        image = image if stored is None else image.transpose(Image.Transpose(stored))
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        image.save(tmp_path / f"{number}.png", exif=exif)
+        from PIL import ImageOps
+
+        assert np.array_equal(np.asarray(ImageOps.exif_transpose(Image.open(tmp_path / f"{number}.png"))), upright)
+    _call(tmp_path / "1.png", tmp_path / "2.png", "-o", tmp_path / "out.png", "--model", run)
+    assert np.array_equal(_pixels(tmp_path / "out.png"), upright)

@@ -18,6 +18,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import io
+import math
 from collections.abc import Callable, Iterator
 from fractions import Fraction
 from pathlib import Path
@@ -43,6 +45,7 @@ from shards.color_conversion import (
 )
 from shards.schema import ShardError
 from vfi.errors import JobError
+from vfi.video.presentation import Clock, FrameTimes, measured_rate
 from vfi.video.resume import PartialVideoReader
 
 _KEPT = ("audio", "subtitle")
@@ -55,7 +58,11 @@ _USUAL = {
 # libx264 on 16 cores with its default preset, medium, is slower than the model on a GPU, and a third of the work of veryfast is
 # motion search to a quarter of a pixel; crf 14 restores the quality that both settings cost
 _USUAL_PRESET = {"libx264": {"preset": "veryfast", "x264-params": "subme=1"}}
+_FRAME_DURATION = 1 << 8  # AV_CODEC_FLAG_FRAME_DURATION: the last frame is shown for as long as it says
 _SHORTEST = 0.95  # of the frames that a file declares: with fewer it was truncated
+_FASTEST, _USUAL_RATE = Fraction(300), Fraction(25)  # frames per second; a higher one is the clock's, not the picture's
+_MOMENT = Fraction(1, 1000)  # seconds: a unit of the coarsest container
+_ATTEMPTS = 20  # to read on behind damage
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,38 +80,45 @@ class Encoding:
 
 
 class VideoInput:
-    """A video file, open for a single pass. Raises JobError for a file that is not a video."""
+    """A video file, open for a single pass. Raises JobError for a file that is not a video.
 
-    def __init__(self, path: Path, allow_damaged: bool = False) -> None:
+    `stream`: number of the stream to read, among all of the file; by default the video that the file marks as the default, else
+    the longest one.
+    """
+
+    def __init__(self, path: Path, allow_damaged: bool = False, stream: int | None = None) -> None:
         self.path, self.allow_damaged = path, allow_damaged
         self.damage = ""
-        """Where and why reading ended early."""
+        """What could not be decoded, where and why."""
+        self.name = f"file:{path}"  # or a name such as rec:1.mp4 would be a protocol
         try:
-            self.container: InputContainer = av.open(str(path))
+            self.container: InputContainer = av.open(self.name)
         except (av.FFmpegError, OSError) as error:
             raise JobError(f"{path} cannot be read as a video: {error.strerror or error}") from error
-        videos = [stream for stream in self.container.streams.video if not stream.disposition & stream.disposition.attached_pic]
-        if not videos:
-            self.container.close()
-            raise JobError(f"{path} has no video in it")
-        self.stream: VideoStream = videos[0]
-        self.stream.thread_type = "AUTO"
-        assume_left_chroma(self.stream)
-        self.others = [stream for stream in self.container.streams if stream.type in _KEPT]
-        context = self.stream.codec_context
-        self.width, self.height, self.pix_fmt = context.width, context.height, context.pix_fmt or "yuv420p"
-        self.rate = self.stream.average_rate or self.stream.guessed_rate or Fraction(25)
-        self.base = self.stream.time_base or 1 / self.rate
+        self.notes: list[str] = []
+        """What is unusual about the file, and was handled."""
         try:
+            self.stream = self._choose(stream)
+            self.stream.thread_type = "AUTO"
+            assume_left_chroma(self.stream)
+            self.others = [stream for stream in self.container.streams if stream.type in _KEPT]
+            context = self.stream.codec_context
+            self.width, self.height, self.pix_fmt = context.width, context.height, context.pix_fmt or "yuv420p"
+            self.rate = self._rate()
+            self.base = self.stream.time_base or 1 / self.rate
             self.colours = describe_colours(context)
         except ShardError as error:
             self.container.close()
             raise JobError(f"{path}: {error}") from error
+        except JobError:
+            self.container.close()
+            raise
         self.says_matrix = context.colorspace
         self.aspect = self.stream.sample_aspect_ratio
         self.chapters: list[Any] = self.container.chapters()
         self.frames = 0
         """Number of frames read so far."""
+        self._lost: list[float] = []  # times of what could not be decoded
 
     def __enter__(self) -> Self:
         return self
@@ -120,38 +134,97 @@ class VideoInput:
         return round(self.container.duration / av.time_base * self.rate) if self.container.duration else None
 
     def read(self) -> Iterator[av.VideoFrame | av.Packet]:
-        """Yield frames with increasing `pts`, and packets of the other streams, in the order of the file.
+        """Yield frames with increasing `pts`, the file's first time being 0, and packets of the other streams, in its order.
 
-        Raises JobError where the file is damaged; with `allow_damaged` the frames end there instead.
+        Frames of another size are scaled to that of the first one. Raises JobError where the file is damaged; with
+        `allow_damaged` the frames that can't be decoded are left out.
         """
-        before: int | None = None
-        try:
-            for packet in self.container.demux(self.stream, *self.others):
-                if packet.stream is not self.stream:
-                    if packet.dts is not None:
-                        yield packet
-                    continue
-                for frame in cast("list[av.VideoFrame]", packet.decode()):
-                    if frame.is_corrupt:
-                        self._end_early(f"the frame at {frame.time or 0:.2f} seconds")
-                        return
-                    duration = frame.duration or round(1 / self.rate / self.base)
-                    if frame.pts is None:
-                        frame.pts = 0 if before is None else before + duration
-                    if before is None:
-                        self.colours = dataclasses.replace(self.colours, location=measure_chroma_location(frame))
-                    if before is None or frame.pts > before:
-                        before, self.frames = frame.pts, self.frames + 1
-                        yield frame
-        except (av.FFmpegError, OSError) as error:
-            self._end_early(f"{error.strerror or error}")
-        if self.stream.frames and self.frames < _SHORTEST * self.stream.frames:
-            self._end_early(f"it promises {self.stream.frames} frames")
+        clock, times = Clock(self.container), FrameTimes(self.container, round(1 / self.rate / self.base))
+        hidden, resized = 0, 0
+        for packet in self._packets():
+            clock.adjust(packet)
+            if packet.stream is not self.stream:
+                if packet.dts is not None:
+                    yield packet
+                continue
+            hidden += packet.is_discard  # an edit list has it decoded, but not shown
+            times.register(packet)
+            for frame in self._decode(packet):
+                times.assign(frame)
+                if not self.frames:
+                    self.colours = dataclasses.replace(self.colours, location=measure_chroma_location(frame))
+                    self.width, self.height = frame.width, frame.height
+                self.frames += 1
+                if (frame.width, frame.height) != (self.width, self.height):
+                    resized += 1
+                    frame = frame.reformat(self.width, self.height)
+                yield frame
+        if not self._lost and self.frames < _SHORTEST * (self.stream.frames - hidden):
+            self._lose(f"it promises {self.stream.frames - hidden} frames", None)
+        if self._lost:
+            self.damage = f"{self.path} is damaged: at {len(self._lost)} places, first at {self._lost[0]:.2f} s"
+        self.notes += [f"its clock jumps at {', '.join(f'{jump:.2f}' for jump in clock.jumps[:3])} s"] if clock.jumps else []
+        self.notes += [f"{times.changed} frames had the time of an earlier one and follow it"] if times.changed else []
+        self.notes += [f"{resized} frames of another size are scaled to {self.width}x{self.height}"] if resized else []
 
-    def _end_early(self, why: str) -> None:
-        self.damage = f"{self.path} is damaged after {self.frames} frames: {why}"
+    def _choose(self, wanted: int | None) -> VideoStream:
+        """Return the stream to read, and note the videos that are not read."""
+        videos = [one for one in self.container.streams.video if not one.disposition & one.disposition.attached_pic]
+        if not videos:
+            raise JobError(f"{self.path} has no video in it")
+        listed = ", ".join(f"{one.index} ({one.codec_context.name}, {one.width}x{one.height})" for one in videos)
+        if wanted is not None:
+            found = next((one for one in videos if one.index == wanted), None)
+            if found is None:
+                raise JobError(f"--video_stream {wanted}: {self.path} has no such video stream; it has {listed}")
+            return found
+        chosen = max(videos, key=lambda one: (bool(one.disposition & one.disposition.default), _seconds_of(one), -one.index))
+        if len(videos) > 1:
+            self.notes.append(f"of its video streams {listed}, {chosen.index} is read; --video_stream takes another")
+        return chosen
+
+    def _rate(self) -> Fraction:
+        """Return the frames per second: as stated, unless that is no rate of a video."""
+        stated = self.stream.average_rate or self.stream.guessed_rate
+        if stated and stated <= _FASTEST and self.stream.average_rate:
+            return stated
+        return measured_rate(self.name, self.stream.index) or min(stated or _USUAL_RATE, _FASTEST)
+
+    def _packets(self) -> Iterator[av.Packet]:
+        """Yield the packets of the file; behind damage, reading goes on a limited number of times."""
+        for _ in range(_ATTEMPTS):
+            try:
+                yield from self.container.demux(self.stream, *self.others)
+            except (av.FFmpegError, OSError) as error:
+                self._lose(f"{error.strerror or error}", None)
+            else:
+                return
+
+    def _decode(self, packet: av.Packet) -> list[av.VideoFrame]:
+        """Return the intact frames of a packet."""
+        at = None if packet.pts is None or packet.time_base is None else float(packet.pts * packet.time_base)
+        try:
+            frames = packet.decode()
+        except (av.FFmpegError, OSError) as error:
+            self._lose(f"{error.strerror or error}", at)
+            return []
+        whole = [frame for frame in frames if not frame.is_corrupt]
+        for frame in frames:
+            if frame.is_corrupt:
+                self._lose(f"the frame at {frame.time or 0:.2f} seconds", frame.time)
+        return whole
+
+    def _lose(self, why: str, at: float | None) -> None:
+        """Note that something could not be decoded; JobError unless that is allowed, and where nothing was decoded before."""
         if not self.allow_damaged or not self.frames:
-            raise JobError(f"{self.damage}; --allow_damaged takes what comes before")
+            raise JobError(
+                f"{self.path} is damaged after {self.frames} frames: {why}; --allow_damaged takes what can be decoded"
+            )
+        self._lost.append(at if at is not None else self.frames / float(self.rate))
+
+
+def _seconds_of(stream: VideoStream) -> Fraction:
+    return (stream.duration or 0) * (stream.time_base or Fraction(0))
 
 
 class VideoOutput:
@@ -168,7 +241,7 @@ class VideoOutput:
         self.base, self.closed = base, False
         self.begun, self.done, self.count = begun, begun.frames if begun else 0, 0
         try:
-            self.container: OutputContainer = av.open(str(path), "w")
+            self.container: OutputContainer = av.open(f"file:{path}", "w")
         except (av.FFmpegError, OSError, ValueError) as error:
             raise JobError(f"--out {path}: {getattr(error, 'strerror', None) or error}") from error
         given = source.pix_fmt if source else "yuv420p"
@@ -181,12 +254,14 @@ class VideoOutput:
         context.height, context.width = (side + side % 2 * half for side, half in zip(size, halves, strict=True))
         context.pix_fmt, context.time_base = self.pix_fmt, base
         context.options = _options(codec, encoding)
+        context.flags |= _FRAME_DURATION
         context.thread_type = "AUTO"  # the default is slice threading, which makes files of x264 a sixth larger, and is slower
         context.color_range = 2 if self.colours.full_range else 1
         # state the colour matrix: players guess it from the size otherwise, and disagree
         context.colorspace = (source.says_matrix if source else BT709) or self.colours.matrix
         context.color_primaries, context.color_trc = self.colours.primaries, self.colours.transfer
         self.copies: dict[Any, Any] = {}
+        self.copied: dict[int, Fraction] = {}  # stream -> decoding time of its last packet
         self.started = False
         self.early: list[av.Packet] = []
         self.left_out: list[str] = []
@@ -204,8 +279,11 @@ class VideoOutput:
         """Return how frames store colours: as the source does, whose colours are known from its first frame on."""
         return self.source.colours if self.source else Colours()
 
-    def write(self, frame: av.VideoFrame, pts: int) -> None:
-        """Encode a frame that is shown at `pts`, in the output's time base."""
+    def write(self, frame: av.VideoFrame, pts: int, duration: int = 0, last: bool = False) -> None:
+        """Encode a frame that is shown at `pts` for `duration`, in the output's time base; 0: until the next one.
+
+        The `last` one is a key frame: MP4 keeps the duration of what is decoded last, and that would be a frame before it.
+        """
         context = self.stream.codec_context
         if not self.started:
             self._start(frame)
@@ -215,7 +293,8 @@ class VideoOutput:
             return
         if frame.format.name != self.pix_fmt or (frame.height, frame.width) != (context.height, context.width):
             frame = self._fitted(frame)
-        frame.pts, frame.time_base, frame.pict_type = pts, self.base, PictureType.NONE
+        frame.pts, frame.duration, frame.time_base = pts, duration, self.base
+        frame.pict_type = PictureType.I if last else PictureType.NONE
         self._mux(self.stream.encode(frame))
 
     def copy(self, packet: av.Packet) -> None:
@@ -223,10 +302,22 @@ class VideoOutput:
         if packet.stream not in self.copies:
             return
         packet.stream = self.copies[packet.stream]
+        self._keep_increasing(packet)
         if self.started:
             self._mux([packet])
         else:
             self.early.append(packet)
+
+    def _keep_increasing(self, packet: av.Packet) -> None:
+        """Move a packet behind the one before it in its stream: where a clock jumps, sound may overlap by a moment."""
+        assert packet.dts is not None
+        assert packet.time_base is not None
+        time, before = packet.dts * packet.time_base, self.copied.get(packet.stream.index)
+        if before is not None and time <= before:
+            late = math.ceil((before + _MOMENT - time) / packet.time_base)
+            packet.dts += late
+            packet.pts = None if packet.pts is None else packet.pts + late
+        self.copied[packet.stream.index] = packet.dts * packet.time_base
 
     def close(self) -> None:
         """Encode the remaining frames and finish the file."""
@@ -263,11 +354,10 @@ class VideoOutput:
             if slowdown > 1:
                 self.left_out.append(f"{name}: the video is slower")
                 continue
-            try:
-                copy = self.container.add_stream_from_template(stream)
-            except (ValueError, av.FFmpegError) as error:
-                self.left_out.append(f"{name}: {self.path.suffix} can't hold it ({error}), take .mkv")
+            if not _can_hold(self.container.format.name, stream):
+                self.left_out.append(f"{name}: {self.path.suffix} can't hold it, .mkv may")
                 continue
+            copy = self.container.add_stream_from_template(stream)
             copy.metadata.update({k: v for k, v in stream.metadata.items() if k in ("language", "title")})
             self.copies[stream] = copy
 
@@ -287,6 +377,17 @@ class VideoOutput:
             work()
         except (av.FFmpegError, OSError) as error:
             raise JobError(f"{self.path} cannot be written: {error.strerror or error}") from error
+
+
+def _can_hold(container: str, stream: Any) -> bool:
+    """Return whether a kind of container takes a stream as it is: some refuse it only when their head is written."""
+    try:
+        with av.open(io.BytesIO(), "w", format=container) as trial:
+            trial.add_stream_from_template(stream)
+            trial.start_encoding()
+    except (ValueError, av.FFmpegError):
+        return False
+    return True
 
 
 _METADATA = ("title", "artist", "comment", "description", "date", "creation_time", "copyright", "genre", "location")

@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import math
 import os
-import re
 import time
 from collections.abc import Callable, Mapping
 from fractions import Fraction
@@ -16,6 +16,7 @@ from typing import Any, Literal
 from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
+from shards.frame_sources import natural
 from shards.schema import IMAGE_EXTENSIONS
 from shards.sequence_filter import CUT
 from vfi.errors import JobError
@@ -23,12 +24,14 @@ from vfi.inference.engine import InterpolationEngine, Settings
 from vfi.model.interpolator import MIN_SIZE
 from vfi.runtime.device import DeviceName, PrecisionName, describe_precision
 from vfi.video.container import Encoding, VideoInput, VideoOutput
-from vfi.video.folder import FolderInput, FolderOutput
+from vfi.video.folder import FolderInput, FolderOutput, numbered_gaps
 from vfi.video.pipeline import ConversionStats, FrameFilter, add_frames
 from vfi.video.resume import Partial, PartialVideoReader, copy_frames
 from vfi.video.timeline import FrameMultiplier, Rate, Timeline
 
 DEFAULT_FPS = 15.0
+_NAMED = 8  # missing frames that a note names
+_ORIENTATION, _SIDEWAYS = 0x0112, 5  # of Exif, which read_image follows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,12 +51,19 @@ class ConversionSettings:
     """Time of the new image between two images: above 0 (the first) and below 1 (the second); default: 0.5."""
     input_fps: float | None = None
     """Frames per second of a folder of frames; default: 15."""
+    fill_gaps: bool = False
+    """Also make the frames whose numbers are missing in a folder of frames."""
     scene_cut: float = CUT
     """Change between two frames above which they are a scene cut, which is not blended; 0: no cuts are detected."""
     drop_duplicates: bool = False
     """Drop frames that repeat the one before, as in animation or after pulldown."""
+    max_gap: float | None = None
+    """Seconds between two frames above which nothing is interpolated, as in recordings of a still screen; default: five times
+    the usual time, at least 0.5."""
+    video_stream: int | None = None
+    """Number of the video stream to read, as in the message about a file with several; default: the file's own choice."""
     allow_damaged: bool = False
-    """Convert a damaged video up to the damage."""
+    """Convert what can be decoded of a damaged video."""
     tta: bool = False
     """Test-time augmentation: average with the prediction for the frames rotated by 180 degrees; takes twice the time."""
     codec: str = ""
@@ -102,7 +112,8 @@ def new_timeline(settings: ConversionSettings) -> Timeline:
         if not 0.1 <= settings.fps <= 1000:
             raise JobError(f"--fps {settings.fps} must lie between 0.1 and 1000")
         return Rate(_fraction(settings.fps))
-    return FrameMultiplier(settings.slowmo, slower=True) if settings.slowmo else FrameMultiplier(settings.multiplier or 2)
+    factor, slower = settings.slowmo or settings.multiplier or 2, bool(settings.slowmo)
+    return FrameMultiplier(factor, slower, fill=settings.fill_gaps)
 
 
 def _fraction(fps: float) -> Fraction:
@@ -126,7 +137,7 @@ def convert(
         source, size = _open(settings, path, stack)
         sink = _create(settings, temporary, source, size, line, stack, partial.path, done)
         bar = stack.enter_context(tqdm(total=source.expected, unit="frame", desc=path.name, disable=None))
-        care = FrameFilter(settings.scene_cut, settings.drop_duplicates)
+        care = FrameFilter(settings.scene_cut, settings.drop_duplicates, math.inf if settings.fill_gaps else settings.max_gap)
         began, busy = time.perf_counter(), model.seconds
         try:
             counts = add_frames(source, sink, line, model.start, care, lambda: (bar.update(), tick()))
@@ -174,9 +185,11 @@ def _open(
 ) -> tuple[VideoInput | FolderInput, tuple[int, int]]:
     """Open the input; returns it and the (height, width) of its frames."""
     if not path.is_dir():
+        if settings.fill_gaps:
+            raise JobError(f"--fill_gaps is for a folder of numbered frames: {path} is a file")
         if settings.input_fps is not None:
             raise JobError(f"--input_fps {settings.input_fps} is for a folder of frames: {path} has a rate of its own")
-        video = stack.enter_context(VideoInput(path, settings.allow_damaged))
+        video = stack.enter_context(VideoInput(path, settings.allow_damaged, settings.video_stream))
         _check_size(path, (video.height, video.width))
         return video, (video.height, video.width)
     fps = DEFAULT_FPS if settings.input_fps is None else settings.input_fps
@@ -185,8 +198,13 @@ def _open(
     paths = frames_of(path)
     sizes = {one: _size_of(one) for one in paths}
     check_sizes(sizes)
-    height, width = sizes[paths[0]]
-    return FolderInput(paths, _fraction(fps)), (height, width)
+    numbers, missing = numbered_gaps(paths)
+    frames = FolderInput(paths, _fraction(fps), numbers if missing and settings.fill_gaps else None)
+    if missing:
+        named = f"{', '.join(map(str, missing[:_NAMED]))}{' …' * (len(missing) > _NAMED)}"
+        how = "are made" if settings.fill_gaps else "are missing: --fill_gaps makes them"
+        frames.notes.append(f"frames {named} ({len(missing)}) {how}")
+    return frames, sizes[paths[0]]
 
 
 def _create(
@@ -221,6 +239,8 @@ def _described(
     )
     notes = [f"{counts.cuts} scene cuts"] if counts.cuts else []
     notes += [f"{counts.dropped} duplicates left out"] if counts.dropped else []
+    notes += [f"{counts.gaps} gaps that are not interpolated (--max_gap)"] if counts.gaps else []
+    notes += source.notes
     notes += [source.damage] if isinstance(source, VideoInput) and source.damage else []
     return ", ".join([f"{out}: {rates}", *notes, made_by(model)])
 
@@ -237,14 +257,15 @@ def frames_of(folder: Path) -> list[Path]:
     paths = [path for path in folder.iterdir() if path.suffix.lower() in IMAGE_EXTENSIONS and not path.name.startswith(".")]
     if len(paths) < 2:
         raise JobError(f"{folder} holds {len(paths)} images; two or more are needed ({', '.join(sorted(IMAGE_EXTENSIONS))})")
-    return sorted(paths, key=lambda path: [(int(n or 0), text) for text, n in re.findall(r"(\D*)(\d*)", path.name)])
+    return sorted(paths, key=lambda path: natural(path.name))
 
 
 def _size_of(path: Path) -> tuple[int, int]:
     """Read (height, width) from the header of the file alone."""
     try:
         with Image.open(path) as image:
-            return image.height, image.width
+            sideways = image.getexif().get(_ORIENTATION, 1) >= _SIDEWAYS
+            return (image.width, image.height) if sideways else (image.height, image.width)
     except (OSError, UnidentifiedImageError) as error:
         raise JobError(f"{path} cannot be read as an image: {error}") from error
 

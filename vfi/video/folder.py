@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -18,16 +19,33 @@ class FolderInput:
 
     colours = Colours()
 
-    def __init__(self, paths: Sequence[Path], fps: Fraction) -> None:
+    def __init__(self, paths: Sequence[Path], fps: Fraction, places: Sequence[int] | None = None) -> None:
+        """`places`: the number of each frame in the sequence, ascending; by default they follow one another."""
         self.paths, self.rate, self.base = paths, fps, 1 / fps
+        self.places = range(len(paths)) if places is None else places
         self.expected = len(paths)
+        self.notes: list[str] = []
 
     def read(self) -> Iterator[av.VideoFrame | av.Packet]:
         """Yield each frame, read when it is needed."""
-        for number, path in enumerate(self.paths):
+        for number, path in zip(self.places, self.paths, strict=True):
             frame = av.VideoFrame.from_ndarray(read_image(path), format="rgb24")
             frame.pts, frame.time_base = number, self.base
             yield frame
+
+
+def numbered_gaps(paths: Sequence[Path]) -> tuple[list[int], list[int]]:
+    """Return the numbers in which the names of images differ, from the first on, and those that are missing between them.
+
+    Both are empty for names that differ in anything but one number.
+    """
+    parts = [re.fullmatch(r"(.*?)(\d+)(\D*)", path.name) for path in paths]
+    found = [match for match in parts if match]
+    if len(found) < len(paths) or len({(match[1], match[3]) for match in found}) > 1:
+        return [], []
+    numbers = [int(match[2]) - int(found[0][2]) for match in found]
+    missing = sorted(set(range(numbers[-1])) - set(numbers))
+    return numbers, [number + int(found[0][2]) for number in missing]
 
 
 class FolderOutput:
@@ -38,7 +56,7 @@ class FolderOutput:
     def __init__(self, folder: Path, colours: Colours, done: int = 0) -> None:
         self.folder, self.colours, self.done, self.count = folder, colours, done, 0
 
-    def write(self, frame: av.VideoFrame, pts: int) -> None:
+    def write(self, frame: av.VideoFrame, pts: int, duration: int = 0, last: bool = False) -> None:
         """Write the next file, unless it is already there."""
         if self.count < self.done:
             self.count += 1

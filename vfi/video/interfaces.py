@@ -31,8 +31,8 @@ class Sink(Protocol):
     done: int
     """Number of frames that it already holds from a stopped conversion; it takes the first `done` frames for these."""
 
-    def write(self, frame: av.VideoFrame, pts: int) -> None:
-        """Write a frame."""
+    def write(self, frame: av.VideoFrame, pts: int, duration: int = 0, last: bool = False) -> None:
+        """Write a frame that is shown at `pts` for `duration`; 0: until the next one. `last`: it is the last one."""
 
     def copy(self, packet: av.Packet) -> None:
         """Write a packet."""

@@ -14,7 +14,9 @@ import contextlib
 import dataclasses
 import functools
 import os
+import statistics
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from fractions import Fraction
@@ -35,6 +37,8 @@ InterpolationEngine = Callable[[np.ndarray, np.ndarray, Sequence[Fraction]], Cal
 """Two frames `[H, W, 3]` uint8 or uint16, timesteps -> a function that waits for the frames there, which have the same type."""
 _PREFETCH = 4  # frames that are decoded ahead
 _CONVERTING = 8  # threads: one of them takes longer for a 4K frame than a fast model
+_RECENT = 31  # frames whose distances say what is usual
+_GAP_FACTOR, _LEAST_GAP = 5, 0.5  # times the usual distance; seconds
 _MOST_REPEATS = 4  # dropped in a row: a longer run is no pulldown but a static picture
 
 
@@ -46,6 +50,8 @@ class FrameFilter:
     """Difference times change of histogram (shards/sequence_filter.py) above which a new scene starts; 0: never."""
     drop_duplicates: bool = False
     """Drop frames that repeat the one before (pulldown, animation on twos), so that motion is spread evenly."""
+    max_gap: float | None = None
+    """Seconds between two frames above which nothing is interpolated; None: five times the usual time, at least 0.5."""
 
 
 @dataclasses.dataclass
@@ -58,6 +64,8 @@ class ConversionStats:
     """Frames that the model interpolated."""
     cuts: int = 0
     dropped: int = 0
+    gaps: int = 0
+    """Pairs too far apart in time to be interpolated."""
     reading: float = 0.0
     """Seconds spent reading frames."""
     writing: float = 0.0
@@ -150,13 +158,16 @@ class _Work:
         self.source, self.behind, self.line, self.between, self.care = source, behind, line, between, care
         self.counts, self.pool = counts, pool
         self.before: _Shown | None = None
-        self.repeats = 0
+        self.repeats, self.start = 0, 0
+        self.gaps = deque[int]((round(1 / source.rate / source.base),), maxlen=_RECENT)  # between the latest frames
 
     def take(self, after: _Shown) -> None:
         """Take the next frame of the source and start the interpolation of the pair that it completes."""
         self.counts.read += 1
         if self.before is None:
-            self.line.start(after.pts, self.source.base)
+            if self.line.slowdown > 1:  # or a late start would come later still
+                self.start = after.pts
+            self.line.start(after.pts - self.start, self.source.base)
         elif self._is_repeated(self.before, after):
             self.repeats += 1
             self.counts.dropped += 1
@@ -170,19 +181,28 @@ class _Work:
         if self.before is None:
             raise JobError("there are no frames in it")
         frame = self.before.frame
-        self._put(list(self.line.last(self.before.pts, self.before.duration)), lambda moment: frame)
+        self._put(list(self.line.last(self.before.pts - self.start, self.before.duration)), lambda moment: frame, last=True)
 
     def _is_repeated(self, before: _Shown, after: _Shown) -> bool:
         wanted = self.care.drop_duplicates and self.repeats < _MOST_REPEATS
         return wanted and is_duplicate(before.thumbnail, after.thumbnail)
 
+    def _is_gap(self, time: int) -> bool:
+        """Return whether two frames, `time` apart, are too far apart to be interpolated."""
+        usual = statistics.median(self.gaps) * self.source.base
+        self.gaps.append(time)
+        longest = self.care.max_gap if self.care.max_gap is not None else max(_GAP_FACTOR * usual, _LEAST_GAP)
+        return time * self.source.base > longest
+
     def _pair(self, before: _Shown, after: _Shown) -> None:
-        moments = list(self.line.between(before.pts, after.pts))
-        cut = bool(self.care.scene_cut) and is_cut(before.thumbnail, after.thumbnail, self.care.scene_cut)
+        moments = list(self.line.between(before.pts - self.start, after.pts - self.start))
+        gap = self._is_gap(after.pts - before.pts)
+        cut = not gap and bool(self.care.scene_cut) and is_cut(before.thumbnail, after.thumbnail, self.care.scene_cut)
         self.counts.cuts += cut
+        self.counts.gaps += gap
         asked = [moment.timestep for moment in moments if moment.timestep]
         done = self.counts.written + len(moments) <= self.behind.sink.done
-        if not asked or cut or done or _same(before, after):
+        if not asked or gap or cut or done or _same(before, after):
             half = Fraction(1, 2)
             self._put(moments, lambda moment: before.frame if moment.timestep < half or not cut else after.frame)
             return
@@ -196,15 +216,15 @@ class _Work:
         made = self.pool.submit(convert)
         self._put(moments, lambda moment: made.result()[moment.timestep] if moment.timestep else before.frame)
 
-    def _put(self, moments: Sequence[OutputFrame], frame: Callable[[OutputFrame], av.VideoFrame]) -> None:
-        """Queue frames for writing; `frame` waits for each."""
+    def _put(self, moments: Sequence[OutputFrame], frame: Callable[[OutputFrame], av.VideoFrame], last: bool = False) -> None:
+        """Queue frames for writing; `frame` waits for each. `last`: there are none after these."""
         sink = self.behind.sink
 
         def write() -> None:
             for moment in moments:
                 there = frame(moment)
                 began = time.perf_counter()
-                sink.write(there, moment.pts)
+                sink.write(there, moment.pts, moment.duration, last and moment is moments[-1])
                 self.counts.writing += time.perf_counter() - began
 
         self.behind.put(write)

@@ -26,6 +26,8 @@ class OutputFrame(NamedTuple):
     """Time between two frames of the input: from 0, the first of them, to below 1."""
     pts: int
     """Presentation time, in the time base of the output."""
+    duration: int
+    """Time until the next frame, likewise."""
 
 
 @dataclasses.dataclass
@@ -37,6 +39,8 @@ class FrameMultiplier:
 
     factor: int
     slower: bool = False
+    fill: bool = False
+    """Frames further apart than one unit of the input's time base get those in between, too: for numbered images with gaps."""
 
     def start(self, pts: int, base: Fraction) -> Fraction:
         """Return the time base of the output, for an input whose first frame is at `pts` of `base`."""
@@ -44,12 +48,14 @@ class FrameMultiplier:
 
     def between(self, pts: int, after: int) -> Iterator[OutputFrame]:
         """Yield the output's frames from the frame at `pts` up to the next one, at `after`."""
-        for step in range(self.factor):
-            yield OutputFrame(Fraction(step, self.factor), self.factor * pts + step * (after - pts))
+        steps = self.factor * (after - pts) if self.fill else self.factor
+        length = self.factor * (after - pts) // steps
+        for step in range(steps):
+            yield OutputFrame(Fraction(step, steps), self.factor * pts + step * length, length)
 
     def last(self, pts: int, duration: int) -> Iterator[OutputFrame]:
-        """Yield the last frame."""
-        yield OutputFrame(Fraction(0), self.factor * pts)
+        """Yield the last frame, for as long as it is shown: the output is as long as the input, or `factor` times."""
+        yield OutputFrame(Fraction(0), self.factor * pts, self.factor * duration)
 
     def rate(self, rate: Fraction) -> Fraction:
         """Return the frames per second of the output, for an input at `rate`."""
@@ -83,13 +89,13 @@ class Rate:
         """Yield the output's frames from the frame at `pts` up to the next one, at `after`."""
         begin, end = pts * self.units, after * self.units
         while self.next < end:
-            yield OutputFrame(Fraction(self.next - begin, end - begin), self.next)
+            yield OutputFrame(Fraction(self.next - begin, end - begin), self.next, self.step)
             self.next += self.step
 
     def last(self, pts: int, duration: int) -> Iterator[OutputFrame]:
         """Yield the last frame, repeated for its `duration`."""
         while self.next < (pts + duration) * self.units:
-            yield OutputFrame(Fraction(0), self.next)
+            yield OutputFrame(Fraction(0), self.next, self.step)
             self.next += self.step
 
     def rate(self, rate: Fraction) -> Fraction:

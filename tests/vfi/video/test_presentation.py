@@ -1,0 +1,211 @@
+"""Times of real files: clocks that jump, containers without times, gaps, the last frame; streams, sizes and names."""
+
+from __future__ import annotations
+
+import itertools
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+from made_videos import EVEN, call, frames_of, make, new_run, packets_of, pixels, planes, refused, times_of
+
+from vfi.video.container import VideoInput
+from vfi.video.presentation import FrameTimes
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    return new_run(tmp_path_factory.mktemp("work") / "runs" / "fresh")
+
+
+def read(path: Path, **options: object) -> tuple[list[float], VideoInput]:
+    """The times of a file's frames in seconds, and the file after reading."""
+    with VideoInput(path, **options) as video:
+        times = [float(frame.pts * video.base) for frame in video.read() if isinstance(frame, av.VideoFrame)]
+    return times, video
+
+
+def joined(path: Path, parts: int = 2, sound: bool = False, size: tuple[int, int] = (48, 64)) -> Path:
+    """Transport streams of ten frames, the clock of each starting where that of the first did; later ones of `size`."""
+    content = b""
+    for part in range(parts):
+        shape = (48, 64) if part == 0 else size
+        frames = [planes(number, "yuv420p", shape) for number in range(10)]
+        one = make(path.with_name(f"{part}.ts"), range(0, 400, 40), codec="libx264", frames=frames, size=shape)
+        content += one.read_bytes()
+    path.write_bytes(content)
+    return path
+
+
+def test_a_clock_that_starts_again_goes_on(run, tmp_path, capsys):
+    source = joined(tmp_path / "in.ts", parts=3)
+    times, video = read(source)
+    assert times == pytest.approx([0.04 * number for number in range(30)], abs=1e-4)
+    assert len(video.notes) == 1
+    assert video.notes[0].startswith("its clock jumps at ")
+    assert video.notes[0].count(",") == 1  # two jumps
+    call(source, "-o", tmp_path / "out.mp4", "--model", run)
+    assert times_of(tmp_path / "out.mp4") == pytest.approx([0.02 * number for number in range(59)], abs=1e-4)
+    printed = capsys.readouterr().out
+    assert "59 frames at 50 per second from 30 at 25, " in printed
+    assert "its clock jumps at " in printed
+
+
+def test_frames_of_another_size_are_scaled_and_said(run, tmp_path, capsys):
+    source = joined(tmp_path / "in.ts", size=(64, 96))
+    call(source, "-o", tmp_path / "out.mp4", "--model", run)
+    assert "10 frames of another size are scaled to 64x48" in capsys.readouterr().out
+    found = frames_of(tmp_path / "out.mp4")
+    assert {(frame.height, frame.width) for frame in found} == {(48, 64)}
+    assert len(found) == 39
+
+
+def test_a_late_start_is_zero_and_slow_motion_is_not_later_still(run, tmp_path):
+    source = make(tmp_path / "in.ts", EVEN, codec="libx264", start=40_000_000)
+    assert read(source)[0] == pytest.approx([time / 1000 for time in EVEN], abs=1e-4)
+    call(source, "-o", tmp_path / "out.mp4", "--model", run, "--slowmo", 2)
+    assert times_of(tmp_path / "out.mp4") == pytest.approx([time / 1000 for time in range(0, 321, 40)], abs=1e-4)
+
+
+def test_sound_keeps_its_distance_to_the_picture(run, tmp_path):
+    source = make(tmp_path / "in.mkv", EVEN, sound=True, start=500)
+    before = packets_of(source, "audio")[0][0] - times_of(source)[0]
+    call(source, "-o", tmp_path / "out.mkv", "--model", run, "--codec", "ffv1")
+    assert packets_of(tmp_path / "out.mkv", "audio")[0][0] - times_of(tmp_path / "out.mkv")[0] == pytest.approx(
+        before, abs=2e-3
+    )
+
+
+def test_avi_with_reordered_frames_loses_none(run, tmp_path):
+    """AVI has no presentation times: what its reader makes up is out of order."""
+    source = tmp_path / "in.avi"
+    with av.open(str(source), "w") as container:
+        stream = container.add_stream("libx264", rate=25)
+        stream.height, stream.width, stream.pix_fmt, stream.options = 48, 64, "yuv420p", {"bf": "2", "b-adapt": "0"}
+        stream.codec_context.time_base = Fraction(1, 25)
+        for number in range(20):
+            frame = planes(number, "yuv420p")
+            frame.pts, frame.time_base = number, Fraction(1, 25)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    with av.open(str(source)) as container:
+        assert np.diff([frame.pts for frame in container.decode(video=0)]).min() < 0
+    times, video = read(source)
+    assert len(times) == 20
+    assert np.diff(times) == pytest.approx([0.04] * 19, abs=2e-3)
+    assert video.notes == []
+    call(source, "-o", tmp_path / "out.mkv", "--model", run, "--codec", "ffv1")
+    assert len(frames_of(tmp_path / "out.mkv")) == 39
+
+
+def test_no_frame_is_dropped_for_its_time():
+    """Whatever times a decoder gives, those of the output increase, and good ones stay as they are."""
+    times = FrameTimes(type("Container", (), {"format": type("Format", (), {"name": "mov"})()})(), usual=10)
+    found = []
+    for pts in (0, 10, 10, 5, None, 40, 40, 60):
+        frame = av.VideoFrame(16, 16, "gray")
+        frame.pts = pts
+        times.assign(frame)
+        found.append(frame.pts)
+    assert found == [0, 10, 15, 20, 30, 40, 45, 60]
+    assert times.changed == 3
+    assert all(before < after for before, after in itertools.pairwise(found))
+
+
+def test_nothing_is_blended_across_a_gap(run, tmp_path, capsys):
+    """Ten frames a second, a screen that is still for three, then another picture."""
+    times = [0, 100, 200, 3200, 3300]
+    frames = [planes(number, "yuv420p") for number in (0, 1, 2, 12, 13)]
+    source, out = make(tmp_path / "in.mkv", times, frames=frames), tmp_path / "out.mkv"
+    call(source, "-o", out, "--model", run, "--codec", "ffv1", "--scene_cut", 0)
+    assert "1 gaps that are not interpolated (--max_gap)" in capsys.readouterr().out
+    before, after = frames_of(source), frames_of(out)
+    assert np.array_equal(pixels(after[5]), pixels(before[2]))  # held, and no mean of both
+    assert not np.array_equal(pixels(after[3]), pixels(before[1]))
+    call(source, "-o", tmp_path / "all.mkv", "--model", run, "--codec", "ffv1", "--scene_cut", 0, "--max_gap", 5)
+    assert not np.array_equal(pixels(frames_of(tmp_path / "all.mkv")[5]), pixels(before[2]))
+
+
+def test_slow_frames_at_equal_distances_are_no_gaps(run, tmp_path, capsys):
+    source = make(tmp_path / "in.mp4", [0, 1000, 2000, 3000], codec="libx264")
+    call(source, "-o", tmp_path / "out.mp4", "--model", run)
+    assert "gaps" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv", ".mov"])
+def test_the_last_frame_is_shown_as_long_as_in_the_input(run, tmp_path, suffix):
+    """A GIF states how long each picture stays."""
+    source, out = tmp_path / "in.gif", tmp_path / f"out{suffix}"
+    from PIL import Image
+
+    images = [Image.fromarray(np.full((48, 64, 3), 20 * number, np.uint8)) for number in range(6)]
+    images[0].save(source, save_all=True, append_images=images[1:], duration=[100, 100, 300, 100, 100, 2000])
+    call(source, "-o", out, "--model", run)
+    with av.open(str(out)) as container:
+        assert container.duration / av.time_base == pytest.approx(2.7, abs=2e-3)
+    assert times_of(out)[-1] == pytest.approx(0.7, abs=1e-3)
+    assert len(times_of(out)) == 11
+
+
+def test_the_default_video_is_read_and_the_others_are_named(run, tmp_path, capsys):
+    """A still picture before the film, which is marked as the default."""
+    path = tmp_path / "in.mkv"
+    with av.open(str(path), "w") as container:
+        still, film = (container.add_stream("ffv1", rate=25) for _ in range(2))
+        for stream, size in ((still, (64, 64)), (film, (48, 64))):
+            stream.height, stream.width, stream.pix_fmt = *size, "yuv420p"
+            stream.codec_context.time_base = Fraction(1, 1000)
+        still.disposition, film.disposition = 0, av.stream.Disposition.default
+        for number in range(5):
+            for stream, size in ((still, (64, 64)), (film, (48, 64))) if number == 0 else ((film, (48, 64)),):
+                frame = planes(number, "yuv420p", size)
+                frame.pts, frame.time_base = 40 * number, Fraction(1, 1000)
+                container.mux(stream.encode(frame))
+        for stream in (still, film):
+            container.mux(stream.encode())
+    call(path, "-o", tmp_path / "out.mkv", "--model", run, "--codec", "ffv1")
+    assert "of its video streams 0 (ffv1, 64x64), 1 (ffv1, 64x48), 1 is read" in capsys.readouterr().out
+    assert len(frames_of(tmp_path / "out.mkv")) == 9
+    call(path, "-o", tmp_path / "still.mkv", "--model", run, "--codec", "ffv1", "--video_stream", 0)
+    assert [frame.height for frame in frames_of(tmp_path / "still.mkv")] == [64]
+    message = refused(capsys, path, "-o", tmp_path / "no.mkv", "--model", run, "--video_stream", 7)
+    assert "--video_stream 7: " in message
+    assert "it has 0 (ffv1, 64x64), 1 (ffv1, 64x48)" in message
+
+
+def test_a_damaged_packet_costs_its_frames_only(run, tmp_path, capsys):
+    """One of 24 key frames is overwritten."""
+    frames = [planes(number, "yuv420p") for number in range(24)]
+    whole = make(tmp_path / "in.mkv", [40 * number for number in range(24)], codec="mjpeg", pix_fmt="yuvj420p", frames=None)
+    with av.open(str(whole)) as container:
+        packets = [bytes(packet) for packet in container.demux(video=0) if packet.size]
+    assert len(packets) == len(frames)
+    data = whole.read_bytes()
+    at = data.index(packets[12])
+    damaged = tmp_path / "damaged.mkv"
+    damaged.write_bytes(data[:at] + bytes(len(packets[12])) + data[at + len(packets[12]) :])
+    assert "is damaged after 12 frames" in refused(capsys, damaged, "-o", tmp_path / "no.mkv", "--model", run)
+    call(damaged, "-o", tmp_path / "out.mkv", "--model", run, "--codec", "ffv1", "--allow_damaged")
+    assert "45 frames at 50 per second from 23 at 25" in (printed := capsys.readouterr().out)
+    assert "damaged.mkv is damaged: at 1 places, first at 0.48 s" in printed
+    assert times_of(tmp_path / "out.mkv")[-1] == pytest.approx(0.92, abs=1e-3)
+
+
+@pytest.mark.parametrize("suffix", [".mov", ".webm"])
+def test_sound_that_a_container_cannot_hold_is_left_out_and_named(run, tmp_path, capsys, suffix):
+    source = make(tmp_path / "in.mkv", EVEN, sound=True)
+    call(source, "-o", tmp_path / f"out{suffix}", "--model", run)
+    assert f"left out: audio 1 (flac): {suffix} can't hold it, .mkv may" in capsys.readouterr().out
+    assert len(frames_of(tmp_path / f"out{suffix}")) == 9
+
+
+@pytest.mark.parametrize("name", ["rec:12.mkv", "a%d b#?.mkv", "-.mkv", "ä'\"&.mkv"])
+def test_any_name_is_a_file(run, tmp_path, name, monkeypatch):
+    make(tmp_path / "in.mkv", EVEN)
+    (tmp_path / "in.mkv").rename(tmp_path / name)
+    call(tmp_path / name, "-o", tmp_path / f"out {name}", "--model", run, "--codec", "ffv1")
+    assert len(frames_of(Path(f"file:{tmp_path / f'out {name}'}"))) == 9
