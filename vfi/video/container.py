@@ -33,12 +33,12 @@ from av.video.frame import PictureType
 from av.video.stream import VideoStream
 
 from shards.color_conversion import (
-    BT709,
     Colours,
     assume_left_chroma,
     chroma_halves,
     describe_colours,
     from_rgb,
+    is_rgb,
     measure_chroma_location,
     reformat,
     to_rgb,
@@ -61,6 +61,8 @@ _USUAL_PRESET = {"libx264": {"preset": "veryfast", "x264-params": "subme=1"}}
 _FRAME_DURATION = 1 << 8  # AV_CODEC_FLAG_FRAME_DURATION: the last frame is shown for as long as it says
 _SHORTEST = 0.95  # of the frames that a file declares: with fewer it was truncated
 _FASTEST, _USUAL_RATE = Fraction(300), Fraction(25)  # frames per second; a higher one is the clock's, not the picture's
+_HEVC = ("hevc", "libx265", "hevc_nvenc", "hevc_videotoolbox")
+_NO_MATRIX = 0  # of ITU-T H.273: the planes are red, green and blue
 _MOMENT = Fraction(1, 1000)  # seconds: a unit of the coarsest container
 _ATTEMPTS = 20  # to read on behind damage
 
@@ -244,9 +246,8 @@ class VideoOutput:
             self.container: OutputContainer = av.open(f"file:{path}", "w")
         except (av.FFmpegError, OSError, ValueError) as error:
             raise JobError(f"--out {path}: {getattr(error, 'strerror', None) or error}") from error
-        given = source.pix_fmt if source else "yuv420p"
         codec = encoding.codec or default_codec(path.suffix, self.colours.bits)
-        self.pix_fmt = choose_pix_fmt(codec, encoding.pix_fmt, given, self.colours.bits)
+        self.pix_fmt = choose_pix_fmt(codec, encoding.pix_fmt, source.pix_fmt if source else "rgb24", self.colours.bits)
         self.stream = cast(VideoStream, self.container.add_stream(codec, rate=rate.limit_denominator(1 << 16)))
         context = self.stream.codec_context
         # chroma at half the size requires even sides: the last row or column is repeated
@@ -256,9 +257,13 @@ class VideoOutput:
         context.options = _options(codec, encoding)
         context.flags |= _FRAME_DURATION
         context.thread_type = "AUTO"  # the default is slice threading, which makes files of x264 a sixth larger, and is slower
-        context.color_range = 2 if self.colours.full_range else 1
+        rgb = is_rgb(av.VideoFormat(self.pix_fmt))
+        context.color_range = 2 if self.colours.full_range or rgb else 1
         # state the colour matrix: players guess it from the size otherwise, and disagree
-        context.colorspace = (source.says_matrix if source else BT709) or self.colours.matrix
+        stated = source.says_matrix if source and not is_rgb(av.VideoFormat(source.pix_fmt)) else 0
+        context.colorspace = _NO_MATRIX if rgb else stated or self.colours.matrix
+        if self.stream.codec_context.name in _HEVC and path.suffix.lower() in (".mp4", ".mov", ".m4v"):
+            context.codec_tag = "hvc1"  # with hev1, which FFmpeg takes by itself, players of Apple show nothing
         context.color_primaries, context.color_trc = self.colours.primaries, self.colours.transfer
         self.copies: dict[Any, Any] = {}
         self.copied: dict[int, Fraction] = {}  # stream -> decoding time of its last packet
@@ -400,13 +405,18 @@ def default_codec(suffix: str, bits: int) -> str:
 
 
 def choose_pix_fmt(codec: str, asked: str, given: str, bits: int) -> str:
-    """Return a pixel format of the encoder: the requested one, the input's, or the nearest by bits and chroma size."""
+    """Return a pixel format of the encoder: the requested one, the input's, or the nearest by bits and chroma size.
+
+    The usual encoders get RGB as 4:2:0, since many players refuse their other formats; a lossless one keeps it.
+    """
     try:
         formats = [pixels.name for pixels in av.Codec(codec, "w").video_formats or ()]
     except ValueError as error:
         raise JobError(f"--codec {codec} is not an encoder of this video library") from error
     if asked and formats and asked not in formats:
         raise JobError(f"--pix_fmt {asked} is not among those of {codec}: choose from {', '.join(formats)}")
+    if not asked and codec in _USUAL and is_rgb(av.VideoFormat(given)):
+        given = "yuv420p" if bits <= 8 else "yuv420p10le"
     if asked or not formats or given in formats:
         return asked or given
     wanted = av.VideoFormat(given)

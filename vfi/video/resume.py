@@ -98,10 +98,12 @@ class PartialVideoReader:
         self.container = self._open()
         self.stream: VideoStream = self.container.streams.video[0]
         with self._open() as counted:
-            found = sum(packet.size > 0 for packet in counted.demux(counted.streams.video[0]))
-        if found != frames:
+            times = [packet.pts for packet in counted.demux(counted.streams.video[0]) if packet.size]
+        if len(times) != frames:
             self.container.close()
-            raise JobError(f"--resume: {path} holds {found} frames, and {frames} were written; {_ANEW}")
+            raise JobError(f"--resume: {path} holds {len(times)} frames, and {frames} were written; {_ANEW}")
+        self.first = min((pts for pts in times if pts is not None), default=0)
+        self.shift = Fraction(0)
         self.wanted, self.found = list[Fraction](), list[Fraction]()
         self.packets = self._packets()
 
@@ -110,10 +112,12 @@ class PartialVideoReader:
         packet = next(self.packets)
         assert packet.pts is not None
         assert packet.time_base is not None
+        if not self.wanted:  # Matroska moves all streams where the sound of an MP4 begins before zero
+            self.shift = pts * base - self.first * packet.time_base
         self.wanted.append(pts * base)
-        self.found.append(packet.pts * packet.time_base)
+        self.found.append(packet.pts * packet.time_base + self.shift)
         packet.pts = round(self.found[-1] / base)
-        packet.dts = None if packet.dts is None else round(packet.dts * packet.time_base / base)
+        packet.dts = None if packet.dts is None else round((packet.dts * packet.time_base + self.shift) / base)
         packet.time_base = base
         packet.stream = stream
         if len(self.found) == self.frames:

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from made_videos import EVEN, call, frames_of, make, new_run, packets_of, pixels, planes, refused, scene, times_of
+from PIL import Image
 
 from shards.color_conversion import to_rgb
 from vfi import interpolate
@@ -450,3 +451,38 @@ def test_a_folder_of_frames_comes_out_and_goes_in(run, tmp_path, capsys):
     assert times_of(tmp_path / "back.mp4") == pytest.approx([n / 20 for n in range(10)], abs=1e-3)
     with VideoInput(tmp_path / "back.mp4") as video:
         assert (video.colours.matrix, video.colours.full_range, video.pix_fmt) == (1, False, "yuv420p")
+
+
+# ------------------------------------------------------------------------------------------------------ pixels of RGB input
+
+
+def test_lossless_video_of_images_has_their_pixels(run, tmp_path):
+    images = [np.random.default_rng(number).integers(0, 256, (48, 64, 3), dtype=np.uint8) for number in range(3)]
+    (tmp_path / "frames").mkdir()
+    for number, image in enumerate(images):
+        Image.fromarray(image).save(tmp_path / "frames" / f"{number}.png")
+    call(tmp_path / "frames", "-o", tmp_path / "out.mkv", "--model", run, "--codec", "ffv1")
+    found = frames_of(tmp_path / "out.mkv")
+    assert found[0].format.is_rgb
+    for number, image in enumerate(images):
+        assert np.array_equal(found[2 * number].to_ndarray(format="rgb24"), image)
+    with av.open(str(tmp_path / "out.mkv")) as container:
+        context = container.streams.video[0].codec_context
+        assert (context.colorspace, context.color_range) == (0, 2)  # RGB, full range
+
+
+@pytest.mark.parametrize("codec", ["libx264", "libx265"])
+def test_rgb_becomes_4_2_0_of_a_stated_matrix_unless_asked(run, tmp_path, codec):
+    source = tmp_path / "in.gif"
+    images = [Image.fromarray(np.full((48, 64, 3), (40 + 20 * number, 90, 160), np.uint8)) for number in range(3)]
+    images[0].save(source, save_all=True, append_images=images[1:], duration=100)
+    call(source, "-o", tmp_path / "out.mp4", "--model", run, "--codec", codec)
+    found = frames_of(tmp_path / "out.mp4")
+    assert {frame.format.name for frame in found} == {"yuv420p"}
+    with VideoInput(tmp_path / "out.mp4") as video:
+        assert video.says_matrix == video.colours.matrix == 5  # BT.601 at this size
+        for image, frame in zip(images, found[::2], strict=True):
+            assert np.abs(to_rgb(frame, video.colours).astype(int) - np.asarray(image)).max() <= 3
+        assert video.stream.codec_context.codec_tag == {"libx264": "avc1", "libx265": "hvc1"}[codec]
+    call(source, "-o", tmp_path / "full.mp4", "--model", run, "--codec", codec, "--pix_fmt", "yuv444p")
+    assert {frame.format.name for frame in frames_of(tmp_path / "full.mp4")} == {"yuv444p"}
