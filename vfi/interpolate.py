@@ -30,6 +30,7 @@ from shards.schema import IMAGE_EXTENSIONS, ShardError
 from vfi.config.renamed_flags import with_new_names
 from vfi.errors import CheckpointError, JobError, clear_errors
 from vfi.video.convert import ConversionSettings, build_engine, check_sizes, convert, made_by, new_timeline, temporary_path
+from vfi.video.folder import is_transparent
 
 IMAGE_OUTPUTS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 VIDEO_OUTPUTS = (".mp4", ".mkv", ".mov", ".webm", ".m4v")
@@ -129,7 +130,8 @@ def _images_to_image(options: Options, path0: Path, path1: Path) -> str:
     finally:
         temporary.unlink(missing_ok=True)
     height, width = img0.shape[:2]
-    return f"{options.out}: {width}x{height}, timestep {timestep:g}, {made_by(model)}"
+    lost = ", transparency left out (over black)" if any(map(is_transparent, (path0, path1))) else ""
+    return f"{options.out}: {width}x{height}, timestep {timestep:g}{lost}, {made_by(model)}"
 
 
 def _check_output(out: Path, extensions: Sequence[str], inputs: Sequence[Path]) -> None:

@@ -29,8 +29,9 @@ from shards.frame_sources import VideoFrame
 from shards.sequence_filter import is_cut
 from vfi.errors import JobError, message_of
 from vfi.runtime.device import DeviceName, PrecisionName, describe_precision
-from vfi.video.container import Encoding, VideoInput, VideoOutput
+from vfi.video.container import Encoding, VideoOutput
 from vfi.video.convert import ConversionSettings, build_engine, check_sizes, convert
+from vfi.video.video_input import VideoInput
 
 MAX_FRAMES = 900
 """Most frames that a video may have: half a minute at 30 frames per second."""

@@ -23,11 +23,13 @@ from vfi.errors import JobError
 from vfi.inference.engine import InterpolationEngine, Settings
 from vfi.model.interpolator import MIN_SIZE
 from vfi.runtime.device import DeviceName, PrecisionName, describe_precision
-from vfi.video.container import Encoding, VideoInput, VideoOutput
+from vfi.video.container import Encoding, VideoOutput
+from vfi.video.field_filters import DEINTERLACE, DETELECINE
 from vfi.video.folder import FolderInput, FolderOutput, numbered_gaps
 from vfi.video.pipeline import ConversionStats, FrameFilter, add_frames
 from vfi.video.resume import Partial, PartialVideoReader, copy_frames
 from vfi.video.timeline import FrameMultiplier, Rate, Timeline
+from vfi.video.video_input import VideoInput
 
 DEFAULT_FPS = 15.0
 _NAMED = 8  # missing frames that a note names
@@ -62,6 +64,12 @@ class ConversionSettings:
     the usual time, at least 0.5."""
     video_stream: int | None = None
     """Number of the video stream to read, as in the message about a file with several; default: the file's own choice."""
+    deinterlace: bool = False
+    """Make whole frames of the fields of interlaced video (FFmpeg's bwdif)."""
+    detelecine: bool = False
+    """Find the frames of a film in 30 interlaced or combed frames a second: 24 remain (FFmpeg's fieldmatch and decimate)."""
+    keep_interlaced: bool = False
+    """Take interlaced video as it is, or what says so and is not."""
     allow_damaged: bool = False
     """Convert what can be decoded of a damaged video."""
     tta: bool = False
@@ -108,6 +116,10 @@ def new_timeline(settings: ConversionSettings) -> Timeline:
     for name in ("--multiplier", "--slowmo"):
         if (value := given[name]) is not None and not 2 <= value <= 64:
             raise JobError(f"{name} {value} must lie between 2 and 64")
+    if sum((settings.deinterlace, settings.detelecine, settings.keep_interlaced)) > 1:
+        raise JobError("--deinterlace, --detelecine and --keep_interlaced exclude each other: give one of them")
+    if settings.max_gap is not None and settings.max_gap < 0:
+        raise JobError(f"--max_gap {settings.max_gap} must not be negative")
     if settings.fps is not None:
         if not 0.1 <= settings.fps <= 1000:
             raise JobError(f"--fps {settings.fps} must lie between 0.1 and 1000")
@@ -189,7 +201,10 @@ def _open(
             raise JobError(f"--fill_gaps is for a folder of numbered frames: {path} is a file")
         if settings.input_fps is not None:
             raise JobError(f"--input_fps {settings.input_fps} is for a folder of frames: {path} has a rate of its own")
-        video = stack.enter_context(VideoInput(path, settings.allow_damaged, settings.video_stream))
+        fields = DEINTERLACE if settings.deinterlace else DETELECINE if settings.detelecine else None
+        video = stack.enter_context(
+            VideoInput(path, settings.allow_damaged, settings.video_stream, fields, settings.keep_interlaced)
+        )
         _check_size(path, (video.height, video.width))
         return video, (video.height, video.width)
     fps = DEFAULT_FPS if settings.input_fps is None else settings.input_fps

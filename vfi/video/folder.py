@@ -8,6 +8,7 @@ from fractions import Fraction
 from pathlib import Path
 
 import av
+import numpy as np
 from PIL import Image
 
 from shards.codecs import read_image
@@ -24,7 +25,7 @@ class FolderInput:
         self.paths, self.rate, self.base = paths, fps, 1 / fps
         self.places = range(len(paths)) if places is None else places
         self.expected = len(paths)
-        self.notes: list[str] = []
+        self.notes = ["transparency is left out (over black)"] if is_transparent(paths[0]) else []
 
     def read(self) -> Iterator[av.VideoFrame | av.Packet]:
         """Yield each frame, read when it is needed."""
@@ -46,6 +47,18 @@ def numbered_gaps(paths: Sequence[Path]) -> tuple[list[int], list[int]]:
     numbers = [int(match[2]) - int(found[0][2]) for match in found]
     missing = sorted(set(range(numbers[-1])) - set(numbers))
     return numbers, [number + int(found[0][2]) for number in missing]
+
+
+def is_transparent(path: Path) -> bool:
+    """Return whether an image file can hold transparency and has a pixel that is not opaque."""
+    try:
+        with Image.open(path) as image:
+            if not image.has_transparency_data:
+                return False
+            alpha = np.asarray(image.convert("RGBA"))[..., 3]
+    except OSError:  # such as QOI, which Pillow reads from version 11.1 on; or damaged, which is said elsewhere
+        return False
+    return bool((alpha < 255).any())
 
 
 class FolderOutput:

@@ -24,7 +24,8 @@ from vfi.inference.engine import InterpolationEngine
 from vfi.inference.loading import LoadedModel
 from vfi.runtime.prefetch import prefetch
 from vfi.video.background_writer import BackgroundWriter
-from vfi.video.container import VideoInput, choose_pix_fmt, default_codec
+from vfi.video.container import choose_pix_fmt, default_codec
+from vfi.video.video_input import VideoInput
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -486,3 +487,28 @@ def test_rgb_becomes_4_2_0_of_a_stated_matrix_unless_asked(run, tmp_path, codec)
         assert video.stream.codec_context.codec_tag == {"libx264": "avc1", "libx265": "hvc1"}[codec]
     call(source, "-o", tmp_path / "full.mp4", "--model", run, "--codec", codec, "--pix_fmt", "yuv444p")
     assert {frame.format.name for frame in frames_of(tmp_path / "full.mp4")} == {"yuv444p"}
+
+
+def test_transparency_is_left_out_and_said(run, tmp_path, capsys):
+    """Frames of the input would keep it, and those made would be opaque: a flicker."""
+    frame = av.VideoFrame.from_ndarray(np.full((48, 64, 4), 128, np.uint8), format="rgba")
+    source = make(
+        tmp_path / "in.mkv", EVEN[:3], pix_fmt="yuva420p", frames=[frame.reformat(format="yuva420p") for _ in range(3)]
+    )
+    call(source, "-o", tmp_path / "out.mkv", "--model", run, "--codec", "ffv1")
+    assert "its transparency is left out" in capsys.readouterr().out
+    assert {frame.format.name for frame in frames_of(tmp_path / "out.mkv")} == {"yuv420p"}
+    message = refused(capsys, source, "-o", tmp_path / "no.mkv", "--model", run, "--codec", "ffv1", "--pix_fmt", "yuva420p")
+    assert "--pix_fmt yuva420p has transparency, which is not interpolated" in message
+
+
+@pytest.mark.parametrize(("alpha", "said"), [(255, False), (128, True)])
+def test_transparent_images_are_said(run, tmp_path, capsys, alpha, said):
+    (tmp_path / "frames").mkdir()
+    for number in (1, 2):
+        pixels = np.full((48, 64, 4), 100, np.uint8)
+        pixels[..., 3] = alpha
+        Image.fromarray(pixels).save(tmp_path / "frames" / f"{number}.png")
+    call(tmp_path / "frames" / "1.png", tmp_path / "frames" / "2.png", "-o", tmp_path / "out.png", "--model", run)
+    call(tmp_path / "frames", "-o", tmp_path / "out", "--model", run)
+    assert capsys.readouterr().out.count("(over black)") == 2 * said

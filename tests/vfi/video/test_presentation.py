@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from made_videos import EVEN, call, frames_of, make, new_run, packets_of, pixels, planes, refused, times_of
 
-from vfi.video.container import VideoInput
 from vfi.video.presentation import FrameTimes
+from vfi.video.video_input import VideoInput
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -209,3 +209,72 @@ def test_any_name_is_a_file(run, tmp_path, name, monkeypatch):
     (tmp_path / "in.mkv").rename(tmp_path / name)
     call(tmp_path / name, "-o", tmp_path / f"out {name}", "--model", run, "--codec", "ffv1")
     assert len(frames_of(Path(f"file:{tmp_path / f'out {name}'}"))) == 9
+
+
+def interlaced(path: Path, flag: bool = True) -> Path:
+    """Ten frames of a bar that moves by 4 pixels a field: the odd rows show it half a frame later."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=25)
+        stream.height, stream.width, stream.pix_fmt = 64, 96, "yuv420p"
+        stream.options = {"x264-params": f"interlaced={int(flag)}:tff=1" if flag else "", "crf": "5"}
+        stream.codec_context.time_base = Fraction(1, 25)
+        for number in range(10):
+            image = np.full((64, 96, 3), 40, np.uint8)
+            for field in (0, 1):
+                left = 8 * number + 4 * field
+                image[field::2, left : left + 12] = 200
+            frame = av.VideoFrame.from_ndarray(image, format="rgb24").reformat(format="yuv420p")
+            frame.pts, frame.time_base = number, Fraction(1, 25)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return path
+
+
+def combs(path: Path) -> float:
+    """How much neighbouring rows differ, on average over the frames."""
+    images = [frame.to_ndarray(format="gray").astype(float) for frame in frames_of(path)]
+    return float(np.mean([np.abs(image[1:] - image[:-1]).mean() for image in images]))
+
+
+def test_interlaced_video_is_refused_with_the_fix_or_made_whole(run, tmp_path, capsys):
+    source, out = interlaced(tmp_path / "in.mp4"), tmp_path / "out.mkv"
+    common = ("--model", run, "--codec", "ffv1")
+    message = refused(capsys, source, "-o", out, *common)
+    assert "in.mp4 is interlaced: --deinterlace makes whole frames of its fields" in message
+    assert not out.exists()
+    call(source, "-o", out, *common, "--deinterlace")
+    call(source, "-o", tmp_path / "kept.mkv", *common, "--keep_interlaced")
+    assert len(frames_of(out)) == len(frames_of(tmp_path / "kept.mkv")) == 19
+    assert not any(frame.interlaced_frame for frame in frames_of(out))
+    assert combs(out) < 0.3 * combs(tmp_path / "kept.mkv")
+    assert times_of(out) == pytest.approx([0.02 * number for number in range(19)], abs=1e-3)
+    line = refused(capsys, source, "-o", tmp_path / "no.mkv", *common, "--deinterlace", "--detelecine")
+    assert "exclude each other" in line
+
+
+def test_telecine_becomes_the_frames_of_the_film(run, tmp_path):
+    """24 frames a second as 30, two of five woven from the fields of neighbours; every fifth frame goes."""
+    film = []
+    for number in range(24):
+        image = np.full((64, 96, 3), 40, np.uint8)
+        image[:, 3 * number : 3 * number + 12] = 200
+        film.append(image)
+    path = tmp_path / "in.mp4"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=30)
+        stream.height, stream.width, stream.pix_fmt, stream.options = 64, 96, "yuv420p", {"crf": "5"}
+        stream.codec_context.time_base = Fraction(1, 30)
+        shown = [(4 * group + a, 4 * group + b) for group in range(6) for a, b in ((0, 0), (1, 1), (1, 2), (2, 3), (3, 3))]
+        for number, (top, bottom) in enumerate(shown):
+            image = film[top].copy()
+            image[1::2] = film[bottom][1::2]
+            frame = av.VideoFrame.from_ndarray(image, format="rgb24").reformat(format="yuv420p")
+            frame.pts, frame.time_base = number, Fraction(1, 30)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    call(path, "-o", tmp_path / "out.mkv", "--model", run, "--codec", "ffv1", "--detelecine")
+    times = times_of(tmp_path / "out.mkv")
+    assert len(times) == 2 * 24 - 1
+    assert times[0] == 0
+    assert np.diff(times) == pytest.approx([1 / 48] * 46, abs=2e-3)
+    assert combs(tmp_path / "out.mkv") < 0.5

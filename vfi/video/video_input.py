@@ -1,0 +1,197 @@
+"""Read frames, in the order and at the times at which they are shown, and packets of sound and subtitles from a video file."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from fractions import Fraction
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import av
+from av.container import InputContainer
+from av.video.stream import VideoStream
+
+from shards.color_conversion import assume_left_chroma, describe_colours, measure_chroma_location
+from shards.schema import ShardError
+from vfi.errors import JobError
+from vfi.video.field_filters import FieldFilters, FieldMethod
+from vfi.video.presentation import Clock, FrameTimes, measured_rate
+
+_SHORTEST = 0.95  # of the frames that a file declares: with fewer it was truncated
+_FASTEST, _USUAL_RATE = Fraction(300), Fraction(25)  # frames per second; a higher one is the clock's, not the picture's
+_ATTEMPTS = 20  # to read on behind damage
+_KEPT = ("audio", "subtitle")
+
+
+class VideoInput:
+    """A video file, open for a single pass. Raises JobError for a file that is not a video.
+
+    `stream`: number of the stream to read, among all of the file; by default the video that the file marks as the default, else
+    the longest one. `fields`: how whole frames are made of fields; without it, interlaced video is refused unless
+    `keep_interlaced`.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        allow_damaged: bool = False,
+        stream: int | None = None,
+        fields: FieldMethod | None = None,
+        keep_interlaced: bool = False,
+    ) -> None:
+        self.path, self.allow_damaged = path, allow_damaged
+        self.fields, self.keep_interlaced = fields, keep_interlaced
+        self.damage = ""
+        """What could not be decoded, where and why."""
+        self.name = f"file:{path}"  # or a name such as rec:1.mp4 would be a protocol
+        try:
+            self.container: InputContainer = av.open(self.name)
+        except (av.FFmpegError, OSError) as error:
+            raise JobError(f"{path} cannot be read as a video: {error.strerror or error}") from error
+        self.notes: list[str] = []
+        """What is unusual about the file, and was handled."""
+        try:
+            self.stream = self._choose(stream)
+            self.stream.thread_type = "AUTO"
+            assume_left_chroma(self.stream)
+            self.others = [stream for stream in self.container.streams if stream.type in _KEPT]
+            context = self.stream.codec_context
+            self.width, self.height, self.pix_fmt = context.width, context.height, context.pix_fmt or "yuv420p"
+            self.stated_rate = self._rate()
+            self.base = self.stream.time_base or 1 / self.stated_rate
+            self.rate = self.stated_rate * (fields.rate if fields else 1)
+            self.colours = describe_colours(context)
+        except ShardError as error:
+            self.container.close()
+            raise JobError(f"{path}: {error}") from error
+        except JobError:
+            self.container.close()
+            raise
+        if has_alpha(self.pix_fmt) and context.name != "gif":  # all of whose frames are decoded with transparency
+            self.notes.append("its transparency is left out")
+        self.says_matrix = context.colorspace
+        self.aspect = self.stream.sample_aspect_ratio
+        self.chapters: list[Any] = self.container.chapters()
+        self.frames = 0
+        """Number of frames read so far."""
+        self._lost: list[float] = []  # times of what could not be decoded
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.container.close()
+
+    @property
+    def expected(self) -> int | None:
+        """Return the number of frames that the file declares, or None where it declares none."""
+        if self.stream.frames:
+            return self.stream.frames
+        return round(self.container.duration / av.time_base * self.rate) if self.container.duration else None
+
+    def read(self) -> Iterator[av.VideoFrame | av.Packet]:
+        """Yield frames with increasing `pts`, the file's first time being 0, and packets of the other streams, in its order.
+
+        Frames of another size are scaled to that of the first one. Raises JobError where the file is damaged; with
+        `allow_damaged` the frames that can't be decoded are left out.
+        """
+        clock, times = Clock(self.container), FrameTimes(self.container, round(1 / self.stated_rate / self.base))
+        filters = FieldFilters(self.stream, self.fields, self.base, self.stated_rate) if self.fields else None
+        hidden, resized = 0, 0
+        for packet in self._packets():
+            clock.adjust(packet)
+            if packet.stream is not self.stream:
+                if packet.dts is not None:
+                    yield packet
+                continue
+            hidden += packet.is_discard  # an edit list has it decoded, but not shown
+            times.register(packet)
+            for frame in self._decode(packet):
+                times.assign(frame)
+                if not self.frames:
+                    self.colours = dataclasses.replace(self.colours, location=measure_chroma_location(frame))
+                    self.width, self.height = frame.width, frame.height
+                if frame.interlaced_frame and not (filters or self.keep_interlaced):
+                    raise JobError(
+                        f"{self.path} is interlaced: --deinterlace makes whole frames of its fields (--detelecine where it was "
+                        f"a film), --keep_interlaced takes it as it is"
+                    )
+                self.frames += 1
+                if (frame.width, frame.height) != (self.width, self.height):
+                    resized += 1
+                    frame = frame.reformat(self.width, self.height)
+                yield from filters.push(frame) if filters else (frame,)
+        yield from filters.finish() if filters else ()
+        if not self._lost and self.frames < _SHORTEST * (self.stream.frames - hidden):
+            self._lose(f"it promises {self.stream.frames - hidden} frames", None)
+        if self._lost:
+            self.damage = f"{self.path} is damaged: at {len(self._lost)} places, first at {self._lost[0]:.2f} s"
+        self.notes += [f"its clock jumps at {', '.join(f'{jump:.2f}' for jump in clock.jumps[:3])} s"] if clock.jumps else []
+        self.notes += [f"{times.changed} frames had the time of an earlier one and follow it"] if times.changed else []
+        self.notes += [f"{resized} frames of another size are scaled to {self.width}x{self.height}"] if resized else []
+
+    def _choose(self, wanted: int | None) -> VideoStream:
+        """Return the stream to read, and note the videos that are not read."""
+        videos = [one for one in self.container.streams.video if not one.disposition & one.disposition.attached_pic]
+        if not videos:
+            raise JobError(f"{self.path} has no video in it")
+        listed = ", ".join(f"{one.index} ({one.codec_context.name}, {one.width}x{one.height})" for one in videos)
+        if wanted is not None:
+            found = next((one for one in videos if one.index == wanted), None)
+            if found is None:
+                raise JobError(f"--video_stream {wanted}: {self.path} has no such video stream; it has {listed}")
+            return found
+        chosen = max(videos, key=lambda one: (bool(one.disposition & one.disposition.default), _seconds_of(one), -one.index))
+        if len(videos) > 1:
+            self.notes.append(f"of its video streams {listed}, {chosen.index} is read; --video_stream takes another")
+        return chosen
+
+    def _rate(self) -> Fraction:
+        """Return the frames per second: as stated, unless that is no rate of a video."""
+        stated = self.stream.average_rate or self.stream.guessed_rate
+        if stated and stated <= _FASTEST and self.stream.average_rate:
+            return stated
+        return measured_rate(self.name, self.stream.index) or min(stated or _USUAL_RATE, _FASTEST)
+
+    def _packets(self) -> Iterator[av.Packet]:
+        """Yield the packets of the file; behind damage, reading goes on a limited number of times."""
+        for _ in range(_ATTEMPTS):
+            try:
+                yield from self.container.demux(self.stream, *self.others)
+            except (av.FFmpegError, OSError) as error:
+                self._lose(f"{error.strerror or error}", None)
+            else:
+                return
+
+    def _decode(self, packet: av.Packet) -> list[av.VideoFrame]:
+        """Return the intact frames of a packet."""
+        at = None if packet.pts is None or packet.time_base is None else float(packet.pts * packet.time_base)
+        try:
+            frames = packet.decode()
+        except (av.FFmpegError, OSError) as error:
+            self._lose(f"{error.strerror or error}", at)
+            return []
+        whole = [frame for frame in frames if not frame.is_corrupt]
+        for frame in frames:
+            if frame.is_corrupt:
+                self._lose(f"the frame at {frame.time or 0:.2f} seconds", frame.time)
+        return whole
+
+    def _lose(self, why: str, at: float | None) -> None:
+        """Note that something could not be decoded; JobError unless that is allowed, and where nothing was decoded before."""
+        if not self.allow_damaged or not self.frames:
+            raise JobError(
+                f"{self.path} is damaged after {self.frames} frames: {why}; --allow_damaged takes what can be decoded"
+            )
+        self._lost.append(at if at is not None else self.frames / float(self.rate))
+
+
+def _seconds_of(stream: VideoStream) -> Fraction:
+    return (stream.duration or 0) * (stream.time_base or Fraction(0))
+
+
+def has_alpha(pix_fmt: str) -> bool:
+    """Return whether a pixel format has a plane, or a sample of each pixel, for transparency."""
+    return any(component.is_alpha for component in av.VideoFormat(pix_fmt).components)
