@@ -30,7 +30,7 @@ from shards.schema import IMAGE_EXTENSIONS, ShardError
 from vfi.config.renamed_flags import with_new_names
 from vfi.errors import CheckpointError, JobError, clear_errors
 from vfi.video.convert import ConversionSettings, build_engine, check_sizes, convert, made_by, new_timeline, temporary_path
-from vfi.video.folder import is_transparent
+from vfi.video.folder import is_animated, is_transparent
 
 IMAGE_OUTPUTS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 VIDEO_OUTPUTS = (".mp4", ".mkv", ".mov", ".webm", ".m4v")
@@ -65,6 +65,8 @@ def interpolate(options: Options) -> Iterator[str]:
         if not path.exists():
             raise JobError(f"{path} does not exist")
     images = [path for path in options.inputs if path.is_file() and path.suffix.lower() in IMAGE_EXTENSIONS]
+    if animated := [path for path in images if is_animated(path)]:
+        raise JobError(f"{animated[0]} is an animation, which is read as GIF or video only: convert it, such as by ffmpeg -i")
     if images and len(options.inputs) == len(images) == 2:
         yield _images_to_image(options, *options.inputs)
         return

@@ -258,3 +258,14 @@ def test_images_lie_as_a_camera_says(run, tmp_path, orientation) -> None:
         assert np.array_equal(np.asarray(ImageOps.exif_transpose(Image.open(tmp_path / f"{number}.png"))), upright)
     _call(tmp_path / "1.png", tmp_path / "2.png", "-o", tmp_path / "out.png", "--model", run)
     assert np.array_equal(_pixels(tmp_path / "out.png"), upright)
+
+
+@pytest.mark.parametrize("suffix", [".png", ".webp"])
+def test_an_animation_is_named_as_one(run, tmp_path, capsys, suffix) -> None:
+    path = tmp_path / f"in{suffix}"
+    images = [Image.fromarray(np.full((40, 64, 3), 40 * number, np.uint8)) for number in range(3)]
+    images[0].save(path, save_all=True, append_images=images[1:], duration=100)
+    with pytest.raises(SystemExit) as stop:
+        _call(path, "-o", tmp_path / "out.mp4", "--model", run)
+    assert stop.value.code == 2
+    assert f"in{suffix} is an animation, which is read as GIF or video only" in capsys.readouterr().err

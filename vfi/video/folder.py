@@ -49,6 +49,15 @@ def numbered_gaps(paths: Sequence[Path]) -> tuple[list[int], list[int]]:
     return numbers, [number + int(found[0][2]) for number in missing]
 
 
+def is_animated(path: Path) -> bool:
+    """Return whether an image file holds several frames."""
+    try:
+        with Image.open(path) as image:
+            return bool(getattr(image, "is_animated", False))
+    except OSError:  # no image, or of a kind that Pillow does not know: said where it is read
+        return False
+
+
 def is_transparent(path: Path) -> bool:
     """Return whether an image file can hold transparency and has a pixel that is not opaque."""
     try:
