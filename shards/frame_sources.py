@@ -172,12 +172,12 @@ def read_clip(clip: Clip, first: int = 0, entry: Entry | None = None) -> Iterato
         return
     try:
         if entry is not None:
-            with av.open(str(clip.path)) as container:
+            with av.open(str(clip.path), metadata_errors="replace") as container:
                 frames = _jump(container, first, entry)
                 if frames is not None:
                     yield from frames
                     return
-        with av.open(str(clip.path)) as container:
+        with av.open(str(clip.path), metadata_errors="replace") as container:
             yield from itertools.islice(_decode(container), first, None)
     except ShardError as error:
         raise ShardError(f"{clip.name}: {error}") from error
@@ -188,7 +188,7 @@ def read_clip(clip: Clip, first: int = 0, entry: Entry | None = None) -> Iterato
 def promised_frames(path: Path) -> int:
     """Return the frame count in the header of a video file, 0 if not stated. Raises ShardError for an unusable file."""
     try:
-        with av.open(str(path)) as container:
+        with av.open(str(path), metadata_errors="replace") as container:
             return _video_stream(container).frames
     except (av.FFmpegError, OSError) as error:
         raise ShardError(f"{path.name}: {error.strerror or error}") from error

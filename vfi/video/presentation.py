@@ -96,7 +96,7 @@ class FrameTimes:
 def measured_rate(path: str, stream_index: int) -> Fraction | None:
     """Return the usual frame rate of a stream from the times of its first packets, or None where they have none."""
     times: list[Fraction] = []
-    with av.open(path) as container:
+    with av.open(path, metadata_errors="replace") as container:
         stream = container.streams[stream_index]
         for packet in container.demux(stream):
             if packet.pts is not None and packet.time_base is not None:

@@ -47,7 +47,7 @@ class VideoInput:
         """What could not be decoded, where and why."""
         self.name = f"file:{path}"  # or a name such as rec:1.mp4 would be a protocol
         try:
-            self.container: InputContainer = av.open(self.name)
+            self.container: InputContainer = av.open(self.name, metadata_errors="replace")
         except (av.FFmpegError, OSError) as error:
             raise JobError(f"{path} cannot be read as a video: {error.strerror or error}") from error
         self.notes: list[str] = []
@@ -137,6 +137,9 @@ class VideoInput:
         videos = [one for one in self.container.streams.video if not one.disposition & one.disposition.attached_pic]
         if not videos:
             raise JobError(f"{self.path} has no video in it")
+        videos = [one for one in videos if one.codec_context is not None]
+        if not videos:
+            raise JobError(f"{self.path} has a video of a codec that can't be decoded")
         listed = ", ".join(f"{one.index} ({one.codec_context.name}, {one.width}x{one.height})" for one in videos)
         if wanted is not None:
             found = next((one for one in videos if one.index == wanted), None)
