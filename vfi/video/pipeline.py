@@ -39,6 +39,7 @@ _PREFETCH = 4  # frames that are decoded ahead
 _CONVERTING = 8  # threads: one of them takes longer for a 4K frame than a fast model
 _RECENT = 31  # frames whose distances say what is usual
 _GAP_FACTOR, _LEAST_GAP = 5, 0.5  # times the usual distance; seconds
+_BLOCK, _NOISE = 8, 4.0  # pixels; levels of 255 that a block of a repeated frame may be off by its coding
 _MOST_REPEATS = 4  # dropped in a row: a longer run is no pulldown but a static picture
 
 
@@ -159,6 +160,7 @@ class _Work:
         self.counts, self.pool = counts, pool
         self.before: _Shown | None = None
         self.repeats, self.start = 0, 0
+        self.end = 0  # of the latest frame, also where it repeats the one before
         self.gaps = deque[int]((round(1 / source.rate / source.base),), maxlen=_RECENT)  # between the latest frames
 
     def take(self, after: _Shown) -> None:
@@ -171,21 +173,22 @@ class _Work:
         elif self._is_repeated(self.before, after):
             self.repeats += 1
             self.counts.dropped += 1
+            self.end = after.pts + after.duration
             return
         else:
             self._pair(self.before, after)
-        self.before, self.repeats = after, 0
+        self.before, self.repeats, self.end = after, 0, after.pts + after.duration
 
     def finish(self) -> None:
         """Write the last frame for as long as it is shown."""
         if self.before is None:
             raise JobError("there are no frames in it")
-        frame = self.before.frame
-        self._put(list(self.line.last(self.before.pts - self.start, self.before.duration)), lambda moment: frame, last=True)
+        frame, pts = self.before.frame, self.before.pts
+        self._put(list(self.line.last(pts - self.start, self.end - pts)), lambda moment: frame, last=True)
 
     def _is_repeated(self, before: _Shown, after: _Shown) -> bool:
         wanted = self.care.drop_duplicates and self.repeats < _MOST_REPEATS
-        return wanted and is_duplicate(before.thumbnail, after.thumbnail)
+        return wanted and is_duplicate(before.thumbnail, after.thumbnail) and not _differs(before.image, after.image)
 
     def _is_gap(self, time: int) -> bool:
         """Return whether two frames, `time` apart, are too far apart to be interpolated."""
@@ -229,6 +232,16 @@ class _Work:
 
         self.behind.put(write)
         self.counts.written += len(moments)
+
+
+def _differs(before: np.ndarray, after: np.ndarray) -> bool:
+    """Return whether two frames `[H, W, 3]` differ by more than coding noise in any block of 8x8 pixels."""
+    height, width = (side // _BLOCK * _BLOCK for side in before.shape[:2])
+    limit = _NOISE * np.iinfo(before.dtype).max / 255
+    difference = np.abs(after.astype(np.int32) - before).max(axis=2)
+    blocks = difference[:height, :width].reshape(height // _BLOCK, _BLOCK, width // _BLOCK, _BLOCK).mean((1, 3))
+    rest = difference[height:].max(initial=0), difference[:, width:].max(initial=0)
+    return bool(blocks.max(initial=0) > limit or max(rest) > 4 * limit)
 
 
 def _same(before: _Shown, after: _Shown) -> bool:

@@ -278,3 +278,18 @@ def test_telecine_becomes_the_frames_of_the_film(run, tmp_path):
     assert times[0] == 0
     assert np.diff(times) == pytest.approx([1 / 48] * 46, abs=2e-3)
     assert combs(tmp_path / "out.mkv") < 0.5
+
+
+def test_a_small_thing_that_moves_is_no_duplicate_and_the_end_is_kept(run, tmp_path, capsys):
+    """A box of 16x10 pixels in 640x360, on frames that repeat at the end; with loss, so that no frame repeats exactly."""
+    frames = []
+    for number in (0, 1, 2, 3, 4, 5, 5, 5):
+        image = np.full((360, 640, 3), 90, np.uint8)
+        image[100:110, 50 + 5 * number : 66 + 5 * number] = 220
+        frames.append(av.VideoFrame.from_ndarray(image, format="rgb24").reformat(format="yuv420p"))
+    source = make(tmp_path / "in.mkv", [40 * n for n in range(8)], codec="libx264", size=(360, 640), frames=frames)
+    call(source, "-o", tmp_path / "out.mkv", "--model", run, "--drop_duplicates", "--codec", "ffv1")
+    assert "2 duplicates left out" in capsys.readouterr().out
+    assert times_of(tmp_path / "out.mkv") == pytest.approx([0.02 * number for number in range(11)], abs=1e-3)
+    with av.open(str(tmp_path / "out.mkv")) as container:
+        assert container.duration / av.time_base == pytest.approx(0.32, abs=2e-3)
