@@ -8,6 +8,7 @@
     vfi interpolate FRAMES -o clip.mp4 --input_fps 15                      a folder of images as input …
     vfi interpolate in.mp4 -o FRAMES/                                      … or as output
     vfi interpolate A.png B.png -o mid.png --timestep 0.25
+    ffmpeg -i in.mkv -f yuv4mpegpipe - | vfi interpolate - -o - | mpv -    through pipes, as YUV4MPEG2
 
 Sound, subtitles, chapters, rotation and colours of a video are kept (vfi/video/container.py); scene cuts are not blended
 (vfi/video/pipeline.py). A result gets its name when it is complete; after Ctrl-C the frames that are done are next to it as
@@ -31,6 +32,7 @@ from vfi.config.renamed_flags import with_new_names
 from vfi.errors import CheckpointError, JobError, clear_errors
 from vfi.video.convert import ConversionSettings, build_engine, check_sizes, convert, made_by, new_timeline, temporary_path
 from vfi.video.folder import is_animated, is_transparent
+from vfi.video.pipe import PIPE
 
 IMAGE_OUTPUTS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 VIDEO_OUTPUTS = (".mp4", ".mkv", ".mov", ".webm", ".m4v")
@@ -53,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     argv = with_new_names(sys.argv[1:] if argv is None else argv, {"keep_still": "static_regions"})
     options = tyro.cli(Options, prog="vfi interpolate", description=__doc__, args=argv)
     for line in interpolate(options):
-        print(line)
+        print(line, file=sys.stderr if options.out == PIPE else sys.stdout)
 
 
 def interpolate(options: Options) -> Iterator[str]:
@@ -62,7 +64,7 @@ def interpolate(options: Options) -> Iterator[str]:
     Raises JobError, ShardError (an image that cannot be read) or CheckpointError; then nothing has been written.
     """
     for path in options.inputs:
-        if not path.exists():
+        if path != PIPE and not path.exists():
             raise JobError(f"{path} does not exist")
     images = [path for path in options.inputs if path.is_file() and path.suffix.lower() in IMAGE_EXTENSIONS]
     if animated := [path for path in images if is_animated(path)]:
@@ -86,6 +88,10 @@ def _places(options: Options) -> dict[Path, Path]:
     """Return the output path of each input. Raises JobError if something would be overwritten."""
     out = options.out
     several = len(options.inputs) > 1
+    if PIPE in (out, *options.inputs) and several:
+        raise JobError(f"standard input and output (-) are for one video, and {len(options.inputs)} inputs were given")
+    if out == PIPE:
+        return {options.inputs[0]: out}
     if several and out.suffix:
         raise JobError(f"--out {out}: {len(options.inputs)} inputs need a folder, such as --out {out.with_suffix('')}")
     if not several and out.suffix and out.suffix.lower() not in VIDEO_OUTPUTS:

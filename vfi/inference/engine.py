@@ -11,6 +11,7 @@ that uses too much, so the need is estimated before anything is computed.
 from __future__ import annotations
 
 import dataclasses
+import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -159,7 +160,8 @@ class InterpolationEngine:
                 f"{self.tile} pixels: use a smaller model, or --device cpu"
             )
         tqdm.write(
-            f"{width}x{height} frames don't fit into memory: they are made in tiles of at most {side}x{side} from now on"
+            f"{width}x{height} frames don't fit into memory: they are made in tiles of at most {side}x{side} from now on",
+            file=sys.stderr,  # standard output may be the video
         )
         self.tile = side
 
@@ -186,7 +188,8 @@ class InterpolationEngine:
         self.tile = side
         tqdm.write(
             f"{width}x{height} frames would take up to {need:.1f} GiB of memory, of which {free / GIB:.1f} are free: they are "
-            f"made in tiles of at most {side}x{side}"
+            f"made in tiles of at most {side}x{side}",
+            file=sys.stderr,
         )
 
     def _limit(self, gib: float) -> None:

@@ -26,6 +26,7 @@ from vfi.runtime.device import DeviceName, PrecisionName, describe_precision
 from vfi.video.container import Encoding, VideoOutput
 from vfi.video.field_filters import DEINTERLACE, DETELECINE
 from vfi.video.folder import FolderInput, FolderOutput, numbered_gaps
+from vfi.video.pipe import PIPE, PipeOutput
 from vfi.video.pipeline import ConversionStats, FrameFilter, add_frames
 from vfi.video.resume import Partial, PartialVideoReader, copy_frames
 from vfi.video.timeline import FrameMultiplier, Rate, Timeline
@@ -141,6 +142,10 @@ def convert(
 
     `model` is that of `build_engine`. Raises JobError where the input, the flags or the output can't be used.
     """
+    if PIPE in (path, out) and settings.resume:
+        raise JobError("--resume needs files: a conversion through a pipe can't be continued")
+    if out == PIPE:
+        return _convert_to_pipe(settings, path, model)
     line, partial, temporary = new_timeline(settings), Partial.of(out), temporary_path(out)
     facts = functools.partial(_facts, settings, path, model)  # hashes all weights: only for when it is stopped or resumed
     done = _done(settings, partial, facts)
@@ -149,10 +154,9 @@ def convert(
         source, size = _open(settings, path, stack)
         sink = _create(settings, temporary, source, size, line, stack, partial.path, done)
         bar = stack.enter_context(tqdm(total=source.expected, unit="frame", desc=path.name, disable=None))
-        care = FrameFilter(settings.scene_cut, settings.drop_duplicates, math.inf if settings.fill_gaps else settings.max_gap)
         began, busy = time.perf_counter(), model.seconds
         try:
-            counts = add_frames(source, sink, line, model.start, care, lambda: (bar.update(), tick()))
+            counts = add_frames(source, sink, line, model.start, _filter(settings), lambda: (bar.update(), tick()))
         except KeyboardInterrupt:
             if isinstance(sink, VideoOutput):
                 sink.close()
@@ -166,6 +170,27 @@ def convert(
     partial.remove()
     seconds = time.perf_counter() - began
     return _described(out, source, counts, line, model) + _pace(counts, seconds, model.seconds - busy)
+
+
+def _convert_to_pipe(settings: ConversionSettings, path: Path, model: InterpolationEngine) -> str:
+    """Convert a video or folder of frames to standard output, and return a line about it."""
+    if Encoding(settings.codec, settings.crf, settings.encoder_preset) != Encoding():
+        raise JobError("--codec, --crf and --encoder_preset are for files: standard output gets frames that are not encoded")
+    line = new_timeline(settings)
+    with contextlib.ExitStack() as stack:
+        source, size = _open(settings, path, stack)
+        given = source.pix_fmt if isinstance(source, VideoInput) else "rgb24"
+        sink = PipeOutput(source.colours, given, settings.pix_fmt, size, line.rate(source.rate))
+        stack.callback(sink.close)
+        began, busy = time.perf_counter(), model.seconds
+        counts = add_frames(source, sink, line, model.start, _filter(settings))
+        seconds = time.perf_counter() - began
+        return _described(PIPE, source, counts, line, model) + _pace(counts, seconds, model.seconds - busy)
+
+
+def _filter(settings: ConversionSettings) -> FrameFilter:
+    longest = math.inf if settings.fill_gaps else settings.max_gap
+    return FrameFilter(settings.scene_cut, settings.drop_duplicates, longest)
 
 
 def _facts(settings: ConversionSettings, path: Path, model: InterpolationEngine) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from shards.color_conversion import assume_left_chroma, describe_colours, measur
 from shards.schema import ShardError
 from vfi.errors import JobError
 from vfi.video.field_filters import FieldFilters, FieldMethod
+from vfi.video.pipe import PIPE
 from vfi.video.presentation import Clock, FrameTimes, measured_rate
 
 _SHORTEST = 0.95  # of the frames that a file declares: with fewer it was truncated
@@ -45,7 +46,7 @@ class VideoInput:
         self.fields, self.keep_interlaced = fields, keep_interlaced
         self.damage = ""
         """What could not be decoded, where and why."""
-        self.name = f"file:{path}"  # or a name such as rec:1.mp4 would be a protocol
+        self.name = "pipe:0" if path == PIPE else f"file:{path}"  # or a name such as rec:1.mp4 would be a protocol
         try:
             self.container: InputContainer = av.open(self.name, metadata_errors="replace")
         except (av.FFmpegError, OSError) as error:
@@ -156,7 +157,8 @@ class VideoInput:
         stated = self.stream.average_rate or self.stream.guessed_rate
         if stated and stated <= _FASTEST and self.stream.average_rate:
             return stated
-        return measured_rate(self.name, self.stream.index) or min(stated or _USUAL_RATE, _FASTEST)
+        measured = measured_rate(self.name, self.stream.index) if self.path != PIPE else None  # which is read only once
+        return measured or min(stated or _USUAL_RATE, _FASTEST)
 
     def _packets(self) -> Iterator[av.Packet]:
         """Yield the packets of the file; behind damage, reading goes on a limited number of times."""

@@ -142,7 +142,7 @@ def test_on_a_cpu_tiles_are_of_a_size_that_fits(run, monkeypatch, capsys):
     assert sizes == [(1000, 1500)]
     model = InterpolationEngine(Settings(run, "cpu", max_memory=0.5))
     model(image, image, [0.5])
-    assert "1500x1000 frames would take up to" in capsys.readouterr().out
+    assert "1500x1000 frames would take up to" in capsys.readouterr().err
     assert len(sizes[1:]) > 1
     largest = max(sizes[1:])
     assert count(model.loaded.model, 1, largest, torch.float32).peak_bytes < 0.5 * GIB
@@ -183,7 +183,7 @@ def test_memory_of_graphs_is_given_back_before_tiles_get_smaller(run, monkeypatc
     model.loaded.graphs.captured["of another size"] = object()
     model(image, image, [0.5])
     assert (model.tile, sizes[2:5]) == (448, [(1000, 1000), (1000, 1000), (448, 448)])
-    assert capsys.readouterr().out.count("don't fit into memory") == 1
+    assert capsys.readouterr().err.count("don't fit into memory") == 1
 
 
 @pytest.mark.gpu

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import subprocess
+import sys
 from fractions import Fraction
 from pathlib import Path
 
@@ -10,6 +12,7 @@ import av
 import numpy as np
 import pytest
 from made_videos import EVEN, call, frames_of, make, new_run, packets_of, pixels, planes, refused, times_of
+from warm import ROOT
 
 from vfi.video.presentation import FrameTimes
 from vfi.video.video_input import VideoInput
@@ -293,3 +296,55 @@ def test_a_small_thing_that_moves_is_no_duplicate_and_the_end_is_kept(run, tmp_p
     assert times_of(tmp_path / "out.mkv") == pytest.approx([0.02 * number for number in range(11)], abs=1e-3)
     with av.open(str(tmp_path / "out.mkv")) as container:
         assert container.duration / av.time_base == pytest.approx(0.32, abs=2e-3)
+
+
+def through_pipe(content: bytes, *flags: object) -> tuple[bytes, str]:
+    """Standard output and standard error of a conversion of `content` from standard input."""
+    command = [sys.executable, "-m", "vfi.interpolate", "-", "-o", "-", "--device", "cpu", *map(str, flags)]
+    done = subprocess.run(command, input=content, cwd=ROOT, capture_output=True, timeout=120, check=False)
+    return done.stdout, done.stderr.decode()
+
+
+@pytest.mark.parametrize("pix_fmt", ["yuv420p", "yuv444p", "yuv420p10le"])
+def test_standard_input_to_standard_output(run, tmp_path, pix_fmt):
+    """The same frames as through files, at a rate of 30000 / 1001 a second."""
+    path, rate = tmp_path / "in.y4m", Fraction(30_000, 1001)
+    with av.open(str(path), "w", container_options={"strict": "-1"}) as container:
+        stream = container.add_stream("wrapped_avframe", rate=rate)
+        stream.height, stream.width, stream.pix_fmt, stream.codec_context.time_base = 48, 64, pix_fmt, 1 / rate
+        for number in range(4):
+            frame = planes(number, pix_fmt)
+            frame.pts, frame.time_base = number, 1 / rate
+            container.mux(stream.encode(frame))
+    written, said = through_pipe(path.read_bytes(), "--model", run)
+    assert "-: 7 frames at 59.9401 per second from 4 at 29.97" in said
+    (tmp_path / "piped.y4m").write_bytes(written)
+    call(path, "-o", tmp_path / "out.mkv", "--model", run, "--codec", "ffv1")
+    piped, filed = frames_of(tmp_path / "piped.y4m"), frames_of(tmp_path / "out.mkv")
+    assert {frame.format.name for frame in piped} == {pix_fmt}
+    assert len(piped) == len(filed) == 7
+    assert all(np.array_equal(pixels(one), pixels(other)) for one, other in zip(piped, filed, strict=True))
+    with av.open(str(tmp_path / "piped.y4m")) as container:
+        assert container.streams.video[0].average_rate == 2 * rate
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--resume"], "--resume needs files"),
+        (["--codec", "ffv1"], "--codec, --crf and --encoder_preset are for files"),
+        (["--pix_fmt", "rgb24"], "--pix_fmt rgb24 can't be written to standard output: choose from yuv420p"),
+    ],
+)
+def test_what_a_pipe_cannot_do_is_one_line(run, tmp_path, flags, words):
+    source = make(tmp_path / "in.mkv", EVEN)
+    written, said = through_pipe(source.read_bytes(), "--model", run, *flags)
+    assert written == b""
+    assert [line for line in said.splitlines() if line.startswith(f"error: {words}")]
+    assert "Traceback" not in said
+
+
+def test_an_empty_pipe_is_one_line(run):
+    written, said = through_pipe(b"", "--model", run)
+    assert written == b""
+    assert "error: - cannot be read as a video" in said
