@@ -401,7 +401,7 @@ def test_what_does_not_fit_into_memory_is_made_in_tiles(run, tmp_path, monkeypat
     monkeypatch.setattr(LoadedModel, "predict_several", small_memory)
     room = 600
     call(source, "-o", tmp_path / "tiles.mkv", "--model", run, "--codec", "ffv1")
-    assert capsys.readouterr().out.count("1200x96 frames don't fit into memory: they are made in tiles of at most 576x576") == 1
+    assert capsys.readouterr().err.count("1200x96 frames don't fit into memory: they are made in tiles of at most 576x576") == 1
     assert asked[0] == (96, 1200)
     assert set(asked[1:]) == {(96, 512)}
     whole, tiles = (frames_of(tmp_path / name) for name in ("whole.mkv", "tiles.mkv"))
