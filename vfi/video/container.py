@@ -197,6 +197,10 @@ class VideoOutput:
         if source.chapters:
             scaled = [one | {"start": one["start"] * slowdown, "end": one["end"] * slowdown} for one in source.chapters]
             self.container.set_chapters(scaled)
+        self.stream.disposition = source.stream.disposition
+        for stream in source.unkept:
+            kind = "cover picture" if stream.type == "video" else stream.type
+            self.left_out.append(f"{kind} {stream.index}: only sound and subtitles are copied")
         for stream in source.others:
             name = f"{stream.type} {stream.index} ({stream.codec_context.name if stream.codec_context else '?'})"
             if slowdown > 1:
@@ -207,6 +211,7 @@ class VideoOutput:
                 continue
             copy = self.container.add_stream_from_template(stream)
             copy.metadata.update({k: v for k, v in stream.metadata.items() if k in ("language", "title")})
+            copy.disposition = stream.disposition
             self.copies[stream] = copy
 
     def _start(self, frame: av.VideoFrame) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import av
 from av.container import InputContainer
@@ -23,6 +23,14 @@ from vfi.video.presentation import Clock, FrameTimes, measured_rate
 _SHORTEST = 0.95  # of the frames that a file declares: with fewer it was truncated
 _FASTEST, _USUAL_RATE = Fraction(300), Fraction(25)  # frames per second; a higher one is the clock's, not the picture's
 _ATTEMPTS = 20  # to read on behind damage
+_LOST = {
+    "MASTERING_DISPLAY_METADATA": "the HDR mastering display",
+    "CONTENT_LIGHT_LEVEL": "the HDR light level",
+    "DYNAMIC_HDR_PLUS": "HDR10+",
+    "DOVI_METADATA": "Dolby Vision",
+    "STEREO3D": "the layout of stereo frames",
+}
+"""What frames carry that is not written: its type -> what it is."""
 _KEPT = ("audio", "subtitle")
 
 
@@ -58,6 +66,9 @@ class VideoInput:
             self.stream.thread_type = "AUTO"
             assume_left_chroma(self.stream)
             self.others = [stream for stream in self.container.streams if stream.type in _KEPT]
+            self.unkept = [
+                stream for stream in self.container.streams if stream.type not in (*_KEPT, "video") or _is_cover(stream)
+            ]
             context = self.stream.codec_context
             self.width, self.height, self.pix_fmt = context.width, context.height, context.pix_fmt or "yuv420p"
             self.stated_rate = self._rate()
@@ -112,6 +123,8 @@ class VideoInput:
             for frame in self._decode(packet):
                 times.assign(frame)
                 if not self.frames:
+                    lost = [_LOST[name] for data in cast(Any, frame.side_data) if (name := data.type.name) in _LOST]
+                    self.notes += [f"left out: {', '.join(lost)}"] if lost else []
                     self.colours = dataclasses.replace(self.colours, location=measure_chroma_location(frame))
                     self.width, self.height = frame.width, frame.height
                 if frame.interlaced_frame and not (filters or self.keep_interlaced):
@@ -135,7 +148,7 @@ class VideoInput:
 
     def _choose(self, wanted: int | None) -> VideoStream:
         """Return the stream to read, and note the videos that are not read."""
-        videos = [one for one in self.container.streams.video if not one.disposition & one.disposition.attached_pic]
+        videos = [one for one in self.container.streams.video if not _is_cover(one)]
         if not videos:
             raise JobError(f"{self.path} has no video in it")
         videos = [one for one in videos if one.codec_context is not None]
@@ -191,6 +204,11 @@ class VideoInput:
                 f"{self.path} is damaged after {self.frames} frames: {why}; --allow_damaged takes what can be decoded"
             )
         self._lost.append(at if at is not None else self.frames / float(self.rate))
+
+
+def _is_cover(stream: Any) -> bool:
+    """Return whether a stream is a cover picture."""
+    return stream.type == "video" and bool(stream.disposition & stream.disposition.attached_pic)
 
 
 def _seconds_of(stream: VideoStream) -> Fraction:

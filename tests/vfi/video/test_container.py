@@ -512,3 +512,26 @@ def test_transparent_images_are_said(run, tmp_path, capsys, alpha, said):
     call(tmp_path / "frames" / "1.png", tmp_path / "frames" / "2.png", "-o", tmp_path / "out.png", "--model", run)
     call(tmp_path / "frames", "-o", tmp_path / "out", "--model", run)
     assert capsys.readouterr().out.count("(over black)") == 2 * said
+
+
+def test_flags_of_tracks_are_kept(run, tmp_path):
+    path = tmp_path / "in.mkv"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("ffv1", rate=25)
+        stream.height, stream.width, stream.pix_fmt, stream.codec_context.time_base = 48, 64, "yuv420p", Fraction(1, 1000)
+        sounds = [container.add_stream("flac", rate=48_000, layout="mono") for _ in range(2)]
+        sounds[0].disposition, sounds[1].disposition = av.stream.Disposition.forced, av.stream.Disposition.default
+        for number, pts in enumerate(EVEN):
+            frame = planes(number, "yuv420p")
+            frame.pts, frame.time_base = pts, Fraction(1, 1000)
+            container.mux(stream.encode(frame))
+            for sound in sounds:
+                piece = av.AudioFrame.from_ndarray(np.zeros((1, 1920), np.int16), format="s16", layout="mono")
+                piece.sample_rate, piece.pts, piece.time_base = 48_000, number * 1920, Fraction(1, 48_000)
+                container.mux(sound.encode(piece))
+        for each in (stream, *sounds):
+            container.mux(each.encode())
+    call(path, "-o", tmp_path / "out.mkv", "--model", run, "--codec", "ffv1")
+    with av.open(str(tmp_path / "out.mkv")) as container:
+        flags = [stream.disposition for stream in container.streams.audio]
+        assert flags == [av.stream.Disposition.forced, av.stream.Disposition.default]
