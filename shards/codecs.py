@@ -164,9 +164,13 @@ def read_image(path: Path) -> np.ndarray:
         data = path.read_bytes()
     except OSError as error:
         raise ShardError(f"{path} cannot be read: {error.strerror}") from error
-    pixels = decode(data, path.suffix, name=str(path))
+    return turn_upright(decode(data, path.suffix, name=str(path)), path)
+
+
+def turn_upright(pixels: np.ndarray, path: Path) -> np.ndarray:
+    """Turn the pixels [H, W, C] of an image file as its Exif orientation says, if it has one."""
     if path.suffix.lower() in _WITH_EXIF:
-        with Image.open(io.BytesIO(data)) as image:
+        with Image.open(path) as image:
             pixels = _UPRIGHT.get(image.getexif().get(_ORIENTATION, 1), np.asarray)(pixels)
     return np.ascontiguousarray(pixels)
 

@@ -23,6 +23,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated
 
+import numpy as np
 import tyro
 from PIL import Image
 
@@ -31,6 +32,7 @@ from shards.schema import IMAGE_EXTENSIONS, ShardError
 from vfi.config.renamed_flags import with_new_names
 from vfi.errors import CheckpointError, JobError, clear_errors
 from vfi.video.convert import ConversionSettings, build_engine, check_sizes, convert, made_by, new_timeline, temporary_path
+from vfi.video.deep_images import DEEP_OUTPUTS, read_deep, write_deep
 from vfi.video.folder import is_animated, is_transparent
 from vfi.video.pipe import PIPE
 
@@ -128,18 +130,30 @@ def _images_to_image(options: Options, path0: Path, path1: Path) -> str:
     if options.conversion.fps is not None or options.conversion.multiplier is not None or options.conversion.slowmo is not None:
         raise JobError("--multiplier, --fps and --slowmo are for videos; two images make one image")
     _check_output(options.out, IMAGE_OUTPUTS, (path0, path1))
-    img0, img1 = read_image(path0), read_image(path1)
+    img0, img1 = _read_pair(path0, path1, options.out.suffix.lower() in DEEP_OUTPUTS)
     check_sizes({path0: img0.shape[:2], path1: img1.shape[:2]})
     model = build_engine(options.conversion)
     temporary = temporary_path(options.out)
     try:
-        Image.fromarray(model(img0, img1, [timestep])[0]).save(temporary, quality=95)  # for JPEG and WebP
+        image = model(img0, img1, [timestep])[0]
+        if image.dtype == np.uint16:
+            write_deep(temporary, image)
+        else:
+            Image.fromarray(image).save(temporary, quality=95)  # for JPEG and WebP
         temporary.replace(options.out)
     finally:
         temporary.unlink(missing_ok=True)
     height, width = img0.shape[:2]
     lost = ", transparency left out (over black)" if any(map(is_transparent, (path0, path1))) else ""
     return f"{options.out}: {width}x{height}, timestep {timestep:g}{lost}, {made_by(model)}"
+
+
+def _read_pair(path0: Path, path1: Path, keeps_16_bits: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Read two images, as uint16 where both have 16 bits a channel and the output can hold them."""
+    deep = (read_deep(path0), read_deep(path1)) if keeps_16_bits else (None, None)
+    if deep[0] is not None and deep[1] is not None:
+        return deep[0], deep[1]
+    return read_image(path0), read_image(path1)
 
 
 def _check_output(out: Path, extensions: Sequence[str], inputs: Sequence[Path]) -> None:

@@ -75,14 +75,16 @@ class Encoding:
 class VideoOutput:
     """A video file that is being written. `source`: the video that it is made from, parts of which are kept; None for a folder.
 
+    `images`: how the images of a folder store colours.
+
     `begun`: the partial video of a stopped conversion: the first frames are copied from it, without encoding them again.
     """
 
     def __init__(
         self, path: Path, source: VideoInput | None, size: tuple[int, int], base: Fraction, rate: Fraction, encoding: Encoding,
-        slowdown: int = 1, begun: PartialVideoReader | None = None,
+        slowdown: int = 1, begun: PartialVideoReader | None = None, images: Colours | None = None,
     ) -> None:  # fmt: skip
-        self.path, self.source = path, source
+        self.path, self.source, self.images = path, source, images or Colours()
         self.base, self.closed = base, False
         self.begun, self.done, self.count = begun, begun.frames if begun else 0, 0
         try:
@@ -125,7 +127,7 @@ class VideoOutput:
     @property
     def colours(self) -> Colours:
         """Return how frames store colours: as the source does, whose colours are known from its first frame on."""
-        return self.source.colours if self.source else Colours()
+        return self.source.colours if self.source else self.images
 
     def write(self, frame: av.VideoFrame, pts: int, duration: int = 0, last: bool = False) -> None:
         """Encode a frame that is shown at `pts` for `duration`, in the output's time base; 0: until the next one.

@@ -264,7 +264,7 @@ def _create(
     video = source if isinstance(source, VideoInput) else None
     base = line.start(0, source.base)
     begun = stack.enter_context(contextlib.closing(PartialVideoReader(partial, done))) if done else None
-    sink = VideoOutput(path, video, size, base, line.rate(source.rate), encoding, line.slowdown, begun)
+    sink = VideoOutput(path, video, size, base, line.rate(source.rate), encoding, line.slowdown, begun, source.colours)
     stack.callback(sink.give_up)
     for reason in sink.left_out:
         tqdm.write(f"left out: {reason}")

@@ -13,24 +13,29 @@ from PIL import Image
 
 from shards.codecs import read_image
 from shards.color_conversion import Colours, to_rgb
+from vfi.video.deep_images import read_deep, write_deep
 
 
 class FolderInput:
     """Image files as frames, in the given order, all of one size."""
-
-    colours = Colours()
 
     def __init__(self, paths: Sequence[Path], fps: Fraction, places: Sequence[int] | None = None) -> None:
         """`places`: the number of each frame in the sequence, ascending; by default they follow one another."""
         self.paths, self.rate, self.base = paths, fps, 1 / fps
         self.places = range(len(paths)) if places is None else places
         self.expected = len(paths)
+        self.deep = all(read_deep(path) is not None for path in (paths[0], paths[-1]))
+        self.colours = Colours(bits=16 if self.deep else 8)
         self.notes = ["transparency is left out (over black)"] if is_transparent(paths[0]) else []
 
     def read(self) -> Iterator[av.VideoFrame | av.Packet]:
         """Yield each frame, read when it is needed."""
         for number, path in zip(self.places, self.paths, strict=True):
-            frame = av.VideoFrame.from_ndarray(read_image(path), format="rgb24")
+            deep = read_deep(path) if self.deep else None
+            if deep is None:
+                frame = av.VideoFrame.from_ndarray(read_image(path), format="rgb24")
+            else:
+                frame = av.VideoFrame.from_ndarray(deep, format="rgb48le")
             frame.pts, frame.time_base = number, self.base
             yield frame
 
@@ -73,9 +78,8 @@ def is_transparent(path: Path) -> bool:
 class FolderOutput:
     """A folder of numbered PNG files, 00000000.png …, of which `done` are already there."""
 
-    pix_fmt = "rgb24"
-
     def __init__(self, folder: Path, colours: Colours, done: int = 0) -> None:
+        self.pix_fmt = "rgb24" if colours.depth == 8 else "rgb48le"
         self.folder, self.colours, self.done, self.count = folder, colours, done, 0
 
     def write(self, frame: av.VideoFrame, pts: int, duration: int = 0, last: bool = False) -> None:
@@ -83,8 +87,11 @@ class FolderOutput:
         if self.count < self.done:
             self.count += 1
             return
-        image = to_rgb(frame, self.colours)
-        Image.fromarray(image).save(self.folder / f"{self.count:08d}.png", compress_level=1)
+        image, path = to_rgb(frame, self.colours, self.colours.depth), self.folder / f"{self.count:08d}.png"
+        if image.dtype == np.uint16:
+            write_deep(path, image)
+        else:
+            Image.fromarray(image).save(path, compress_level=1)
         self.count += 1
 
     def copy(self, packet: av.Packet) -> None:
