@@ -13,6 +13,7 @@ import tokenize
 import zlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import qoi
@@ -28,6 +29,22 @@ _BROKEN = (ValueError, RuntimeError, OSError, SyntaxError, EOFError, IndexError,
 JPEG_ENCODER = "pillow"
 """Name of the encoder in index.json. It is not simplejpeg, the decoder, whose transform is coarse below quality 96."""
 PNG_LEVEL = 4  # zlib level: within 3 % of the size of the default 6 at less than half of its time
+_ORIENTATION = 0x0112  # of Exif
+_PNG = b"\x89PNG\r\n\x1a\n"
+_TEXTS, _LONGEST_KEYWORD = (b"tEXt", b"zTXt", b"iTXt"), 80  # chunks of PNG that begin with a keyword and a zero byte
+_EXIF_TEXTS = (b"Raw profile type exif", b"XML:com.adobe.xmp")  # keywords of those that can state an orientation
+_WITH_EXIF = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff")
+_UPRIGHT: dict[int, Callable[[np.ndarray], np.ndarray]] = {
+    2: np.fliplr,
+    3: lambda pixels: np.rot90(pixels, 2),
+    4: np.flipud,
+    5: lambda pixels: pixels.transpose(1, 0, 2),
+    6: lambda pixels: np.rot90(pixels, -1),
+    7: lambda pixels: np.rot90(pixels, 2).transpose(1, 0, 2),
+    8: np.rot90,
+}
+"""Orientation that Exif states -> what turns the pixels upright."""
+_SIDEWAYS = (5, 6, 7, 8)  # orientations that exchange height and width
 
 
 def check_codec(codec: str) -> None:
@@ -84,7 +101,7 @@ def header_size(data: bytes, extension: str) -> tuple[int, int]:
 
     Raises ShardError for anything else, even if Pillow could read it, and for images that take long to decode for their size.
     """
-    if extension == "png" and data[:8] == b"\x89PNG\r\n\x1a\n" and data[12:16] == b"IHDR" and len(data) >= 24:
+    if extension == "png" and data[:8] == _PNG and data[12:16] == b"IHDR" and len(data) >= 24:
         width, height = struct.unpack(">II", data[16:24])
     elif extension == "qoi" and data[:4] == b"qoif" and len(data) >= 14:
         width, height = struct.unpack(">II", data[4:12])
@@ -98,20 +115,6 @@ def header_size(data: bytes, extension: str) -> tuple[int, int]:
     else:
         raise ShardError(f"it is not a {extension} file")
     return height, width
-
-
-_ORIENTATION = 0x0112  # of Exif
-_WITH_EXIF = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff")
-_UPRIGHT: dict[int, Callable[[np.ndarray], np.ndarray]] = {
-    2: np.fliplr,
-    3: lambda pixels: np.rot90(pixels, 2),
-    4: np.flipud,
-    5: lambda pixels: pixels.transpose(1, 0, 2),
-    6: lambda pixels: np.rot90(pixels, -1),
-    7: lambda pixels: np.rot90(pixels, 2).transpose(1, 0, 2),
-    8: np.rot90,
-}
-"""Orientation that Exif states -> what turns the pixels upright."""
 
 
 def _has_one_scan(data: bytes) -> bool:
@@ -164,15 +167,49 @@ def read_image(path: Path) -> np.ndarray:
         data = path.read_bytes()
     except OSError as error:
         raise ShardError(f"{path} cannot be read: {error.strerror}") from error
-    return turn_upright(decode(data, path.suffix, name=str(path)), path)
+    return turn_upright(decode(data, path.suffix, name=str(path)), io.BytesIO(data), path.suffix)
 
 
-def turn_upright(pixels: np.ndarray, path: Path) -> np.ndarray:
-    """Turn the pixels [H, W, C] of an image file as its Exif orientation says, if it has one."""
-    if path.suffix.lower() in _WITH_EXIF:
-        with Image.open(path) as image:
-            pixels = _UPRIGHT.get(image.getexif().get(_ORIENTATION, 1), np.asarray)(pixels)
-    return np.ascontiguousarray(pixels)
+def turn_upright(pixels: np.ndarray, file: BinaryIO, extension: str) -> np.ndarray:
+    """Turn the pixels [H, W, C] of an image file, open at any place, as its Exif orientation says, if it has one."""
+    return np.ascontiguousarray(_UPRIGHT.get(_orientation(file, extension), np.asarray)(pixels))
+
+
+def upright_size(path: Path) -> tuple[int, int]:
+    """Return the (height, width) of an image file once it is turned upright, from its head, or from the Exif behind its pixels.
+
+    Raises OSError for a file that is missing, or is not an image.
+    """
+    with path.open("rb") as file:
+        with Image.open(file) as image:
+            width, height = image.size
+        return (width, height) if _orientation(file, path.suffix) in _SIDEWAYS else (height, width)
+
+
+def _orientation(file: BinaryIO, extension: str) -> int:
+    if extension.lower() not in _WITH_EXIF or _is_png_without_exif(file):
+        return 1
+    file.seek(0)
+    with Image.open(file) as image:
+        try:
+            orientation: int = image.getexif().get(_ORIENTATION, 1)
+        except _BROKEN:  # only what describes the pixels is damaged: they are taken as they are stored
+            return 1
+    return orientation
+
+
+def _is_png_without_exif(file: BinaryIO) -> bool:
+    """Return whether a file is a PNG without a chunk that can state an orientation: Pillow decodes all of it to see that."""
+    file.seek(0)
+    if file.read(8) != _PNG:
+        return False
+    while len(head := file.read(8)) == 8:
+        length, kind = struct.unpack(">I4s", head)
+        start = file.read(min(length, _LONGEST_KEYWORD)) if kind in _TEXTS else b""
+        if kind == b"eXIf" or start.partition(b"\0")[0] in _EXIF_TEXTS:
+            return False
+        file.seek(length - len(start) + 4, io.SEEK_CUR)
+    return True
 
 
 def _to_rgb(image: Image.Image) -> np.ndarray:

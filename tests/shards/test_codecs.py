@@ -80,6 +80,62 @@ def test_other_kinds_of_png_become_rgb(image, expected, tmp_path):
     assert tuple(frame[1, 1]) == expected
 
 
+def _exif(orientation: int) -> bytes:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return exif.tobytes()
+
+
+def _png_with(frame: np.ndarray, kind: bytes, content: bytes, behind: bool) -> bytes:
+    """A PNG with a chunk before or behind its pixels."""
+    data = codecs.encode(frame, "png")
+    chunk = len(content).to_bytes(4, "big") + kind + content + zlib.crc32(kind + content).to_bytes(4, "big")
+    at = len(data) - 12 if behind else 33
+    return data[:at] + chunk + data[at:]
+
+
+@pytest.mark.parametrize("behind", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "content"),
+    [
+        (b"eXIf", _exif(6).removeprefix(b"Exif\0\0")),
+        (b"iTXt", b'XML:com.adobe.xmp\0\0\0\0\0<x tiff:Orientation="6"/>'),
+        (b"zTXt", b"Raw profile type exif\0\0" + zlib.compress(b"\nexif\n%8d\n" % len(_exif(6)) + _exif(6).hex().encode())),
+    ],
+)
+def test_a_png_is_turned_upright_wherever_and_however_it_says_so(tmp_path, kind, content, behind):
+    frame = np.random.default_rng(0).integers(0, 256, (6, 9, 3), dtype=np.uint8)
+    path = tmp_path / "image.png"
+    path.write_bytes(_png_with(frame, kind, content, behind))
+    assert np.array_equal(codecs.read_image(path), np.rot90(frame, -1))
+    assert codecs.upright_size(path) == (9, 6)
+
+
+@pytest.mark.parametrize("orientation", [0, 9, 200])
+def test_an_orientation_that_does_not_exist_turns_nothing(tmp_path, orientation):
+    Image.new("RGB", (9, 6)).save(tmp_path / "image.jpg", exif=_exif(orientation))
+    assert codecs.read_image(tmp_path / "image.jpg").shape == (6, 9, 3)
+    assert codecs.upright_size(tmp_path / "image.jpg") == (6, 9)
+
+
+@pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp"])
+def test_an_image_with_damaged_exif_is_read_as_it_is_stored(tmp_path, suffix):
+    path = tmp_path / f"image{suffix}"
+    Image.new("RGB", (9, 6)).save(path, exif=b"Exif\0\0of something else")
+    assert codecs.read_image(path).shape == (6, 9, 3)
+    assert codecs.upright_size(path) == (6, 9)
+
+
+def test_the_size_of_a_png_is_read_without_its_pixels(tmp_path):
+    data = bytearray(_png_with(np.zeros((6, 9, 3), np.uint8), b"tEXt", b"Software\0camera", behind=False))
+    at = data.index(b"IDAT") + 4
+    data[at : at + 4] = b"\xff\xff\xff\xff"
+    (tmp_path / "image.png").write_bytes(data)
+    with pytest.raises(ShardError):
+        codecs.read_image(tmp_path / "image.png")
+    assert codecs.upright_size(tmp_path / "image.png") == (6, 9)
+
+
 @pytest.mark.parametrize("extension", ["png", "jpg", "qoi", "webp"])
 @pytest.mark.parametrize("data", [b"", b"junk that is no image at all"])
 def test_junk_is_named(extension, data):

@@ -13,9 +13,9 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal
 
-from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
+from shards.codecs import upright_size
 from shards.frame_sources import natural
 from shards.schema import IMAGE_EXTENSIONS
 from shards.sequence_filter import CUT
@@ -34,7 +34,6 @@ from vfi.video.video_input import VideoInput
 
 DEFAULT_FPS = 15.0
 _NAMED = 8  # missing frames that a note names
-_ORIENTATION, _SIDEWAYS = 0x0112, 5  # of Exif, which read_image follows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -303,10 +302,8 @@ def frames_of(folder: Path) -> list[Path]:
 def _size_of(path: Path) -> tuple[int, int]:
     """Read (height, width) from the header of the file alone."""
     try:
-        with Image.open(path) as image:
-            sideways = image.getexif().get(_ORIENTATION, 1) >= _SIDEWAYS
-            return (image.width, image.height) if sideways else (image.height, image.width)
-    except (OSError, UnidentifiedImageError) as error:
+        return upright_size(path)
+    except OSError as error:
         raise JobError(f"{path} cannot be read as an image: {error}") from error
 
 

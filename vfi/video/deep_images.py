@@ -40,7 +40,8 @@ def read_deep(path: Path) -> np.ndarray | None:
         raise ShardError(f"{path} cannot be read: {error.strerror or error}") from error
     if kind in _GREY:
         values = np.repeat(values.reshape(*values.shape[:2], -1)[:, :, :1], 3, axis=2)
-    return turn_upright(np.ascontiguousarray(values[:, :, :3]), path)
+    with path.open("rb") as file:
+        return turn_upright(values[:, :, :3], file, path.suffix)
 
 
 def write_deep(path: Path, image: np.ndarray) -> None:

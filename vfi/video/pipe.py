@@ -39,8 +39,10 @@ class PipeOutput:
     def write(self, frame: av.VideoFrame, pts: int, duration: int = 0, last: bool = False) -> None:
         """Write the next frame."""
         if frame.format.name != self.pix_fmt:
-            rgb = is_rgb(frame.format)
-            frame = from_rgb(to_rgb(frame, self.colours), self.colours, self.pix_fmt) if rgb else reformat(frame, self.pix_fmt)
+            if is_rgb(frame.format):
+                frame = from_rgb(to_rgb(frame, self.colours, self.colours.depth), self.colours, self.pix_fmt)
+            else:
+                frame = reformat(frame, self.pix_fmt)
         frame.pts, frame.time_base = self.count, self.period
         self.count += 1
         try:

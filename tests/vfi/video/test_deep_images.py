@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +16,7 @@ from shards.schema import ShardError
 from vfi.video.deep_images import read_deep, write_deep
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture(scope="module")
@@ -81,3 +84,19 @@ def test_a_folder_stays_a_folder_of_16_bits_and_becomes_a_video_of_10(run, tmp_p
     assert np.abs(found[1] - (images[0].astype(np.int64) + images[1]) / 2).max() <= 2
     call(tmp_path / "frames", "-o", tmp_path / "out.mp4", "--model", run)
     assert {frame.format.name for frame in frames_of(tmp_path / "out.mp4")} == {"yuv420p10le"}
+
+
+def test_through_a_pipe_a_folder_of_16_bits_is_the_same_video_of_10_as_in_a_file(run, tmp_path):
+    (tmp_path / "frames").mkdir()
+    for number in range(2):
+        write_deep(tmp_path / "frames" / f"{number}.png", picture(number))
+    flags = ["--model", run, "--device", "cpu"]
+    command = [sys.executable, "-m", "vfi.interpolate", tmp_path / "frames", "-o", "-", *flags]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, timeout=120, check=True)
+    (tmp_path / "piped.y4m").write_bytes(done.stdout)
+    call(tmp_path / "frames", "-o", tmp_path / "out.mkv", *flags, "--codec", "ffv1", "--pix_fmt", "yuv420p10le")
+    piped, filed = frames_of(tmp_path / "piped.y4m"), frames_of(tmp_path / "out.mkv")
+    assert len(piped) == len(filed) == 3
+    for one, other in zip(piped, filed, strict=True):
+        assert one.format.name == other.format.name == "yuv420p10le"
+        assert np.array_equal(one.to_ndarray(), other.to_ndarray())
