@@ -76,7 +76,7 @@ def make(options: Options) -> Index:
     if not is_factory(options.model):
         arguments |= {"iterations": str(options.iterations), "weights": str(options.weights or "torchvision's")}
     source = writer.source_of("shards.flow", arguments) | {"shards": index.source}
-    source["versions"] |= {name: importlib.metadata.version(name) for name in ("torch",)}
+    source["versions"]["torch"] = importlib.metadata.version("torch")
     mark = writer.fingerprint(source | {"content": [entry.sha256 for entry in index.shards]})
     done = writer.check_output(options.out, mark)
     if done is not None:

@@ -22,13 +22,13 @@ from pathlib import Path
 
 import tyro
 
+from shards.factories import is_factory
 from shards.schema import ShardError
 from vfi.checkpoint.pretrained_folder import is_hub_id
 from vfi.config.renamed_flags import with_new_names
 from vfi.errors import CheckpointError, JobError, clear_errors
 from vfi.evaluation import latency, latency_results
 from vfi.evaluation.datasets import find_sets
-from vfi.evaluation.external_models import is_adapter
 from vfi.evaluation.latency import SpeedSettings
 from vfi.evaluation.protocols import PROTOCOLS
 from vfi.evaluation.results import ResultError, table
@@ -83,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def names_a_model(model: str) -> bool:
     """Return whether --model names a model that is no path: the shipped one, one of the hub, or a MODULE:FACTORY."""
-    return is_shipped(model) or is_hub_id(model) or is_adapter(model)
+    return is_shipped(model) or is_hub_id(model) or is_factory(model)
 
 
 def _benchmark_all(settings: BenchmarkSettings, data_root: Path | None, command: str) -> bool:

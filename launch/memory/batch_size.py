@@ -92,7 +92,7 @@ def choose_batch(
     total = config.data.global_batch or config.data.batch_size * processes
     if total % processes:
         raise ConfigError(f"--global_batch {total} is not a multiple of {processes} processes: use one that is")
-    if config.optim.vgg_weight or config.optim.style_weight:
+    if config.optim.is_perceptual:
         raise ConfigError("no memory profile includes the perceptual loss (--vgg_weight, --style_weight): give --batch_size")
     profiles = profiles or read_profiles()
     card = identify(gpu, memory_gib, profiles.cards)

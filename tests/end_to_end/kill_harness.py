@@ -1,4 +1,4 @@
-"""Is a run that is killed again and again still the same run? Kills training with SIGKILL at random moments and resumes it.
+"""Stress test of resuming: kills training with SIGKILL at random moments, resumes it, and compares it with an undisturbed run.
 
     python tests/end_to_end/kill_harness.py --times 100
 

@@ -47,7 +47,7 @@ _VALIDATION = Needs("--val_path", lambda config: bool(config.data.val_path))
 _CURRICULUM = Needs("--curriculum", lambda config: config.data.curriculum)
 _MATVLM = Needs("--matvlm_plan A, B or C", lambda config: config.run.matvlm_plan != "off")
 _DISTILLATION = Needs("--distill_weight", lambda config: config.optim.distill_weight > 0)
-_PERCEPTUAL = Needs("--vgg_weight or --style_weight", lambda config: bool(config.optim.vgg_weight or config.optim.style_weight))
+_PERCEPTUAL = Needs("--vgg_weight or --style_weight", lambda config: config.optim.is_perceptual)
 _REAL_RUN = Needs("--no-dry_run", lambda config: not config.run.dry_run)
 
 
@@ -215,6 +215,11 @@ class OptimConfig:
     ema: float = 0.0
     """Decay of an exponential moving average of the weights, such as 0.999, which validation and later commands use; 0: none.
     In the first steps it is lower: (1 + n) / (10 + n) in step n."""
+
+    @property
+    def is_perceptual(self) -> bool:
+        """Whether the loss has a perceptual term."""
+        return bool(self.vgg_weight or self.style_weight)
 
 
 @dataclasses.dataclass(frozen=True)

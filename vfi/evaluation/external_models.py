@@ -60,7 +60,7 @@ Model = LoadedModel | Adapter
 
 def load_any(model: str, device: torch.device) -> Model:
     """Load a run of this project, or the model of an adapter. Raises CheckpointError or JobError."""
-    return load_adapter(model, device) if is_adapter(model) else load(model, device)
+    return load_adapter(model, device) if is_factory(model) else load(model, device)
 
 
 def distinct_names(models: Sequence[Model], taken: Sequence[str] = ()) -> list[str]:
@@ -70,11 +70,6 @@ def distinct_names(models: Sequence[Model], taken: Sequence[str] = ()) -> list[s
         if len(set(names)) == len(names) and not set(taken) & set(names):
             return names
     raise JobError(f"--model was given the same model twice: {', '.join(names)}")
-
-
-def is_adapter(model: str) -> bool:
-    """Return whether a model is named as MODULE:FACTORY, and not by a path."""
-    return is_factory(model)
 
 
 def load_adapter(model: str, device: torch.device) -> Adapter:

@@ -27,9 +27,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from shards.codecs import read_image
+from shards.factories import is_factory
 from shards.synthetic_scene import photograph_paths
 from vfi.errors import JobError
-from vfi.evaluation.external_models import Adapter, Model, distinct_names, is_adapter, load_any
+from vfi.evaluation.external_models import Adapter, Model, distinct_names, load_any
 from vfi.evaluation.latency_results import OWN_PRECISION, Speed, SpeedRow, write_speed
 from vfi.evaluation.results import check_output
 from vfi.evaluation.settings import parse_size
@@ -129,7 +130,7 @@ def _check(settings: SpeedSettings) -> None:
             raise JobError(f"--factors {factor} must be at least 2, for one frame between two")
     if settings.repeats < 1:
         raise JobError(f"--repeats {settings.repeats} must be at least 1")
-    if settings.compile and (adapters := [model for model in settings.model if is_adapter(model)]):
+    if settings.compile and (adapters := [model for model in settings.model if is_factory(model)]):
         raise JobError(f"--compile does not reach into --model {', '.join(adapters)}: compile it in the adapter yourself")
 
 

@@ -112,7 +112,7 @@ def load_perceptual_loss(config: OptimConfig, device: torch.device) -> Perceptua
     torchvision downloads its weights (548 MiB) once, into the folder of torch.hub. JobError where they, or torchvision, can't
     be had.
     """
-    if not (config.vgg_weight or config.style_weight):
+    if not config.is_perceptual:
         return None
     loss = random_perceptual_loss(config, device)
     expected = {f"features.{name}": tensor for name, tensor in loss.layers.state_dict().items()}

@@ -30,8 +30,7 @@ class TrainingStep:
             compile_modules(self.model)
         if config.compute.checkpointing:
             checkpoint_activations(self.model)
-        optim = config.optim
-        self.perceptual = random_perceptual_loss(optim, device) if optim.vgg_weight or optim.style_weight else None
+        self.perceptual = random_perceptual_loss(config.optim, device) if config.optim.is_perceptual else None
         self.recorder: GraphRecorder | None = None
         self.optimizer = build_optimizer(self.model, config.optim, config.compute.cuda_graphs)
         self.weights = sum(parameter.nbytes for parameter in self.model.parameters())

@@ -1,6 +1,6 @@
 """Whole frames from the fields of interlaced and telecined video, by FFmpeg's filters.
 
-filters = FieldFilters(stream, DEINTERLACE)
+filters = FieldFilters(stream, DEINTERLACE, stream.time_base, rate)
 for frame in frames:
     yield from filters.push(frame)           # frames come out later than they went in
 yield from filters.finish()

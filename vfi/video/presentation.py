@@ -41,9 +41,10 @@ class Clock:
     def adjust(self, packet: av.Packet) -> None:
         """Move the times of a packet; to be called for each packet, in the order of the file."""
         base = packet.time_base
-        if base is None or packet.dts is None:
-            if base is not None and packet.pts is not None:
-                packet.pts += round(self._offset / base)
+        if base is None:
+            return
+        if packet.dts is None:
+            packet.pts = None if packet.pts is None else packet.pts + round(self._offset / base)
             return
         time = packet.dts * base + self._offset
         due = self._expected.get(packet.stream.index)
