@@ -303,6 +303,17 @@ def test_the_best_checkpoint_is_kept_and_listed(tmp_path, train_shards, val_shar
     assert (found["state"], found["step"], found["total"], found["best_psnr"], found["gain"]) == ("finished", 5, 5, 33.0, 3.0)
 
 
+def test_remains_of_a_run_killed_after_its_last_save_are_removed(tmp_path, train_shards):
+    flags = (tmp_path, "done", "--data_path", train_shards, "--steps", 2, "--save_every", 1, "--resume", "auto")
+    checkpoints = run(*flags) / "checkpoints"
+    before = sorted(path.name for path in checkpoints.iterdir())
+    for name in (".step_00000001.old", ".step_00000002.new"):
+        (checkpoints / name).mkdir()
+        (checkpoints / name / "model.safetensors").write_bytes(b"half")
+    run(*flags)
+    assert sorted(path.name for path in checkpoints.iterdir()) == before
+
+
 def test_a_step_without_validation_has_no_score(tmp_path, train_shards, val_shards):
     folder = run(tmp_path, "rare", "--data_path", train_shards, "--val_path", val_shards, "--steps", 4, "--save_every", 1,
                  "--val_every", 2, "--val_samples", 1, "--keep_last", 9)  # fmt: skip

@@ -41,6 +41,7 @@ from vfi.io.verified_folder import (
     problems,
     read_manifest,
     remove_folder,
+    sweep,
     write_folder,
 )
 
@@ -109,7 +110,7 @@ def save(
     Kept are the newest `keep_last` and the `keep_best` of highest PSNR; those of later steps, left by a run that resumed from
     an earlier one, are removed. CheckpointError where it can't be written; then all others are still there.
     """
-    path = run_folder / "checkpoints" / f"step_{state.step:08d}"
+    path = _folder(run_folder, state.step)
 
     def files() -> Iterator[tuple[str, bytes | memoryview]]:
         yield MODEL, _safetensors(weights)
@@ -129,6 +130,15 @@ def save(
     except (FolderWriteError, OSError) as error:
         raise CheckpointError(str(error)) from error
     return path
+
+
+def remove_remains(run_folder: Path) -> None:
+    """Remove what processes that were killed while they saved left of checkpoints; no other process may be saving."""
+    sweep(_folder(run_folder, 0))
+
+
+def _folder(run_folder: Path, step: int) -> Path:
+    return run_folder / "checkpoints" / f"step_{step:08d}"
 
 
 def _safetensors(tensors: dict[str, Tensor]) -> bytes:

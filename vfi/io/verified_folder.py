@@ -5,7 +5,8 @@
 
 manifest.json: {"version": 1, "files": {"model.safetensors": {"bytes": 123, "sha256": "…"}, …}}
 
-Names that begin with a dot are temporary: what a killed process left under one is removed by the next write.
+Names that begin with a dot are temporary: what a killed process left under one is removed by the next write, and by
+sweep(folder).
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ def write_folder(folder: Path, files: Iterable[tuple[str, bytes | memoryview]]) 
     entries: dict[str, Entry] = {}
     try:
         parent.mkdir(parents=True, exist_ok=True)
-        _sweep(folder)
+        sweep(folder)
         temporary.mkdir()
         for name, content in files:
             at, size = temporary / name, len(content)
@@ -83,6 +84,12 @@ def remove_folder(folder: Path) -> None:
     old = _beside(folder, "old")
     folder.rename(old)
     _delete(old)
+
+
+def sweep(folder: Path) -> None:
+    """Remove what killed processes left of this folder, and of folders whose names differ only in their final number."""
+    for path in folder.parent.glob(f".{folder.name.rstrip('0123456789')}*"):
+        _delete(path)
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -156,12 +163,6 @@ def _sync(folder: Path) -> None:
 
 def _beside(folder: Path, kind: str) -> Path:
     return folder.with_name(f".{folder.name}.{kind}")
-
-
-def _sweep(folder: Path) -> None:
-    """Remove what killed processes left of this folder, and of folders whose names differ only in their final number."""
-    for path in folder.parent.glob(f".{folder.name.rstrip('0123456789')}*"):
-        _delete(path)
 
 
 def _delete(path: Path) -> None:

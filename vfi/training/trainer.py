@@ -123,6 +123,8 @@ class Trainer:
         check_agreement(self.accelerator, self.start.path)
         for line in self.start.notes:
             logger.info(line)
+        if self.accelerator.is_main_process:
+            store.remove_remains(self.folder)  # a run that was killed after its last save does not save again
         return read_snapshot(self.start.path) if self.start.is_resume and self.start.path else None
 
     def _build_run(self, snapshot: Snapshot | None) -> Run:
