@@ -40,6 +40,7 @@ from shards.color_conversion import (
     to_rgb,
 )
 from vfi.errors import JobError
+from vfi.video.hdr_metadata import HdrMetadata
 from vfi.video.resume import PartialVideoReader
 from vfi.video.video_input import VideoInput, has_alpha
 
@@ -100,6 +101,8 @@ class VideoOutput:
         context.height, context.width = (side + side % 2 * half for side, half in zip(size, halves, strict=True))
         context.pix_fmt, context.time_base = self.pix_fmt, base
         context.options = _options(codec, encoding)
+        self.left_out: list[str] = []
+        self._keep_light_and_chroma(context.name)
         context.flags |= _FRAME_DURATION
         context.thread_type = "AUTO"  # the default is slice threading, which makes files of x264 a sixth larger, and is slower
         rgb = is_rgb(av.VideoFormat(self.pix_fmt))
@@ -114,19 +117,18 @@ class VideoOutput:
         self.copied: dict[int, Fraction] = {}  # stream -> decoding time of its last packet
         self.started = False
         self.early: list[av.Packet] = []
-        self.left_out: list[str] = []
         if source:
             self._keep(source, slowdown)
         try:
             context.open()  # otherwise opened at the first frame: settings that the encoder rejects are better reported now
         except (av.FFmpegError, ValueError) as error:
-            given = " ".join(f"{name}={value}" for name, value in context.options.items())
+            given = " ".join(f"{name}={value}" for name, value in _options(codec, encoding).items())
             why = getattr(error, "strerror", None) or error
             raise JobError(f"--codec {codec} can't be used with {given} and {self.pix_fmt}: {why}") from error
 
     @property
     def colours(self) -> Colours:
-        """Return how frames store colours: as the source does, whose colours are known from its first frame on."""
+        """Return how frames store colours: as the source does."""
         return self.source.colours if self.source else self.images
 
     def write(self, frame: av.VideoFrame, pts: int, duration: int = 0, last: bool = False) -> None:
@@ -216,6 +218,21 @@ class VideoOutput:
             copy.disposition = stream.disposition
             self.copies[stream] = copy
 
+    def _keep_light_and_chroma(self, codec: str) -> None:
+        """Have the encoder write the source's HDR metadata and the location of chroma, and name what it can't."""
+        options = self.stream.codec_context.options
+        hdr = self.source.hdr if self.source else HdrMetadata()
+        added = hdr.encoder_options(codec)
+        options |= {name: ":".join(filter(None, (options.get(name), value))) for name, value in added.items()}
+        if hdr != HdrMetadata() and not added:
+            self.left_out.append(f"the HDR mastering display and light level: {codec} can't write them, libx265 can")
+        if chroma_halves(self.pix_fmt) == (True, True):
+            location = self.colours.location
+            options["chroma_sample_location"] = location
+            if location not in ("left", *_locations(codec, self.container.format.name)):
+                self.left_out.append(f"the location of chroma ({location}): {codec} in {self.path.suffix} can't say it")
+        self.stream.codec_context.options = options
+
     def _start(self, frame: av.VideoFrame) -> None:
         """Write the display rotation, which is known from the first frame on and must come before any packet."""
         self.started = True
@@ -243,6 +260,15 @@ def _can_hold(container: str, stream: Any) -> bool:
     except (ValueError, av.FFmpegError):
         return False
     return True
+
+
+def _locations(codec: str, container: str) -> tuple[str, ...]:
+    """Return the locations of chroma, other than left, that an encoder or a container can state."""
+    if codec in ("libx264", "libx265"):
+        return ("center", "topleft", "top", "bottomleft", "bottom")
+    if container in ("matroska", "webm"):
+        return ("center", "topleft")
+    return ("topleft",) if codec == "libsvtav1" else ()
 
 
 _METADATA = ("title", "artist", "comment", "description", "date", "creation_time", "copyright", "genre", "location")

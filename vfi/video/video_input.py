@@ -17,6 +17,7 @@ from shards.color_conversion import assume_left_chroma, describe_colours, measur
 from shards.schema import ShardError
 from vfi.errors import JobError
 from vfi.video.field_filters import FieldFilters, FieldMethod
+from vfi.video.hdr_metadata import HdrMetadata, read_hdr_metadata
 from vfi.video.pipe import PIPE
 from vfi.video.presentation import Clock, FrameTimes, measured_rate
 
@@ -24,8 +25,6 @@ _SHORTEST = 0.95  # of the frames that a file declares: with fewer it was trunca
 _FASTEST, _USUAL_RATE = Fraction(300), Fraction(25)  # frames per second; a higher one is the clock's, not the picture's
 _ATTEMPTS = 20  # to read on behind damage
 _LOST = {
-    "MASTERING_DISPLAY_METADATA": "the HDR mastering display",
-    "CONTENT_LIGHT_LEVEL": "the HDR light level",
     "DYNAMIC_HDR_PLUS": "HDR10+",
     "DOVI_METADATA": "Dolby Vision",
     "STEREO3D": "the layout of stereo frames",
@@ -37,6 +36,7 @@ _KEPT = ("audio", "subtitle")
 class VideoInput:
     """A video file, open for a single pass. Raises JobError for a file that is not a video.
 
+    It is read up to its first frame, since what comes with that must be known before another video is begun.
     `stream`: number of the stream to read, among all of the file; by default the video that the file marks as the default, else
     the longest one. `fields`: how whole frames are made of fields; without it, interlaced video is refused unless
     `keep_interlaced`.
@@ -75,20 +75,25 @@ class VideoInput:
             self.base = self.stream.time_base or 1 / self.stated_rate
             self.rate = self.stated_rate * (fields.rate if fields else 1)
             self.colours = describe_colours(context)
+            self.hdr = HdrMetadata()
+            if has_alpha(self.pix_fmt) and context.name != "gif":  # all of whose frames are decoded with transparency
+                self.notes.append("its transparency is left out")
+            self.says_matrix = context.colorspace
+            self.aspect = self.stream.sample_aspect_ratio
+            self.chapters: list[Any] = self.container.chapters()
+            self.frames = 0
+            """Number of frames read so far."""
+            self._lost: list[float] = []  # times of what could not be decoded
+            self._rest = self._read()
+            self._first: list[av.VideoFrame | av.Packet] = []
+            while not self.frames and (item := next(self._rest, None)):
+                self._first.append(item)
         except ShardError as error:
             self.container.close()
             raise JobError(f"{path}: {error}") from error
         except JobError:
             self.container.close()
             raise
-        if has_alpha(self.pix_fmt) and context.name != "gif":  # all of whose frames are decoded with transparency
-            self.notes.append("its transparency is left out")
-        self.says_matrix = context.colorspace
-        self.aspect = self.stream.sample_aspect_ratio
-        self.chapters: list[Any] = self.container.chapters()
-        self.frames = 0
-        """Number of frames read so far."""
-        self._lost: list[float] = []  # times of what could not be decoded
 
     def __enter__(self) -> Self:
         return self
@@ -109,6 +114,11 @@ class VideoInput:
         Frames of another size are scaled to that of the first one. Raises JobError where the file is damaged; with
         `allow_damaged` the frames that can't be decoded are left out.
         """
+        while self._first:
+            yield self._first.pop(0)
+        yield from self._rest
+
+    def _read(self) -> Iterator[av.VideoFrame | av.Packet]:
         clock, times = Clock(self.container), FrameTimes(self.container, round(1 / self.stated_rate / self.base))
         filters = FieldFilters(self.stream, self.fields, self.base, self.stated_rate) if self.fields else None
         hidden, resized = 0, 0
@@ -123,10 +133,7 @@ class VideoInput:
             for frame in self._decode(packet):
                 times.assign(frame)
                 if not self.frames:
-                    lost = [_LOST[name] for data in cast(Any, frame.side_data) if (name := data.type.name) in _LOST]
-                    self.notes += [f"left out: {', '.join(lost)}"] if lost else []
-                    self.colours = dataclasses.replace(self.colours, location=measure_chroma_location(frame))
-                    self.width, self.height = frame.width, frame.height
+                    self._describe(frame)
                 if frame.interlaced_frame and not (filters or self.keep_interlaced):
                     raise JobError(
                         f"{self.path} is interlaced: --deinterlace makes whole frames of its fields (--detelecine where it was "
@@ -145,6 +152,16 @@ class VideoInput:
         self.notes += [f"its clock jumps at {', '.join(f'{jump:.2f}' for jump in clock.jumps[:3])} s"] if clock.jumps else []
         self.notes += [f"{times.changed} frames had the time of an earlier one and follow it"] if times.changed else []
         self.notes += [f"{resized} frames of another size are scaled to {self.width}x{self.height}"] if resized else []
+
+    def _describe(self, frame: av.VideoFrame) -> None:
+        """Take over what the first frame says about all."""
+        self.colours = dataclasses.replace(self.colours, location=measure_chroma_location(frame))
+        self.width, self.height = frame.width, frame.height
+        self.hdr = read_hdr_metadata(frame)
+        lost = [_LOST[name] for data in cast(Any, frame.side_data) if (name := data.type.name) in _LOST]
+        self.notes += [f"left out: {', '.join(lost)}"] if lost else []
+        if frame.interlaced_frame and self.keep_interlaced:
+            self.notes.append("its field order is left out: the result says that its frames are whole")
 
     def _choose(self, wanted: int | None) -> VideoStream:
         """Return the stream to read, and note the videos that are not read."""

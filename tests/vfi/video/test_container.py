@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import resource
+import struct
 import subprocess
 import sys
 from fractions import Fraction
@@ -17,7 +18,7 @@ import torch
 from made_videos import EVEN, call, frames_of, make, new_run, packets_of, pixels, planes, refused, scene, times_of
 from PIL import Image
 
-from shards.color_conversion import to_rgb
+from shards.color_conversion import measure_chroma_location, to_rgb
 from vfi import interpolate
 from vfi.errors import JobError
 from vfi.inference.engine import InterpolationEngine
@@ -144,6 +145,54 @@ def test_made_chroma_lies_where_that_of_the_input_lies(run, tmp_path):
             for plane in (1, 2):
                 error = (pixels(made, plane) - (pixels(before, plane) + pixels(after, plane)) / 2).reshape(24, 32)
                 assert abs(error[3:-3].mean()) < 0.15
+
+
+def test_the_location_of_chroma_is_stated_or_named(run, tmp_path, capsys):
+    options = {"chroma_sample_location": "topleft"}
+    source = make(tmp_path / "in.mkv", EVEN[:2], codec="libx264", options=options)
+    for codec, name, said in (("libx264", "a.mp4", False), ("ffv1", "b.mkv", False), ("mpeg4", "c.mp4", True)):
+        call(source, "-o", tmp_path / name, "--model", run, "--codec", codec)
+        assert ("left out: the location of chroma (topleft): mpeg4 in .mp4" in capsys.readouterr().out) == said
+        assert measure_chroma_location(frames_of(tmp_path / name)[0]) == ("left" if said else "topleft")
+
+
+DISPLAY = "G(13250,34500)B(7500,3000)R(34000,16000)WP(15635,16450)L(10000000,50)"
+"""Units of 1/50000 and of 0.0001 cd/m²."""
+
+
+def side_data_of(frame: av.VideoFrame) -> tuple[list[float], tuple[int, ...]]:
+    """The rationals of libavutil's AVMasteringDisplayMetadata as numbers, and MaxCLL and MaxFALL."""
+    found = {data.type.name: bytes(data) for data in frame.side_data}
+    display = struct.unpack("=22i", found["MASTERING_DISPLAY_METADATA"]) if "MASTERING_DISPLAY_METADATA" in found else ()
+    light = struct.unpack("=2I", found["CONTENT_LIGHT_LEVEL"]) if "CONTENT_LIGHT_LEVEL" in found else ()
+    return [a / b for a, b in zip(display[:20:2], display[1:20:2], strict=True)], light
+
+
+@pytest.mark.parametrize(("codec", "suffix"), [("libx265", ".mp4"), ("libx264", ".mkv"), ("libsvtav1", ".webm")])
+@pytest.mark.parametrize("params", [f"master-display={DISPLAY}:max-cll=1000,400", "max-cll=600,0"], ids=["both", "light"])
+def test_hdr_metadata_is_kept(run, tmp_path, capsys, codec, suffix, params):
+    tags = {"colorspace": 9, "color_primaries": 9, "color_trc": 16}
+    options = {"x265-params": f"log-level=error:{params}"}
+    source = make(
+        tmp_path / "in.mp4", EVEN[:3], codec="libx265", pix_fmt="yuv420p10le", tags=tags, size=(64, 64), options=options
+    )
+    out = tmp_path / f"out{suffix}"
+    call(source, "-o", out, "--model", run, "--codec", codec)
+    assert "left out" not in capsys.readouterr().out
+    display = [0.68, 0.32, 0.265, 0.69, 0.15, 0.06, 0.3127, 0.329, 0.005, 1000] if "master" in params else []  # red first
+    light = (1000, 400) if display else (600, 0)
+    found = side_data_of(frames_of(out)[0])
+    assert found == (pytest.approx(display, abs=1e-4), light)
+    if codec == "libx265":
+        with av.open(str(out)) as container:
+            assert container.streams.video[0].codec_context.codec_tag == "hvc1"
+
+
+def test_hdr_metadata_that_an_encoder_can_not_write_is_named(run, tmp_path, capsys):
+    options = {"x265-params": f"log-level=error:master-display={DISPLAY}"}
+    source = make(tmp_path / "in.mp4", EVEN[:2], codec="libx265", pix_fmt="yuv420p10le", size=(64, 64), options=options)
+    call(source, "-o", tmp_path / "out.mkv", "--model", run, "--codec", "ffv1")
+    assert "left out: the HDR mastering display and light level: ffv1 can't write them" in capsys.readouterr().out
 
 
 def test_odd_sizes(run, tmp_path):

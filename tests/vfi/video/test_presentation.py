@@ -247,6 +247,7 @@ def test_interlaced_video_is_refused_with_the_fix_or_made_whole(run, tmp_path, c
     assert not out.exists()
     call(source, "-o", out, *common, "--deinterlace")
     call(source, "-o", tmp_path / "kept.mkv", *common, "--keep_interlaced")
+    assert "its field order is left out" in capsys.readouterr().out
     assert len(frames_of(out)) == len(frames_of(tmp_path / "kept.mkv")) == 19
     assert not any(frame.interlaced_frame for frame in frames_of(out))
     assert combs(out) < 0.3 * combs(tmp_path / "kept.mkv")
