@@ -144,7 +144,16 @@ def decode_flow(data: bytes, height: int, width: int) -> np.ndarray:
     try:
         read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
         shape, column_major, dtype = read_header[np.lib.format.read_magic(file)](file)
-    except (ValueError, KeyError, TypeError, OverflowError, SyntaxError, tokenize.TokenError) as error:
+    except (
+        ValueError,
+        KeyError,
+        TypeError,
+        OverflowError,
+        SyntaxError,
+        tokenize.TokenError,
+        RecursionError,
+        MemoryError,
+    ) as error:
         raise ShardError(f"it cannot be read ({error!r})") from error
     if dtype != np.float32 or shape not in ((height, width, 2), (height, width, 3)):
         raise ShardError(

@@ -18,12 +18,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib.metadata
-import json
 import pickle
 import sys
-import tarfile
 from collections.abc import Callable, Iterator, Sequence
-from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal
 
@@ -35,7 +32,9 @@ from torch import Tensor
 from shards import codecs, writer
 from shards.cli import run_job
 from shards.factories import call_factory, is_factory
-from shards.schema import Index, SampleMeta, ShardEntry, ShardError, frame_members, read_index
+from shards.sample_rules import MemberError, count_problem, decode_meta, open_shard, read_member, samples_in
+from shards.schema import Index, ShardEntry, ShardError, frame_members, read_index
+from shards.tar_index import TarError
 
 Estimate = Callable[[Tensor, Tensor], Tensor]
 """frames, frames `[B, 3, H, W]` in [0, 1] -> flow `[B, 2, H, W]` in pixels: frame0(x) = frame1(x + flow)."""
@@ -161,7 +160,7 @@ def _samples(
 ) -> Iterator[writer.Sample]:
     """Yield the samples of a shard with their flow, in their order."""
     batch: list[writer.Sample] = []
-    for sample in _read(options.shards / entry.name, index):
+    for sample in _read(options.shards / entry.name, index, entry):
         if batch and (len(batch) == options.batch_size or _size(sample) != _size(batch[0])):
             yield from _with_flow(batch, index, estimate, device)
             batch = []
@@ -169,19 +168,21 @@ def _samples(
     yield from _with_flow(batch, index, estimate, device)
 
 
-def _read(path: Path, index: Index) -> Iterator[writer.Sample]:
+def _read(path: Path, index: Index, entry: ShardEntry) -> Iterator[writer.Sample]:
     """Yield the samples of a tar without their flow."""
     names = frame_members(index.frames, index.codec)
+    passed_over: list[str] = []
+    count = 0
     try:
-        with tarfile.open(path, mode="r:") as tar:
-            for key, members in groupby(tar, key=lambda member: member.name.partition(".")[0]):
-                wanted = {name: member for member in members if (name := member.name.partition(".")[2]) in ("json", *names)}
-                contents = {name: file.read() for name, member in wanted.items() if (file := tar.extractfile(member))}
-                meta = json.loads(contents["json"])
-                fields = SampleMeta(meta["clip"], tuple(meta["frames"]), int(meta["height"]), int(meta["width"]))
-                yield writer.Sample(key, fields, tuple(contents[name] for name in names))
-    except (tarfile.TarError, OSError, EOFError, KeyError, TypeError, ValueError) as error:
+        with open_shard(path) as file:
+            for sample in samples_in(file, index, entry, passed_over, {"json", *names}):
+                count += 1
+                contents = {name: read_member(file, sample.members[name], name, index) for name in ("json", *names)}
+                yield writer.Sample(sample.key, decode_meta(contents["json"]), tuple(contents[name] for name in names))
+    except (TarError, MemberError, OSError, KeyError) as error:
         raise ShardError(f"{path} cannot be read ({error!r}): run `python -m shards.verify {path.parent}`") from error
+    if problem := count_problem(count, entry, passed_over):
+        raise ShardError(f"{path} {problem}: run `python -m shards.verify {path.parent}`")
 
 
 def _size(sample: writer.Sample) -> tuple[int, int]:

@@ -11,13 +11,15 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import tarfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from shards import codecs
+import numpy as np
+
 from shards.parallel import run
-from shards.schema import ShardError, frame_members, read_index
+from shards.sample_rules import MemberError, count_problem, decode_frame, open_shard, read_member, samples_in
+from shards.schema import Index, ShardEntry, ShardError, frame_members, printable, read_index
+from shards.tar_index import TarError
 
 _DIGEST = 16  # bytes
 
@@ -43,9 +45,17 @@ class Leak:
 @dataclasses.dataclass(frozen=True)
 class _Shard:
     folder: Path
-    name: str
-    samples: int
-    members: tuple[str, ...]  # the frames of a sample
+    entry: ShardEntry
+    index: Index = dataclasses.field(compare=False)  # without its shards and clips
+
+    @property
+    def path(self) -> Path:
+        return self.folder / self.entry.name
+
+    @property
+    def members(self) -> list[str]:
+        """The frames of a sample."""
+        return frame_members(self.index.frames, self.index.codec)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,35 +90,36 @@ def find_leaks(train: Sequence[Path], test: Sequence[Path], workers: int = 1) ->
 
 def _shards(folder: Path) -> list[_Shard]:
     index = read_index(folder)
-    members = tuple(frame_members(index.frames, index.codec))
-    return [_Shard(folder, entry.name, entry.samples, members) for entry in index.shards]
+    bare = dataclasses.replace(index, shards=(), clips=())
+    return [_Shard(folder, entry, bare) for entry in index.shards]
 
 
 def _task_name(shard: _Shard) -> str:
-    return str(shard.folder / shard.name)
+    return str(shard.path)
 
 
 def _hash_shard(shard: _Shard) -> _Hashes:
-    path = shard.folder / shard.name
-    found: dict[str, list[str]] = {}
-    digests = []
+    keys, digests = [], []
+    passed_over: list[str] = []
+    advice = f"run `python -m shards.verify {shard.folder}`"
     try:
-        with tarfile.open(path, mode="r:") as tar:
-            for member in tar:
-                key, _, extension = member.name.partition(".")
-                content = tar.extractfile(member) if extension in shard.members else None
-                if content is not None:
-                    found.setdefault(key, []).append(extension)
-                    digests.append(_digest(content.read(), extension, member.name))
-    except (tarfile.TarError, EOFError) as error:
-        raise ShardError(f"{path} cannot be read to its end: {error}") from error
-    if len(found) != shard.samples or any(tuple(members) != shard.members for members in found.values()):
-        raise ShardError(f"{path} does not hold what its index says: run `python -m shards.verify {shard.folder}`")
-    return _Hashes(tuple(found), b"".join(digests))
+        with open_shard(shard.path) as file:
+            for sample in samples_in(file, shard.index, shard.entry, passed_over, {*shard.members}):
+                if list(sample.members) != shard.members or not sample.is_first:
+                    raise ShardError(f"{shard.path}: sample {printable(sample.key)} is not whole: {advice}")
+                keys.append(sample.key)
+                for name, member in sample.members.items():
+                    digests.append(_digest(decode_frame(read_member(file, member, name, shard.index), name, shard.index)))
+    except (TarError, OSError) as error:
+        raise ShardError(f"{shard.path} cannot be read to its end: {error}") from error
+    except MemberError as error:
+        raise ShardError(f"{shard.path}: sample {printable(sample.key)}: {error}: {advice}") from error
+    if problem := count_problem(len(keys), shard.entry, passed_over):
+        raise ShardError(f"{shard.path} {problem}: {advice}")
+    return _Hashes(tuple(keys), b"".join(digests))
 
 
-def _digest(data: bytes, extension: str, name: str) -> bytes:
-    frame = codecs.decode(data, extension.rpartition(".")[2], name)
+def _digest(frame: np.ndarray) -> bytes:
     digest = hashlib.blake2b(repr(frame.shape).encode(), digest_size=_DIGEST)
     digest.update(frame.data)
     return digest.digest()

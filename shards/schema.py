@@ -25,12 +25,22 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 SCHEMA = "vfi-shards"
 VERSION = 1
 INDEX_NAME = "index.json"
 SPLITS = ("train", "val", "test")
+LARGEST_INDEX = 1 << 25
+"""Bytes of an index.json: about 100,000 shards, and the names of half a million clips."""
+LARGEST_META = 1 << 20
+"""Bytes of the json of a sample."""
+LARGEST_FRAME = 50_000_000
+"""Pixels of a frame; 8192x4320 are 35 million."""
+MOST_FRAMES, MOST_SHARDS, MOST_SAMPLES = 1000, 100_000, 25_600_000
+"""Frames of a sample, and shards and samples of a folder: what is beyond is taken for damage, not for data."""
+_MOST_OBJECTS = 1_000_000  # in an index; each takes 24 times as much memory as text
+_LONGEST_TEXT = 300  # characters
 EXTENSION = {"png": "png", "qoi": "qoi", "jpeg": "jpg"}  # codec -> file extension of a frame
 VIDEO_EXTENSIONS = frozenset({".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ts", ".webm", ".wmv", ".y4m"})
 IMAGE_EXTENSIONS = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".qoi", ".tif", ".tiff", ".webp"})
@@ -106,6 +116,25 @@ class Index:
         return self.source.get("color_conversion")
 
 
+def printable(text: str) -> str:
+    """Return a text on one line, without control characters, and shortened."""
+    text = text if text.isprintable() else text.encode("unicode_escape", "surrogatepass").decode()
+    return text if len(text) <= _LONGEST_TEXT else text[: _LONGEST_TEXT - 1] + "…"
+
+
+def check_limits(frames: int, size: tuple[int, int], shards: int, samples: int) -> None:
+    """Raise ShardError where a folder of samples of so many frames of (height, width) is larger than the format allows."""
+    if not 0 < frames <= MOST_FRAMES:
+        raise ShardError(f"{frames:,} frames a sample are out of range: 1 to {MOST_FRAMES:,} are allowed")
+    if min(size) < 1 or size[0] * size[1] > LARGEST_FRAME:
+        raise ShardError(f"frames of {size[0]}x{size[1]} pixels are out of range: 1 to {LARGEST_FRAME:,} pixels are allowed")
+    if shards > MOST_SHARDS or samples > MOST_SAMPLES:
+        raise ShardError(
+            f"{shards:,} shards with {samples:,} samples are too many for one folder: at most {MOST_SHARDS:,} and "
+            f"{MOST_SAMPLES:,} are allowed; use several folders"
+        )
+
+
 def shard_name(number: int) -> str:
     """Return the file name of a shard; `number` counts from 0."""
     return f"shard-{number:06d}.tar"
@@ -116,10 +145,13 @@ def frame_members(frames: int, codec: str) -> list[str]:
     return [f"im{i + 1}.{EXTENSION[codec]}" for i in range(frames)]
 
 
-def sha256_of(path: Path) -> str:
-    """Return the hex digest of a file, which is read in pieces."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def sha256_of(file: Path | BinaryIO) -> str:
+    """Return the hex digest of a file, which is read in pieces and, if it is open already, from its start."""
+    if isinstance(file, Path):
+        with file.open("rb") as opened:
+            return sha256_of(opened)
+    file.seek(0)
+    return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
 
 
 def write_index(folder: Path, index: Index) -> Path:
@@ -145,14 +177,20 @@ def read_index(folder: str | Path) -> Index:
     path = folder / INDEX_NAME
     if not path.is_file():
         raise ShardError(f"{folder} is not a shard folder: it has no {INDEX_NAME}. {_how_to_make_shards(folder)}")
+    if path.stat().st_size > LARGEST_INDEX:
+        raise ShardError(
+            f"{path} has {path.stat().st_size:,} bytes, at most {LARGEST_INDEX:,} are allowed: use several folders"
+        )
     return parse_index(path.read_bytes(), str(path), lambda: _how_to_make_shards(folder))
 
 
 def parse_index(data: bytes, path: str, advice: Callable[[], str] = lambda: "Give the folder that a job wrote.") -> Index:
     """Check the content of an index.json; errors call it `path`, and add `advice` when it is not an index at all."""
     try:
+        if data.count(b"{") + data.count(b"[") > _MOST_OBJECTS:
+            raise ValueError("it holds too many objects")
         content = json.loads(data)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise ShardError(f"{path} is damaged ({error}): make the shards again") from error
     if not isinstance(content, dict) or content.get("schema") != SCHEMA:
         raise ShardError(f"{path} is not an index of {SCHEMA}. {advice()}")
@@ -172,16 +210,39 @@ def _index_from(content: dict[str, Any], path: str) -> Index:
     values = {name: content[name] for name in names}
     try:
         values["shards"] = tuple(ShardEntry(**entry) for entry in values["shards"])
-    except TypeError as error:
-        raise ShardError(f"{path}: a shard entry is malformed ({error}): make the shards again") from error
-    for entry in values["shards"]:  # an index from elsewhere must not lead out of its folder
-        if not isinstance(entry.name, str) or not entry.name or set(entry.name) & set("/\\\0") or entry.name in (".", ".."):
-            raise ShardError(f"{path} names a shard {entry.name!r}: it must be a plain file name")
-    for name in ("min_size", "max_size", "clips"):
-        values[name] = tuple(values[name])
-    if values["codec"] not in EXTENSION:
-        raise ShardError(f"{path} names codec {values['codec']!r}; known: {', '.join(EXTENSION)}")
-    return Index(**values)
+        for name in ("min_size", "max_size", "clips"):
+            values[name] = tuple(values[name])
+        index = Index(**values)
+        _check_fields(index)
+    except (TypeError, ShardError) as error:
+        raise ShardError(f"{path} cannot be used ({printable(str(error))}): make the shards again") from error
+    return index
+
+
+def _check_fields(index: Index) -> None:
+    """Raise ShardError for an index whose fields have other types or values than a job writes."""
+    for entry in index.shards:  # an index from elsewhere must not lead out of its folder
+        name = entry.name
+        if not isinstance(name, str) or not name or set(name) & set("/\\\0") or name in (".", ".."):
+            raise ShardError(f"it names a shard {name!r}, which must be a plain file name")
+        if not all(type(number) is int and number >= 0 for number in (entry.samples, entry.bytes)) or not isinstance(
+            entry.sha256, str
+        ):
+            raise ShardError(f"shard {name} has no number of samples, bytes and sha256")
+    sizes = (*index.min_size, *index.max_size)
+    numbers = (index.frames, *sizes)
+    if (
+        len(sizes) != 4
+        or not all(type(number) is int and number > 0 for number in numbers)
+        or not all(map(int.__le__, index.min_size, index.max_size))
+    ):
+        raise ShardError("frames, min_size and max_size must be whole numbers above 0 in their order")
+    if index.codec not in EXTENSION:
+        raise ShardError(f"it names codec {index.codec!r}; known: {', '.join(EXTENSION)}")
+    objects = (index.source, index.filtered, index.skipped)
+    if not all(isinstance(value, dict) for value in objects) or not all(isinstance(clip, str) for clip in index.clips):
+        raise ShardError("source, filtered and skipped must be objects, and clips names")
+    check_limits(index.frames, index.max_size, len(index.shards), index.samples)
 
 
 def _how_to_make_shards(folder: Path) -> str:

@@ -13,19 +13,31 @@ import collections
 import dataclasses
 import functools
 import itertools
-import json
+import os
 import sys
-import tarfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, BinaryIO
 
 import tyro
 
-from shards import codecs, overlap
+from shards import overlap
 from shards.cli import run_job
 from shards.parallel import run
-from shards.schema import Index, ShardEntry, ShardError, frame_members, read_index, sha256_of
+from shards.sample_rules import (
+    FLOW_MEMBERS,
+    MemberError,
+    SampleMembers,
+    count_problem,
+    decode_flow_member,
+    decode_frame,
+    decode_meta,
+    open_shard,
+    read_member,
+    samples_in,
+)
+from shards.schema import Index, ShardEntry, ShardError, frame_members, printable, read_index, sha256_of
+from shards.tar_index import TarError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,45 +65,42 @@ def verify(folder: Path, workers: int = 1) -> list[str]:
     """Return all problems of a shard folder; an empty list means none. Raises ShardError when it isn't a shard folder."""
     index = read_index(folder)
     listed = collections.Counter(entry.name for entry in index.shards)
-    present = {path.name for path in folder.glob("*.tar")}
-    problems = [f"{name}: is listed {count} times in the index" for name, count in listed.items() if count > 1]
-    problems += [f"{name}: is in the index but not in the folder" for name in sorted(listed.keys() - present)]
-    problems += [f"{name}: is in the folder but not in the index" for name in sorted(present - listed.keys())]
+    present = {name for name in os.listdir(folder) if name in listed or name.endswith(".tar")}
+    problems = [f"{printable(name)}: is listed {count} times in the index" for name, count in listed.items() if count > 1]
+    problems += [f"{printable(name)}: is in the index but not in the folder" for name in sorted(listed.keys() - present)]
+    problems += [f"{printable(name)}: is in the folder but not in the index" for name in sorted(present - listed.keys())]
     entries = [entry for entry in index.shards if entry.name in present]
     check = functools.partial(check_shard, folder, dataclasses.replace(index, shards=(), clips=()))
     checked = run(check, entries, workers, name=lambda entry: entry.name, title=f"verify {folder.name}")
     for entry, result in zip(entries, checked, strict=True):
-        problems += [f"{entry.name}: {problem}" for problem in result.problems]
+        problems += [f"{printable(entry.name)}: {problem}" for problem in result.problems]
     uses = collections.Counter(itertools.chain.from_iterable(result.keys for result in checked))
-    problems += [f"key {key} is there {count} times" for key, count in uses.items() if count > 1]
+    problems += [f"key {printable(key)} is there {count} times" for key, count in uses.items() if count > 1]
     return problems + ([] if problems else _check_sizes(index, checked))
 
 
 def check_shard(folder: Path, index: Index, entry: ShardEntry) -> Checked:
     """Compare one tar with its entry in the index, and check every sample."""
-    path = folder / entry.name
-    problems = []
-    size = path.stat().st_size
-    if size != entry.bytes:
-        problems.append(f"has {size:,} bytes, the index says {entry.bytes:,}")
-    elif sha256_of(path) != entry.sha256:
-        problems.append("its sha256 differs from the index: the content has changed")
-    expected = ["json", *frame_members(index.frames, index.codec)]
-    expected += ["flow_t0.npy", "flow_t1.npy"] if index.has_flow else []
-    keys, sizes = [], set()
+    problems: list[str] = []
+    passed_over: list[str] = []
+    keys, sizes = [], set[tuple[int, int]]()
     try:
-        with tarfile.open(path, mode="r:") as tar:
-            for key, members in itertools.groupby(tar, key=lambda member: member.name.partition(".")[0]):
-                keys.append(key)
-                contents = {m.name.partition(".")[2]: _content(tar, m) for m in members}
-                found, size_found = _check_sample(contents, expected)
-                problems += [f"sample {key}: {problem}" for problem in found]
-                sizes.add(size_found)
-    except (tarfile.TarError, OSError, EOFError) as error:
+        with open_shard(folder / entry.name) as file:
+            size = file.seek(0, 2)
+            if size != entry.bytes:
+                problems.append(f"has {size:,} bytes, the index says {entry.bytes:,}")
+            elif sha256_of(file) != entry.sha256:
+                problems.append("its sha256 differs from the index: the content has changed")
+            for sample in samples_in(file, index, entry, passed_over):
+                keys.append(sample.key)
+                problems += [
+                    f"sample {printable(sample.key)}: {problem}" for problem in _check_sample(file, sample, index, sizes)
+                ]
+            problems += passed_over
+            problems += filter(None, [count_problem(len(keys), entry, [])])
+    except (TarError, OSError) as error:
         problems.append(f"cannot be read to its end: {error}")
-    if len(keys) != entry.samples:
-        problems.append(f"holds {len(keys)} samples, the index says {entry.samples}")
-    return Checked(tuple(problems), tuple(keys), tuple(sorted(size for size in sizes if size is not None)))
+    return Checked(tuple(problems), tuple(keys), tuple(sorted(sizes)))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -139,43 +148,32 @@ def _compare(options: Options) -> int:
     return 1 if found else 0
 
 
-def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
-    file = tar.extractfile(member)
-    if file is None:
-        raise tarfile.TarError(f"member {member.name} is not a file")
-    return file.read()
-
-
-def _check_sample(contents: dict[str, bytes], expected: list[str]) -> tuple[list[str], tuple[int, int] | None]:
-    """Return the problems of one sample, and the (height, width) that its json states; None when that is unusable."""
-    if list(contents) != expected:
-        return [f"has the members {', '.join(contents)} instead of {', '.join(expected)}"], None
-    try:
-        meta = json.loads(contents["json"])
-        size = int(meta["height"]), int(meta["width"])
-        named = len(meta["frames"])
-    except (ValueError, KeyError, TypeError) as error:
-        return [f"its json cannot be used ({error!r})"], None
-    members = [name for name in expected if name.startswith("im")]
-    problems = [] if named == len(members) else [f"its json names {named} frames instead of {len(members)}"]
-    for name in members:
+def _check_sample(file: BinaryIO, sample: SampleMembers, index: Index, sizes: set[tuple[int, int]]) -> list[str]:
+    """Return the problems of one sample, and add the (height, width) that its json states to `sizes`."""
+    frames = frame_members(index.frames, index.codec)
+    expected = ["json", *frames, *(FLOW_MEMBERS if index.has_flow else ())]
+    if list(sample.members) != expected:
+        return [f"has the members {', '.join(sample.members)} instead of {', '.join(expected)}"]
+    problems = []
+    height = width = 0
+    for name, member in sample.members.items():
         try:
-            found = codecs.decode(contents[name], name.partition(".")[2], name).shape[:2]
-        except ShardError as error:
+            data = read_member(file, member, name, index)
+            if name == "json":
+                meta = decode_meta(data)
+                height, width = meta.height, meta.width
+                sizes.add((height, width))
+                if len(meta.frames) != index.frames:
+                    problems.append(f"its json names {len(meta.frames)} frames instead of {index.frames}")
+            elif name in FLOW_MEMBERS:
+                decode_flow_member(data, name, height, width)
+            elif (found := decode_frame(data, name, index).shape[:2]) != (height, width):
+                problems.append(f"{name} is {found[0]}x{found[1]} pixels, its json says {height}x{width}")
+        except MemberError as error:
             problems.append(str(error))
-            continue
-        if found != size:
-            problems.append(f"{name} is {found[0]}x{found[1]} pixels, its json says {size[0]}x{size[1]}")
-    problems += [p for name in expected if name.startswith("flow") for p in _check_flow(name, contents[name], size)]
-    return problems, size
-
-
-def _check_flow(name: str, data: bytes, size: tuple[int, int]) -> list[str]:
-    try:
-        codecs.decode_flow(data, *size)
-    except ShardError as error:
-        return [f"{name}: {error}"]
-    return []
+            if name == "json":  # the others are compared with it
+                break
+    return problems
 
 
 def _check_sizes(index: Index, checked: list[Checked]) -> list[str]:

@@ -40,6 +40,7 @@ from shards.schema import (
     SampleMeta,
     ShardEntry,
     ShardError,
+    check_limits,
     frame_members,
     read_index,
     sha256_of,
@@ -149,6 +150,7 @@ def write(out: Path, plan: Plan, mark: str, workers: int) -> Index:
     check_workers(workers)
     if not plan.shards:
         raise ShardError(f"nothing to write into {out}: the plan has no samples")
+    check_limits(plan.frames, (1, 1), len(plan.shards), sum(task.samples for task in plan.shards))
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -227,6 +229,7 @@ def _add_sample(tar: tarfile.TarFile, sample: Sample, plan: Plan) -> int:
         raise ShardError(f"key {sample.key!r} is not made of 1 to 80 letters, digits, '_' and '-'")
     if len(sample.frames) != plan.frames:
         raise ShardError(f"sample {sample.key} has {len(sample.frames)} frames instead of {plan.frames}")
+    check_limits(plan.frames, (sample.meta.height, sample.meta.width), 1, 1)
     members = {"json": json.dumps(dataclasses.asdict(sample.meta)).encode()}
     members |= dict(zip(frame_members(plan.frames, plan.codec), sample.frames, strict=True))
     if plan.has_flow:

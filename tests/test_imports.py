@@ -30,7 +30,11 @@ ORDER: dict[str, tuple[tuple[str, ...], ...]] = {
         *(("node", "plan"), ("executors", "status"), ("queue",), ("cancel", "profile", "resubmit", "submit")),
     ),
     "shards": (
-        *(("", "rich_motion", "rich_shapes", "schema"), ("cli", "codecs", "color_conversion", "parallel", "rich_scene")),
+        *(
+            ("", "rich_motion", "rich_shapes", "schema"),
+            ("cli", "codecs", "color_conversion", "parallel", "rich_scene", "tar_index"),
+        ),
+        ("sample_rules",),
         ("factories", "frame_sources", "overlap", "photographs", "synthetic_scene", "writer"),
         ("published_sets", "rich_painting", "sequence_filter"),
         ("rich_drawing",),
@@ -53,7 +57,6 @@ NEVER = {
     "vfi.data.shard_cache": ("torch", "vfi.data.loader", "vfi.data.shard_reader", "vfi.config"),
     "vfi.data.download": ("torch", "vfi.data.loader", "vfi.data.shard_reader", "vfi.data.shard_cache", "vfi.config"),
     "vfi.data.bad_samples": ("torch", "vfi.data.loader", "vfi.data.shard_reader"),
-    "vfi.data.tar_index": ("shards", "torch", "vfi"),
     "vfi.metrics": ("shards", "accelerate"),
     "vfi.training.losses": ("shards", "vfi.model", "vfi.data", "accelerate"),
     "vfi.training.optimizer": ("shards", "vfi.model", "vfi.data", "accelerate"),

@@ -112,7 +112,7 @@ def test_an_undecodable_frame_a_lost_member_and_a_wrong_size(folder, capsys):
     code, lines = check(folder, capsys)
     text = "\n".join(lines)
     assert code == 1
-    assert "im2.png cannot be decoded" in text
+    assert "im2.png: it is not a png file" in text
     assert "im1.png is 32x40 pixels, its json says 33x40" in text
     assert "flow_t0.npy: it is float32 [32, 40, 2] instead of" in text
     assert "sample synthetic-train-0-000003: has the members" in text
@@ -122,7 +122,7 @@ def test_a_wrong_sample_count_and_wrong_sizes_in_the_index(folder, capsys):
     index = read_index(folder)
     entry = dataclasses.replace(index.shards[0], samples=3)
     write_index(folder, dataclasses.replace(index, shards=(entry, *index.shards[1:])))
-    assert "holds 2 samples, the index says 3" in check(folder, capsys)[1][0]
+    assert "holds 2 samples, its index says 3" in check(folder, capsys)[1][0]
     write_index(folder, dataclasses.replace(index, max_size=(64, 64)))
     assert "the index says (32, 40) to (64, 64)" in check(folder, capsys)[1][0]
 

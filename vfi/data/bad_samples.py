@@ -9,15 +9,12 @@ from __future__ import annotations
 import dataclasses
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from typing import Literal, NamedTuple, get_args
+from typing import NamedTuple, get_args
 
+from shards.sample_rules import FaultKind
 from shards.schema import ShardError
 
-FaultKind = Literal["shard", "duplicate", "member", "image", "size", "flow"]
-"""shard: a tar that is missing or not what its index says; duplicate: a key that was there before; member: a file that is
-missing or too large; image: not to be decoded; size: frames of another size; flow: not of the frame's size, or not finite."""
 _JUDGED_FROM = 1000  # reads: fewer are judged as if they were this many, or one bad sample among the first would end a run
-_LONGEST_TEXT = 300
 
 
 class BadSample(NamedTuple):
@@ -44,12 +41,6 @@ class FaultError(ShardError):
 
 class FaultRateError(ShardError):
     """Raised when more samples were skipped than --max_bad_sample_rate allows."""
-
-
-def printable(text: str) -> str:
-    """Return a text on one line, without control characters, and shortened."""
-    text = text if text.isprintable() else text.encode("unicode_escape", "surrogatepass").decode()
-    return text if len(text) <= _LONGEST_TEXT else text[: _LONGEST_TEXT - 1] + "…"
 
 
 @dataclasses.dataclass

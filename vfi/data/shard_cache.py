@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import hashlib
 import io
 import os
 import re
@@ -28,10 +27,10 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple, Protocol
 from urllib.parse import quote
 
-from shards.schema import INDEX_NAME, Index, ShardEntry, ShardError, parse_index, read_index
+from shards.sample_rules import open_shard
+from shards.schema import INDEX_NAME, LARGEST_INDEX, Index, ShardEntry, ShardError, parse_index, read_index, sha256_of
 from vfi.data.download import PATIENCE, MissingError, Patience, StorageError, fetch
 
-_LARGEST_INDEX = 1 << 28  # bytes
 _LONGEST_WAIT = 1800.0  # seconds for another process to fetch a shard, or to give room
 _POLL = 0.05  # seconds
 _OURS = re.compile(r"[0-9a-f]{64}(?:\.tar|\.(\d+)\.part)")
@@ -105,7 +104,7 @@ class LocalFolder:
 
     def open(self, entry: ShardEntry) -> contextlib.AbstractContextManager[BinaryIO]:
         """See ShardFolder."""
-        return (self.path / entry.name).open("rb")
+        return open_shard(self.path / entry.name)
 
 
 class RemoteFolder:
@@ -124,7 +123,7 @@ class RemoteFolder:
         """See ShardFolder."""
         data = io.BytesIO()
         try:
-            fetch(f"{self.url}/{INDEX_NAME}", data, None, _LARGEST_INDEX, self.patience)
+            fetch(f"{self.url}/{INDEX_NAME}", data, None, LARGEST_INDEX, self.patience)
         except MissingError as error:
             raise StorageError(f"{self.url} is not a shard folder: it has no {INDEX_NAME} ({error})") from error
         return data.getvalue()
@@ -207,7 +206,7 @@ class RemoteFolder:
         if not found.st_nlink or found.st_size != entry.bytes:
             return False
         if self.checked.get(entry.sha256) != state:
-            if _sha256(file) != entry.sha256:
+            if sha256_of(file) != entry.sha256:
                 return False
             self.checked[entry.sha256] = state
         return True
@@ -243,7 +242,7 @@ class RemoteFolder:
             except MissingError as error:
                 self._drop(path)
                 raise UnusableShardError(str(error)) from error
-            if _sha256(file) == entry.sha256:
+            if sha256_of(file) == entry.sha256:
                 break
             file.truncate(0)
         else:
@@ -294,8 +293,3 @@ def _try_lock(file: BinaryIO) -> bool:
     except BlockingIOError:
         return False
     return True
-
-
-def _sha256(file: BinaryIO) -> str:
-    file.seek(0)
-    return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]

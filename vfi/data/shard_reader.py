@@ -1,34 +1,37 @@
 """Read samples from tars: sample number -> bytes -> frames and, if requested, flow.
 
-Whatever a tar or an image in it claims, nothing is written, nothing is run, and no more memory is taken than the index allows
-for: headers are compared with the index first. What does not fit is a FaultError that names the sample. Training continues with
-another sample (`usable_sample`), evaluation ends.
+What a sample may hold is said by shards/sample_rules.py. What does not fit is a FaultError that names the sample. Training
+continues with another sample (`usable_sample`), evaluation ends.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
-from shards.codecs import decode, decode_flow, header_size
-from shards.schema import Index, ShardEntry, ShardError, frame_members
+from shards.sample_rules import (
+    FLOW_MEMBERS,
+    FaultKind,
+    MemberError,
+    SampleMembers,
+    count_problem,
+    decode_flow_member,
+    decode_frame,
+    read_member,
+    samples_in,
+)
+from shards.schema import Index, ShardError, frame_members, printable
+from shards.tar_index import TarError
 from vfi.config.configs import SequenceKind
-from vfi.data.bad_samples import BadSample, FaultError, FaultKind, printable
+from vfi.data.bad_samples import BadSample, FaultError
 from vfi.data.shard_cache import ShardFolder, shard_folder
-from vfi.data.tar_index import Member, TarError, plain_files
 from vfi.data.triplet_sampling import Triplet, middle_triplet
 
-FLOW_MEMBERS = ("flow_t0.npy", "flow_t1.npy")
 _KNOWN_SHARDS = 1024  # tars whose table of contents a worker remembers (about 100 bytes a member)
 _ATTEMPTS = 50  # samples that are tried in place of one that can't be used
-_SPARE_BYTES = 1 << 20  # what the file of a frame may hold beside its pixels: headers, profiles, metadata
-
-Places = dict[str, Member]
-"""Extension -> a member and where it lies in its tar."""
 
 
 class ShardReader:
@@ -43,9 +46,6 @@ class ShardReader:
         self.folder, self.index, self.with_flow = shard_folder(folder), index, with_flow
         frames = frame_members(index.frames, index.codec) if any_triplet else triplet_members(index)
         self.needed = {*frames, *(FLOW_MEMBERS if with_flow else ())}
-        self.expected = {"json", *frame_members(index.frames, index.codec), *FLOW_MEMBERS}
-        # 12 bytes a pixel: float32 flow with its weight; 8 are 16-bit RGBA that could not be compressed at all
-        self.largest = 12 * index.max_size[0] * index.max_size[1] + _SPARE_BYTES
         self.ends = np.cumsum([shard.samples for shard in index.shards])
         self.contents = functools.lru_cache(_KNOWN_SHARDS)(self._contents)
 
@@ -70,55 +70,25 @@ class ShardReader:
             with self.folder.open(entry) as file:
                 for extension, member in places.items():
                     if extension in wanted:
-                        sample[extension] = self._member(file, member, where, extension)
+                        sample[extension] = read_member(file, member, extension, self.index)
+        except MemberError as error:
+            raise _fault(error.kind, where, str(error)) from error
         except OSError as error:
             raise _fault("shard", where, f"cannot be read: {error}") from error
         return sample
 
-    def _member(self, file: BinaryIO, member: Member, where: str, extension: str) -> bytes:
-        """Return the content of a member."""
-        if member.size > self.largest:
-            height, width = self.index.max_size
-            raise _fault("member", where, f"{extension} has {member.size} bytes, too many for {height}x{width} pixels")
-        file.seek(member.offset)
-        data = file.read(member.size)
-        if len(data) < member.size:
-            raise _fault("shard", where, f"{extension} ends after {len(data)} of its {member.size} bytes")
-        return data
-
-    def _contents(self, shard: int) -> list[tuple[str, Places, bool]]:
-        """Return, for each sample of a tar, its key, its needed members, and whether its key appears for the first time."""
+    def _contents(self, shard: int) -> list[SampleMembers]:
+        """Return the samples of a tar with their needed members."""
         entry = self.index.shards[shard]
         where = f"{self.folder}/{entry.name}"
+        passed_over: list[str] = []
         try:
             with self.folder.open(entry) as file:
-                samples = self._samples(file, entry)
+                samples = list(samples_in(file, self.index, entry, passed_over, self.needed))
         except (OSError, TarError) as error:
             raise _fault("shard", where, f"cannot be read ({error}){self.folder.advice}") from error
-        if len(samples) != entry.samples:
-            more = " or more" if len(samples) > entry.samples else ""
-            raise _fault(
-                "shard", where, f"holds {len(samples)}{more} samples, its index says {entry.samples}{self.folder.advice}"
-            )
-        return samples
-
-    def _samples(self, file: BinaryIO, entry: ShardEntry) -> list[tuple[str, Places, bool]]:
-        """Group neighbouring members of one key into samples; plain files that the schema doesn't name are ignored."""
-        samples: list[tuple[str, Places, bool]] = []
-        keys, extensions = set[str](), set[str]()
-        for member in plain_files(file):
-            key, _, extension = member.name.partition(".")
-            if "/" in key or extension not in self.expected:
-                continue
-            if not samples or samples[-1][0] != key or extension in extensions:
-                if len(samples) > entry.samples:
-                    break  # a tar that holds more than its index says is a fault already, however much more
-                samples.append((key, {}, key not in keys))
-                keys.add(key)
-                extensions = set()
-            extensions.add(extension)
-            if extension in self.needed:
-                samples[-1][1][extension] = member
+        if problem := count_problem(len(samples), entry, passed_over):
+            raise _fault("shard", where, problem + self.folder.advice)
         return samples
 
 
@@ -140,11 +110,15 @@ def decode_triplet(
     FaultError names the sample that can't be decoded, or whose frames have a size that the index does not allow.
     """
     triplet = triplet or middle_triplet(index.frames)
-    frames = [_decode_frame(sample, member, index) for member in triplet_members(index, triplet)]
-    if len({frame.shape for frame in frames}) > 1:
-        raise _fault("size", sample["__where__"], f"frames differ in size: {[frame.shape[:2] for frame in frames]}")
-    size = frames[0].shape[:2]
-    flows = [_decode_member("flow", sample, member, decode_flow, *size) for member in FLOW_MEMBERS] if with_flow else []
+    try:
+        frames = [decode_frame(_content(sample, name), name, index) for name in triplet_members(index, triplet)]
+        if len({frame.shape for frame in frames}) > 1:
+            raise MemberError("size", f"frames differ in size: {[frame.shape[:2] for frame in frames]}")
+        size = frames[0].shape[:2]
+        names = FLOW_MEMBERS if with_flow else ()
+        flows = [decode_flow_member(_content(sample, name), name, *size) for name in names]
+    except MemberError as error:
+        raise _fault(error.kind, sample["__where__"], str(error)) from error
     weighted = [flow if flow.shape[2] == 3 else np.dstack((flow, np.ones(size, np.float32))) for flow in flows]
     return sample | {"frames": frames, "flows": weighted, "timestep": triplet.timestep}
 
@@ -174,25 +148,11 @@ def usable_sample(reader: ShardReader, number: int, seed: int, passes: int, trip
     )
 
 
-def _decode_frame(sample: dict[str, Any], name: str, index: Index) -> np.ndarray:
-    """Decode a frame after checking its header."""
-    extension = name.rpartition(".")[2]
-    height, width = size = _decode_member("image", sample, name, header_size, extension)
-    (lowest, narrowest), (highest, widest) = index.min_size, index.max_size
-    if not (lowest <= height <= highest and narrowest <= width <= widest):
-        allowed = f"{lowest}x{narrowest} … {highest}x{widest}"
-        raise _fault("size", sample["__where__"], f"{name} is {height}x{width} pixels, the index allows {allowed}")
-    return _decode_member("image", sample, name, functools.partial(decode, size=size), extension)
-
-
-def _decode_member(kind: FaultKind, sample: dict[str, Any], name: str, decoder: Callable[..., Any], *arguments: Any) -> Any:
-    """Decode a member of a sample with `decoder`."""
+def _content(sample: dict[str, Any], name: str) -> bytes:
     if name not in sample:
-        raise _fault("member", sample["__where__"], f"has no {name}")
-    try:
-        return decoder(sample[name], *arguments)
-    except ShardError as error:
-        raise _fault(kind, sample["__where__"], f"{name}: {error}") from error
+        raise MemberError("member", f"has no {name}")
+    data: bytes = sample[name]
+    return data
 
 
 def _fault(kind: FaultKind, where: str, why: str) -> FaultError:

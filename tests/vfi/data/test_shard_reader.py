@@ -23,9 +23,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from shards.codecs import encode
-from shards.schema import Index, ShardError, read_index
+from shards.schema import Index, ShardError, printable, read_index
 from vfi.config.configs import DataConfig
-from vfi.data.bad_samples import BadSample, BadSampleCounts, BadSampleMonitor, FaultError, FaultRateError, printable
+from vfi.data.bad_samples import BadSample, BadSampleCounts, BadSampleMonitor, FaultError, FaultRateError
 from vfi.data.evaluation_loader import evaluation_batches
 from vfi.data.loader import TrainingLoader
 from vfi.data.shard_reader import ShardReader, decode_triplet, usable_sample

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vfi.data.tar_index import Member, TarError, plain_files
+from shards.tar_index import Member, TarError, members
 
 NAMES = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), min_size=1, max_size=180).filter(
     lambda name: name.strip("/. ") and not name.endswith("/")
@@ -26,7 +26,7 @@ def header(name: str, kind: bytes = tarfile.REGTYPE, size: int = 0, layout: int 
 
 
 def read(data: bytes) -> list[Member]:
-    return list(plain_files(io.BytesIO(data)))
+    return [member for member in members(io.BytesIO(data), 1000) if not member.kind]
 
 
 @given(
@@ -77,10 +77,10 @@ WHOLE = header("a.json", size=3) + b"one".ljust(512, b"\0") + header("b.json", s
         (b"", "empty"),
         (b"\x89PNG" * 400, "not a tar, or is damaged, at byte 0"),
         (WHOLE[:1024] + header("b", size=10**15), "at byte 1024 claims 1000000000000000 bytes"),
-        (WHOLE[:1536] + b"tw", "ends at byte 1538, and the member at byte 1024 claims 3 bytes"),
+        (WHOLE[:1536] + b"tw", "ends at byte 1538, and member 'b.json' at byte 1024 claims 3 bytes"),
         (WHOLE[:1100], "damaged, at byte 1024"),
         (header("a", b"L", size=1 << 30), "claims 1073741824 bytes"),
-        (header("a", b"x", size=1 << 17) + bytes(1 << 17), "header at byte 0 claims 131072 bytes"),
+        (header("a", b"x", size=1 << 17) + bytes(1 << 17), "extended header of member 'a' at byte 0 claims 131072 bytes"),
         (header("a", b"x", size=512) + b"99 path=b\n".ljust(512, b"\0") + header("b"), "malformed"),
         (header("a", b"x", size=512) + b"9999 path=b\n".ljust(512, b"\0") + header("b"), "malformed"),
         (header("a", b"x", size=512) + b"-9 path=b\n".ljust(512, b"\0") + header("b"), "malformed"),
@@ -104,6 +104,12 @@ def test_sizes_that_step_back_are_refused(field):
         read(bytes(block) * 3)
 
 
+def test_more_headers_than_were_asked_for_are_refused():
+    with pytest.raises(TarError, match=r"more than 7 headers.* member 'a' at byte 3584"):
+        list(members(io.BytesIO(header("a", tarfile.LNKTYPE) * 8), 7))
+    assert len(list(members(io.BytesIO(header("a", tarfile.LNKTYPE) * 7), 7))) == 7
+
+
 class Counted(io.BytesIO):
     """Counts the bytes that are read of it."""
 
@@ -119,7 +125,7 @@ def test_a_chain_of_headers_is_read_once():
     """tarfile calls itself for each and ends in a RecursionError."""
     chain = header("a", b"x") * 100_000
     file = Counted(chain + WHOLE)
-    assert list(plain_files(file)) == [Member(m.name, m.offset + len(chain), m.size) for m in read(WHOLE)]
+    assert list(members(file, 200_000)) == [Member(m.name, m.offset + len(chain), m.size) for m in read(WHOLE)]
     assert file.taken <= len(chain + WHOLE)
 
 
@@ -130,7 +136,7 @@ def test_damage_ends_in_an_error_or_in_true_places(cut, place, value):
     for data in (WHOLE[:cut], bytes(damaged)):
         found = []
         try:
-            for member in plain_files(io.BytesIO(data)):
+            for member in members(io.BytesIO(data), 10):
                 found.append(member)
         except TarError:
             pass
