@@ -164,9 +164,10 @@ def summarise(options: Options, config: Config, command: str = "") -> Summary:
     if options.measure and device.type == "cuda":
         set_numerics(options.tf32)
     torch.manual_seed(_SEED)
-    # fast paths depend on the device: on the CPU, `auto` is plain PyTorch everywhere, whose operators can be counted
+    # fast paths depend on the device: on the CPU, `auto` is PyTorch, whose operators can be counted; of the scan it is the
+    # reference that the formula in the summary describes
     names = [field.name for field in dataclasses.fields(config.model) if field.name.endswith("_backend")]
-    plain: dict[str, Any] = dict.fromkeys(names, "auto")
+    plain: dict[str, Any] = dict.fromkeys(names, "auto") | {"ssd_backend": "reference"}
     reference = FrameInterpolator(dataclasses.replace(config.model, **plain), "cpu").eval()
     rates = _rates(options, device, precision)
     sizes = [_count(reference, options, size, precision, rates) for size in dict.fromkeys(options.sizes)]

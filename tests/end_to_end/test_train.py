@@ -89,8 +89,8 @@ def test_run_folder_holds_everything(undisturbed):
     assert environment["choices"] == [
         "attention: sdpa (the fused kernels need a CUDA GPU and the device is cpu)",
         "pointwise: torch (the fused kernels need a CUDA GPU and the device is cpu)",
-        "ssd: reference (the fused kernels need a CUDA GPU and the device is cpu; mamba_ssm's kernels need a CUDA GPU and the "
-        "device is cpu)",
+        "ssd: blocked (available on cpu; the fused kernels need a CUDA GPU and the device is cpu; mamba_ssm's kernels need a "
+        "CUDA GPU and the device is cpu)",
         "loss: torch (the fused kernels need a CUDA GPU and the device is cpu)",
     ]
 

@@ -39,7 +39,7 @@ _SINKHORN = Needs("--mixing mhc", lambda config: config.model.mixing == "mhc")
 _SCAN = Needs("a --backbone_mode with a scan", lambda config: config.model.backbone_mode != "gated_attn_only")
 _ATTENTION = Needs("a --backbone_mode with attention", lambda config: config.model.backbone_mode != "mamba2_only")
 _MAMBA2 = Needs("--ssm mamba2", lambda config: config.model.ssm == "mamba2")
-_KERNELS = Needs("a --ssd_backend with kernels", lambda config: config.model.ssd_backend != "reference")
+_KERNELS = Needs("a --ssd_backend with kernels", lambda config: config.model.ssd_backend not in ("reference", "blocked"))
 _GUARD = Needs("--guard", lambda config: config.guard.guard)
 _ROLLBACKS = Needs("--guard that may roll back", lambda config: config.guard.guard and config.guard.max_rollbacks > 0)
 _REMOTE = Needs("a URL in --data_path or --val_path", lambda config: any("://" in path for path in config.data.paths))
@@ -80,8 +80,9 @@ class ModelConfig:
     ssd_precision: Annotated[Literal["auto", "fp32", "tf32", "input"], _SCAN, _KERNELS] = "auto"
     """Precision of products in the scan's core: fp32, TF32, or that of its input under autocast. auto: bf16 for bf16 input in
     the fused kernels, otherwise fp32. Sums, decays and states are always fp32. mamba_ssm's kernels multiply fp32 as TF32."""
-    ssd_backend: Annotated[Literal["auto", "reference", "mamba_ssm", "fused"], _SCAN] = "auto"
-    """Implementation of the scan. auto selects the fused Triton kernels on a GPU, otherwise mamba_ssm's, and logs why."""
+    ssd_backend: Annotated[Literal["auto", "reference", "mamba_ssm", "fused", "blocked"], _SCAN] = "auto"
+    """Implementation of the scan. auto selects the fused Triton kernels on a GPU, otherwise mamba_ssm's, and on a CPU the form
+    that works block by block in its cache; it logs why."""
     window_size: Annotated[Literal[7, 8, 14], _ATTENTION] = 8
     """Side of an attention window in tokens."""
     gate: Annotated[Literal["headwise", "elementwise", "off"], _ATTENTION] = "headwise"

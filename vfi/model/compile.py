@@ -30,8 +30,8 @@ _VARIANTS = 64  # of the same code: widths, shifted windows or not, crops of a c
 def compile_modules(network: FrameInterpolator, without_gradients: bool = False) -> None:
     """Compile, for training, the computations between the sums of an LGS block, the flow stages and RefineNet.
 
-    Call it before `checkpoint_activations`. Three things stay uncompiled: the reordering and the core of the scan, which have
-    fused Triton kernels; the residual mixing, because it is recorded by hooks, which compiled code would skip; and, unless
+    Call it before `checkpoint_activations`. Three things stay uncompiled: the reordering and the core of the scan, which are
+    operators of their own; the residual mixing, because it is recorded by hooks, which compiled code would skip; and, unless
     `without_gradients` is set, forward passes without gradients, because validation frames come in all sizes.
     """
     from torch._dynamo import config as dynamo  # imported here because it takes a second to load
@@ -42,7 +42,7 @@ def compile_modules(network: FrameInterpolator, without_gradients: bool = False)
             module.scan = Scan(torch.compiler.disable(scan), torch.compiler.disable(unscan), sequences)
             module.island = torch.compiler.disable(module.island)
         if isinstance(module, Mamba2SS2D):
-            module.fused = torch.compiler.disable(module.fused)
+            module.core = torch.compiler.disable(module.core)
         if isinstance(module, GatedWindowAttention):
             if module.attend is None:
                 module.fused = torch.compiler.disable(module.fused)

@@ -3,7 +3,8 @@
 The reference runs one Mamba over four reordered copies of the tokens. `in_proj` and the gate act on each token alone and
 `out_proj` is linear, so here the projection is computed once for each pixel, its output is reordered, the gate is applied
 after the inverse reordering, and the four directions are summed before `out_proj`: the same results for a quarter of the
-projection work. On a GPU, everything between the two projections is one operator (vfi/ops/ssm/fused_ss2d.py).
+projection work. Everything between the two projections is one operator, on a GPU (vfi/ops/ssm/fused_ss2d.py) and on a CPU
+(vfi/ops/ssm/blocked_ss2d.py).
 Parameters have the names of `mamba_ssm.Mamba2` and `mamba_ssm.Mamba`, which differ in nothing else here.
 Sources: Mamba-2 (arXiv 2405.21060), Mamba (arXiv 2312.00752), VFIMamba (arXiv 2407.02315).
 """
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 
 from vfi.config.configs import ModelConfig
 from vfi.ops.precision import fp32_island
+from vfi.ops.ssm.blocked_ss2d import blocked_obstacle, blocked_ss2d
 from vfi.ops.ssm.causal_conv1d import causal_conv1d
 from vfi.ops.ssm.fused_ss2d import Parameters, Shape, fused_ss2d, ss2d_obstacle
 from vfi.ops.ssm.scan_order import ALL, SCANS
@@ -127,13 +129,14 @@ class Mamba2SS2D(SS2D):
         self.dt_bias = nn.Parameter(_initial_dt_bias(self.heads))
         self.norm = GatedRMSNorm(inner, self.groups)
         self.out_proj = nn.Linear(inner, dim, bias=False)
-        self.ssd, self.choice = choose_ssd(config.ssd_backend, device, self._fused_obstacle)
-        self.fused = fused_ss2d
+        cores = {
+            "fused": lambda device: ss2d_obstacle(device, self.head_dim, self.state, self.groups),
+            "blocked": lambda device: blocked_obstacle(device, self.groups),
+        }
+        name, self.ssd, self.choice = choose_ssd(config.ssd_backend, device, cores)
+        self.core = blocked_ss2d if name == "blocked" else fused_ss2d
         together = 2 // self.scan.sequences
         self.shape = Shape(self.heads, config.head_dim, config.d_state, together, config.ssd_precision)
-
-    def _fused_obstacle(self, device: torch.device) -> str | None:
-        return ss2d_obstacle(device, self.head_dim, self.state, self.groups)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.ssd is not None:
@@ -142,7 +145,7 @@ class Mamba2SS2D(SS2D):
         conv_weight, conv_bias = self.conv1d.weight.squeeze(1), self.conv1d.bias
         assert conv_bias is not None
         parameters = Parameters(conv_weight, conv_bias, A, self.D, self.dt_bias, self.norm.weight)
-        y: Tensor = self.out_proj(self.fused(self.in_proj(x), parameters, self.shape))
+        y: Tensor = self.out_proj(self.core(self.in_proj(x), parameters, self.shape))
         return y
 
     def elements(self, tokens: int) -> int:
@@ -150,7 +153,7 @@ class Mamba2SS2D(SS2D):
         return max(inside, tokens * sum(self.inner_splits))
 
     def _scan_orders(self, *pixels: Tensor, orders: range) -> Tensor:
-        assert self.ssd is not None, "the fused kernels take whole pixels"
+        assert self.ssd is not None, "the fused and the blocked form take whole pixels"
         z, xbc, dt = pixels
         x, B, C = self._convolved(xbc, orders).split(self.inner_splits, dim=-1)
         y = self.island(

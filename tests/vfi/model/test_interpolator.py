@@ -89,7 +89,7 @@ def test_core_stays_fp32_under_autocast(dtype, monkeypatch):
     """What reaches the scan's core is fp32 by default and of the autocast type with ssd_precision input."""
     seen = {}
     for precision in ("auto", "input"):
-        module = ss2d(16, ModelConfig(d_state=16, head_dim=8, ssd_precision=precision), CPU)
+        module = ss2d(16, ModelConfig(d_state=16, head_dim=8, ssd_precision=precision, ssd_backend="reference"), CPU)
         core = module.ssd
 
         def spy(x, *rest, core=core, precision=precision):

@@ -111,16 +111,20 @@ def test_ssd_backend_choice_says_why():
     def narrow_heads(device: torch.device) -> str:
         return "heads are too narrow"
 
-    function, reason = choose_ssd("auto", cpu, narrow_heads)
-    assert function is ssd_reference
-    assert reason == "ssd: reference (heads are too narrow; mamba_ssm's kernels need a CUDA GPU and the device is cpu)"
-    assert choose_ssd("auto", cpu, lambda device: None) == (None, "ssd: fused (available on cpu)")
+    neither = {"fused": narrow_heads, "blocked": lambda device: "heads differ"}
+    name, function, reason = choose_ssd("auto", cpu, neither)
+    assert (name, function) == ("reference", ssd_reference)
+    assert reason == (
+        "ssd: reference (heads are too narrow; mamba_ssm's kernels need a CUDA GPU and the device is cpu; heads differ)"
+    )
+    assert choose_ssd("auto", cpu, {"fused": lambda device: None, "blocked": narrow_heads}) == (
+        "fused", None, "ssd: fused (available on cpu)")  # fmt: skip
     with pytest.raises(JobError, match="fused cannot run: heads are too narrow; use --ssd_backend auto"):
-        choose_ssd("fused", cpu, narrow_heads)
+        choose_ssd("fused", cpu, neither)
     with pytest.raises(JobError, match="mamba_ssm cannot run"):
-        choose_ssd("mamba_ssm", cpu, narrow_heads)
+        choose_ssd("mamba_ssm", cpu, neither)
     with pytest.raises(ValueError, match="does not exist"):
-        choose_ssd("cuda", cpu, narrow_heads)
+        choose_ssd("cuda", cpu, neither)
 
 
 @pytest.mark.parametrize("asked", [None, "0"])
@@ -175,7 +179,7 @@ def test_ssd_kernel_against_float64(L, dtype):
     Triton cuts the factors of a product to 10 bits of mantissa for TF32 where cuBLAS rounds: up to 2^-10 each, one way, which
     sums over many tokens don't even out.
     """
-    kernel, reason = choose_ssd("mamba_ssm", torch.device("cuda"), lambda device: None)
+    _, kernel, reason = choose_ssd("mamba_ssm", torch.device("cuda"), dict.fromkeys(("fused", "blocked"), lambda device: None))
     assert "mamba_ssm" in reason
     exact = [t.requires_grad_() for t in ssd_inputs(L, H=4, P=32, G=1, S=64, device="cuda")]
     grad = torch.randn(2, L, 4, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).cuda()

@@ -287,7 +287,7 @@ def spy_on_core(module):
 )
 @pytest.mark.parametrize(("ssm", "scan"), [("mamba2", "interleaved"), ("mamba1", "flip")])
 def test_split_calls_change_nothing(ssm, scan, fits, calls, monkeypatch):
-    module = ss2d(16, ModelConfig(**SMALL, ssm=ssm, scan=scan), CPU).double()
+    module = ss2d(16, ModelConfig(**SMALL, ssm=ssm, scan=scan, ssd_backend="reference"), CPU).double()
     x = torch.randn(6, 5, 7, 16, dtype=torch.float64)
     inputs = [x, *(p.detach() for p in module.parameters())]
     names = [name for name, _ in module.named_parameters()]
@@ -308,7 +308,7 @@ def test_split_calls_change_nothing(ssm, scan, fits, calls, monkeypatch):
 
 
 def test_orders_run_one_by_one_without_gradients(monkeypatch):
-    module = ss2d(16, ModelConfig(**SMALL), CPU)
+    module = ss2d(16, ModelConfig(**SMALL, ssd_backend="reference"), CPU)
     x = torch.randn(2, 5, 7, 16)
     whole = module(x)
     monkeypatch.setattr(ss2d_module, "LEAN_ELEMENTS", module.elements(70))

@@ -16,7 +16,7 @@ import math
 import os
 import sys
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +27,7 @@ from vfi.ops.triton import tuned_configs
 from vfi.ops.triton.availability import UnavailableReason, select_backend
 
 SSD = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
-BACKENDS = ("auto", "reference", "mamba_ssm", "fused")
+BACKENDS = ("auto", "reference", "mamba_ssm", "fused", "blocked")
 # The work inside a chunk grows with its length, and the number of states decreases. The kernels' own default is 256.
 REFERENCE_CHUNK = 64
 _KERNEL_CHUNK = 256
@@ -197,14 +197,14 @@ def ssd_elements(L: int, H: int, P: int, G: int, S: int) -> int:
     return max(L * H * P, L * G * S, chunks * G * _KERNEL_CHUNK**2, chunks * H * P * S)
 
 
-def choose_ssd(backend: str, device: torch.device, why_unavailable: UnavailableReason) -> tuple[SSD | None, str]:
-    """Return the function for a backend name, and a line that states the choice and the reason.
+def choose_ssd(backend: str, device: torch.device, cores: Mapping[str, UnavailableReason]) -> tuple[str, SSD | None, str]:
+    """Return the name of the backend, its function, and a line that states the choice and the reason.
 
-    The function is None for fused, which covers more than this recurrence (vfi/ops/ssm/fused_ss2d.py); `why_unavailable`
-    returns why it can't run. A named backend that can't run raises.
+    `cores` maps the backends that cover more than this recurrence (vfi/ops/ssm/fused_ss2d.py, blocked_ss2d.py), for which the
+    function is None, to functions that return why they can't run. A named backend that can't run raises.
     """
-    functions = {"reference": ssd_reference, "mamba_ssm": ssd_mamba_ssm, "fused": None}
-    kernels = {"fused": why_unavailable, "mamba_ssm": kernel_obstacle}
+    functions: dict[str, SSD] = {"reference": ssd_reference, "mamba_ssm": ssd_mamba_ssm}
+    kernels = {"fused": cores["fused"], "mamba_ssm": kernel_obstacle, "blocked": cores["blocked"]}
     name, choice = select_backend("ssd", "ssd_backend", backend, BACKENDS, device, kernels)
     if name == "mamba_ssm":
         known = (
@@ -213,7 +213,7 @@ def choose_ssd(backend: str, device: torch.device, why_unavailable: UnavailableR
             else "the first step tunes kernels; `vfi tune-kernels` keeps what is found"
         )
         choice += f"; {tuned_configs.card(device)}: {known}"
-    return functions[name], choice
+    return name, functions.get(name), choice
 
 
 def kernel_obstacle(device: torch.device) -> str | None:
