@@ -126,7 +126,8 @@ def from_rgb(image: np.ndarray, colours: Colours, pix_fmt: str) -> av.VideoFrame
     if is_rgb(pixels):
         return _rgb_as(pixels, image)
     bits, grey = _bits(pixels), _is_grey(pixels)
-    source = _with_location(_rgb_frame(image), colours.location)
+    location = f"chroma_location={colours.location}"
+    source = with_property(_rgb_frame(image), "setparams", location)
     matrix = _MATRICES[colours.matrix]
     to_limited = functools.partial(reformat, source, dst_colorspace=matrix, src_color_range="JPEG", dst_color_range="MPEG")
     if image.dtype == np.uint8 and bits == 8 and not colours.full_range and not grey:
@@ -140,7 +141,7 @@ def from_rgb(image: np.ndarray, colours: Colours, pix_fmt: str) -> av.VideoFrame
         _samples(plane, bits)[:] = table[_samples(limited.planes[number], 16)]
     made.colorspace, made.color_range = limited.colorspace, _FULL if colours.full_range else _LIMITED
     # what remains is the order of the samples, as in NV12 and P010, and subsampling without a 16-bit format
-    return made if made.format.name == pix_fmt else reformat(_with_location(made, colours.location), pix_fmt)
+    return made if made.format.name == pix_fmt else reformat(with_property(made, "setparams", location), pix_fmt)
 
 
 def is_rgb(pixels: VideoFormat) -> bool:
@@ -220,11 +221,11 @@ def reformat(frame: av.VideoFrame, pix_fmt: str, interpolation: int = _EXACT, **
     return frame.reformat(format=pix_fmt, interpolation=interpolation, threads=1, **options)
 
 
-def _with_location(frame: av.VideoFrame, location: str) -> av.VideoFrame:
-    """Return the frame, with shared samples and the property that sets the location of chroma derived from it."""
+def with_property(frame: av.VideoFrame, setter: str, value: str) -> av.VideoFrame:
+    """Return the frame, with shared samples and a property that one of FFmpeg's filters sets: setparams or setsar."""
     graph = av.filter.Graph()
     source = graph.add_buffer(width=frame.width, height=frame.height, format=frame.format, time_base=Fraction(1, 25))
-    graph.link_nodes(source, graph.add("setparams", f"chroma_location={location}"), graph.add("buffersink")).configure()
+    graph.link_nodes(source, graph.add(setter, value), graph.add("buffersink")).configure()
     source.push(frame)
     made = graph.pull()
     assert isinstance(made, av.VideoFrame)

@@ -61,12 +61,13 @@ def scene(level: int, number: int = 0) -> av.VideoFrame:
 def make(
     path: Path, times: Sequence[int] = EVEN, *, pix_fmt: str = "yuv420p", codec: str = "ffv1", size: tuple[int, int] = SIZE,
     sound: bool = False, tags: dict[str, int] | None = None, frames: Sequence[av.VideoFrame] | None = None,
-    rotation: int = 0, start: int = 0, options: dict[str, str] | None = None,
+    rotation: int = 0, start: int = 0, options: dict[str, str] | None = None, stream_tags: dict[str, str] | None = None,
 ) -> Path:  # fmt: skip
     """A video with these frames at these milliseconds."""
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=25)
         stream.height, stream.width, stream.pix_fmt, stream.options = *size, pix_fmt, options or {}
+        stream.metadata.update(stream_tags or {})
         context = stream.codec_context
         context.time_base = Fraction(1, 1000)
         for name, value in (tags or {}).items():

@@ -38,6 +38,7 @@ from shards.color_conversion import (
     is_rgb,
     reformat,
     to_rgb,
+    with_property,
 )
 from vfi.errors import JobError
 from vfi.video.hdr_metadata import HdrMetadata
@@ -54,6 +55,9 @@ _USUAL = {
 # motion search to a quarter of a pixel; crf 14 restores the quality that both settings cost
 _USUAL_PRESET = {"libx264": {"preset": "veryfast", "x264-params": "subme=1"}}
 _FRAME_DURATION = 1 << 8  # AV_CODEC_FLAG_FRAME_DURATION: the last frame is shown for as long as it says
+_STATES_ASPECT = ("libx264", "libx265", "mpeg4", "mpeg2video", "ffv1")
+_FRAME_PACKING = {"checkerboard_lr": 0, "col_interleaved_lr": 1, "row_interleaved_lr": 2, "left_right": 3, "top_bottom": 4}
+"""Layouts of stereo frames that H.264 can state."""
 _HEVC = ("hevc", "libx265", "hevc_nvenc", "hevc_videotoolbox")
 _NO_MATRIX = 0  # of ITU-T H.273: the planes are red, green and blue
 _MOMENT = Fraction(1, 1000)  # seconds: a unit of the coarsest container
@@ -102,7 +106,7 @@ class VideoOutput:
         context.pix_fmt, context.time_base = self.pix_fmt, base
         context.options = _options(codec, encoding)
         self.left_out: list[str] = []
-        self._keep_light_and_chroma(context.name)
+        self._keep_properties(context.name)
         context.flags |= _FRAME_DURATION
         context.thread_type = "AUTO"  # the default is slice threading, which makes files of x264 a sixth larger, and is slower
         rgb = is_rgb(av.VideoFormat(self.pix_fmt))
@@ -145,6 +149,8 @@ class VideoOutput:
             return
         if frame.format.name != self.pix_fmt or (frame.height, frame.width) != (context.height, context.width):
             frame = self._fitted(frame)
+        if context.name == "ffv1" and context.sample_aspect_ratio:  # which takes it from the frames, and made ones have none
+            frame = with_property(frame, "setsar", str(context.sample_aspect_ratio))
         frame.pts, frame.duration, frame.time_base = pts, duration, self.base
         frame.pict_type = PictureType.I if last else PictureType.NONE
         self._mux(self.stream.encode(frame))
@@ -218,19 +224,30 @@ class VideoOutput:
             copy.disposition = stream.disposition
             self.copies[stream] = copy
 
-    def _keep_light_and_chroma(self, codec: str) -> None:
-        """Have the encoder write the source's HDR metadata and the location of chroma, and name what it can't."""
+    def _keep_properties(self, codec: str) -> None:
+        """Have encoder and container state what the source states about its picture, and name what they can't."""
+        suffix, matroska = self.path.suffix, self.container.format.name in ("matroska", "webm")
         options = self.stream.codec_context.options
-        hdr = self.source.hdr if self.source else HdrMetadata()
-        added = hdr.encoder_options(codec)
-        options |= {name: ":".join(filter(None, (options.get(name), value))) for name, value in added.items()}
-        if hdr != HdrMetadata() and not added:
-            self.left_out.append(f"the HDR mastering display and light level: {codec} can't write them, libx265 can")
         if chroma_halves(self.pix_fmt) == (True, True):
-            location = self.colours.location
-            options["chroma_sample_location"] = location
-            if location not in ("left", *_locations(codec, self.container.format.name)):
-                self.left_out.append(f"the location of chroma ({location}): {codec} in {self.path.suffix} can't say it")
+            location = options["chroma_sample_location"] = self.colours.location
+            if location not in ("left", *_locations(codec, matroska)):
+                self.left_out.append(f"the location of chroma ({location}): {codec} in {suffix} can't say it")
+        if self.source:
+            added = self.source.hdr.encoder_options(codec)
+            if self.source.hdr != HdrMetadata() and not added:
+                self.left_out.append(f"the HDR mastering display and light level: {codec} can't write them, libx265 can")
+            stereo, square = self.source.stereo, self.source.aspect in (None, 1)
+            packed = stereo in _FRAME_PACKING and codec == "libx264"
+            if not square and matroska and (codec not in _STATES_ASPECT or (stereo and not packed)):
+                aspect = f"the aspect of pixels ({self.source.aspect})"  # which PyAV 18.1 gives to the encoder alone
+                self.left_out.append(f"{aspect}: {codec} in {suffix} can't say it, libx264 can")
+            if packed and (not matroska or not square):
+                added = {"x264-params": ":".join([*added.values(), f"frame-packing={_FRAME_PACKING[stereo]}"])}
+            elif stereo and matroska:
+                self.stream.metadata["stereo_mode"] = stereo
+            elif stereo:
+                self.left_out.append(f"the layout of stereo frames ({stereo}): {suffix} can't hold it, .mkv can")
+            options |= {name: ":".join(filter(None, (options.get(name), value))) for name, value in added.items()}
         self.stream.codec_context.options = options
 
     def _start(self, frame: av.VideoFrame) -> None:
@@ -262,11 +279,11 @@ def _can_hold(container: str, stream: Any) -> bool:
     return True
 
 
-def _locations(codec: str, container: str) -> tuple[str, ...]:
+def _locations(codec: str, matroska: bool) -> tuple[str, ...]:
     """Return the locations of chroma, other than left, that an encoder or a container can state."""
     if codec in ("libx264", "libx265"):
         return ("center", "topleft", "top", "bottomleft", "bottom")
-    if container in ("matroska", "webm"):
+    if matroska:
         return ("center", "topleft")
     return ("topleft",) if codec == "libsvtav1" else ()
 

@@ -1,4 +1,4 @@
-"""Whole frames from the fields of interlaced and telecined video, by FFmpeg's filters.
+"""Whole frames from the fields of interlaced and telecined video, without the borders that a file hides, by FFmpeg's filters.
 
 filters = FieldFilters(stream, DEINTERLACE, stream.time_base, rate)
 for frame in frames:
@@ -8,11 +8,14 @@ yield from filters.finish()
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from fractions import Fraction
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import av
+import av.logging
+from av.container import InputContainer
 from av.filter import Graph
 from av.video.stream import VideoStream
 
@@ -24,16 +27,46 @@ class FieldMethod(NamedTuple):
     rate: Fraction = Fraction(1)
 
 
+class Borders(NamedTuple):
+    """Columns and rows of a stored frame that are not to be shown."""
+
+    left: int = 0
+    right: int = 0
+    top: int = 0
+    bottom: int = 0
+
+
+WHOLE_FRAMES = FieldMethod(())
 DEINTERLACE = FieldMethod((("bwdif", "mode=send_frame:parity=auto:deint=all"),))
 DETELECINE = FieldMethod((("fieldmatch", ""), ("decimate", "")), Fraction(4, 5))
 
 
-class FieldFilters:
-    """A chain of filters on the frames of a stream, whose times stay in units of `base`."""
+def hidden_borders(container: InputContainer, stream: int) -> Borders:
+    """Return what Matroska's PixelCrop or MP4's clean aperture hides of a stream's frames.
 
-    def __init__(self, stream: VideoStream, method: FieldMethod, base: Fraction, rate: Fraction) -> None:
+    PyAV 18.1 doesn't apply it and has no attribute for it: it stands only in the description that FFmpeg prints of a file.
+    """
+    level = av.logging.get_level()
+    av.logging.set_level(av.logging.INFO)  # a description is a log message
+    try:
+        text: str = cast(Any, container).dumps_format()
+    finally:
+        av.logging.set_level(level)
+    found = re.search(
+        rf"\n  Stream #0:{stream}\b(?:(?!\n  Stream #).)*\n +Frame Cropping: (\d+)/(\d+)/(\d+)/(\d+)\n", text, re.DOTALL
+    )
+    return Borders(*map(int, found.groups())) if found else Borders()
+
+
+class FieldFilters:
+    """A chain of filters on the frames of a stream, whose times stay in units of `base`; first the `borders` are cut off."""
+
+    def __init__(self, stream: VideoStream, method: FieldMethod, base: Fraction, rate: Fraction, borders: Borders) -> None:
         self.base, self.graph = base, Graph()
         chain = [self.graph.add_buffer(template=stream, time_base=base)]
+        if any(borders):
+            left, right, top, bottom = borders
+            chain.append(self.graph.add("crop", f"iw-{left + right}:ih-{top + bottom}:{left}:{top}"))
         if method.rate != 1:  # filters that count frames want a constant rate
             chain.append(self.graph.add("fps", str(rate)))
         chain += [self.graph.add(name, arguments) for name, arguments in method.filters]

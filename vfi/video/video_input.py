@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import struct
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
@@ -16,7 +17,7 @@ from av.video.stream import VideoStream
 from shards.color_conversion import assume_left_chroma, describe_colours, measure_chroma_location
 from shards.schema import ShardError
 from vfi.errors import JobError
-from vfi.video.field_filters import FieldFilters, FieldMethod
+from vfi.video.field_filters import WHOLE_FRAMES, FieldFilters, FieldMethod, hidden_borders
 from vfi.video.hdr_metadata import HdrMetadata, read_hdr_metadata
 from vfi.video.pipe import PIPE
 from vfi.video.presentation import Clock, FrameTimes, measured_rate
@@ -27,10 +28,19 @@ _ATTEMPTS = 20  # to read on behind damage
 _LOST = {
     "DYNAMIC_HDR_PLUS": "HDR10+",
     "DOVI_METADATA": "Dolby Vision",
-    "STEREO3D": "the layout of stereo frames",
 }
 """What frames carry that is not written: its type -> what it is."""
 _KEPT = ("audio", "subtitle")
+_IN_TURN = ("left and right in turn", "right and left in turn")
+_STEREO = {
+    1: ("left_right", "right_left"),
+    2: ("top_bottom", "bottom_top"),
+    3: _IN_TURN,
+    4: ("checkerboard_lr", "checkerboard_rl"),
+    6: ("row_interleaved_lr", "row_interleaved_rl"),
+    7: ("col_interleaved_lr", "col_interleaved_rl"),
+}
+"""Types of libavutil's AVStereo3D -> how Matroska calls them, as they are and with the views exchanged."""
 
 
 class VideoInput:
@@ -75,7 +85,17 @@ class VideoInput:
             self.base = self.stream.time_base or 1 / self.stated_rate
             self.rate = self.stated_rate * (fields.rate if fields else 1)
             self.colours = describe_colours(context)
-            self.hdr = HdrMetadata()
+            self.hdr, self.stereo = HdrMetadata(), ""
+            self.borders = hidden_borders(self.container, self.stream.index)
+            left, right, top, bottom = self.borders
+            if left + right >= self.width or top + bottom >= self.height:
+                raise JobError(
+                    f"{path} hides all of its {self.width}x{self.height} pixels: mend its PixelCrop or clean aperture"
+                )
+            if any(self.borders):
+                self.notes.append(
+                    "borders that the file hides are cut off ({} left, {} right, {} top, {} bottom)".format(*self.borders)
+                )
             if has_alpha(self.pix_fmt) and context.name != "gif":  # all of whose frames are decoded with transparency
                 self.notes.append("its transparency is left out")
             self.says_matrix = context.colorspace
@@ -120,8 +140,11 @@ class VideoInput:
 
     def _read(self) -> Iterator[av.VideoFrame | av.Packet]:
         clock, times = Clock(self.container), FrameTimes(self.container, round(1 / self.stated_rate / self.base))
-        filters = FieldFilters(self.stream, self.fields, self.base, self.stated_rate) if self.fields else None
-        hidden, resized = 0, 0
+        method, borders = self.fields or WHOLE_FRAMES, self.borders
+        filters = (
+            FieldFilters(self.stream, method, self.base, self.stated_rate, borders) if self.fields or any(borders) else None
+        )
+        hidden, resized, size = 0, 0, (0, 0)
         for packet in self._packets():
             clock.adjust(packet)
             if packet.stream is not self.stream:
@@ -133,16 +156,17 @@ class VideoInput:
             for frame in self._decode(packet):
                 times.assign(frame)
                 if not self.frames:
+                    size = frame.width, frame.height
                     self._describe(frame)
-                if frame.interlaced_frame and not (filters or self.keep_interlaced):
+                if frame.interlaced_frame and not (self.fields or self.keep_interlaced):
                     raise JobError(
                         f"{self.path} is interlaced: --deinterlace makes whole frames of its fields (--detelecine where it was "
                         f"a film), --keep_interlaced takes it as it is"
                     )
                 self.frames += 1
-                if (frame.width, frame.height) != (self.width, self.height):
+                if (frame.width, frame.height) != size:
                     resized += 1
-                    frame = frame.reformat(self.width, self.height)
+                    frame = frame.reformat(*size)
                 yield from filters.push(frame) if filters else (frame,)
         yield from filters.finish() if filters else ()
         if not self._lost and self.frames < _SHORTEST * (self.stream.frames - hidden):
@@ -151,17 +175,33 @@ class VideoInput:
             self.damage = f"{self.path} is damaged: at {len(self._lost)} places, first at {self._lost[0]:.2f} s"
         self.notes += [f"its clock jumps at {', '.join(f'{jump:.2f}' for jump in clock.jumps[:3])} s"] if clock.jumps else []
         self.notes += [f"{times.changed} frames had the time of an earlier one and follow it"] if times.changed else []
-        self.notes += [f"{resized} frames of another size are scaled to {self.width}x{self.height}"] if resized else []
+        self.notes += [f"{resized} frames of another size are scaled to {size[0]}x{size[1]}"] if resized else []
 
     def _describe(self, frame: av.VideoFrame) -> None:
         """Take over what the first frame says about all."""
         self.colours = dataclasses.replace(self.colours, location=measure_chroma_location(frame))
-        self.width, self.height = frame.width, frame.height
+        left, right, top, bottom = self.borders
+        self.width, self.height = frame.width - left - right, frame.height - top - bottom
         self.hdr = read_hdr_metadata(frame)
         lost = [_LOST[name] for data in cast(Any, frame.side_data) if (name := data.type.name) in _LOST]
         self.notes += [f"left out: {', '.join(lost)}"] if lost else []
+        self.stereo = self._stereo(frame)
         if frame.interlaced_frame and self.keep_interlaced:
             self.notes.append("its field order is left out: the result says that its frames are whole")
+
+    def _stereo(self, frame: av.VideoFrame) -> str:
+        """Return how two views share a frame, in Matroska's words; nothing for one view."""
+        stated = self.stream.metadata.get("stereo_mode", "mono")
+        for data in cast(Any, frame.side_data):
+            if data.type.name == "STEREO3D":
+                kind, flags = struct.unpack("=2i", bytes(data)[:8])
+                stated = _STEREO[kind][flags & 1] if kind in _STEREO else stated
+        if stated in _IN_TURN:
+            raise JobError(
+                f"{self.path} shows {stated}, and nothing lies between those: put both into one frame first, such as by "
+                f"ffmpeg -vf stereo3d=a{stated[0]}:sbsl"
+            )
+        return "" if stated == "mono" else stated
 
     def _choose(self, wanted: int | None) -> VideoStream:
         """Return the stream to read, and note the videos that are not read."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 import resource
 import struct
 import subprocess
@@ -12,6 +13,7 @@ from fractions import Fraction
 from pathlib import Path
 
 import av
+import av.logging
 import numpy as np
 import pytest
 import torch
@@ -284,6 +286,103 @@ def test_pixel_aspect_is_kept(run, tmp_path):
     call(source, "-o", tmp_path / "out.mp4", "--model", run)
     with av.open(str(tmp_path / "out.mp4")) as container:
         assert container.streams.video[0].sample_aspect_ratio == Fraction(16, 11)
+
+
+def aspects_of(path: Path) -> list[str]:
+    """The aspect of pixels that each frame states, which only a filter's log tells."""
+    graph = av.filter.Graph()
+    av.logging.set_level(av.logging.INFO)
+    try:
+        with av.logging.Capture() as logs, av.open(str(path)) as container:
+            nodes = [graph.add_buffer(template=container.streams.video[0]), graph.add("showinfo"), graph.add("buffersink")]
+            graph.link_nodes(*nodes).configure()
+            for frame in container.decode(video=0):
+                graph.push(frame)
+                graph.pull()
+    finally:
+        av.logging.set_level(None)
+    return re.findall(r" sar:(\d+/\d+) ", "".join(text for _, _, text in logs))
+
+
+@pytest.mark.parametrize(("codec", "kept"), [("libx264", True), ("ffv1", True), ("libvpx-vp9", False)])
+def test_pixel_aspect_in_matroska_is_kept_or_named(run, tmp_path, capsys, codec, kept):
+    source = make(tmp_path / "in.mp4", EVEN[:2], codec="libx264", tags={"sample_aspect_ratio": Fraction(16, 11)})
+    call(source, "-o", tmp_path / "out.mkv", "--model", run, "--codec", codec)
+    assert (f"left out: the aspect of pixels (16/11): {codec} in .mkv" in capsys.readouterr().out) == (not kept)
+    aspects = aspects_of(tmp_path / "out.mkv")
+    assert len(aspects) == 3
+    assert set(aspects) == ({"16/11"} if kept else {"0/1"})
+
+
+def with_box(data: bytes, path: tuple[bytes, ...], box: bytes) -> bytes:
+    """An MP4 whose index lies at its end, with one more box at the end of the one at `path`."""
+    content, at, end = bytearray(data), 0, 0
+    for name in path:
+        while content[at + 4 : at + 8] != name:
+            at += int.from_bytes(content[at : at + 4], "big")
+        size = int.from_bytes(content[at : at + 4], "big")
+        content[at : at + 4] = (size + len(box)).to_bytes(4, "big")
+        end, at = at + size, at + 8 + {b"stsd": 8, b"avc1": 78}.get(name, 0)
+    return bytes(content[:end]) + box + bytes(content[end:])
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
+def test_borders_that_a_file_hides_are_cut_off(run, tmp_path, capsys, suffix):
+    source, out = make(tmp_path / f"in{suffix}", EVEN[:2], codec="libx264"), tmp_path / "out.mkv"
+    whole, data = frames_of(source), source.read_bytes()
+    if suffix == ".mkv":
+        top, left, height, width = 8, 0, 40, 64
+        assert data.count(b"\x54\xb2\x81\x04") == 1  # DisplayUnit; PixelCropTop is as long
+        source.write_bytes(data.replace(b"\x54\xb2\x81\x04", b"\x54\xbb\x81\x08"))
+    else:
+        top, left, height, width = 6, 2, 36, 56
+        aperture = [
+            56,
+            1,
+            36,
+            1,
+            left - (64 - 56) // 2,
+            1,
+            top - (48 - 36) // 2,
+            1,
+        ]  # its size, and how far its middle lies off
+        box = struct.pack(">I4s8i", 40, b"clap", *aperture)
+        source.write_bytes(with_box(data, (b"moov", b"trak", b"mdia", b"minf", b"stbl", b"stsd", b"avc1"), box))
+    for flags in ((), ("--deinterlace",)):
+        call(source, "-o", out, "--model", run, "--codec", "ffv1", *flags)
+        assert f"borders that the file hides are cut off ({left} left, {64 - left - width} right, " in capsys.readouterr().out
+        found = frames_of(out)
+        assert {(frame.height, frame.width) for frame in found} == {(height, width)}
+        if not flags:
+            for before, after in zip(whole, found[::2], strict=True):
+                shown = before.to_ndarray(format="gray")[top : top + height, left : left + width]
+                assert np.array_equal(shown, after.to_ndarray(format="gray"))
+
+
+@pytest.mark.parametrize(("layout", "suffix", "codec", "said"), [
+    ("left_right", ".mkv", "ffv1", ""), ("bottom_top", ".mkv", "libx264", ""), ("top_bottom", ".mp4", "libx264", ""),
+    ("right_left", ".mp4", "libx264", "right_left"), ("left_right", ".mp4", "libx265", "left_right"),
+])  # fmt: skip
+def test_the_layout_of_stereo_frames_is_kept_or_named(run, tmp_path, capsys, layout, suffix, codec, said):
+    source = make(tmp_path / "in.mkv", EVEN[:2], codec="libx264", size=(64, 64), stream_tags={"stereo_mode": layout})
+    out = tmp_path / f"out{suffix}"
+    call(source, "-o", out, "--model", run, "--codec", codec)
+    assert (f"left out: the layout of stereo frames ({said})" in capsys.readouterr().out) == bool(said)
+    with av.open(str(out)) as container:
+        data = [bytes(one) for one in next(container.decode(video=0)).side_data if one.type.name == "STEREO3D"]
+    kinds = {
+        "left_right": (1, 0),
+        "bottom_top": (2, 1),
+        "top_bottom": (2, 0),
+    }  # of libavutil's AVStereo3D, and whether inverted
+    assert [struct.unpack("=2i", one[:8]) for one in data] == ([] if said else [kinds[layout]])
+
+
+def test_views_in_turn_are_refused(run, tmp_path, capsys):
+    source = make(tmp_path / "in.mkv", EVEN[:2], codec="libx264", stream_tags={"stereo_mode": "block_rl"})
+    line = refused(capsys, source, "-o", tmp_path / "out.mkv", "--model", run)
+    assert "in.mkv shows right and left in turn" in line
+    assert line.endswith("ffmpeg -vf stereo3d=ar:sbsl")
 
 
 def test_what_a_container_can_not_hold_is_named(run, tmp_path, capsys):
