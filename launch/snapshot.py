@@ -19,6 +19,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from vfi.credentials import redact_all
 from vfi.errors import JobError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -60,7 +61,7 @@ def describe(folder: Path, argv: list[str]) -> None:
         "variables": {name: value for name, value in sorted(os.environ.items()) if name.startswith(_VARIABLES)},
         "packages": {package.name: package.version for package in sorted(metadata.distributions(), key=lambda one: one.name)},
     }
-    (folder / ENVIRONMENT).write_text(json.dumps(content, indent=1) + "\n")
+    (folder / ENVIRONMENT).write_text(json.dumps(redact_all(content), indent=1) + "\n")
 
 
 def _git(*arguments: str) -> str:

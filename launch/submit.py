@@ -31,6 +31,7 @@ from launch.status import query_runs
 from launch.submission import LAUNCH, SUBMISSION, Submission, next_folder, read_queued, read_submission
 from shards.schema import ShardError
 from vfi.config.configs import ConfigError
+from vfi.credentials import refuse_secrets
 from vfi.errors import JobError, clear_errors
 from vfi.runtime.logging import logger
 
@@ -41,6 +42,7 @@ _SHOWN = 3  # jobs for which the commands to follow them are printed
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command: check the runs, write and queue their submissions, and print how to follow them."""
     argv = list(sys.argv[1:] if argv is None else argv)
+    refuse_secrets(argv, "which the files of the job would keep")
     own, *groups = split(argv)
     options = tyro.cli(Options, prog="python -m launch.submit", description=__doc__, args=own)
     check_options(options)

@@ -21,7 +21,18 @@ COMMANDS = (
 # own
 ORDER: dict[str, tuple[tuple[str, ...], ...]] = {
     "vfi": (
-        *(("errors",), ("shipped",), ("config",), ("runtime",), ("io",), ("ops",), ("metrics",), ("model",), ("data",)),
+        *(
+            ("credentials",),
+            ("errors",),
+            ("shipped",),
+            ("config",),
+            ("runtime",),
+            ("io",),
+            ("ops",),
+            ("metrics",),
+            ("model",),
+            ("data",),
+        ),
         *(("checkpoint",), ("tracking",), ("distributed",), ("training",), ("profiling",), ("inference",), ("video",)),
         *(("evaluation",), ("release",), ("reporting",), ("pretrained",), ("",), COMMANDS),
     ),

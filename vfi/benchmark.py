@@ -26,6 +26,7 @@ from shards.factories import is_factory
 from shards.schema import ShardError
 from vfi.checkpoint.pretrained_folder import is_hub_id
 from vfi.config.renamed_flags import with_new_names
+from vfi.credentials import hide
 from vfi.errors import CheckpointError, JobError, clear_errors
 from vfi.evaluation import latency, latency_results
 from vfi.evaluation.datasets import find_sets
@@ -61,7 +62,7 @@ class SpeedOptions:
 @clear_errors(ShardError, CheckpointError, ResultError)
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure, write results.json and the pictures, and print the table."""
-    arguments = sys.argv[1:] if argv is None else list(argv)
+    arguments = hide(sys.argv[1:] if argv is None else argv)
     command = shlex.join(["vfi", "benchmark", *arguments])
     options = parse(arguments)
     if isinstance(options, SpeedOptions):

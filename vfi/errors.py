@@ -21,6 +21,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from vfi.credentials import CredentialsError, redact
+
 STOPPED = 75
 """Exit code of training that was told to stop and has saved; EX_TEMPFAIL of sysexits.h: try again later."""
 
@@ -41,7 +43,7 @@ def clear_errors(*kinds: type[Exception]) -> Iterator[None]:
 
     A loader process that died is neither a user error nor a bug: one line, too, and exit code 1.
     """
-    caught: tuple[type[Exception], ...] = (JobError, *kinds)
+    caught: tuple[type[Exception], ...] = (JobError, CredentialsError, *kinds)
     try:
         yield
     except caught as error:
@@ -63,7 +65,11 @@ def clear_errors(*kinds: type[Exception]) -> Iterator[None]:
 
 
 def _report(text: str) -> None:
-    """Print an error; torchrun and accelerate launch show it again below their own traceback, as the root cause."""
+    """Print an error without secrets of addresses.
+
+    torchrun and accelerate launch show it again below their own traceback, as the root cause.
+    """
+    text = redact(text)
     print(f"error: {text}", file=sys.stderr)
     if place := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         with suppress(OSError):  # the launcher removes the folder when it ends first

@@ -12,6 +12,7 @@ from vfi.config.configs import Config
 from vfi.config.presets import get, override
 from vfi.config.renamed_flags import TRAINING, with_new_names
 from vfi.config.validation import validate
+from vfi.credentials import hide
 from vfi.errors import STOPPED
 
 # published flags that mean a value of another one
@@ -25,8 +26,11 @@ torchrun and accelerate launch make 1 of every code but 0."""
 
 
 def from_command_line(argv: Sequence[str] | None = None, prog: str = "vfi.train") -> Config:
-    """Return the checked Config of a command line. The preset gives every default; `_` and `-` are equal in a flag."""
-    argv = with_new_names(expand_aliases(sys.argv[1:] if argv is None else argv), TRAINING)
+    """Return the checked Config of a command line. The preset gives every default; `_` and `-` are equal in a flag.
+
+    Addresses in it are without their passwords and tokens (see vfi/credentials.py).
+    """
+    argv = with_new_names(expand_aliases(hide(sys.argv[1:] if argv is None else argv)), TRAINING)
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     finder.add_argument("--preset", default="small")
     default = get(finder.parse_known_args(argv)[0].preset)

@@ -10,12 +10,15 @@ import random
 import time
 import urllib.error
 import urllib.request
+from base64 import b64encode
 from collections.abc import Generator
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
+from urllib.parse import unquote
 
 import fsspec
 
 from shards.schema import ShardError
+from vfi.credentials import HOW_TO_SIGN_IN, parse, password_from_netrc, redact, reveal
 
 _PIECE = 1 << 20  # bytes
 _PROGRESS = 1 << 20  # an attempt that brought this many bytes was no failure
@@ -89,10 +92,12 @@ def _pieces(url: str, start: int, size: int | None, timeout: float) -> Generator
 
 
 def _from_http(url: str, start: int, timeout: float) -> Generator[bytes]:
-    request = urllib.request.Request(url, headers={"Range": f"bytes={start}-"} if start else {})
+    request = _request(url)
+    if start:
+        request.add_header("Range", f"bytes={start}-")
     began, received = time.monotonic(), 0
     try:
-        with urllib.request.urlopen(request, timeout=timeout) as response:
+        with urllib.request.build_opener(_Redirect).open(request, timeout=timeout) as response:
             whole = response.status != http.HTTPStatus.PARTIAL_CONTENT
             if not whole and not response.headers.get("Content-Range", "").startswith(f"bytes {start}-"):
                 raise _InterruptedError(f"it answered with another range than from {start}")
@@ -113,6 +118,10 @@ def _from_http(url: str, start: int, timeout: float) -> Generator[bytes]:
         answer = f"{url}: {error.code} {error.reason}"
         if error.code in (404, 410):
             raise MissingError(answer) from error
+        if error.code == http.HTTPStatus.UNAUTHORIZED:
+            raise StorageError(
+                f"{answer}: the server refuses this user and password, or their absence; {HOW_TO_SIGN_IN}"
+            ) from error
         if 400 <= error.code < 500 and error.code not in (408, 425, 429):
             raise StorageError(f"{answer}: the server refuses; check the address and the right to read it") from error
         raise _InterruptedError(f"{error.code} {error.reason}") from error
@@ -120,16 +129,41 @@ def _from_http(url: str, start: int, timeout: float) -> Generator[bytes]:
         raise _InterruptedError(_reason(error)) from error
 
 
+def _request(url: str) -> urllib.request.Request:
+    """Return a request with the secrets of an address; its password is in a header that goes to no other host."""
+    address = parse(reveal(url))
+    request = urllib.request.Request(str(address._replace(user="", password="")))
+    is_known = address.user or address.password
+    sign_in = (unquote(address.user), unquote(address.password)) if is_known else None
+    if not is_known and not address.query:
+        sign_in = password_from_netrc(address)
+    if sign_in:
+        request.add_unredirected_header("Authorization", f"Basic {b64encode(':'.join(sign_in).encode()).decode()}")
+    return request
+
+
+class _Redirect(urllib.request.HTTPRedirectHandler):
+    """Keep the password on the way to another address of the same server, and to none else."""
+
+    def redirect_request(self, req: urllib.request.Request, *arguments: Any) -> urllib.request.Request | None:
+        new = super().redirect_request(req, *arguments)
+        if new and (new.type, new.host) == (req.type, req.host) and "Authorization" in req.unredirected_hdrs:
+            new.add_unredirected_header("Authorization", req.unredirected_hdrs["Authorization"])
+        return new
+
+
 def _from_fsspec(url: str, start: int, size: int | None) -> Generator[bytes]:
     protocol = url.partition("://")[0]
     try:
-        system, path = fsspec.core.url_to_fs(url)
+        system, path = fsspec.core.url_to_fs(reveal(url))
     except ImportError as error:
         package = _PACKAGES.get(protocol)
-        advice = f"install {package}: pip install {package}" if package else str(error)
+        advice = f"install {package}: pip install {package}" if package else _reason(error)
         raise StorageError(f"{url}: {protocol}:// needs a package that is not installed; {advice}") from error
     except ValueError as error:
-        raise StorageError(f"{url}: {error}; give a folder, http(s)://, s3://, gs:// or what else fsspec opens") from error
+        raise StorageError(
+            f"{url}: {_reason(error)}; give a folder, http(s)://, s3://, gs:// or what else fsspec opens"
+        ) from error
     try:
         end = system.size(path) if size is None else size
         for first in range(start, end, 8 * _PIECE):
@@ -143,5 +177,5 @@ def _from_fsspec(url: str, start: int, size: int | None) -> Generator[bytes]:
 
 
 def _reason(error: Exception) -> str:
-    """Return the message of an error, or its type when it has none."""
-    return str(error) or type(error).__name__
+    """Return the message of an error, without secrets of addresses, or its type when it has none."""
+    return redact(str(error)) or type(error).__name__

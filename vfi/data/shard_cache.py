@@ -29,6 +29,7 @@ from urllib.parse import quote
 
 from shards.sample_rules import open_shard
 from shards.schema import INDEX_NAME, LARGEST_INDEX, Index, ShardEntry, ShardError, parse_index, read_index, sha256_of
+from vfi.credentials import hide
 from vfi.data.download import PATIENCE, MissingError, Patience, StorageError, fetch
 
 _LONGEST_WAIT = 1800.0  # seconds for another process to fetch a shard, or to give room
@@ -111,7 +112,7 @@ class RemoteFolder:
     """A shard folder behind a URL, and its shards in the cache."""
 
     def __init__(self, url: str, cache: Cache, patience: Patience = PATIENCE) -> None:
-        self.url, self.cache, self.patience = url.rstrip("/"), cache, patience
+        self.url, self.cache, self.patience = hide([url])[0].rstrip("/"), cache, patience
         self.advice = ""
         self.checked: dict[str, tuple[int, ...]] = {}  # sha256 -> state of the file in which it was found
         self.unusable: dict[str, str] = {}  # sha256 -> why: it is not fetched for each of its samples

@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 from vfi.config.configs import Config, ConfigError
 from vfi.config.renamed_flags import TRAINING
+from vfi.credentials import redact_all
 from vfi.runtime.logging import logger
 
 _UNIONS = (types.UnionType, typing.Union)
@@ -33,8 +34,8 @@ def write_text(path: Path, text: str) -> None:
 
 
 def to_json(record: Any) -> str:
-    """Return a dataclass as JSON text, for a file."""
-    return json.dumps(dataclasses.asdict(record), indent=1) + "\n"
+    """Return a dataclass as JSON text, for a file; addresses in it lose their secrets."""
+    return json.dumps(redact_all(dataclasses.asdict(record)), indent=1) + "\n"
 
 
 def config_from_json(text: str, where: str = "config.json", quiet: bool = False) -> Config:

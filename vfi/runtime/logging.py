@@ -11,6 +11,8 @@ from __future__ import annotations
 import logging
 import sys
 
+from vfi.credentials import redact
+
 
 class _Screen(logging.Handler):
     """Write messages above the progress bar, if there is one."""
@@ -20,7 +22,8 @@ class _Screen(logging.Handler):
 
         is_note = record.levelno >= logging.WARNING
         stream = sys.stderr if is_note else sys.stdout
-        tqdm.write(f"note: {record.getMessage()}" if is_note else record.getMessage(), file=stream)
+        text = redact(record.getMessage())
+        tqdm.write(f"note: {text}" if is_note else text, file=stream)
         stream.flush()  # in a log file it would lag behind stderr, and be lost when the process is killed
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from vfi.credentials import redact_all
 from vfi.io.dataclass_json import write_text
 from vfi.runtime.device import describe_precision
 from vfi.runtime.numerics import numerics
@@ -25,7 +26,7 @@ _PACKAGES = ("torch", "accelerate", "webdataset", "triton", "mamba-ssm", "numpy"
 def environment(device: torch.device) -> dict[str, Any]:
     """Return the environment of a run: command, versions, hardware, state of the source."""
     return {
-        "command": sys.argv,
+        "command": redact_all(sys.argv),
         "python": platform.python_version(),
         "packages": {name: version for name in _PACKAGES if (version := package_version(name))},
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine(),
