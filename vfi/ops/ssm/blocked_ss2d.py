@@ -50,27 +50,32 @@ def _blocked_ss2d(projected: Tensor, *arguments: Tensor | Shape) -> Tensor:
     total = None
     for order in (range(1), range(1, 2)):  # rows, then columns
         tokens = orders.scan(projected, order)
-        gate = F.silu(tokens[..., : shape.inner])
+        z, features, dt = tokens.split((shape.inner, shape.channels, shape.heads), dim=-1)
+        gate, steps = F.silu(z), F.softplus(dt + parameters.dt_bias)
         out = torch.zeros_like(gate)
         for reverse in (False, True):
-            _add_direction(out, tokens[..., shape.inner :], gate, parameters, shape, reverse)
+            _add_direction(out, features, steps, gate, parameters, shape, reverse)
         pixels = orders.unscan(out, frames // 2, H, W, order)[0]
         total = pixels if total is None else total + pixels
     assert total is not None
     return total * parameters.norm_weight
 
 
-def _add_direction(out: Tensor, tokens: Tensor, gate: Tensor, parameters: Parameters, shape: Shape, reverse: bool) -> None:
-    """Add one direction's gated and normalised output to `out` `[n, L, inner]`; tokens `[n, L, x, B, C | dt]`."""
-    n, L, _ = tokens.shape
+def _add_direction(
+    out: Tensor, features: Tensor, steps: Tensor, gate: Tensor, parameters: Parameters, shape: Shape, reverse: bool
+) -> None:
+    """Add one direction's gated and normalised output to `out` `[n, L, inner]`.
+
+    features `[n, L, x | B | C]` before the convolution, steps `[n, L, heads]`, gate `[n, L, inner]`.
+    """
+    n, L, _ = features.shape
     block = L if torch.is_grad_enabled() else _BLOCK
-    state = tokens.new_zeros(n, shape.state, shape.inner)
+    state = features.new_zeros(n, shape.state, shape.inner)
     starts = range(0, L, block)
     for start in reversed(starts) if reverse else starts:
         stop = min(start + block, L)
-        features = F.silu(_convolve(tokens[..., : shape.channels], parameters, start, stop, reverse))
-        steps = F.softplus(tokens[:, start:stop, shape.channels :] + parameters.dt_bias)
-        y, state = _scan_block(features, steps, state, parameters, shape, reverse)
+        convolved = F.silu(_convolve(features, parameters, start, stop, reverse))
+        y, state = _scan_block(convolved, steps[:, start:stop], state, parameters, shape, reverse)
         y = y * gate[:, start:stop]
         norm = torch.linalg.vector_norm(y, dim=-1, keepdim=True)
         out[:, start:stop].addcmul_(y, (norm.square() / shape.inner + _EPS).rsqrt())
@@ -78,18 +83,15 @@ def _add_direction(out: Tensor, tokens: Tensor, gate: Tensor, parameters: Parame
 
 def _convolve(tokens: Tensor, parameters: Parameters, start: int, stop: int, reverse: bool) -> Tensor:
     """Convolve the tokens from `start` to `stop` causally: with those before them, or with those behind them in reverse."""
-    weights, reach = parameters.conv_weight.t(), parameters.conv_weight.shape[1] - 1
+    weights, reach = parameters.conv_weight, parameters.conv_weight.shape[1] - 1
     first, last = (start, stop + reach) if reverse else (start - reach, stop)
     outside = (max(-first, 0), max(last - tokens.shape[1], 0))
     window = tokens[:, max(first, 0) : last]
     if any(outside):
         window = F.pad(window, (0, 0, *outside))
-    length = stop - start
-    y = torch.addcmul(parameters.conv_bias, window[:, reach if not reverse else 0 :][:, :length], weights[reach])
-    for back in range(1, reach + 1):
-        from_ = back if reverse else reach - back
-        y = y.addcmul_(window[:, from_ : from_ + length], weights[reach - back])
-    return y
+    # as an image of one row, channels last: this form of it is the fastest of those that a CPU has
+    pixels, kernel = window.unsqueeze(1).permute(0, 3, 1, 2), (weights.flip(1) if reverse else weights)[:, None, None]
+    return F.conv2d(pixels, kernel, parameters.conv_bias, groups=len(weights)).permute(0, 2, 3, 1).squeeze(1)
 
 
 def _scan_block(
@@ -97,7 +99,7 @@ def _scan_block(
 ) -> tuple[Tensor, Tensor]:
     """Return the outputs `[n, length, inner]` of a block, and the state `[n, state, inner]` after it.
 
-    features `[n, length, x | B | C]`, steps `[n, length, heads]` after their softplus, state `[n, state, inner]` before it.
+    features `[n, length, x | B | C]` after the convolution, steps `[n, length, heads]`, state `[n, state, inner]` before it.
     """
     length = features.shape[1]
     if pad := -length % _CHUNK:  # padded tokens have a step of 0: they neither change the state nor are read
@@ -140,8 +142,9 @@ def _carry(state: Tensor, added: Tensor, kept: Tensor, reverse: bool) -> tuple[T
             states[chunk] = state
             state = torch.addcmul(added[:, chunk], state, kept[:, chunk])
         return torch.stack(states, dim=1), state
-    before = torch.empty_like(added)
+    states = added.new_empty(added.shape[0], K + 1, *added.shape[2:])
+    before, after = (states[:, 1:], states[:, :-1]) if reverse else (states[:, :-1], states[:, 1:])
+    before[:, order[0]] = state
     for chunk in order:
-        before[:, chunk] = state
-        state = torch.addcmul(added[:, chunk], state, kept[:, chunk])
-    return before, state
+        torch.addcmul(added[:, chunk], before[:, chunk], kept[:, chunk], out=after[:, chunk])
+    return before, after[:, order[-1]]
