@@ -137,11 +137,11 @@ def _carry(state: Tensor, added: Tensor, kept: Tensor, reverse: bool) -> tuple[T
     K = added.shape[1]
     order = range(K - 1, -1, -1) if reverse else range(K)
     if torch.is_grad_enabled():
-        states = [state] * K
+        each = [state] * K
         for chunk in order:
-            states[chunk] = state
+            each[chunk] = state
             state = torch.addcmul(added[:, chunk], state, kept[:, chunk])
-        return torch.stack(states, dim=1), state
+        return torch.stack(each, dim=1), state
     states = added.new_empty(added.shape[0], K + 1, *added.shape[2:])
     before, after = (states[:, 1:], states[:, :-1]) if reverse else (states[:, :-1], states[:, 1:])
     before[:, order[0]] = state
