@@ -122,9 +122,7 @@ def password_from_netrc(address: Address) -> tuple[str, str] | None:
     try:
         found = netrc.netrc(str(path)).hosts.get(address.host.rpartition(":")[0] or address.host)
     except netrc.NetrcParseError as error:
-        raise CredentialsError(
-            f"{path} can't be used: line {error.lineno} is malformed, or the file is readable for others"
-        ) from None
+        raise CredentialsError(f"{path} can't be used: line {error.lineno} is malformed") from None
     except OSError as error:
         raise CredentialsError(f"{path} can't be read: {error.strerror}") from error
     return (found[0], found[2] or "") if found and address.user in ("", found[0]) else None

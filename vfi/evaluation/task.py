@@ -20,6 +20,7 @@ from torch import Tensor
 
 from shards.schema import Index
 from vfi.data.evaluation_loader import evaluation_batches
+from vfi.data.shared_memory import check_shared_memory, evaluation_bytes
 from vfi.errors import JobError
 from vfi.evaluation.datasets import open_frames
 from vfi.evaluation.protocols import PROTOCOLS, Prepare, Protocol, Rules
@@ -77,6 +78,7 @@ def task_from_shards(settings: BenchmarkSettings, device: torch.device) -> Evalu
     if min(index.min_size) < MIN_SIZE:
         height, width = index.min_size
         raise JobError(f"--data {settings.data} has frames as small as {height}x{width}: each side must be at least {MIN_SIZE}")
+    check_shared_memory(evaluation_bytes(index.max_size, settings.workers), 1, "use fewer --workers; 0 takes none")
     samples, rules = min(settings.limit or index.samples, index.samples), Rules(scale=settings.scale)
 
     def read(numbers: Sequence[int]) -> Iterator[Sample]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +23,7 @@ from vfi.config.configs import KNOWN_STEPS, Config, ConfigError, accumulation
 from vfi.data.bad_samples import BadSampleCounts, BadSampleMonitor
 from vfi.data.batch import FrameBatch
 from vfi.data.loader import TrainingLoader
+from vfi.data.shared_memory import check_shared_memory, training_bytes
 from vfi.distributed.collectives import check_agreement, on_main
 from vfi.distributed.gradients import copies, update_ratios
 from vfi.distributed.launcher_checks import start_accelerator
@@ -96,6 +98,7 @@ class Trainer:
         self.validation = Validation(self.data) if self.data.val_path else None
         self.watch = Watchdog(device, self.run.timeout_minutes * 60, signals=not self.run.dry_run)
         self._fit_batch()
+        self._check_shared_memory()
         # far enough apart for the guard to notice, before the next snapshot, trouble that began before this one
         self.snapshots = Snapshots(max(KNOWN_STEPS, config.guard.guard_window // 4 + 1))
         self.raised_annealing = 0.0  # by the guard, for good
@@ -117,6 +120,13 @@ class Trainer:
         self.accumulation = accumulation(smaller, self.accelerator.num_processes)
         self.accelerator.gradient_accumulation_steps = self.accumulation
         self.loader.regroup(self.data.batch_size, self.accumulation)
+
+    def _check_shared_memory(self) -> None:
+        """Refuse to start where the loader processes would find no shared memory; no rank has any yet."""
+        needed = training_bytes(self.data, self.loader.with_flow)
+        needed += self.validation.shared_bytes if self.validation else 0
+        advice = "use --num_workers 0, or a smaller --batch_size or --crop"
+        check_shared_memory(needed, int(os.environ.get("LOCAL_WORLD_SIZE", "1")), advice)
 
     def _read_resumed(self) -> Snapshot | None:
         """Read the checkpoint that this run resumes from, if it does resume, and report damaged checkpoints."""

@@ -12,6 +12,7 @@ from torch import Tensor
 from vfi.config.configs import ConfigError, DataConfig
 from vfi.data.evaluation_loader import evaluation_batches, evenly_spaced
 from vfi.data.shard_cache import cache_at, shard_folder
+from vfi.data.shared_memory import evaluation_bytes
 from vfi.distributed.watchdog import Watchdog
 from vfi.metrics.flow_color import flow_picture
 from vfi.metrics.image_quality import psnr
@@ -46,6 +47,8 @@ class Validation:
             )
         next(evaluation_batches(self.folder, torch.device("cpu")))
         self.numbers = evenly_spaced(index.samples, config.val_samples)
+        self.shared_bytes = evaluation_bytes(index.max_size, self.workers)
+        """Shared memory that the loader processes of a rank take."""
 
     def run(
         self,
