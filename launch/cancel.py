@@ -18,6 +18,7 @@ import tyro
 
 from launch import slurm
 from launch.status import is_controller, look
+from shards.cli import parse_flags
 from vfi.errors import JobError, clear_errors
 
 
@@ -36,7 +37,7 @@ class Options:
 @clear_errors()
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command: cancel the runs that are queued or running, and print their names."""
-    options = tyro.cli(Options, prog="python -m launch.cancel", description=__doc__, args=argv)
+    options = parse_flags(Options, "python -m launch.cancel", __doc__, argv)
     if bool(options.names) == options.all:
         raise JobError("name the runs to cancel, or give --all")
     runs = [run for run in look(options.output_dir, options.names) if run.goes_on]

@@ -18,6 +18,7 @@ from typing import Literal
 from launch import preflight
 from launch.memory.batch_size import choose_batch
 from launch.options import Options
+from shards.cli import split_flags
 from vfi.config import command_line, presets
 from vfi.config.configs import Config, ConfigError
 from vfi.errors import JobError
@@ -122,7 +123,10 @@ def _chain(options: Options, common: list[str], own: Sequence[Sequence[str]], pr
     prefix = _value(common, "exp_name") or options.preset
     for number, phase in enumerate(options.phases):
         name = f"{prefix}_phase{phase}"
-        flags = ["--preset", options.preset, "--phase", str(phase), *common, *(own[number] if own else ())]
+        further = own[number] if own else ()
+        given = {flag for flag, _ in split_flags(further)}  # those with several values would be joined
+        kept = (word for flag, words in split_flags(common) if flag not in given for word in words)
+        flags = ["--preset", options.preset, "--phase", str(phase), *kept, *further]
         flags += ["--exp_name", name, *(["--start_from", before, "--resume", "auto"] if before else [])]
         config, more = _checked(options, flags, precision, later=before)
         runs.append(_training(config, after=str(runs[-1].folder) if runs else ""))
@@ -176,17 +180,20 @@ def _benchmark(arguments: list[str]) -> Run:
 
 
 def _given(arguments: Sequence[str], name: str) -> bool:
-    return any(argument.partition("=")[0].replace("-", "_") == f"__{name}" for argument in arguments)
+    return any(flag == name for flag, _ in split_flags(arguments))
 
 
 def _value(arguments: list[str], name: str) -> str:
-    """Return the value of a flag and remove both from `arguments`; return "" when the flag is absent."""
-    for number, argument in enumerate(arguments):
-        flag, separator, value = argument.partition("=")
-        if flag.replace("-", "_") == f"__{name}":
-            if not separator and number + 1 == len(arguments):
-                raise JobError(f"--{name} stands without a value")
-            given = [value] if separator else arguments[number + 1 : number + 2]
-            del arguments[number : number + (1 if separator else 2)]
-            return given[0]
-    return ""
+    """Return the value of a flag, its last one, and remove the flag from `arguments`; return "" when it is absent."""
+    value, kept = "", list[str]()
+    for flag, words in split_flags(arguments):
+        if flag == name:
+            _, equals, attached = words[0].partition("=")
+            given = [attached, *words[1:]] if equals else words[1:]
+            if len(given) != 1:
+                raise JobError(f"--{name} stands {f'with {given}' if given else 'without a value'}: it takes one")
+            value = given[0]
+        else:
+            kept += words
+    arguments[:] = kept
+    return value

@@ -21,10 +21,10 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
-import tyro
 
 from launch.memory.batch_size import GpuSpec, identify
 from launch.memory.model import GIB, PROFILES, Entry, Fit, Point, Precision, add, fit_points, read_profiles
+from shards.cli import parse_flags
 from vfi.config import presets
 from vfi.config.configs import Config, ConfigError
 from vfi.config.validation import validate
@@ -86,7 +86,7 @@ Measure = Callable[[Config, Precision], Point | None]
 @clear_errors(ConfigError)
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command: measure, fit, print, and add the entry to the file."""
-    options = tyro.cli(Options, prog="python -m launch.profile", description=__doc__, args=argv)
+    options = parse_flags(Options, "python -m launch.profile", __doc__, argv)
     check_options(options)
     if not torch.cuda.is_available():
         raise JobError(

@@ -21,6 +21,7 @@ import tyro
 from launch.queue import enqueue, enqueue_each, waiting_for
 from launch.status import SubmittedRun, look
 from launch.submission import Submission, read_queued
+from shards.cli import parse_flags
 from vfi.errors import JobError, clear_errors
 
 
@@ -40,7 +41,7 @@ class Options:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command: find the runs, queue them, and print their new jobs."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    options = tyro.cli(Options, prog="python -m launch.resubmit", description=__doc__, args=argv)
+    options = parse_flags(Options, "python -m launch.resubmit", __doc__, argv)
     everything = look(options.output_dir)
     chosen = look(options.output_dir, options.names) if options.names else everything
     runs = [run for run in chosen if not run.goes_on and not run.finished]

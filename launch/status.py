@@ -21,6 +21,7 @@ from launch import slurm
 from launch.node.rendezvous_files import last_outcome
 from launch.slurm import JobState
 from launch.submission import QUEUED, SUBMISSION, Submission, read_queued, read_submission, submissions
+from shards.cli import parse_flags
 from vfi.errors import JobError, clear_errors
 from vfi.io.dataclass_json import config_from_json
 from vfi.io.text_table import aligned
@@ -75,7 +76,7 @@ class SubmittedRun:
 @clear_errors()
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command: print one line per run, sorted by name unless names are given."""
-    options = tyro.cli(Options, prog="python -m launch.status", description=__doc__, args=argv)
+    options = parse_flags(Options, "python -m launch.status", __doc__, argv)
     print(table(look(options.output_dir, options.names)))
 
 

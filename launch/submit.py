@@ -21,14 +21,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import tyro
-
 from launch import snapshot
 from launch.options import Options, check_options
 from launch.plan import Run, mixed_precision, plan
 from launch.queue import cluster, enqueue, enqueue_each, run_here, waiting_for
 from launch.status import query_runs
 from launch.submission import LAUNCH, SUBMISSION, Submission, next_folder, read_queued, read_submission
+from shards.cli import parse_flags
 from shards.schema import ShardError
 from vfi.config.configs import ConfigError
 from vfi.credentials import refuse_secrets
@@ -44,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     argv = list(sys.argv[1:] if argv is None else argv)
     refuse_secrets(argv, "which the files of the job would keep")
     own, *groups = split(argv)
-    options = tyro.cli(Options, prog="python -m launch.submit", description=__doc__, args=own)
+    options = parse_flags(Options, "python -m launch.submit", __doc__, own)
     check_options(options)
     snapshot.require_checkout()
     runs, notes = plan(options, groups, accelerate_config(options, snapshot.ROOT))

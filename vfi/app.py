@@ -21,8 +21,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import tyro
-
+from shards.cli import parse_flags
 from shards.schema import ShardError
 from vfi.errors import CheckpointError, JobError, clear_errors
 from vfi.runtime.device import DeviceName, PrecisionName
@@ -95,7 +94,7 @@ class Options:
 @clear_errors(ShardError, CheckpointError)
 def main(argv: Sequence[str] | None = None) -> None:
     """Load the model, serve the page until Ctrl-C, and delete its files."""
-    options = tyro.cli(Options, prog="vfi app", description=__doc__, args=argv)
+    options = parse_flags(Options, "vfi app", __doc__, argv)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends like Ctrl-C: temporary files are deleted
     with contextlib.suppress(KeyboardInterrupt), serving(options) as address:
         print(f"the page is at {address}; Ctrl-C ends it", flush=True)

@@ -22,6 +22,7 @@ from pathlib import Path
 
 import tyro
 
+from shards.cli import parse_flags
 from shards.factories import is_factory
 from shards.schema import ShardError
 from vfi.checkpoint.pretrained_folder import is_hub_id
@@ -121,9 +122,9 @@ def _benchmark_all(settings: BenchmarkSettings, data_root: Path | None, command:
 def parse(arguments: Sequence[str]) -> Options | SpeedOptions:
     """Parse the flags of a benchmark, or with --speed those of vfi/evaluation/latency.py."""
     if SPEED not in arguments:
-        return tyro.cli(Options, prog="vfi benchmark", description=__doc__, args=arguments)
+        return parse_flags(Options, "vfi benchmark", __doc__, arguments)
     rest = with_new_names([argument for argument in arguments if argument != SPEED], {"against": "compare_to"})
-    return tyro.cli(SpeedOptions, prog=f"vfi benchmark {SPEED}", description=latency.__doc__, args=rest)
+    return parse_flags(SpeedOptions, f"vfi benchmark {SPEED}", latency.__doc__, rest)
 
 
 if __name__ == "__main__":

@@ -22,13 +22,13 @@ from typing import Any
 
 import numpy as np
 import torch
-import tyro
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from shards import codecs, writer
+from shards.cli import parse_flags
 from shards.schema import SampleMeta, ShardError, read_index
 from vfi.config.configs import DataConfig
 from vfi.data.augment import FrameTooSmallError, apply_change, copy_pixels, draw_change
@@ -173,7 +173,7 @@ def table(cases: Sequence[Case]) -> str:
 @clear_errors(ShardError, FrameTooSmallError)
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point: measure, print the table, and write the results."""
-    options = tyro.cli(Options, prog="python -m vfi.benchmark_data", description=__doc__, args=argv)
+    options = parse_flags(Options, "python -m vfi.benchmark_data", __doc__, argv)
     set_numerics()  # as in training; it also affects the memory allocation of CPU tensors
     cases = measure(options)
     print(table(cases))

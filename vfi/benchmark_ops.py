@@ -21,9 +21,9 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-import tyro
 from torch import Tensor, nn
 
+from shards.cli import parse_flags
 from vfi.config import presets
 from vfi.config.configs import ModelConfig
 from vfi.config.renamed_flags import with_new_names
@@ -101,7 +101,7 @@ class Row:
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point: measure, print the table, and write the results."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    options = tyro.cli(Options, prog="vfi bench-ops", description=__doc__, args=with_new_names(arguments, {"only": "filter"}))
+    options = parse_flags(Options, "vfi bench-ops", __doc__, with_new_names(arguments, {"only": "filter"}))
     if options.out:
         check_output(options.out, "operators.json")
     chosen = [operator for operator in all_operators() if options.filter in operator.name]

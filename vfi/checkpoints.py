@@ -17,6 +17,7 @@ from typing import Literal
 
 import tyro
 
+from shards.cli import parse_flags
 from vfi.checkpoint.store import check, list_checkpoints, newest_run, read_state
 from vfi.errors import CheckpointError, JobError, clear_errors
 from vfi.io.text_table import aligned
@@ -57,7 +58,7 @@ class Checkpoint:
 @clear_errors(CheckpointError)
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command: print a line for each checkpoint, the oldest first."""
-    options = tyro.cli(Options, prog="vfi checkpoints", description=__doc__, args=argv)
+    options = parse_flags(Options, "vfi checkpoints", __doc__, argv)
     run = options.run or newest_run()
     checkpoints = describe_all(run)
     print(json.dumps([dataclasses.asdict(c) for c in checkpoints], indent=1) if options.json else table(checkpoints))

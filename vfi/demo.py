@@ -19,8 +19,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import tyro
-
+from shards.cli import parse_flags
 from vfi.errors import JobError, clear_errors
 from vfi.evaluation.results import ResultError, Results, read_results
 from vfi.io.text_table import aligned
@@ -53,7 +52,7 @@ class Options:
 @clear_errors(ResultError)
 def main(argv: Sequence[str] | None = None) -> None:
     """Run every step, then print the results and their paths."""
-    options = tyro.cli(Options, prog="vfi demo", description=__doc__, args=argv)
+    options = parse_flags(Options, "vfi demo", __doc__, argv)
     if options.steps < 1:
         raise JobError(f"--steps {options.steps} must be at least 1")
     if options.out.exists() and not options.out.is_dir():

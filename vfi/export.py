@@ -20,6 +20,7 @@ from typing import Annotated, Literal, cast
 import torch
 import tyro
 
+from shards.cli import parse_flags
 from shards.schema import ShardError
 from vfi.checkpoint import pretrained_folder
 from vfi.checkpoint.pretrained_folder import CARD, Description, Dtype, describe
@@ -66,7 +67,7 @@ class Options:
 @clear_errors(CheckpointError, ResultError, ShardError)
 def main(argv: Sequence[str] | None = None) -> None:
     """Check the options, write the folder, read it back, compare it with the original, and print the differences."""
-    options = tyro.cli(Options, prog="vfi export", description=__doc__, args=argv)
+    options = parse_flags(Options, "vfi export", __doc__, argv)
     for line in export(options):
         print(line)
 

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import tyro
 
+from shards.cli import parse_flags
 from vfi.errors import clear_errors
 from vfi.evaluation.results import ResultError
 from vfi.io.text_table import aligned
@@ -35,7 +36,7 @@ class Options:
 @clear_errors(ResultError)
 def main(argv: Sequence[str] | None = None) -> None:
     """Print a table for each phase."""
-    options = tyro.cli(Options, prog="vfi gates", description=__doc__, args=argv)
+    options = parse_flags(Options, "vfi gates", __doc__, argv)
     print(listing(options.results, options.output_dir))
 
 

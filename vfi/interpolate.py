@@ -27,6 +27,7 @@ import numpy as np
 import tyro
 from PIL import Image
 
+from shards.cli import parse_flags
 from shards.codecs import read_image
 from shards.schema import IMAGE_EXTENSIONS, ShardError
 from vfi.config.renamed_flags import with_new_names
@@ -55,7 +56,7 @@ class Options:
 def main(argv: Sequence[str] | None = None) -> None:
     """Check everything, load the model, write the results, and print a line about each."""
     argv = with_new_names(sys.argv[1:] if argv is None else argv, {"keep_still": "static_regions"})
-    options = tyro.cli(Options, prog="vfi interpolate", description=__doc__, args=argv)
+    options = parse_flags(Options, "vfi interpolate", __doc__, argv)
     for line in interpolate(options):
         print(line, file=sys.stderr if options.out == PIPE else sys.stdout)
 

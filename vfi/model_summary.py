@@ -27,6 +27,7 @@ import torch
 import tyro
 from torch import Tensor, nn
 
+from shards.cli import parse_flags
 from vfi.config import command_line, presets
 from vfi.config.configs import Config, ConfigError, ModelConfig
 from vfi.config.renamed_flags import with_new_names
@@ -119,11 +120,11 @@ def from_command_line(argv: Sequence[str]) -> tuple[Options, Config]:
     found = finder.parse_known_args(argv)[0]
     preset = presets.get(found.preset)
     on_gpu = found.device != "cpu" and torch.cuda.is_available()
-    options = tyro.cli(
+    options = parse_flags(
         Options,
-        prog="vfi profile",
-        description=__doc__,
-        args=argv,
+        "vfi profile",
+        __doc__,
+        argv,
         default=Options(preset=found.preset, measure=on_gpu, model=preset.model),
         config=(tyro.conf.OmitArgPrefixes,),
     )

@@ -20,6 +20,7 @@ from typing import Any
 
 import tyro
 
+from shards.cli import parse_flags
 from vfi.config.presets import AblationName
 from vfi.errors import JobError, clear_errors
 from vfi.evaluation.results import Group, ResultError, group_by_data
@@ -61,7 +62,7 @@ class Options:
 @clear_errors(ResultError)
 def main(argv: Sequence[str] | None = None) -> None:
     """Read the files, write the report, and print its path and the outcome of the gates."""
-    options = tyro.cli(Options, prog="vfi report", description=__doc__, args=argv)
+    options = parse_flags(Options, "vfi report", __doc__, argv)
     if options.output_dir != RUNS and not (options.ablation or options.gate):
         raise JobError("--output_dir has no effect without --ablation or --gate: leave it out")
     if options.ablation and not options.results:

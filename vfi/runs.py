@@ -14,8 +14,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-import tyro
-
+from shards.cli import parse_flags
 from vfi.checkpoint.store import CONFIG, latest
 from vfi.config.configs import ConfigError
 from vfi.errors import JobError, clear_errors
@@ -60,7 +59,7 @@ class Run:
 @clear_errors()
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command: print a line for each run, the most recently active first."""
-    options = tyro.cli(Options, prog="vfi runs", description=__doc__, args=argv)
+    options = parse_flags(Options, "vfi runs", __doc__, argv)
     if not options.output_dir.is_dir():
         raise JobError(f"--output_dir {options.output_dir} is not a folder: give the folder that the runs lie in")
     runs = sorted(map(describe, run_folders(options.output_dir)), key=lambda run: run.last_activity, reverse=True)

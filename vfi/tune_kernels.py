@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import tyro
 
+from shards.cli import parse_flags
 from vfi.config import presets
 from vfi.config.configs import Config
 from vfi.errors import JobError, clear_errors
@@ -56,7 +56,7 @@ class Options:
 @clear_errors()
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point: tune, report the results, and write them."""
-    options = tyro.cli(Options, prog="vfi tune-kernels", description=__doc__, args=argv)
+    options = parse_flags(Options, "vfi tune-kernels", __doc__, argv)
     for line in tune(options):
         print(line, flush=True)
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import tyro
 
+from shards.cli import parse_flags, split_flags
 from vfi.config.configs import Config
 from vfi.config.presets import get, override
 from vfi.config.renamed_flags import TRAINING, with_new_names
@@ -16,8 +17,7 @@ from vfi.credentials import hide
 from vfi.errors import STOPPED
 
 # published flags that mean a value of another one
-ALIASES = {"--use_mhc": ("--mixing", "mhc"), "--no-use_mhc": ("--mixing", "none")}
-_FOLDERS = ("data_path", "x4k_path")
+_ALIASES = {"use_mhc": ("--mixing", "mhc"), "no_use_mhc": ("--mixing", "none")}
 _HELP = f"""Train a model on shards; a run folder holds all that comes of it.
 
 SIGTERM, SIGUSR2 and Ctrl-C finish the step, save and end with exit code {STOPPED}; --resume auto continues from there. A second
@@ -34,8 +34,8 @@ def from_command_line(argv: Sequence[str] | None = None, prog: str = "vfi.train"
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     finder.add_argument("--preset", default="small")
     default = get(finder.parse_known_args(argv)[0].preset)
-    config = tyro.cli(
-        Config, prog=prog, description=_HELP, args=argv, default=default,
+    config = parse_flags(
+        Config, prog, _HELP, argv, default=default,
         config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes),
     )  # fmt: skip
     config = override(config, preset=default.run.preset)  # as it is spelt here, however it was typed
@@ -46,23 +46,11 @@ def from_command_line(argv: Sequence[str] | None = None, prog: str = "vfi.train"
 
 
 def expand_aliases(argv: Sequence[str]) -> list[str]:
-    """Replace aliases by the flags they stand for: those of ALIASES, and --x4k_path FOLDER, the last folder of --data_path."""
-    known = {name.replace("-", "_"): meaning for name, meaning in ALIASES.items()}
-    return _append_x4k([part for argument in argv for part in known.get(argument.replace("-", "_"), (argument,))])
-
-
-def _append_x4k(argv: list[str]) -> list[str]:
-    words = [word for argument in argv for word in (argument.split("=", 1) if _is_flag(argument, *_FOLDERS) else [argument])]
-    at = next((number for number, word in enumerate(words) if _is_flag(word, "x4k_path")), None)
-    if at is None:
-        return argv
-    folder, rest = words[at + 1 : at + 2], words[:at] + words[at + 2 :]
-    first = next((number for number, word in enumerate(rest) if _is_flag(word, "data_path")), None)
-    if first is None:
-        return [*rest, "--data_path", *folder]
-    end = next((number for number in range(first + 1, len(rest)) if rest[number].startswith("--")), len(rest))
-    return [*rest[:end], *folder, *rest[end:]]
-
-
-def _is_flag(word: str, *names: str) -> bool:
-    return word.partition("=")[0].replace("-", "_").removeprefix("__") in names and word.startswith("--")
+    """Replace aliases by what they stand for: --[no-]use_mhc, and --x4k_path FOLDER, the last folder of --data_path."""
+    words, last = list[str](), list[str]()
+    for name, flag in split_flags(argv):
+        if name == "x4k_path":
+            last += ["--data_path", *flag[0].split("=", 1)[1:], *flag[1:]]
+        else:
+            words += [*_ALIASES[name], *flag[1:]] if name in _ALIASES else flag
+    return words + last
