@@ -20,6 +20,7 @@ import contextlib
 import dataclasses
 import io
 import math
+import struct
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
@@ -251,10 +252,11 @@ class VideoOutput:
         self.stream.codec_context.options = options
 
     def _start(self, frame: av.VideoFrame) -> None:
-        """Write the display rotation, which is known from the first frame on and must come before any packet."""
+        """Write how a player turns and mirrors frames, which the first one says, before any packet."""
         self.started = True
-        if frame.rotation:
-            self.stream.set_display_rotation(frame.rotation)
+        for data in cast(Any, frame.side_data):
+            if data.type.name == "DISPLAYMATRIX":
+                self.stream.set_display_matrix(struct.unpack("=9i", bytes(data)))
         self._mux(self.early)
         self.early = []
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import struct
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from av.video.stream import VideoStream
 from shards.color_conversion import assume_left_chroma, describe_colours, measure_chroma_location
 from shards.schema import ShardError
 from vfi.errors import JobError
+from vfi.video.comb_detection import find_combs
 from vfi.video.field_filters import WHOLE_FRAMES, FieldFilters, FieldMethod, hidden_borders
 from vfi.video.hdr_metadata import HdrMetadata, read_hdr_metadata
 from vfi.video.pipe import PIPE
@@ -24,6 +26,7 @@ from vfi.video.presentation import Clock, FrameTimes, measured_rate
 
 _SHORTEST = 0.95  # of the frames that a file declares: with fewer it was truncated
 _FASTEST, _USUAL_RATE = Fraction(300), Fraction(25)  # frames per second; a higher one is the clock's, not the picture's
+_FIELD_RATES, _FIELD_ROWS = (Fraction(49, 2), Fraction(31)), 1152  # frames per second and rows of video that may be of fields
 _ATTEMPTS = 20  # to read on behind damage
 _LOST = {
     "DYNAMIC_HDR_PLUS": "HDR10+",
@@ -108,6 +111,7 @@ class VideoInput:
             self._first: list[av.VideoFrame | av.Packet] = []
             while not self.frames and (item := next(self._rest, None)):
                 self._first.append(item)
+            self._refuse_combs()
         except ShardError as error:
             self.container.close()
             raise JobError(f"{path}: {error}") from error
@@ -202,6 +206,29 @@ class VideoInput:
                 f"ffmpeg -vf stereo3d=a{stated[0]}:sbsl"
             )
         return "" if stated == "mono" else stated
+
+    def _refuse_combs(self) -> None:
+        """Raise JobError where the first frames are combed though they are not marked as interlaced."""
+        low, high = _FIELD_RATES
+        is_likely = low <= self.stated_rate <= high and self.stream.codec_context.height <= _FIELD_ROWS
+        if self.fields or self.keep_interlaced or self.path == PIPE or not is_likely:
+            return
+        pattern = find_combs(self._opening())
+        fix = {
+            "telecine": "one or two of five frames combed, as film at 30 frames a second: --detelecine finds its 24",
+            "interlaced": "combed frames, though it says that they are whole: --deinterlace makes whole ones of their fields",
+        }
+        if pattern:
+            raise JobError(f"{self.path} has {fix[pattern]}, --keep_interlaced takes it as it is")
+
+    def _opening(self) -> Iterator[av.VideoFrame]:
+        """Yield frames from the start of the file once more, up to the first damage."""
+        with av.open(self.name, metadata_errors="replace") as container:
+            stream = cast(VideoStream, container.streams[self.stream.index])
+            stream.thread_type = "AUTO"
+            with contextlib.suppress(av.FFmpegError, OSError):  # which is reported when it is read to be converted
+                for packet in container.demux(stream):
+                    yield from packet.decode()
 
     def _choose(self, wanted: int | None) -> VideoStream:
         """Return the stream to read, and note the videos that are not read."""

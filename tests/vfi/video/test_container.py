@@ -281,6 +281,25 @@ def test_all_that_belongs_to_a_video_is_kept(run, tmp_path):
     assert len(frames) == 9
 
 
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
+def test_mirrored_frames_stay_so(run, tmp_path, suffix):
+    source, out = tmp_path / "in.mp4", tmp_path / f"out{suffix}"
+    with av.open(str(source), "w") as container:
+        stream = container.add_stream("libx264", rate=25)
+        stream.height, stream.width, stream.pix_fmt = 48, 64, "yuv420p"
+        stream.set_display_rotation(90, hflip=True)
+        for number in range(2):
+            container.mux(stream.encode(planes(number, "yuv420p")))
+        container.mux(stream.encode())
+    call(source, "-o", out, "--model", run)
+    first = [
+        {data.type.name: bytes(data) for data in frame.side_data}["DISPLAYMATRIX"]
+        for frame in (*frames_of(source), *frames_of(out))
+    ]
+    assert len(first) == 5
+    assert {struct.unpack("=9i", matrix)[:5] for matrix in first} == {(0, -65536, 0, -65536, 0)}  # 16.16 fixed point
+
+
 def test_pixel_aspect_is_kept(run, tmp_path):
     source = make(tmp_path / "in.mp4", EVEN[:2], codec="libx264", tags={"sample_aspect_ratio": Fraction(16, 11)})
     call(source, "-o", tmp_path / "out.mp4", "--model", run)

@@ -252,11 +252,14 @@ def test_interlaced_video_is_refused_with_the_fix_or_made_whole(run, tmp_path, c
     assert not any(frame.interlaced_frame for frame in frames_of(out))
     assert combs(out) < 0.3 * combs(tmp_path / "kept.mkv")
     assert times_of(out) == pytest.approx([0.02 * number for number in range(19)], abs=1e-3)
+    unmarked = interlaced(tmp_path / "unmarked.mp4", flag=False)
+    assert "unmarked.mp4 has combed frames, though it says" in refused(capsys, unmarked, "-o", tmp_path / "no.mkv", *common)
+    call(unmarked, "-o", tmp_path / "yes.mkv", *common, "--keep_interlaced")
     line = refused(capsys, source, "-o", tmp_path / "no.mkv", *common, "--deinterlace", "--detelecine")
     assert "exclude each other" in line
 
 
-def test_telecine_becomes_the_frames_of_the_film(run, tmp_path):
+def test_telecine_becomes_the_frames_of_the_film(run, tmp_path, capsys):
     """24 frames a second as 30, two of five woven from the fields of neighbours; every fifth frame goes."""
     film = []
     for number in range(24):
@@ -276,6 +279,8 @@ def test_telecine_becomes_the_frames_of_the_film(run, tmp_path):
             frame.pts, frame.time_base = number, Fraction(1, 30)
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
+    message = refused(capsys, path, "-o", tmp_path / "out.mkv", "--model", run)
+    assert message.endswith("--detelecine finds its 24, --keep_interlaced takes it as it is")
     call(path, "-o", tmp_path / "out.mkv", "--model", run, "--codec", "ffv1", "--detelecine")
     times = times_of(tmp_path / "out.mkv")
     assert len(times) == 2 * 24 - 1
