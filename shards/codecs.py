@@ -179,6 +179,13 @@ def read_image(path: Path) -> np.ndarray:
     return turn_upright(decode(data, path.suffix, name=str(path)), io.BytesIO(data), path.suffix)
 
 
+def check_opaque(data: bytes, name: str) -> None:
+    """Raise ShardError, which calls the image `name`, where a pixel is transparent; an alpha channel alone is no matter."""
+    with Image.open(io.BytesIO(data)) as image:
+        if image.has_transparency_data and np.asarray(image.convert("RGBA"))[..., 3].min() < 255:
+            raise ShardError(f"{name} has transparent pixels, whose colours are not known: put it over a background first")
+
+
 def turn_upright(pixels: np.ndarray, file: BinaryIO, extension: str) -> np.ndarray:
     """Turn the pixels [H, W, C] of an image file, open at any place, as its Exif orientation says, if it has one."""
     return np.ascontiguousarray(_UPRIGHT.get(_orientation(file, extension), np.asarray)(pixels))

@@ -10,14 +10,18 @@ published one gives a warning: such shards work, but results on them are not com
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import functools
 import os
 import re
+import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
+
+import numpy as np
 
 from shards import codecs, writer
 from shards.cli import run_job
@@ -70,18 +74,28 @@ AnyOptions = TypeVar("AnyOptions", bound=Options)
 def read_files(options: Options, group: Group) -> Iterator[Frame]:
     """Yield the frames of a group of image files.
 
-    Raises ShardError naming a file that cannot be decoded, or that is no PNG with codec copy.
+    Raises ShardError naming a file that cannot be decoded or is transparent, or that is no PNG with codec copy.
     """
     for file in group.files:
         path = options.src / file
-        data = path.read_bytes()
         # decode even if the bytes are copied: a broken file must be found now, not in the middle of a training run
-        frame = codecs.decode(data, path.suffix, str(path))
+        data, frame = read_frame(path)
         if options.codec == "copy" and not data.startswith(PNG_START):
             raise ShardError(f"{path} is not a PNG file and can't be copied: choose codec png, qoi or jpeg")
         if options.codec != "copy":
             data = codecs.encode(frame, options.codec, options.quality)
         yield Frame(path.name, data, frame.shape[:2])
+
+
+def read_frame(path: Path) -> tuple[bytes, np.ndarray]:
+    """Return a file's bytes and its pixels, RGB uint8 [H, W, 3], of which 16 bits a channel become 8.
+
+    Raises ShardError for one that cannot be decoded, and for transparent pixels.
+    """
+    data = path.read_bytes()
+    frame = codecs.decode(data, path.suffix, str(path))
+    codecs.check_opaque(data, str(path))
+    return data, frame
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,7 +119,7 @@ def make(job: str, options: AnyOptions, find: Callable[[AnyOptions], ImageSet]) 
     cannot be read, and for an output folder that holds something else.
     """
     _check(options)
-    found = find(options)
+    found = find_set(find, options)
     _check_keys(found.groups)
     if len(found.groups) != found.published_samples:
         _warn(job, f"{found.title} has {len(found.groups):,} samples, the published one has {found.published_samples:,}")
@@ -119,6 +133,24 @@ def make(job: str, options: AnyOptions, find: Callable[[AnyOptions], ImageSet]) 
     if size is not None and not index.min_size == index.max_size == size:
         _warn(job, f"frames of {found.title} are {_range(index)} pixels, the published ones {size[0]}x{size[1]}")
     return index
+
+
+def find_set(find: Callable[[AnyOptions], ImageSet], options: AnyOptions) -> ImageSet:
+    """Return what `find` does; its ShardError names the subfolder to give where the set lies in one, as in SET/SET."""
+    try:
+        return find(options)
+    except ShardError as error:
+        inside = [path for path in options.src.iterdir() if not path.name.startswith((".", "__"))]
+        if any(path.suffix.lower() in IMAGE_EXTENSIONS for path in inside):
+            raise
+        deeper = []
+        for folder in filter(Path.is_dir, inside):
+            with contextlib.suppress(ShardError):
+                find(dataclasses.replace(options, src=folder))
+                deeper.append(folder)
+        if len(deeper) != 1:
+            raise
+        raise ShardError(f"{options.src} holds the set one level deeper: give {shlex.quote(str(deeper[0]))}") from error
 
 
 def main(
@@ -165,12 +197,15 @@ def scan(src: Path, folder: str, pattern: str, layout: str, kinds: frozenset[str
 
 
 def read_list(path: Path, pattern: str, example: str) -> list[re.Match[str]]:
-    """Match `pattern` with the lines of a list, in order; blank lines are skipped.
+    """Match `pattern` with the lines of a list, in order; blank lines are skipped, backslashes of Windows are slashes.
 
-    Raises ShardError for an unreadable or empty list, and naming a line that does not match or is repeated.
+    The list is in UTF-8 or, by its byte-order mark, in UTF-16. Raises ShardError for an unreadable or empty list, and naming a
+    line that does not match or is repeated.
     """
     try:
-        lines = [line.strip() for line in path.read_text().splitlines()]
+        data = path.read_bytes()
+        text = data.decode("utf-16" if data.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig")
+        lines = [line.strip().replace("\\", "/") for line in text.splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         raise ShardError(f"list {path} cannot be read ({error}): give the folder that holds the set and its lists") from error
     found: dict[str, int] = {}

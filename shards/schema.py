@@ -21,8 +21,10 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import os
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -251,15 +253,18 @@ def _how_to_make_shards(folder: Path) -> str:
     for split in SPLITS:
         if (folder / split / INDEX_NAME).is_file():
             return f"Its subfolder {folder / split} is one: give that."
-    for title, command, patterns in _PUBLISHED:
-        if any(next(folder.glob(pattern), None) for pattern in patterns):
+    folders = [child for child in inside if child.is_dir()]
+    places = [folder, *(folders if len(folders) == 1 else ())]  # SET/SET, as some archives unpack
+    for place, (title, command, patterns) in itertools.product(places, _PUBLISHED):
+        if any(next(place.glob(pattern), None) for pattern in patterns):
             job, *flags = command.split()
-            arguments = " ".join(["--src", str(folder), "--out", "SHARDS", *flags])
+            arguments = " ".join(["--src", shlex.quote(str(place)), "--out", "SHARDS", *flags])
             return f"It looks like the {title} set. Make shards first: python -m shards.{job} {arguments}"
     suffixes = {child.suffix.lower() for child in inside if child.is_file()}
     below = {f.suffix.lower() for child in inside if child.is_dir() for f in _some_files(child)}
     if (suffixes | below) & (VIDEO_EXTENSIONS | IMAGE_EXTENSIONS):
-        return f"It looks like raw videos or frames. Make shards first: python -m shards.video --src {folder} --out SHARDS"
+        source = shlex.quote(str(folder))
+        return f"It looks like raw videos or frames. Make shards first: python -m shards.video --src {source} --out SHARDS"
     if any(child.suffix == ".tar" for child in inside):
         return "It has tars but no index: an unfinished job? Run the job that makes it again; finished shards are kept."
     return "Give the folder that a `python -m shards.…` job wrote."

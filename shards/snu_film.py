@@ -21,7 +21,8 @@ from shards.schema import Index, ShardError
 
 SPLITS = ("easy", "medium", "hard", "extreme")
 EXPECTED = 310
-_FOLDER = r"(?P<folder>/?(?:\w[\w.-]*/)+)"  # no part begins with a dot: a list never leads out of the source folder
+# no part begins with a dot, but the first may be one: a list never leads out of the source folder
+_FOLDER = r"(?P<folder>(?:\./|/|[A-Za-z]:/)?(?:\w[\w. -]*/)+)"
 _LINE = rf"{_FOLDER}(?P<first>\d+)\.png\s+(?P=folder)(?P<middle>\d+)\.png\s+(?P=folder)(?P<last>\d+)\.png"
 
 
@@ -46,7 +47,7 @@ def find(options: Options) -> published_sets.ImageSet:
     for line in lines:
         if not int(line["first"]) < int(line["middle"]) < int(line["last"]):
             raise ShardError(f"{path}: {line[0]!r} does not name the first, the middle and the last frame in this order")
-    folders = [tuple(part for part in line["folder"].split("/") if part) for line in lines]
+    folders = [tuple(part for part in line["folder"].split("/") if part not in ("", ".") and ":" not in part) for line in lines]
     left_out = leading_folders(options.src, folders)
     groups = []
     for line, folder in zip(lines, folders, strict=True):

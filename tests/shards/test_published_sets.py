@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
+import struct
 import subprocess
 import sys
 import tarfile
 import time
+import zlib
 
 import numpy as np
 import pytest
@@ -14,7 +17,7 @@ from PIL import Image
 from published import PUBLISHED, Layout
 from sources import digests, members, write_noise, write_set
 
-from shards import codecs, middlebury, published_sets, snu_film, ucf101, x4k1000fps, xiph
+from shards import codecs, middlebury, published_sets, snu_film, ucf101, vimeo90k, x4k1000fps, xiph
 from shards.schema import INDEX_NAME, ShardError, read_index
 from shards.verify import verify
 
@@ -242,3 +245,72 @@ def test_bad_lists_are_named(tmp_path, text, message):
     (tmp_path / "list.txt").write_text(text)
     with pytest.raises(ShardError, match=message):
         published_sets.read_list(tmp_path / "list.txt", "[a-z]", "a")
+
+
+@pytest.mark.parametrize("beside", ["", "readme.txt", "__MACOSX/x.png"])
+def test_a_set_one_level_deeper_is_named(layout, tmp_path, fails, beside):
+    src = layout.build(tmp_path / "my set" / "set")
+    if beside:
+        (src.parent / beside).parent.mkdir(exist_ok=True)
+        (src.parent / beside).touch()
+    message = fails(layout.job.main, "--src", src.parent, "--out", tmp_path / "out", *layout.flags)
+    assert message.endswith(f"{src.parent} holds the set one level deeper: give '{src}'")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_subfolder_that_looks_like_a_set_is_not_taken_for_it(tmp_path, fails):
+    layout = PUBLISHED["xiph"]
+    src = layout.build(tmp_path / "set")
+    write_noise(src / "Boat-001.png", 0)
+    assert "are not part of the set: Boat-001.png" in fails(layout.job.main, "--src", src, "--out", tmp_path / "out")
+    (src / "Boat-001.png").unlink()
+    for number in range(1, 101):
+        (src / f"Tango-{number:03d}.png").unlink()
+    shutil.copytree(src / "FoodMarket2", src / "other")
+    assert "are not part of the set: other/" in fails(layout.job.main, "--src", src, "--out", tmp_path / "out")
+
+
+def png_of(pixels: np.ndarray, color_type: int) -> bytes:
+    """A PNG of 16 bits a channel, written by hand."""
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels.reshape(len(pixels), -1))
+    head = struct.pack(">IIBBBBB", *pixels.shape[1::-1], 16, color_type, 0, 0, 0)
+    chunks = ((b"IHDR", head), (b"IDAT", zlib.compress(rows)), (b"IEND", b""))
+    bodies = (struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in chunks)
+    return b"\x89PNG\r\n\x1a\n" + b"".join(bodies)
+
+
+@pytest.mark.parametrize("codec", ["copy", "png"])
+def test_16_bits_and_an_opaque_alpha_channel_are_read_as_the_interpolator_reads_them(tmp_path, codec):
+    layout = PUBLISHED["ucf101"]
+    src = layout.build(tmp_path / "set")
+    deep = np.random.default_rng(0).integers(0, 65536, (16, 24, 4), dtype=np.uint16)
+    deep[..., 3] = 65535
+    (src / "1" / "frame_00.png").write_bytes(png_of(deep[..., :3], 2))
+    (src / "1" / "frame_01_gt.png").write_bytes(png_of(deep, 6))
+    (src / "1" / "frame_02.png").write_bytes(png_of(deep[..., 0], 0))
+    assert run(layout, src, tmp_path / "out", "--codec", codec) == 0
+    assert verify(tmp_path / "out") == []
+    frames = [codecs.decode(data, "png") for data in members(tmp_path / "out")["1"]]
+    for frame, values in zip(frames, (deep[..., :3], deep[..., :3], deep[..., :1].repeat(3, axis=2)), strict=True):
+        assert np.abs(frame - values / 257).max() < 1
+    assert np.array_equal(frames[0], codecs.read_image(src / "1" / "frame_00.png"))
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_transparent_pixels_are_refused_by_name(layout, src, tmp_path, capsys, mode):
+    path = src / next(iter(layout.samples.values()))[1]
+    image = Image.open(path).convert(mode)
+    if mode == "P":
+        image.save(path, transparency=image.getpixel((0, 0)))
+    else:
+        image.putalpha(Image.fromarray(np.tile(np.uint8(255) - np.uint8([1, 0]), (16, 12))))
+        image.save(path)
+    assert run(layout, src, tmp_path / "out") == 2
+    assert f"{path} has transparent pixels" in capsys.readouterr().err
+    assert not list((tmp_path / "out").glob("shard*"))
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-8"])
+def test_lists_from_windows_are_read(tmp_path, encoding):
+    (tmp_path / "list.txt").write_text("\r\n 00001\\0001 \t\r\n00001\\0002\r\n", encoding=encoding, newline="")
+    assert vimeo90k.read_list(tmp_path / "list.txt") == ["00001/0001", "00001/0002"]

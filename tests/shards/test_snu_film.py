@@ -100,3 +100,12 @@ def test_an_unknown_or_missing_difficulty(src, tmp_path, fails):
     assert "easy, medium, hard, extreme" in fails(snu_film.main, "--src", src, "--out", tmp_path / "out", "--split", "test")
     (src / "test-hard.txt").unlink()
     assert "test-hard.txt cannot be read" in fails(snu_film.main, "--src", src, "--out", tmp_path / "out", "--split", "hard")
+
+
+@pytest.mark.parametrize("top", ["D:\\my data\\SNU-FILM\\", ".\\", "/data/SNU FILM/", "\ufeffdata/SNU-FILM/"])
+def test_lists_with_spaces_and_from_windows_lead_to_the_frames(src, tmp_path, top):
+    path = src / "test-easy.txt"
+    text = path.read_text().replace("data/SNU-FILM/", top.removeprefix("\ufeff"))
+    path.write_text("\ufeff" + text.replace("/", "\\") if "\\" in top else text.replace(" ", "  "))
+    assert run(src, tmp_path / "out") == 0
+    assert len(members(tmp_path / "out")) == 2

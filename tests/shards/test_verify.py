@@ -173,6 +173,11 @@ def test_a_published_set_gets_a_command_that_works(tmp_path, capsys, name, comma
     assert verify.main([str(tmp_path / "out")]) == 0
 
 
+def test_a_published_set_one_level_deeper_gets_its_command(tmp_path, fails):
+    raw = PUBLISHED["ucf101"].build(tmp_path / "my sets" / "ucf101")
+    assert fails(verify.main, raw.parent).endswith(f"python -m shards.ucf101 --src '{raw}' --out SHARDS")
+
+
 def test_x_train_as_it_is_distributed_gets_its_command(tmp_path, fails):
     (tmp_path / "encoded_train" / "002").mkdir(parents=True)
     (tmp_path / "encoded_train" / "002" / "occ008.320.mp4").touch()

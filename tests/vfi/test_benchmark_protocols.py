@@ -166,6 +166,21 @@ def test_a_size_that_was_not_published_is_refused_unless_allowed(model, tmp_path
     assert "sample 1 has frames of different sizes: [(38, 56), (40, 56)]" in refused(capsys, *flags, "--allow_partial")
 
 
+def test_odd_files_of_a_published_folder_are_one_line(model, published, tmp_path, capsys):
+    flags = ("--model", model, "--out", tmp_path / "r.json", *UCF, "--data")
+    shutil.copytree(published, tmp_path / "doubled" / "ucf101")
+    path = tmp_path / "doubled" / "ucf101" / "1" / "frame_00.png"
+    place = f"{tmp_path}/doubled holds the set one level deeper: give {tmp_path}/doubled/ucf101"
+    assert refused(capsys, *flags, tmp_path / "doubled") == f"error: {place}"
+    image = Image.open(path).convert("RGBA")
+    image.putpixel((3, 3), (9, 9, 9, 0))
+    image.save(path)
+    assert f"{path} has transparent pixels" in refused(capsys, *flags, path.parents[1])
+    for name in ucf101.FRAMES:
+        Image.fromarray(photograph(0, height=31)).save(path.with_name(name))
+    assert "sample 1 is 31x56: each side must be at least 32" in refused(capsys, *flags, path.parents[1])
+
+
 ADAPTERS = """
 def later(device):
     def interpolate(img0, img1, timestep, scale):

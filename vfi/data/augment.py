@@ -43,8 +43,9 @@ def crop_at(config: DataConfig, epoch: int) -> int:
 def crop_advice(height: int, width: int, config: DataConfig) -> str:
     """Return advice for frames of `height` x `width` pixels that are smaller than the crop."""
     flag = "--curriculum_crops up to" if config.curriculum else "--crop"
-    side = max(64, min(height, width) // 16 * 16)
-    return f"use {flag} {side}, --small_frames upscale or reflect, or make shards of larger frames"
+    side = min(height, width) // 16 * 16
+    smaller = f"{flag} {side}, " if side >= 64 else ""  # the smallest crop
+    return f"use {smaller}--small_frames upscale or reflect, or make shards of larger frames"
 
 
 def grow(frame: np.ndarray, crop: int, how: SmallFrames) -> np.ndarray:

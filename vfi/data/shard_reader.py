@@ -53,9 +53,14 @@ class ShardReader:
         """Return `__key__`, `__number__`, `__where__`, and a member's bytes by extension; FaultError when it can't be read."""
         return self._read(number, {*triplet_members(self.index, triplet), *FLOW_MEMBERS})
 
-    def read_all(self, number: int) -> dict[str, Any]:
-        """Return the same with all frames of the sample; for a reader of `any_triplet`."""
-        return self._read(number, {*frame_members(self.index.frames, self.index.codec)})
+    def read_all(self, number: int) -> list[np.ndarray]:
+        """Return all frames of the sample, `[H, W, 3]` uint8 each; for a reader of `any_triplet`."""
+        names = frame_members(self.index.frames, self.index.codec)
+        sample = self._read(number, {*names})
+        try:
+            return [decode_frame(_content(sample, name), name, self.index) for name in names]
+        except MemberError as error:
+            raise _fault(error.kind, sample["__where__"], str(error)) from error
 
     def _read(self, number: int, wanted: set[str]) -> dict[str, Any]:
         shard = int(np.searchsorted(self.ends, number, side="right"))

@@ -14,13 +14,13 @@ from pathlib import Path
 
 import numpy as np
 
-from shards import codecs
-from shards.published_sets import ImageSet, key_of, stat_files
-from shards.schema import INDEX_NAME, Index, ShardError, frame_members
+from shards.published_sets import find_set, key_of, read_frame, stat_files
+from shards.schema import INDEX_NAME, Index, ShardError
 from vfi.data.shard_cache import ShardFolder, shard_folder
 from vfi.data.shard_reader import ShardReader
 from vfi.errors import JobError
 from vfi.evaluation.protocols import PROTOCOLS, Protocol
+from vfi.model.interpolator import MIN_SIZE
 
 _LOSSLESS = ("png", "qoi")
 
@@ -61,6 +61,11 @@ def open_frames(location: str, folder: ShardFolder, protocol: Protocol, partial:
         sizes = sorted({frame.shape[:2] for frame in frames})
         if len(sizes) > 1:
             raise JobError(f"--data {location}: sample {keys[number]} has frames of different sizes: {sizes}")
+        if min(sizes[0]) < MIN_SIZE:
+            raise JobError(
+                f"--data {location}: sample {keys[number]} is {sizes[0][0]}x{sizes[0][1]}: each side must be at least "
+                f"{MIN_SIZE}; give a set of larger frames"
+            )
         if size and sizes != [size]:
             raise JobError(
                 f"--data {location}: sample {keys[number]} is {sizes[0][0]}x{sizes[0][1]}, the frames of {protocol.title} are "
@@ -97,12 +102,11 @@ def _is_of(place: Path, protocol: Protocol) -> bool:
 def _published(path: Path, protocol: Protocol) -> tuple[list[str], Callable[[int], list[np.ndarray]]]:
     """Read the set's published folder; missing files are named before anything is read."""
     job = importlib.import_module(protocol.job)
-    found: ImageSet = job.find(job.Options(src=path, out=path, **protocol.arguments))
+    found = find_set(job.find, job.Options(src=path, out=path, **protocol.arguments))
     stat_files(path, found)
 
     def read(number: int) -> list[np.ndarray]:
-        files = [path / file for file in found.groups[number].files]
-        return [codecs.decode(file.read_bytes(), file.suffix, str(file)) for file in files]
+        return [read_frame(path / file)[1] for file in found.groups[number].files]
 
     return [key_of(group.name) for group in found.groups], read
 
@@ -112,14 +116,8 @@ def _shards(folder: ShardFolder, protocol: Protocol) -> tuple[list[str], Callabl
     index = folder.read_index()
     _check_source(folder, index, protocol)
     reader = ShardReader(folder, index, any_triplet=True)
-    members = frame_members(index.frames, index.codec)
     keys = [key for number in range(len(index.shards)) for key, _, _ in reader.contents(number)]
-
-    def read(number: int) -> list[np.ndarray]:
-        sample = reader.read_all(number)
-        return [codecs.decode(sample[member], member.rpartition(".")[2], sample["__where__"]) for member in members]
-
-    return keys, read
+    return keys, reader.read_all
 
 
 def _check_source(folder: ShardFolder, index: Index, protocol: Protocol) -> None:
