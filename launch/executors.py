@@ -27,6 +27,12 @@ from vfi.errors import JobError
 ClusterName = Literal["slurm", "local", "debug"]
 _TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<first>\d+)(?::(?P<second>\d+))?(?::(?P<third>\d+))?")
 _PACKAGE_PATH = "submitit.core._submit"
+# what a job or launcher sets for its own processes; SBATCH_ACCOUNT and its like are the user's
+_OF_A_JOB = ("SLURM_", "SLURMD_", "SRUN_", "SBATCH_CPU_BIND", "SBATCH_MEM_BIND")
+_OF_A_RANK = ("SUBMITIT_", "PMI_", "PMI2_", "PMIX_", "OMPI_COMM_WORLD_", "MV2_COMM_WORLD_", "TORCHELASTIC_", "MASTER_ADDR",
+              "MASTER_PORT")  # fmt: skip
+_RANK = re.compile(r"((LOCAL|GROUP|ROLE|NODE)_)?(RANK|WORLD_SIZE)")
+_OF_THE_SITE = ("SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_CLUSTERS", "SLURM_JWT", "SLURM_TIME_FORMAT")
 _PYTHON_LINES = ("export PYTHONPATH={code}${{PYTHONPATH:+:$PYTHONPATH}}", "export PYTHONSAFEPATH=1")
 
 
@@ -68,13 +74,13 @@ def submit(
     """
     executor = _EXECUTORS[cluster](folder, _running(code, parameters))
     try:
-        with _no_output() if cluster == "local" else contextlib.nullcontext():
+        with outside_of_jobs(), _no_output() if cluster == "local" else contextlib.nullcontext():
             jobs = executor.map_array(agent.run, list(map(str, submissions)))
     except (FailedJobError, FailedSubmissionError) as error:
         raise JobError(f"the cluster refused the job, nothing was queued: {_refusal(error)}") from error
     if cluster == "debug":
         for one in jobs:
-            one.result()
+            one.result()  # with the variables of its submission
     return [str(one.job_id) for one in jobs]
 
 
@@ -101,6 +107,27 @@ def _local(folder: Path, parameters: dict[str, Any]) -> submitit.Executor:
         gpus_per_node=int((parameters["gres"] or "0").rpartition(":")[2]),
     )  # fmt: skip
     return executor
+
+
+@contextlib.contextmanager
+def outside_of_jobs() -> Iterator[None]:
+    """Remove the variables of the job that this process runs in, if any: sbatch and child processes would pass them on.
+
+    With them srun refuses a second way to ask for memory, and a task looks for files of the outer array. Slurm's variables are
+    kept outside of a job, where a user or a site has set them, and inside those that say which Slurm to ask.
+    """
+    job = _OF_A_JOB if "SLURM_JOB_ID" in os.environ else ()
+    removed = {
+        name: value
+        for name, value in os.environ.items()
+        if (name.startswith((*job, *_OF_A_RANK)) or _RANK.fullmatch(name)) and name not in _OF_THE_SITE
+    }
+    for name in removed:
+        del os.environ[name]
+    try:
+        yield
+    finally:
+        os.environ.update(removed)
 
 
 @contextlib.contextmanager

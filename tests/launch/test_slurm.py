@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from threading import Thread
@@ -334,3 +336,39 @@ def test_hundreds_of_runs_are_queued_as_one_array_shown_and_cancelled(fake, trai
     assert capsys.readouterr().out.count("PENDING") == 300
     cancel.main(["--all", "--output_dir", str(tmp_path)])
     wait_for(lambda: not call("squeue", "--noheader", "--name", "phase1"), "an empty queue")
+
+
+def test_submitted_from_inside_of_a_job_they_are_jobs_of_their_own(tmp_path, train_shards):
+    """From a task of an array that asks for memory per core, with the variables of a rank: a chain and an array."""
+    python, outer = tmp_path / "python", tmp_path / "outer.sh"
+    python.write_text(f"#!/bin/bash\nenv > {tmp_path}/$SLURM_JOB_NAME.$SLURM_JOB_ID.env\n")
+    python.chmod(0o755)
+    command = [sys.executable, "-m", "launch.submit", *SMALL, "--mem", "100M", "--python", str(python)]
+    flags = ["--", *TRAINING, "--data_path", str(train_shards), "--output_dir", str(tmp_path)]
+    lines = (
+        "#!/bin/bash",
+        "env > $0.env",
+        "export RANK=3 LOCAL_RANK=3 WORLD_SIZE=4 MASTER_ADDR=elsewhere PMI_RANK=3 SUBMITIT_EXECUTOR=local",
+        shlex.join([*command, "--preset", "tiny", "--chain", "1,2", *flags]),
+        shlex.join([*command, "--ablation", "phase1", "--only", "Exp-1a", "Exp-1c", *flags]),
+    )
+    outer.write_text("\n".join(lines))
+    asked = ["--array=5", "--mem-per-cpu=50", "--wait", f"--output={outer}.out", f"--chdir={START.parents[2]}"]
+    done = subprocess.run(["sbatch", *asked, f"--wrap=bash {outer}"], check=False, capture_output=True, timeout=120)
+    assert done.returncode == 0, Path(f"{outer}.out").read_text()
+    names = ["tiny_phase1", "tiny_phase2", "phase1_Exp-1a_seed0", "phase1_Exp-1c_seed0"]
+    for name in names:
+        job = Job(tmp_path / name)
+        assert job.end()["JobState"] == "COMPLETED", job.log()
+    found = [
+        dict(line.split("=", 1) for line in path.read_text().splitlines() if "=" in line) for path in tmp_path.glob("*.env")
+    ]
+    (around,) = (one for one in found if one.get("SLURM_MEM_PER_CPU") == "50")
+    assert around["SLURM_ARRAY_TASK_ID"] == "5"
+    inside = [one for one in found if one is not around]
+    assert len(inside) == 4
+    for one in inside:
+        assert one["SLURM_CONF"] == around["SLURM_CONF"]
+        assert one.get("SLURM_ARRAY_TASK_ID") in (None, "0", "1")
+        assert {"WORLD_SIZE", "MASTER_ADDR", "SLURM_MEM_PER_CPU"}.isdisjoint(one)
+        assert one["SUBMITIT_EXECUTOR"] == "slurm"

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from launch import submit
+from launch import resubmit, submit
+from launch.node import agent
 from launch.options import Options
 from launch.plan import plan
 from launch.submission import read_submission
@@ -207,7 +208,11 @@ def test_missing_and_damaged_shards_are_named(here, capsys):
 def fake_slurm(folder: Path, monkeypatch: pytest.MonkeyPatch, sbatch: str) -> None:
     """Create fake Slurm commands, of which sbatch runs the script `sbatch`."""
     (folder / "bin").mkdir()
-    for name, text in (("srun", ""), ("sbatch", sbatch), ("scancel", f'echo "$@" > {folder}/cancelled\n')):
+    for name, text in (
+        *((name, "") for name in ("srun", "squeue", "sacct")),
+        ("sbatch", sbatch),
+        ("scancel", f'echo "$@" > {folder}/cancelled\n'),
+    ):
         (folder / "bin" / name).write_text(f"#!/bin/bash\n{text}")
         (folder / "bin" / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{folder / 'bin'}{os.pathsep}{os.environ['PATH']}")
@@ -221,6 +226,36 @@ def test_a_refusal_of_slurm_leaves_nothing_behind(here, capsys, monkeypatch):
     chain = ["--chain", "1,2", "--gpus_per_node", "0", "--preset", "tiny", "--", "--data_path", "shards", "--crop", "64"]
     assert "the cluster refused the job, nothing was queued: error: Invalid qos" in refused(capsys, *chain)
     assert (here / "cancelled").read_text().split() == ["4711"]
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_variables_of_an_outer_job_are_not_passed_on(inside, here, monkeypatch):
+    """Neither to a job, an array, a benchmark or a resubmission, nor to a process of this machine."""
+    fake_slurm(here, monkeypatch, f"env > $(mktemp {here}/seen.XXXX)\necho Submitted batch job 4711\n")
+    python = here / "python"
+    python.write_text((here / "bin" / "sbatch").read_text())
+    python.chmod(0o755)
+    monkeypatch.setattr(agent.Signals, "__init__", lambda self: setattr(self, "received", []))  # handlers would stay
+    ranks = dict.fromkeys(["RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "PMI_RANK",
+                           "PMIX_RANK", "SUBMITIT_FOLDER", "OMPI_COMM_WORLD_RANK", "TORCHELASTIC_RUN_ID"], "3")  # fmt: skip
+    job = dict.fromkeys(["SLURM_NTASKS", "SLURM_ARRAY_TASK_ID", "SLURM_MEM_PER_CPU", "SLURMD_NODENAME", "SRUN_DEBUG",
+                         "SBATCH_CPU_BIND", "SLURM_HINT"], "3")  # fmt: skip
+    kept = {"SLURM_CONF": "/etc/x", "SLURM_CLUSTERS": "a", "SBATCH_ACCOUNT": "b", "RANKING": "c", "NCCL_DEBUG": "INFO"}
+    for name, value in (ranks | job | kept | ({"SLURM_JOB_ID": "9"} if inside else {})).items():
+        monkeypatch.setenv(name, value)
+    flags = ["--gpus_per_node", "0", "--", "--data_path", "shards", "--crop", "64", "--batch_size", "4", "--exp_name", "x"]
+    submit.main(["--preset", "tiny", *flags])
+    submit.main(["--ablation", "phase1", "--only", "Exp-1a", "Exp-1c", *flags])
+    submit.main(["--job", "benchmark", "--", "--model", "runs/done", "--data", "shards", "--out", "results.json"])
+    resubmit.main(["x"])
+    submit.main(["--preset", "tiny", "--cluster", "debug", "--python", str(python), *flags[:-1], "y"])
+    seen = [dict(line.split("=", 1) for line in path.read_text().splitlines() if "=" in line) for path in here.glob("seen.*")]
+    assert len(seen) == 5
+    for one in seen:
+        assert kept.items() <= one.items()
+        assert {name for name in ranks if one.get(name) == "3"} == set()
+        assert {name for name in job if name in one} == (set() if inside else set(job))
+    assert os.environ["RANK"] == os.environ["SLURM_NTASKS"] == "3"
 
 
 def test_what_is_submitted_is_written_down(here, capsys, monkeypatch):
