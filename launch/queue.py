@@ -24,6 +24,9 @@ from launch import slurm, snapshot
 from launch.submission import QUEUED, SUBMISSION, Queued, Submission, new_folder, read_queued, write_submission
 from vfi.errors import JobError
 from vfi.io.dataclass_json import to_json, write_text
+from vfi.runtime.logging import logger
+
+_NAMED = 5  # of the files that are left out
 
 
 def cluster() -> types.ModuleType:
@@ -60,8 +63,12 @@ def write(
 ) -> tuple[Path, list[Path]]:
     """Write all files of the drafts; return the shared folder and the folder of each. Closing `undo` removes them again."""
     common = _removed_by(undo, new_folder(shared))
-    snapshot.describe(common, list(command))
-    code = snapshot.copy_code(common)
+    code, left_out = snapshot.copy_code(common)
+    if left_out:
+        further = f" and {len(left_out) - _NAMED} more" if len(left_out) > _NAMED else ""
+        names = ", ".join(left_out[:_NAMED])
+        logger.warning(f"the copy of the code leaves out what is neither in git nor a source file: {names}{further}")
+    snapshot.describe(common, list(command), left_out)
     config = shutil.copy(drafts[0].accelerate_config, common / "accelerate.yaml")
     folders = []
     for draft in drafts:

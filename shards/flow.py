@@ -1,7 +1,7 @@
 """Store optical flow beside the samples of a shard folder, for training that distils it: `vfi train --distill_weight`.
 
-    python -m shards.flow --shards shards/vimeo/train --model raft_large --out shards/vimeo_flow/train
-    python -m shards.flow --shards shards/mine --model MODULE:FACTORY --out shards/mine_flow --device cpu
+    python -m shards.flow --shards data/vimeo/train --model raft_large --out data/vimeo_flow/train
+    python -m shards.flow --shards data/mine --model MODULE:FACTORY --out data/mine_flow --device cpu
 
 Writes a copy of the folder whose samples also hold flow_t0.npy and flow_t1.npy: from the middle frame to the first and to the
 last, as (dx, dy, weight), in pixels. The weight is 1 where the flow and the flow back agree, 0 elsewhere: where they cancel up

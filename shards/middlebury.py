@@ -1,6 +1,6 @@
 """Convert Middlebury-Other to shards, with the PNG files copied bit for bit.
 
-    python -m shards.middlebury --src middlebury --out shards/middlebury
+    python -m shards.middlebury --src middlebury --out data/middlebury
 
 Layout (https://vision.middlebury.edu/flow/data): other-data/<sequence>/frame10.png and frame11.png, the ground truth of the
 in-between frame in other-gt-interp/<sequence>/frame10i11.png; 12 sequences of several sizes. The archive with all frames of the

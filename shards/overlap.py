@@ -2,7 +2,7 @@
 
 Names and PNG settings don't matter; a frame that was changed in any way, for example by JPEG compression, is another frame.
 
-    leaks, frames = find_leaks([Path("shards/train")], [Path("shards/vimeo90k/test")], workers=8)
+    leaks, frames = find_leaks([Path("data/train")], [Path("data/vimeo90k/test")], workers=8)
 
 Each process reads one shard at a time; only the keys and 16 bytes per frame stay in memory.
 """

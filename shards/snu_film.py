@@ -1,6 +1,6 @@
 """Convert SNU-FILM to shards: one folder per difficulty, with the PNG files copied bit for bit.
 
-    python -m shards.snu_film --src SNU-FILM --out shards/snu_film/hard --split hard --workers 8
+    python -m shards.snu_film --src SNU-FILM --out data/snu_film/hard --split hard --workers 8
 
 Layout (Choi et al., Channel Attention Is All You Need for Video Frame Interpolation): test-easy.txt, test-medium.txt,
 test-hard.txt and test-extreme.txt, in the set's folder or in its eval_modes/: 310 lines, each with the paths of the first,

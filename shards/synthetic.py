@@ -1,8 +1,8 @@
 """Generate training data from photographs: layers that move, with exact middle frames and exact flow.
 
-    python -m shards.synthetic --out shards/synthetic/train --samples 1000 --size 128x128 --seed 0
-    python -m shards.synthetic --out shards/synthetic/val --samples 100 --size 128x128 --split val
-    python -m shards.synthetic --out shards/rich --style rich --photographs photographs --size 256x256 --no-flow --workers 16
+    python -m shards.synthetic --out data/synthetic/train --samples 1000 --size 128x128 --seed 0
+    python -m shards.synthetic --out data/synthetic/val --samples 100 --size 128x128 --split val
+    python -m shards.synthetic --out data/rich --style rich --photographs photographs --size 256x256 --no-flow --workers 16
 
 Style `simple`: a background and one to four shapes, each filled with a part of a photograph. Each layer translates, rotates and
 scales at a constant rate, and the layers occlude each other. Style `rich`: a camera moves through flat sheets at different

@@ -1,6 +1,6 @@
 """Convert the UCF101 test triplets for frame interpolation to shards, with the PNG files copied bit for bit.
 
-    python -m shards.ucf101 --src ucf101_interp_ours --out shards/ucf101
+    python -m shards.ucf101 --src ucf101_interp_ours --out data/ucf101
 
 Layout (Liu et al., Deep Voxel Flow, arXiv 1702.02463): 379 folders <id>/{frame_00,frame_01_gt,frame_02}.png, 256x256: first
 frame, ground truth, last frame. That paper's own results in the published archive, frame_01_ours.png, are ignored.

@@ -1,7 +1,7 @@
 """Verify that the tars of a shard folder match its index: hash every byte and decode every frame.
 
-    python -m shards.verify shards/mine/train --workers 8
-    python -m shards.verify shards/mine/train --against shards/vimeo90k/test     # instead, find frames that are in both
+    python -m shards.verify data/mine/train --workers 8
+    python -m shards.verify data/mine/train --against data/vimeo90k/test     # instead, find frames that are in both
 
 Prints every problem and one summary line. Exit code 0: no problems; 1: problems; 2: not a shard folder. With --against, the
 frames of the folders are compared with those of the test folders, pixel by pixel; a frame that is in both is a problem.

@@ -1,7 +1,7 @@
 """Convert videos and folders of frames to shards: extract sequences, filter them, and split them by clip.
 
-    python -m shards.video --src videos --out shards/mine --codec jpeg --workers 8
-    python -m shards.video --src videos --out shards/mine --val_fraction 0.1     # shards/mine/train and shards/mine/val
+    python -m shards.video --src videos --out data/mine --codec jpeg --workers 8
+    python -m shards.video --src videos --out data/mine --val_fraction 0.1     # data/mine/train and data/mine/val
 
 `src` is searched to any depth for video files and for folders that directly hold images (sorted naturally: one clip each).
 Sequences with scene cuts or repeated frames are left out and counted in the index (see `shards.sequence_filter`). A clip never

@@ -1,7 +1,7 @@
 """Convert the published Vimeo90K set to shards: triplets or septuplets, with the PNG files copied bit for bit.
 
-    python -m shards.vimeo90k --src vimeo_triplet --out shards/vimeo90k/train --kind triplet --split train --workers 8
-    python -m shards.vimeo90k --src vimeo_septuplet --out shards/septuplet/test --kind septuplet --split test
+    python -m shards.vimeo90k --src vimeo_triplet --out data/vimeo90k/train --kind triplet --split train --workers 8
+    python -m shards.vimeo90k --src vimeo_septuplet --out data/septuplet/test --kind septuplet --split test
 
 Layout of the set (http://toflow.csail.mit.edu): sequences/<a>/<b>/im1.png … and tri_trainlist.txt, tri_testlist.txt or
 sep_trainlist.txt, sep_testlist.txt, with one `<a>/<b>` per line. All files must exist before anything is written. A septuplet

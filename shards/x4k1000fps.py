@@ -1,7 +1,7 @@
 """Convert X4K1000FPS to shards: X-TRAIN as whole clips of 65 frames, X-TEST as the 9 frames that its protocol uses.
 
-    python -m shards.x4k1000fps --src X4K1000FPS --out shards/x4k/train --split train --workers 8
-    python -m shards.x4k1000fps --src X4K1000FPS --out shards/x4k/test --split test --workers 8
+    python -m shards.x4k1000fps --src X4K1000FPS --out data/x4k/train --split train --workers 8
+    python -m shards.x4k1000fps --src X4K1000FPS --out data/x4k/test --split test --workers 8
 
 Layout (Sim et al., XVFI, arXiv 2103.16206): train/<scene>/<clip>/0000.png … 0064.png, 4,408 clips of 768x768, or, as
 distributed, encoded_train/<scene>/<clip>.mp4; if both exist, the frames are used. test/<type>/<clip>/0000.png … 0032.png, 15

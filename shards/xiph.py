@@ -1,6 +1,6 @@
 """Convert the eight 4K clips of Xiph to shards: every second frame as the target between its neighbours, at full size.
 
-    python -m shards.xiph --src xiph --out shards/xiph --workers 8
+    python -m shards.xiph --src xiph --out data/xiph --workers 8
 
 Layout (Niklaus and Liu, arXiv 2003.05534, whose script extracts 100 frames of each clip from media.xiph.org's files with
 ffmpeg): <Clip>-001.png … <Clip>-100.png, 4096x2160, all in one folder, or one folder <Clip> per clip. A sample is the even

@@ -1,6 +1,6 @@
 """Benchmark models: PSNR, SSIM and interpolation error, compared with the average of the two frames and with the nearest one.
 
-    vfi benchmark --model runs/tiny_phase1 --data shards/synthetic/val --out results.json
+    vfi benchmark --model runs/tiny_phase1 --data data/synthetic/val --out results.json
     vfi benchmark --model runs/a runs/b --data SNU-FILM --protocol snu_film_hard --out hard.json --device cuda
     vfi benchmark --model runs/a --protocol all --data_root SETS --out results/       all published sets in that folder
     torchrun --nproc_per_node 8 -m vfi.benchmark …                                    the samples are split among ranks

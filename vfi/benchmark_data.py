@@ -1,6 +1,6 @@
 """Compare the sample rates of the training loader on shards of each codec with those of loose PNG files in a plain Dataset.
 
-    python -m vfi.benchmark_data --data shards/mine/train --out data_benchmark.json
+    python -m vfi.benchmark_data --data data/mine/train --out data_benchmark.json
 
 The same frames are written as loose PNG files and as shards of every codec into a temporary folder; all are then read with
 the same crop and augmentation, batched and scaled to floats, for a few seconds each, with each number of worker processes.
