@@ -37,7 +37,7 @@ LARGEST_INDEX = 1 << 25
 """Bytes of an index.json: about 100,000 shards, and the names of half a million clips."""
 LARGEST_META = 1 << 20
 """Bytes of the json of a sample."""
-LARGEST_FRAME = 50_000_000
+LARGEST_FRAME = 40_000_000
 """Pixels of a frame; 8192x4320 are 35 million."""
 MOST_FRAMES, MOST_SHARDS, MOST_SAMPLES = 1000, 100_000, 25_600_000
 """Frames of a sample, and shards and samples of a folder: what is beyond is taken for damage, not for data."""
