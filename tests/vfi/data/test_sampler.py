@@ -88,7 +88,7 @@ plans = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(plans)
 def test_every_sample_once_in_equal_steps_for_any_ranks_and_workers(case):
     """Each rank's each worker on its own, put together: what one process without workers sees, whatever the shards."""
@@ -217,7 +217,7 @@ def test_a_worker_plans_its_own_part_only():
 batches = st.lists(st.tuples(st.integers(1, 40), st.integers(1, 6)), min_size=1, max_size=6)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     sets=st.lists(st.lists(st.integers(1, 9), min_size=1, max_size=30), min_size=1, max_size=3),
     ratio=st.tuples(*[st.integers(1, 5)] * 3),
@@ -248,7 +248,7 @@ def test_any_global_batches_one_after_the_other_see_no_sample_twice(sets, ratio,
     assert not seen or max(seen.values()) == 1
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     shards=st.lists(st.integers(1, 9), min_size=1, max_size=40),
     batches=batches,

@@ -46,7 +46,7 @@ def test_slower_has_the_same_frames_in_stretched_time(times, base, factor):
 
 
 @given(TIMES, BASES, st.sampled_from([Fraction(60), Fraction(60_000, 1001), Fraction(24), Fraction(7, 3)]), st.integers(1, 400))
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 def test_rate_shows_what_is_due_at_each_even_time(times, base, fps, duration):
     found = made(Rate(fps), times, base, duration)
     begin, end = times[0] * base, (times[-1] + duration) * base
