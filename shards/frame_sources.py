@@ -20,14 +20,13 @@ from pathlib import Path
 
 import av
 import numpy as np
-from av.container import InputContainer
-from av.video import VideoStream
 from av.video.reformatter import Interpolation
 from PIL import Image
 
 from shards import codecs
-from shards.color_conversion import assume_left_chroma, describe_colours, is_rgb, to_rgb
+from shards.color_conversion import describe_colours, is_rgb, to_rgb
 from shards.schema import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS, ShardError
+from shards.video_reader import VideoReader
 
 THUMBNAIL = (72, 128)  # height, width
 FAR = 200  # frame number from which seeking is faster than decoding from the start
@@ -80,9 +79,14 @@ class VideoFrame:
     def _upright(self, image: np.ndarray) -> np.ndarray:
         return np.ascontiguousarray(np.rot90(image, self._quarters))
 
+    @property
+    def pts(self) -> int:
+        """Return the time at which it is shown, in the time base of its stream."""
+        return self._frame.pts or 0
+
     def entry(self) -> int | None:
         """Return the time stamp of a key frame, where decoding can start; None for other frames."""
-        return self._frame.pts if self._frame.key_frame else None
+        return self.pts if self._frame.key_frame else None
 
     def checksum(self) -> int:
         """Return a checksum by which the same frame is recognized on another reading."""
@@ -170,28 +174,20 @@ def read_clip(clip: Clip, first: int = 0, entry: Entry | None = None) -> Iterato
     if clip.images:
         yield from map(ImageFrame, clip.images[first:])
         return
-    try:
-        if entry is not None:
-            with av.open(str(clip.path), metadata_errors="replace") as container:
-                frames = _jump(container, first, entry)
-                if frames is not None:
-                    yield from frames
-                    return
-        with av.open(str(clip.path), metadata_errors="replace") as container:
-            yield from itertools.islice(_decode(container), first, None)
-    except ShardError as error:
-        raise ShardError(f"{clip.name}: {error}") from error
-    except (av.FFmpegError, OSError) as error:
-        raise ShardError(f"{clip.name}: {error.strerror or error}") from error
+    if entry is not None:
+        with VideoReader(clip.path, clip.name, threads=1) as video:
+            frames = _jump(video, first, entry)
+            if frames is not None:
+                yield from frames
+                return
+    with VideoReader(clip.path, clip.name, threads=1) as video:  # clips are read in parallel, and with threads an error is late
+        yield from itertools.islice(_frames(video), first, None)
 
 
 def promised_frames(path: Path) -> int:
     """Return the frame count in the header of a video file, 0 if not stated. Raises ShardError for an unusable file."""
-    try:
-        with av.open(str(path), metadata_errors="replace") as container:
-            return _video_stream(container).frames
-    except (av.FFmpegError, OSError) as error:
-        raise ShardError(f"{path.name}: {error.strerror or error}") from error
+    with VideoReader(path, path.name) as video:
+        return video.stream.frames
 
 
 def nearest_entry(entries: Sequence[tuple[int, int]], checksums: Sequence[int], first: int) -> Entry | None:
@@ -202,15 +198,13 @@ def nearest_entry(entries: Sequence[tuple[int, int]], checksums: Sequence[int], 
     return Entry(*before[-1], checksums[first])
 
 
-def _jump(container: InputContainer, first: int, entry: Entry) -> Iterator[VideoFrame] | None:
+def _jump(video: VideoReader, first: int, entry: Entry) -> Iterator[VideoFrame] | None:
     """Return the frames from number `first` on by seeking to `entry`; None when that leads to any other frame."""
-    stream = _video_stream(container)
     try:
-        container.seek(entry.pts, stream=stream)
-        decoded = itertools.chain.from_iterable(packet.decode() for packet in container.demux(stream))
+        video.seek(entry.pts)
         # frames before the key frame may depend on data that was skipped
-        shown = itertools.dropwhile(lambda frame: frame.pts is None or frame.pts < entry.pts, decoded)
-        frames = itertools.islice(map(VideoFrame, map(_undamaged, shown)), first - entry.number, None)
+        shown = itertools.dropwhile(lambda frame: frame.pts < entry.pts, _frames(video))
+        frames = itertools.islice(shown, first - entry.number, None)
         found = next(frames, None)
     except (av.FFmpegError, OSError, ShardError):
         return None
@@ -219,43 +213,13 @@ def _jump(container: InputContainer, first: int, entry: Entry) -> Iterator[Video
     return itertools.chain([found], frames)
 
 
-def _decode(container: InputContainer) -> Iterator[VideoFrame]:
-    stream = _video_stream(container)
-    count = hidden = 0
-    end = 0.0
-    for packet in container.demux(stream):
-        hidden += packet.is_discard  # the container marks it as not to be shown
-        for frame in packet.decode():
-            yield VideoFrame(_undamaged(frame))
-            count += 1
-            end = frame.time or end
-    # a truncated file often just ends: compare with the length in its header, if stated
-    if count < 0.95 * (stream.frames - hidden):
-        raise ShardError(f"ends after {count} of {stream.frames - hidden} frames")
-    promised = _seconds(stream.metadata.get("DURATION", ""))
-    if end < 0.9 * promised and promised - end > 2 / float(stream.average_rate or 1):
-        raise ShardError(f"ends after {end:.2f} of {promised:.2f} seconds")
-
-
-def _video_stream(container: InputContainer) -> VideoStream:
-    if not container.streams.video:
-        raise ShardError("no video stream")
-    stream = container.streams.video[0]
-    stream.codec_context.thread_count = 1  # clips are read in parallel, and with threads an error is raised late
-    assume_left_chroma(stream)
-    return stream
-
-
-def _undamaged(frame: av.VideoFrame) -> av.VideoFrame:
-    if frame.is_corrupt:
-        raise ShardError(f"the frame at {frame.time or 0:.2f} seconds is damaged")
-    return frame
-
-
-def _seconds(text: str) -> float:
-    """Convert a track's length in Matroska's notation, '00:01:02.500000000', to seconds; return 0 for anything else."""
-    match = re.fullmatch(r"(\d+):(\d+):(\d+(?:\.\d+)?)", text)
-    return int(match[1]) * 3600 + int(match[2]) * 60 + float(match[3]) if match else 0.0
+def _frames(video: VideoReader) -> Iterator[VideoFrame]:
+    for frame in video.read():
+        assert isinstance(frame, av.VideoFrame)  # there are no other streams
+        try:
+            yield VideoFrame(frame)
+        except ShardError as error:
+            raise ShardError(f"{video.name}: {error}") from error
 
 
 def natural(name: str) -> tuple[list[str | int], str]:

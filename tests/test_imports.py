@@ -46,6 +46,8 @@ ORDER: dict[str, tuple[tuple[str, ...], ...]] = {
             ("cli", "codecs", "color_conversion", "parallel", "rich_scene", "tar_index"),
         ),
         ("sample_rules",),
+        ("field_filters", "presentation"),
+        ("video_reader",),
         ("factories", "frame_sources", "overlap", "photographs", "synthetic_scene", "writer"),
         ("published_sets", "rich_painting", "sequence_filter"),
         ("rich_drawing",),

@@ -213,7 +213,7 @@ def test_bad_images_are_one_line(work, inputs, first, second, message):
     ],
 )
 def test_bad_videos_are_one_line_and_leave_nothing(work, inputs, name, message):
-    with pytest.raises(JobError) as stop:
+    with pytest.raises((JobError, ShardError)) as stop:
         work.video(inputs / name if name else None, False, 2, _ignore)
     work.folder = inputs
     assert message in work.line_of(stop.value)

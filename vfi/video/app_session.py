@@ -127,7 +127,7 @@ class Session:
         """Return the number of frames and the two neighbours, upright, that differ most without a scene cut; None without
         change.
 
-        Raises JobError for a file that is too long, too large or not a video.
+        Raises JobError or ShardError for a file that is too long, too large or not a video.
         """
         count, most, before, pair = 0, 0.0, None, None
         with VideoInput(path) as video:

@@ -16,6 +16,7 @@ from typing import Any, Literal
 from tqdm import tqdm
 
 from shards.codecs import upright_size
+from shards.field_filters import DEINTERLACE, DETELECINE
 from shards.frame_sources import natural
 from shards.schema import IMAGE_EXTENSIONS
 from shards.sequence_filter import CUT
@@ -24,7 +25,6 @@ from vfi.inference.engine import InterpolationEngine, Settings
 from vfi.model.interpolator import MIN_SIZE
 from vfi.runtime.device import DeviceName, PrecisionName, describe_precision
 from vfi.video.container import Encoding, VideoOutput
-from vfi.video.field_filters import DEINTERLACE, DETELECINE
 from vfi.video.folder import FolderInput, FolderOutput, numbered_gaps
 from vfi.video.pipe import PIPE, PipeOutput
 from vfi.video.pipeline import ConversionStats, FrameFilter, add_frames
@@ -139,7 +139,7 @@ def convert(
 ) -> str:
     """Convert a video or folder of frames to either kind, and return a line about it; `tick` is called for each frame read.
 
-    `model` is that of `build_engine`. Raises JobError where the input, the flags or the output can't be used.
+    `model` is that of `build_engine`. Raises JobError or ShardError where the input, the flags or the output can't be used.
     """
     if PIPE in (path, out) and settings.resume:
         raise JobError("--resume needs files: a conversion through a pipe can't be continued")

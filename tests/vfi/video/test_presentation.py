@@ -14,7 +14,9 @@ import pytest
 from made_videos import EVEN, call, frames_of, make, new_run, packets_of, pixels, planes, refused, times_of
 from warm import ROOT
 
-from vfi.video.presentation import FrameTimes
+from shards.color_conversion import describe_colours, to_rgb
+from shards.frame_sources import find_clips, read_clip
+from shards.presentation import FrameTimes
 from vfi.video.video_input import VideoInput
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -178,6 +180,38 @@ def test_the_default_video_is_read_and_the_others_are_named(run, tmp_path, capsy
     message = refused(capsys, path, "-o", tmp_path / "no.mkv", "--model", run, "--video_stream", 7)
     assert "--video_stream 7: " in message
     assert "it has 0 (ffv1, 64x64), 1 (ffv1, 64x48)" in message
+
+
+def test_shards_read_the_same_frames(run, tmp_path):
+    """Both ways to read a file give the frames of its default stream, whatever the clock of its container."""
+    folder = tmp_path / "src"
+    folder.mkdir()
+    joined(folder / "joined.ts")
+    with av.open(str(folder / "reordered.avi"), "w") as container:
+        stream = container.add_stream("libx264", rate=25)
+        stream.height, stream.width, stream.pix_fmt = 48, 64, "yuv420p"
+        for number in range(20):
+            container.mux(stream.encode(planes(number, "yuv420p")))
+        container.mux(stream.encode())
+    make(folder / "rec:12.mkv", range(0, 400, 40), start=500, options={"g": "1"})
+    with av.open(str(folder / "two.mp4"), "w") as container:
+        streams = [container.add_stream("libx264", rate=25) for _ in range(2)]
+        for number, stream in enumerate(streams):
+            stream.height, stream.width, stream.pix_fmt = 48, 64 + 32 * number, "yuv420p"
+            stream.disposition = stream.disposition.default if number else 0
+        for number in (0, 1, 1, 1):
+            stream = streams[number]
+            container.mux(stream.encode(planes(0, "yuv420p", (stream.height, stream.width))))
+        for stream in streams:
+            container.mux(stream.encode())
+    counts = {}
+    for clip in find_clips(folder):
+        with VideoInput(clip.path) as video:
+            whole = [to_rgb(frame, describe_colours(frame)) for frame in video.read() if isinstance(frame, av.VideoFrame)]
+        found = [frame.rgb() for frame in read_clip(clip)]
+        assert all(np.array_equal(one, other) for one, other in zip(whole, found, strict=True))
+        counts[clip.name] = len(found)
+    assert counts == {"0.ts": 10, "1.ts": 10, "joined.ts": 20, "rec:12.mkv": 10, "reordered.avi": 20, "two.mp4": 3}
 
 
 def test_a_damaged_packet_costs_its_frames_only(run, tmp_path, capsys):

@@ -34,9 +34,15 @@ class Clock:
         self.jumps: list[float] = []
         """Seconds from the start at which the container's clock jumped."""
         self._can_jump = bool(int(container.format.flags) & _DISCONTINUOUS)
+        self.start = (container.start_time or 0) / av.time_base
+        """Seconds of the container's clock at which this one is at zero."""
         self._offset = -Fraction(container.start_time or 0, av.time_base)
         self._last: dict[int, Fraction] = {}  # stream -> time of its last packet
         self._expected: dict[int, Fraction] = {}  # and when the next one is due
+
+    def stored(self, pts: int, base: Fraction) -> int:
+        """Return the container's time of a frame before the first jump, in units of `base`."""
+        return pts - round(self._offset / base)
 
     def adjust(self, packet: av.Packet) -> None:
         """Move the times of a packet; to be called for each packet, in the order of the file."""
