@@ -5,7 +5,8 @@ states(["4711", "4712_3"])     {"4711": JobState("RUNNING", ""), "4712_3": JobSt
 
 from __future__ import annotations
 
-import getpass
+import os
+import pwd
 import re
 import shutil
 import subprocess
@@ -37,7 +38,8 @@ def states(job_ids: Iterable[str]) -> dict[str, JobState]:
         return {}
     if not shutil.which("squeue"):
         raise JobError("squeue was not found, so this machine has no Slurm: ask on a login node")
-    queue = _call("squeue", "--noheader", "--array", "--user", getpass.getuser(), "--format", "%i|%T|%r")
+    own = ["--user", name] if (name := user_name()) else []  # squeue refuses ids without a name
+    queue = _call("squeue", "--noheader", "--array", *own, "--format", "%i|%T|%r")
     found = {job: JobState(state, _reason(why)) for job, state, why in _fields(queue, 3) if job in asked}
     ended = sorted({job.partition("_")[0] for job in asked - set(found)})
     why = "Slurm knows nothing of it any more"
@@ -47,6 +49,14 @@ def states(job_ids: Iterable[str]) -> dict[str, JobState]:
     except JobError as error:  # a cluster may not keep accounts; the run folders still hold some information
         why = str(error)
     return found | {job: JobState("UNKNOWN", why) for job in asked - set(found)}
+
+
+def user_name() -> str | None:
+    """Return the name of the user; None for an id without a name, as in containers that run under any user's."""
+    try:
+        return pwd.getpwuid(os.getuid()).pw_name
+    except KeyError:
+        return None
 
 
 def _accounted(job_ids: Sequence[str], asked: set[str]) -> dict[str, JobState]:

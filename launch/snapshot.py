@@ -8,7 +8,6 @@ environment.json    command, machine, Python, packages, git commit, variables th
 
 from __future__ import annotations
 
-import getpass
 import json
 import os
 import platform
@@ -21,6 +20,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from launch.slurm import user_name
 from vfi import shipped
 from vfi.credentials import redact_all
 from vfi.errors import JobError
@@ -82,7 +82,7 @@ def describe(folder: Path, argv: list[str], left_out: Sequence[str]) -> None:
     content: dict[str, Any] = {
         "command": shlex.join(argv),
         "folder": os.getcwd(),
-        "user": getpass.getuser(),
+        "user": user_name() or str(os.getuid()),
         "host": platform.node(),
         "system": platform.platform(),
         "python": sys.version,

@@ -37,8 +37,8 @@ ORDER: dict[str, tuple[tuple[str, ...], ...]] = {
         *(("evaluation",), ("release",), ("reporting",), ("pretrained",), ("",), COMMANDS),
     ),
     "launch": (
-        ("", "memory", "options", "preflight", "slurm", "snapshot", "submission"),
-        *(("node", "plan"), ("executors", "status"), ("queue",), ("cancel", "profile", "resubmit", "submit")),
+        ("", "memory", "options", "preflight", "slurm", "submission"),
+        *(("node", "plan", "snapshot"), ("executors", "status"), ("queue",), ("cancel", "profile", "resubmit", "submit")),
     ),
     "shards": (
         *(

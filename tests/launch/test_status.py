@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from launch import status, submit
+from launch import slurm, status, submit
 from launch.slurm import JobState
 from launch.submission import Queued, Submission, new_folder, write_submission
 from vfi.config import presets
@@ -86,3 +88,20 @@ def test_a_run_that_waits_or_runs_is_not_submitted_once_more(tmp_path, slurm_say
     assert stop.value.code == 2
     assert "d (job 14, RUNNING): already submitted" in capsys.readouterr().err
     assert [path.name for path in (tmp_path / "d" / "launch").iterdir()] == ["1"]
+
+
+@pytest.mark.parametrize("user", ["root", None])
+def test_an_id_without_a_name_asks_for_all_users(user, tmp_path, monkeypatch):
+    """Slurm's squeue refuses `--user 54321` there: "Invalid user"."""
+    (tmp_path / "squeue").write_text(f'#!/bin/bash\necho "$@" > {tmp_path}/given\necho "7|RUNNING|None"\n')
+    (tmp_path / "squeue").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+
+    def entry(_: int) -> SimpleNamespace:
+        if user is None:
+            raise KeyError("uid not found")
+        return SimpleNamespace(pw_name=user)
+
+    monkeypatch.setattr(slurm.pwd, "getpwuid", entry)
+    assert slurm.states(["7"]) == {"7": JobState("RUNNING", "")}
+    assert ("--user root" in (tmp_path / "given").read_text()) == (user == "root")

@@ -78,7 +78,7 @@ def shard_folder(location: str | Path | ShardFolder, cache: Cache | None = None)
 
 def cache_at(directory: str = "", gigabytes: float = 50.0) -> Cache:
     """Return the cache in a folder, by default in the user's cache directory."""
-    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vfi" / "shards"
+    default = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "vfi" / "shards"
     return Cache(Path(directory) if directory else default, int(gigabytes * 1e9))
 
 
@@ -170,6 +170,8 @@ class RemoteFolder:
                 f"{self.url}/{entry.name} has {entry.bytes / 1e9:.3g} GB, the whole cache {self.cache.limit / 1e9:.3g} GB: "
                 f"raise --cache_gb"
             )
+        if self.cache.directory.parts[:1] == ("~",):
+            raise OSError("this user has no home folder that ~ could stand for")
         self.cache.directory.mkdir(parents=True, exist_ok=True)
         deadline = time.monotonic() + _LONGEST_WAIT
         while time.monotonic() < deadline:

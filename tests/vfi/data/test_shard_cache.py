@@ -10,6 +10,7 @@ import itertools
 import json
 import multiprocessing
 import os
+import pwd
 import re
 import shutil
 import socket
@@ -35,7 +36,7 @@ from vfi.config.configs import ConfigError, DataConfig
 from vfi.data.download import MissingError, Patience, StorageError, fetch
 from vfi.data.evaluation_loader import evaluation_batches
 from vfi.data.loader import TrainingLoader
-from vfi.data.shard_cache import Cache, RemoteFolder, UnusableShardError, make_room, shard_folder
+from vfi.data.shard_cache import Cache, RemoteFolder, UnusableShardError, cache_at, make_room, shard_folder
 
 CPU = torch.device("cpu")
 IMPATIENT = Patience(attempts=4, first_wait=0.01, longest_wait=0.05, timeout=1.0)
@@ -442,6 +443,15 @@ def test_a_cache_that_cannot_be_written_is_said(server, train_shards, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(StorageError, match=r"the cache .*file.*can't be used.*--cache_dir"):
         content(remote(server, tmp_path / "file" / "cache"), read_index(train_shards).shards[0])
+
+
+def test_a_user_without_a_home_names_a_cache(server, train_shards, monkeypatch):
+    """Such as the id of a container, which no list of users has."""
+    for name in ("HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", {}.__getitem__)
+    with pytest.raises(StorageError, match=r"the cache ~.* can't be used \(this user has no home folder.*--cache_dir"):
+        content(remote(server, cache_at().directory), read_index(train_shards).shards[0])
 
 
 @pytest.mark.parametrize(
