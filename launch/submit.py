@@ -16,6 +16,7 @@ nodes; `python -m launch.resubmit` requeues failed runs.
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -152,7 +153,7 @@ def submit(options: Options, runs: Sequence[Run], command: Sequence[str]) -> Non
         if number < _SHOWN:
             say_how_to_follow(folder)
     if len(folders) > 1:
-        print(f"{len(folders)} jobs; all runs: python -m launch.status --output_dir {runs[0].folder.parent}")
+        print(f"{len(folders)} jobs; all runs: {status_command(runs[0].folder.parent)}")
 
 
 def say_how_to_follow(folder: Path) -> None:
@@ -163,7 +164,12 @@ def say_how_to_follow(folder: Path) -> None:
     )
     print(f"  the job's log:      {Path(submission.logs) / f'{queued.job_id}_0_log.out'}")
     print(f"  the training's log: {Path(submission.run_folder) / LAUNCH / 'attempts'}/*/rank_0.log")
-    print(f"  its state:          python -m launch.status --output_dir {Path(submission.run_folder).parent} {submission.name}")
+    print(f"  its state:          {status_command(Path(submission.run_folder).parent, submission.name)}")
+
+
+def status_command(output_dir: Path, *names: str) -> str:
+    """Return the command that shows the state of runs, as one would type it in a shell."""
+    return shlex.join(["python", "-m", "launch.status", "--output_dir", str(output_dir), *names])
 
 
 if __name__ == "__main__":

@@ -35,6 +35,7 @@ from shards.factories import call_factory, is_factory
 from shards.sample_rules import MemberError, count_problem, decode_meta, open_shard, read_member, samples_in
 from shards.schema import Index, ShardEntry, ShardError, frame_members, read_index
 from shards.tar_index import TarError
+from shards.torch_files import explain_load_error
 
 Estimate = Callable[[Tensor, Tensor], Tensor]
 """frames, frames `[B, 3, H, W]` in [0, 1] -> flow `[B, 2, H, W]` in pixels: frame0(x) = frame1(x + flow)."""
@@ -139,7 +140,7 @@ def _load(options: Options, device: torch.device) -> Estimate:
     except (OSError, RuntimeError, ValueError, EOFError, TypeError, AttributeError, pickle.UnpicklingError) as error:
         where = options.weights or weights.url
         raise ShardError(
-            f"the weights of {options.model} can't be used: {where}: {str(error).splitlines()[0]}; fetch {weights.url} and "
+            f"the weights of {options.model} can't be used: {where}: {explain_load_error(error)}; fetch {weights.url} and "
             f"give the file by --weights"
         ) from error
     return functools.partial(_raft, network.eval().to(device), options.iterations)

@@ -42,7 +42,7 @@ ORDER: dict[str, tuple[tuple[str, ...], ...]] = {
     ),
     "shards": (
         *(
-            ("", "rich_motion", "rich_shapes", "schema"),
+            ("", "rich_motion", "rich_shapes", "schema", "torch_files"),
             ("cli", "codecs", "color_conversion", "parallel", "rich_scene", "tar_index"),
         ),
         ("sample_rules",),

@@ -265,6 +265,7 @@ def test_what_is_submitted_is_written_down(here, capsys, monkeypatch):
     submit.main(["--gpus_per_node", "0", "--preset", "tiny", "--", "--data_path", "shards", "--crop", "64", "--exp_name", "x"])
     assert "job 4711: x, 1 x 1 processes (slurm)" in capsys.readouterr().out
     folder = here / "runs" / "x" / "launch" / "1"
+    assert submit.status_command(Path("a b/it's"), "x") == "python -m launch.status --output_dir 'a b/it'\"'\"'s' x"
     submission = read_submission(folder / "submission.json")
     assert (submission.name, submission.parameters["time"], submission.precision) == ("x", 1440, "fp32")
     assert (folder / "code" / "vfi" / "train.py").read_bytes() == (ROOT / "vfi" / "train.py").read_bytes()

@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from shards.torch_files import explain_load_error
 from vfi.checkpoint.store import CONFIG, EMA, MODEL, OPTIMIZER, STATE, find, read_config, refuse_damage
 from vfi.config.configs import Config
 from vfi.errors import CheckpointError
@@ -104,7 +105,7 @@ def read_optimizer(checkpoint: Path) -> dict[str, Any]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, EOFError, RuntimeError, ValueError, KeyError, pickle.UnpicklingError) as error:
-        raise CheckpointError(f"{path} cannot be loaded: {error}") from error
+        raise CheckpointError(f"{path} cannot be loaded: {explain_load_error(error)}") from error
     if not isinstance(state, dict):
         raise CheckpointError(f"{path} cannot be loaded: it holds a {type(state).__name__}, no state of an optimizer")
     return state

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from shards.torch_files import explain_load_error
 from vfi.errors import JobError
 
 # all exceptions that torch.load was observed to raise for truncated or modified files
@@ -29,9 +30,7 @@ def read_published(path: Path, expected: Mapping[str, Tensor], origin: str) -> d
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except _DAMAGE as error:
-        # when torch refuses a pickle, the lines after the first say how to load it anyway
-        reason = str(error).partition("\n")[0] or type(error).__name__
-        raise JobError(f"{path} cannot be loaded: {reason}. Fetch it again from {origin}") from error
+        raise JobError(f"{path} cannot be loaded: {explain_load_error(error)}. Fetch it again from {origin}") from error
     tensors = content if isinstance(content, dict) else {}
     missing = [name for name in expected if not isinstance(tensors.get(name), Tensor)]
     others = [
