@@ -19,6 +19,7 @@ from av.video.reformatter import Interpolation
 
 Pattern = Literal["", "interlaced", "telecine"]
 _COLUMNS = 256  # are enough
+_ROWS = 6  # are needed
 _MOST, _ENOUGH = 90, 12  # frames that are looked at; that move and are whole, after which no more are
 _LEVELS, _LEAST_PART = 12, 0.002  # by which a pixel moves; part of the pixels that must
 _MOVED = 0.1  # least change of roughness, as a part of it, that says anything
@@ -33,7 +34,7 @@ def find_combs(frames: Iterable[av.VideoFrame]) -> Pattern:
     kinds: list[str] = []
     lumas = map(_luma, itertools.islice(frames, _MOST))
     for before, after in itertools.pairwise(lumas):
-        kinds.append(_kind(before, after) if before.shape == after.shape else "?")
+        kinds.append(_kind(before, after) if before.shape == after.shape and len(before) >= _ROWS else "?")
         moving = [kind for kind in kinds if kind != "?"]
         if len(moving) >= _ENOUGH and moving.count("whole") > 0.9 * len(moving):
             return ""

@@ -131,3 +131,11 @@ def test_no_more_frames_are_taken_than_needed():
 
     assert pattern(frame) == ""
     assert len(taken) == 13  # twelve pairs
+
+
+@pytest.mark.parametrize("rows", range(1, 8))
+@pytest.mark.filterwarnings("error")
+def test_frames_of_few_rows_are_no_combs(rows):
+    random = np.random.default_rng(0)
+    images = random.integers(0, 256, (20, rows, 32), dtype=np.uint8)
+    assert find_combs(av.VideoFrame.from_ndarray(image, format="gray") for image in images) == ""
