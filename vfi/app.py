@@ -82,7 +82,7 @@ class Options:
     device: DeviceName = "auto"
     """auto selects a GPU if there is one."""
     precision: PrecisionName = "auto"
-    """auto is bf16 autocast on a GPU that supports it, fp32 on the CPU."""
+    """auto is bf16 autocast on a GPU that supports it, otherwise fp32."""
     port: int = 7860
     """Port of the page; 0 selects a free one."""
     host: str = "127.0.0.1"

@@ -70,7 +70,7 @@ class Options:
     device: DeviceName = "auto"
     """Device; auto uses a GPU if there is one."""
     precision: PrecisionName = "auto"
-    """Precision; auto is bf16 autocast on a GPU that supports it, fp32 on the CPU."""
+    """Precision; auto is bf16 autocast on a GPU that supports it, otherwise fp32."""
     tf32: bool = False
     """Allow TF32 in fp32 products, as in vfi.train."""
     count: bool = True

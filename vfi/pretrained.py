@@ -52,7 +52,7 @@ class FrameInterpolator:
 
         By default it is the model that comes with the package, which a note on stderr describes. `revision`: branch, tag or
         commit on the hub. `device`: auto (the GPU if there is one), cpu or cuda. `precision`: auto (bf16 on a GPU that supports
-        it, else fp32), fp32 or bf16. Nothing that is read can execute code.
+        it, else fp32), fp32, bf16 or fp16. Nothing that is read can execute code.
 
         Raises CheckpointError for a model that can't be found or used, JobError for a device that does not exist.
         """

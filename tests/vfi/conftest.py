@@ -68,7 +68,7 @@ def interpreter() -> Iterator[ProcessPoolExecutor]:
 
 @pytest.fixture
 def compile_for(monkeypatch, tmp_path) -> Callable[[int], Path]:
-    """Let Triton compile for a GPU of an architecture, 90 or 120, that is not there: gives Triton's cache."""
+    """Let Triton compile for a GPU of an architecture, such as 90, that is not there: gives Triton's cache."""
     import torch
     from triton.backends.compiler import GPUTarget
     from triton.runtime import driver
@@ -78,7 +78,7 @@ def compile_for(monkeypatch, tmp_path) -> Callable[[int], Path]:
     def choose(architecture: int) -> Path:
         monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
         monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
-        monkeypatch.setattr(driver, "_active", Answers(0, GPUTarget("cuda", architecture, 32)))
+        monkeypatch.setattr(driver, "_active", Answers(architecture, GPUTarget("cuda", architecture, 32)))
         return tmp_path
 
     return choose

@@ -65,7 +65,7 @@ class SpeedSettings:
     device: DeviceName = "auto"
     """auto selects a GPU if there is one."""
     precision: PrecisionName = "auto"
-    """auto is bf16 autocast on a GPU that supports it, fp32 on the CPU. Models of other repositories choose their own."""
+    """auto is bf16 autocast on a GPU that supports it, otherwise fp32. Models of other repositories choose their own."""
     sizes: tuple[str, ...] = ("256x448", "736x1280", "1088x1920")
     """Frame sizes, HEIGHTxWIDTH."""
     factors: tuple[int, ...] = (2, 8)

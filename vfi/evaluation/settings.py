@@ -27,7 +27,7 @@ class BenchmarkSettings:
     device: DeviceName = "auto"
     """auto selects a GPU if there is one."""
     precision: PrecisionName = "auto"
-    """auto is bf16 autocast on a GPU that supports it, fp32 on the CPU. Metrics are always computed in fp32 or better."""
+    """auto is bf16 autocast on a GPU that supports it, otherwise fp32. Metrics are always computed in fp32 or better."""
     protocol: str = ""
     """Published benchmark: a name of vfi/evaluation/protocols.py, such as vimeo90k or snu_film_hard, or all."""
     profile: ProfileName = "vfimamba"

@@ -7,6 +7,7 @@ imgt = loaded.predict(img0, img1, timestep, pick_precision("auto", device))
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 from collections.abc import Callable, Iterable
@@ -21,12 +22,16 @@ from vfi.checkpoint.store import EMA, MODEL, find, read_step
 from vfi.checkpoint.weights import best_weights, load_model
 from vfi.config.configs import SCALES, Config, RunConfig
 from vfi.errors import CheckpointError, JobError
-from vfi.model.interpolator import FrameInterpolator
+from vfi.model.interpolator import FrameInterpolator, Prediction
 from vfi.ops.triton.precompile import compiling_ahead
 from vfi.runtime.cuda_graphs import Graphs
 from vfi.runtime.device import autocast_to
 from vfi.runtime.logging import logger
 from vfi.shipped import SHIPPED, is_shipped, shipped_model
+
+
+class Fp16OverflowError(JobError):
+    """Raised for frames whose prediction needs values that fp16 can't hold."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,10 +69,10 @@ class LoadedModel:
             with autocast_to(img0.device, precision):
                 encoded = network.encode(img0, img1, scale)
                 times = (one.expand(img0.shape[0]) for one in timesteps.split(1))
-                return torch.cat([network.decode(encoded, time).imgt.float().clamp(0, 1) for time in times])
+                return torch.cat([_frame(network.decode(encoded, time), precision) for time in times])
 
         with torch.inference_mode():
-            return self.graphs(forward, img0, img1, timesteps, kind=("several", precision, scale))
+            return _checked(self.graphs(forward, img0, img1, timesteps, kind=("several", precision, scale)), precision)
 
     def compile_ahead(self, predict: Callable[[], object]) -> None:
         """Compile the fused Triton kernels that `predict` needs in parallel; does nothing where the network has none.
@@ -75,7 +80,7 @@ class LoadedModel:
         `predict` is called to find these kernels; its output is meaningless.
         """
         if cast(FrameInterpolator, self.model).all_fused:
-            with compiling_ahead(next(self.model.parameters()).device):
+            with compiling_ahead(next(self.model.parameters()).device), contextlib.suppress(Fp16OverflowError):
                 predict()
 
     def flow(self, img0: Tensor, img1: Tensor, timestep: Tensor, precision: torch.dtype, scale: float | None = None) -> Tensor:
@@ -120,13 +125,29 @@ def predict(
 
     def forward(img0: Tensor, img1: Tensor, timestep: Tensor) -> Tensor:
         with autocast_to(img0.device, precision):
-            imgt: Tensor = model(img0, img1, timestep, scale=scale).imgt
-            return imgt.float().clamp(0, 1)
+            return _frame(model(img0, img1, timestep, scale=scale), precision)
 
     with torch.inference_mode():
         if graphs is None:
-            return forward(img0, img1, timestep)
-        return graphs(forward, img0, img1, timestep, kind=(precision, scale))
+            return _checked(forward(img0, img1, timestep), precision)
+        return _checked(graphs(forward, img0, img1, timestep, kind=(precision, scale)), precision)
+
+
+def _frame(prediction: Prediction, precision: torch.dtype) -> Tensor:
+    """Return the frame of a prediction, `[B, 3, H, W]` in [0, 1]: all NaN where fp16 overflowed in the frame or its parts."""
+    imgt = prediction.imgt.float()
+    if precision == torch.float16:
+        parts = (imgt, prediction.mask_logit, prediction.residual, prediction.flow_t0, prediction.flow_t1)
+        is_finite = torch.stack([part.isfinite().all() for part in parts if part is not None]).all()
+        imgt = torch.where(is_finite, imgt, torch.nan)  # infinity would become a colour when it is clamped
+    return imgt.clamp(0, 1)
+
+
+def _checked(frames: Tensor, precision: torch.dtype) -> Tensor:
+    """Return the frames; Fp16OverflowError where that overflowed, for which it waits for the device."""
+    if precision == torch.float16 and frames.isnan().any():
+        raise Fp16OverflowError("this model and these frames need values above fp16's largest, 65,504: use --precision fp32")
+    return frames
 
 
 def check_scale(scale: float | None, models: Iterable[LoadedModel]) -> None:

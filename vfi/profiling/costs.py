@@ -32,6 +32,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
 from vfi.model.backbone import LEVELS
+from vfi.runtime.device import autocast_to
 
 FIRST_STAGE_LEVEL = LEVELS - 2
 """Pyramid level of the backbone's first stage of blocks; the second one follows."""
@@ -238,7 +239,7 @@ def count(model: nn.Module, batch: int, size: tuple[int, int], precision: torch.
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         frames = (*torch.empty(2, batch, 3, *size), torch.empty(batch))
         with (
-            torch.autocast("cpu", torch.bfloat16, enabled=precision == torch.bfloat16),
+            autocast_to(torch.device("cpu"), precision),
             watch_parts(model, lambda: counter.macs) as calls,
             _watch_traffic(model, precision) as traffic,
             counter,

@@ -7,9 +7,11 @@ from typing import Literal
 import torch
 
 from vfi.errors import JobError
+from vfi.runtime.logging import logger
 
 DeviceName = Literal["auto", "cpu", "cuda"]
-PrecisionName = Literal["auto", "fp32", "bf16"]
+PrecisionName = Literal["auto", "fp32", "bf16", "fp16"]
+_TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def pick_device(name: DeviceName) -> torch.device:
@@ -25,13 +27,17 @@ def pick_precision(name: PrecisionName, device: torch.device) -> torch.dtype:
     """Return the dtype of matrix products: for `auto` bf16 on a GPU that supports it, fp32 elsewhere. Weights keep theirs."""
     if name == "auto":
         return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported(False) else torch.float32
-    return torch.bfloat16 if name == "bf16" else torch.float32
+    if name == "fp16" and device.type == "cpu":
+        logger.warning("--precision fp16 is for a GPU: on a CPU it takes far longer than fp32")
+    return _TYPES[name]
 
 
 def describe_precision(precision: torch.dtype) -> str:
     """Return the name of a precision in results and messages."""
-    return "bf16 autocast" if precision == torch.bfloat16 else "fp32"
+    return next(f"{name} autocast" if precision.itemsize == 2 else name for name, one in _TYPES.items() if one == precision)
 
 
 def autocast_to(device: torch.device, precision: torch.dtype) -> torch.autocast:
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision == torch.bfloat16)
+    """Return the region in which matrix products are of this dtype; for fp32 it changes nothing."""
+    half = precision.itemsize == 2
+    return torch.autocast(device.type, precision if half else torch.bfloat16, enabled=half)

@@ -95,7 +95,7 @@ class ConversionSettings:
     resume: bool = False
     """Resume a conversion that was stopped from its NAME_partial; starts from scratch where there is none."""
     precision: PrecisionName = "auto"
-    """auto is bf16 autocast on a GPU that supports it, fp32 on the CPU."""
+    """auto is bf16 autocast on a GPU that supports it, otherwise fp32; fp16 is faster there on GPUs without bf16."""
     device: DeviceName = "auto"
     """auto selects a GPU if there is one."""
 

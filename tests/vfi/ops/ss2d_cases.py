@@ -66,6 +66,11 @@ def made(case: Case, device: str = "cpu", spare: int = 0) -> tuple[Tensor, Param
     return wide[..., spare : spare + width], Parameters(*(t.to(device) for t in parameters)), grad
 
 
+def are_no_worse(errors: dict[str, tuple[float, ...]], dtype: torch.dtype) -> bool:
+    """Whether no error is larger than that of the plain form, or than an eighth of a rounding to this dtype."""
+    return all(ours <= max(theirs, torch.finfo(dtype).eps / 8) for ours, theirs in errors.values())
+
+
 def results(function: Any, projected: Tensor, parameters: Parameters, grad: Tensor, last: Any) -> list[Tensor]:
     """Output, and the gradients of the pixels and of every parameter."""
     leaves = [t.detach().requires_grad_() for t in (projected, *parameters)]

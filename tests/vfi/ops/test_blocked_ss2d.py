@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 import torch
-from ss2d_cases import Case, made, plain, relative_errors
+from ss2d_cases import Case, are_no_worse, made, plain, relative_errors
 
 from vfi.config.configs import ModelConfig
 from vfi.errors import JobError
@@ -31,6 +31,13 @@ def test_output_and_gradients_against_float64(case):
     rounding = torch.finfo(case.dtype).eps
     for name, (ours, theirs) in relative_errors(blocked.blocked_ss2d, case).items():
         assert ours <= 3 * theirs + 4 * rounding, name
+
+
+@pytest.mark.parametrize("dtype", [HALF, torch.bfloat16])
+@pytest.mark.parametrize("scan", ["interleaved", "flip"])
+def test_half_precision_is_no_worse_than_the_fp32_island(scan, dtype):
+    """The plain form under autocast has its core and norm in fp32, and rounds what lies between operators."""
+    assert are_no_worse(relative_errors(blocked.blocked_ss2d, Case(1, 9, 11, 2, 16, 16, scan, dtype)), dtype)
 
 
 @pytest.mark.parametrize("case", CASES[:3], ids=str)

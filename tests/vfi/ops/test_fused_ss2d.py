@@ -9,7 +9,7 @@ from unittest import mock
 import pytest
 import ss2d_cases
 import torch
-from ss2d_cases import Case, made, results
+from ss2d_cases import Case, are_no_worse, made, results
 from torch import Tensor
 
 from vfi.config.configs import ModelConfig
@@ -63,6 +63,13 @@ def test_interpreted_against_float64(interpreter, case):
     """
     for name, (ours, theirs) in interpreter.submit(errors_in_few_programs, case).result().items():
         assert ours <= 2 * theirs + {SINGLE: 1e-5, HALF: 2**-11}[case.dtype], name
+
+
+@pytest.mark.parametrize("scan", ["interleaved", "flip"])
+def test_the_default_precision_is_no_worse_than_the_fp32_island(interpreter, scan):
+    """The plain form under autocast has its core and norm in fp32, and rounds what lies between operators to fp16."""
+    case = Case(1, 9, 11, 2, 16, 16, scan, HALF, "auto")
+    assert are_no_worse(interpreter.submit(errors_in_few_programs, case).result(), HALF)
 
 
 def test_a_slice_of_wider_pixels_is_read_in_place(interpreter):
@@ -144,6 +151,8 @@ def test_chunks_of_16_tokens(interpreter):
 
 def test_small_cards_are_told_by_their_compute_capability(monkeypatch):
     for capability, small in (
+        ((7, 0), True),
+        ((7, 5), True),
         ((8, 0), False),
         ((8, 6), True),
         ((8, 9), True),
@@ -174,10 +183,13 @@ def test_what_stands_in_the_way_is_said(monkeypatch):
     assert "the device is cpu" in ss2d_obstacle(torch.device("cpu"), 32, 64, 1)
     assert "--ssd_groups shared" in ss2d_obstacle(cuda, 32, 64, 16)
     assert "not 8 and 64" in ss2d_obstacle(cuda, 8, 64, 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 0))
+    assert "on Tesla V100, of compute capability 7.0, the fused kernels were compiled" in ss2d_obstacle(cuda, 32, 64, 1)
+    assert "--ssd_groups shared" in ss2d_obstacle(cuda, 32, 64, 16)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert "triton is not installed" in ss2d_obstacle(cuda, 32, 64, 1)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 0))
-    assert "Tesla V100 is older than compute capability 8.0" in ss2d_obstacle(cuda, 32, 64, 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (6, 0))
+    assert "Tesla V100 is older than compute capability 7.0" in ss2d_obstacle(cuda, 32, 64, 1)
 
 
 LARGE = [
@@ -200,6 +212,14 @@ def test_gpu_against_float64(case):
     for name, (ours, theirs) in relative_errors(case, "cuda").items():
         print(f"{name}: {ours:.1e}, plain {theirs:.1e}")
         assert ours <= 2 * theirs + rounding, name
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [HALF, torch.bfloat16])
+@pytest.mark.parametrize("scan", ["interleaved", "flip"])
+def test_gpu_default_precision_is_no_worse_than_the_fp32_island(scan, dtype):
+    """As above; an interpreter computes with bf16 as with whole numbers, so that is tested here alone."""
+    assert are_no_worse(relative_errors(Case(2, 31, 45, 8, 32, 64, scan, dtype, "auto"), "cuda"), dtype)
 
 
 @pytest.mark.gpu

@@ -313,9 +313,14 @@ def test_attention_backend_choice_says_why(monkeypatch):
     capability = {"value": (7, 0)}
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability["value"])
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla V100")
-    for backend in ("flash_attn", "fused"):
-        with pytest.raises(JobError, match=rf"{backend} cannot run: Tesla V100 is older than compute capability 8\.0"):
-            choose_window_attention(backend, cuda, 32)
+    with pytest.raises(JobError, match=r"flash_attn cannot run: Tesla V100 is older than compute capability 8\.0"):
+        choose_window_attention("flash_attn", cuda, 32)
+    assert "attention: sdpa (on Tesla V100, of compute capability 7.0, " in choose_window_attention("auto", cuda, 32)[1]
+    with pytest.raises(JobError, match="fused cannot run: the fused kernels take heads of 16, 32, 64 channels, not 8"):
+        choose_window_attention("fused", cuda, 8)
+    capability["value"] = (6, 1)
+    with pytest.raises(JobError, match=r"fused cannot run: Tesla V100 is older than compute capability 7\.0"):
+        choose_window_attention("fused", cuda, 32)
     capability["value"] = (9, 0)
     assert choose_window_attention("auto", cuda, 32) == (None, "attention: fused (available on cuda)")
     assert (

@@ -18,6 +18,7 @@ from vfi.ops.pointwise.dispatch import FusedOps, select_fused_ops, set_fused_ops
 from vfi.ops.warp.warp import backward_warp
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+UNTRIED = "on Tesla T4, of compute capability 7.5, the fused kernels were compiled for fp16 and fp32, but never run"
 
 
 def bias_prelu(x: Tensor, bias: Tensor, slope: Tensor, residual: Tensor | None = None, overwrite: bool = False) -> Tensor:
@@ -119,7 +120,10 @@ def test_choice_says_why(monkeypatch):
         select_fused_ops("triton", CPU)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
-    assert "Tesla T4 is older than compute capability 8.0" in select_fused_ops("auto", CUDA)[1]
+    assert select_fused_ops("auto", CUDA)[1] == f"pointwise: torch ({UNTRIED})"
+    taken, line = select_fused_ops("fused", CUDA)
+    assert taken is not None
+    assert line == f"pointwise: fused (asked for; {UNTRIED})"
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     assert select_fused_ops("auto", CUDA)[1] == "pointwise: fused (available on cuda)"
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)

@@ -9,19 +9,26 @@ from typing import Any
 
 import pytest
 import torch
+from ss2d_cases import Case, made
 from torch import Tensor
 
 from vfi.config.configs import ModelConfig
 from vfi.metrics import image_quality
 from vfi.model import hyper_connections, ss2d
 from vfi.ops.loss import laplacian
-from vfi.ops.ssm import selective_scan, ssd
+from vfi.ops.ssm import blocked_ss2d, selective_scan, ssd
 from vfi.ops.warp import warp
 
 
 def ssd_case() -> tuple[Callable[..., Any], list[Tensor]]:
     x, B, C = torch.randn(1, 96, 2, 4), torch.randn(1, 96, 1, 8), torch.randn(1, 96, 1, 8)
     return ssd.ssd_reference, [x, torch.randn(1, 96, 2), -torch.rand(2) - 0.5, B, C, torch.ones(2), torch.zeros(2)]
+
+
+def blocked_case() -> tuple[Callable[..., Any], list[Tensor]]:
+    case = Case(1, 5, 7, 2, 16, 16, "interleaved", torch.float32)
+    projected, parameters, _ = made(case)
+    return functools.partial(blocked_ss2d.blocked_ss2d, parameters=parameters, shape=case.shape), [projected]
 
 
 def selective_scan_case() -> tuple[Callable[..., Any], list[Tensor]]:
@@ -56,6 +63,7 @@ def loss_case() -> tuple[Callable[..., Any], list[Tensor]]:
 
 CASES: dict[str, tuple[ModuleType, Callable[[], tuple[Callable[..., Any], list[Tensor]]]]] = {
     "SSD core": (ssd, ssd_case),
+    "SS2D on a CPU": (blocked_ss2d, blocked_case),
     "Mamba-1 core": (selective_scan, selective_scan_case),
     "gated norm": (ss2d, norm_case),
     "Sinkhorn": (hyper_connections, functools.partial(mixing_case, "mhc")),

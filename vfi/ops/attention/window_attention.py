@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vfi.errors import JobError
-from vfi.ops.triton.availability import UnavailableReason, select_backend, why_unavailable
+from vfi.ops.triton.availability import UnavailableReason, may_be_tried, select_backend, why_unavailable
 
 FUSED_WIDTHS = (16, 32, 64)  # of a head
 FusedWindowAttention = Callable[[Tensor, int, int, int, int], Tensor]
@@ -136,11 +136,10 @@ def import_fused() -> FusedWindowAttention:
 
 def attention_obstacle(device: torch.device, head_dim: int) -> str | None:
     """Return why the fused kernels can't run on `device` with heads of this width; None if they can."""
-    if obstacle := why_unavailable(device):
-        return obstacle
-    if head_dim not in FUSED_WIDTHS:
+    obstacle = why_unavailable(device)
+    if head_dim not in FUSED_WIDTHS and may_be_tried(obstacle):
         return f"the fused kernels take heads of {', '.join(map(str, FUSED_WIDTHS))} channels, not {head_dim}"
-    return None
+    return obstacle
 
 
 def _flash_obstacle(device: torch.device) -> str | None:

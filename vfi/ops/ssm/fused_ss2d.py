@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from vfi.ops.triton import launch_config
-from vfi.ops.triton.availability import multiprocessors, why_unavailable
+from vfi.ops.triton.availability import may_be_tried, multiprocessors, why_unavailable
 
 HEAD_DIMS, STATES = (16, 32, 64), (16, 32, 64, 128)
 """Widths of a head and of a state for which the kernels have tiles."""
@@ -52,9 +52,9 @@ _SCAN_LAUNCH: dict[str, tuple[tuple[int, int], tuple[int, int]]] = {
 _FEWER_REGISTERS = ("scan", "scan_key_gradients")
 _TILE_BYTES = 8192  # of a state's operands; wider states get shorter chunks and fewer stages, to fit into shared memory
 _ROW_BYTES = 256  # of a key's operands; wider keys likewise, where shared memory is small
-# compute capabilities with 99 KB of shared memory for a program; others have at least 163 KB (CUDA C++ Programming Guide,
-# compute capabilities)
-_SMALL = ((8, 6), (8, 9), (12, 0), (12, 1))
+# compute capabilities with 64 (7.5), 96 (7.0) or 99 KB of shared memory for a program; others have at least 163 KB (CUDA C++
+# Programming Guide, compute capabilities)
+_SMALL = ((7, 0), (7, 5), (8, 6), (8, 9), (12, 0), (12, 1))
 
 
 class Shape(NamedTuple):
@@ -116,14 +116,15 @@ def fused_ss2d(projected: Tensor, parameters: Parameters, shape: Shape) -> Tenso
 
 def ss2d_obstacle(device: torch.device, head_dim: int, state: int, groups: int) -> str | None:
     """Return why the fused kernels can't run; None if they can."""
-    if obstacle := why_unavailable(device):
+    obstacle = why_unavailable(device)
+    if not may_be_tried(obstacle):
         return obstacle
     if groups != 1:
         return "the fused kernels have one B and C for all heads (--ssd_groups shared)"
     if head_dim not in HEAD_DIMS or state not in STATES:
         allowed = [", ".join(map(str, sizes)) for sizes in (HEAD_DIMS, STATES)]
         return f"the fused kernels have --head_dim {allowed[0]} and --d_state {allowed[1]}, not {head_dim} and {state}"
-    return None
+    return obstacle
 
 
 class _FusedSS2D(torch.autograd.Function):

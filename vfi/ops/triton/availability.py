@@ -13,18 +13,33 @@ from vfi.errors import JobError
 BACKENDS = ("auto", "torch", "fused")
 UnavailableReason = Callable[[torch.device], str | None]
 """device -> why kernels can't run there, or None if they can."""
-_CAPABILITY = (8, 0)  # minimum compute capability: bf16 products and asynchronous copies
+_CAPABILITY = (8, 0)  # minimum compute capability that `auto` takes: bf16 products and asynchronous copies
+_COMPILED = (7, 0)  # … for which the kernels of fp16 and fp32 are compiled in a test, and which nobody has run
+
+
+class Untried(str):
+    """Reason why `auto` passes kernels over; a user who names them may try."""
+
+
+def may_be_tried(obstacle: str | None) -> bool:
+    """Return whether kernels run, or can be tried by name, in spite of what `why_unavailable` says."""
+    return obstacle is None or isinstance(obstacle, Untried)
 
 
 def why_unavailable(device: torch.device) -> str | None:
-    """Return why the fused kernels can't run on `device`; None if they can."""
+    """Return why the fused kernels can't run on `device`, or are not taken by `auto` (Untried); None if they can."""
     if device.type != "cuda":
         return f"the fused kernels need a CUDA GPU and the device is {device.type}"
-    if torch.cuda.get_device_capability(device) < _CAPABILITY:
-        needed = ".".join(map(str, _CAPABILITY))
-        return f"{torch.cuda.get_device_name(device)} is older than compute capability {needed}, which the fused kernels need"
+    capability, name = torch.cuda.get_device_capability(device), torch.cuda.get_device_name(device)
+    if capability < _COMPILED:
+        return f"{name} is older than compute capability {'.'.join(map(str, _COMPILED))}, which the fused kernels need"
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed; docs/performance.md has the command"
+    if capability < _CAPABILITY:
+        return Untried(
+            f"on {name}, of compute capability {'.'.join(map(str, capability))}, the fused kernels were compiled for fp16 and "
+            f"fp32, but never run"
+        )
     return None
 
 
@@ -55,9 +70,9 @@ def select_backend(
         return backend, f"{operator}: {reference} (asked for)"
     if backend != "auto":
         problem = kernels[backend](device) if backend in kernels else f"{operator} has no such kernels"
-        if problem is not None:
+        if not may_be_tried(problem):
             raise JobError(f"--{flag} {backend} cannot run: {problem}; use --{flag} auto or {reference}")
-        return backend, f"{operator}: {backend} (asked for)"
+        return backend, f"{operator}: {backend} (asked for{f'; {problem}' if problem else ''})"
     problems: list[str] = []
     for name, why in kernels.items():
         problem = why(device)
