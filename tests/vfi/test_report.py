@@ -521,6 +521,40 @@ def test_damaged_results_are_refused_by_place(tmp_path) -> None:
     assert "frame average" in problem(lambda c: c.update(rows=c["rows"][1:]))
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c["rows"][2].update(model="renamed"), "the picture 'sample-1' is of the model 'tiny', and the rows are"),
+        (lambda c: c["rows"].append(c["rows"][2]), "two rows are called 'tiny'"),
+        (lambda c: c["rows"][2]["images"].pop(), "row 'tiny' has other images than 'frame average'"),
+        (lambda c: c["rows"][1]["images"][0].update(key="x"), "row 'nearest frame' has other images than 'frame average'"),
+        (lambda c: c["pictures"][0].update(key="sample-9"), "no image has the key 'sample-9' of a picture"),
+        (lambda c: c["pictures"][0].update(predictions={}), "the picture 'sample-1' shows no model"),
+        (lambda c: c["pictures"][0]["flows"].update(other="a.png"), "is of the model 'other'"),
+        (lambda c: c.update(motion=[1.0]), "it has the motion of 1 images, and 3 images"),
+        (lambda c: c["protocol"].update(profile="rife"), "its protocol has no 'TTA'"),
+    ],
+)
+def test_results_whose_names_do_not_fit_together_are_refused(change, message, tmp_path, capsys) -> None:
+    """As after an edit by hand."""
+    path = tmp_path / "r.json"
+    write_results(path, made.with_picture(tmp_path, (8, 8)))
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+    line = _refusal(capsys, path, "--out", tmp_path / "report")
+    assert f"{path} does not fit together: " in line
+    assert message in line
+
+
+def test_files_of_one_set_with_other_images_are_refused(tmp_path, capsys) -> None:
+    write_results(tmp_path / "a.json", made.results())
+    text = (tmp_path / "a.json").read_text()
+    (tmp_path / "b.json").write_text(text.replace("sample-2", "sample-9"))
+    line = _refusal(capsys, tmp_path / "a.json", tmp_path / "b.json", "--out", tmp_path / "report")
+    assert f"{tmp_path / 'b.json'} and {tmp_path / 'a.json'} state the same samples and have other images" in line
+
+
 def test_out_and_missing_arguments(tmp_path, capsys) -> None:
     write_results(tmp_path / "r.json", made.results())
     assert "is a file" in _refusal(capsys, tmp_path / "r.json", "--out", tmp_path / "r.json")

@@ -14,7 +14,8 @@ import itertools
 import json
 import re
 import statistics
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -158,7 +159,34 @@ def read_results(path: Path) -> Results:
         raise ResultError(f"{error}: run `vfi benchmark` again") from error
     if tuple(row.model for row in results.rows[: len(BASELINES)]) != BASELINES:
         raise ResultError(f"{path} lacks the rows {', '.join(map(repr, BASELINES))}: run `vfi benchmark` again")
+    if misfit := next(_misfits(results), ""):
+        raise ResultError(f"{path} does not fit together: {misfit}. Was it edited? Run `vfi benchmark` again")
     return results
+
+
+def _misfits(results: Results) -> Iterator[str]:
+    """Yield what in one part of the results has no counterpart in another."""
+    names, keys = [row.model for row in results.rows], _keys(results.rows[0])
+    yield from (f"two rows are called {name!r}" for name, count in Counter(names).items() if count > 1)
+    yield from (f"row {row.model!r} has other images than {FRAME_AVERAGE!r}" for row in results.rows if _keys(row) != keys)
+    if results.motion and len(results.motion) != len(keys):
+        yield f"it has the motion of {len(results.motion)} images, and {len(keys)} images"
+    for picture in results.pictures:
+        if picture.key not in keys:
+            yield f"no image has the key {picture.key!r} of a picture"
+        if not picture.predictions:
+            yield f"the picture {picture.key!r} shows no model"
+        for name in (*picture.predictions, *picture.errors, *picture.flows):
+            if name not in names:
+                yield f"the picture {picture.key!r} is of the model {name!r}, and the rows are {', '.join(map(repr, names))}"
+    if "profile" in results.protocol:
+        yield from (
+            f"its protocol has no {fact!r}" for fact in ("protocol", "TTA", "frame set") if fact not in results.protocol
+        )
+
+
+def _keys(row: Row) -> list[str]:
+    return [image.key for image in row.images]
 
 
 def _what_is(content: Any) -> str:
@@ -206,7 +234,8 @@ def _title(results: Results) -> str:
 def group_by_data(files: dict[Path, Results]) -> list[Group]:
     """Group results by samples and way of measuring, in the order of first appearance.
 
-    A group has the same index and number of samples, the same protocol and profile, and either TTA throughout or none.
+    A group has the same index and number of samples, the same protocol and profile, and either TTA throughout or none. Raises
+    ResultError where the images of a group differ nevertheless.
     """
     together: dict[tuple[object, ...], list[tuple[Path, Results]]] = {}
     for path, results in files.items():
@@ -215,6 +244,12 @@ def group_by_data(files: dict[Path, Results]) -> list[Group]:
     groups = []
     for members in together.values():
         first = members[0][1]
+        for path, results in members:
+            if _keys(results.rows[0]) != _keys(first.rows[0]):
+                raise ResultError(
+                    f"{path} and {members[0][0]} state the same samples and have other images: was one edited? Report on them "
+                    f"one by one, or run `vfi benchmark` again"
+                )
         rows = [(row, path, results) for path, results in members for row in results.models]
         names = [row.model for row, _, _ in rows]
         entries = tuple(
