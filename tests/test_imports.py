@@ -34,7 +34,7 @@ ORDER: dict[str, tuple[tuple[str, ...], ...]] = {
             ("data",),
         ),
         *(("checkpoint",), ("tracking",), ("distributed",), ("training",), ("profiling",), ("inference",), ("video",)),
-        *(("evaluation",), ("release",), ("reporting",), ("pretrained",), ("",), COMMANDS),
+        *(("evaluation",), ("release",), ("reporting",), ("pretrained",), ("vapoursynth",), ("",), COMMANDS),
     ),
     "launch": (
         ("", "memory", "options", "preflight", "slurm", "submission"),
@@ -96,6 +96,7 @@ GUARDED = {
     "flash_attn": {"vfi/ops/attention/window_attention.py"},
     "deepspeed": set(),
     "gradio": {"vfi/app.py"},
+    "vapoursynth": {"vfi/vapoursynth.py"},
     "submitit": {"launch/executors.py", "launch/node/agent.py"},
     "onnx": set(),
     "onnxscript": set(),

@@ -56,8 +56,8 @@ class FrameInterpolator:
 
         Raises CheckpointError for a model that can't be found or used, JobError for a device that does not exist.
         """
-        _check_choice("device", device, get_args(DeviceName))
-        _check_choice("precision", precision, get_args(PrecisionName))
+        check_choice("device", device, get_args(DeviceName))
+        check_choice("precision", precision, get_args(PrecisionName))
         place = pick_device(device)
         return cls(load(path, place, revision), place, pick_precision(precision, place))
 
@@ -112,7 +112,8 @@ class FrameInterpolator:
             raise JobError(f"scale is {scale}, but {self._loaded.path} is of phase 1, without flow: leave it out")
 
 
-def _check_choice(name: str, value: str, allowed: Sequence[str]) -> None:
+def check_choice(name: str, value: str, allowed: Sequence[str]) -> None:
+    """Raise JobError for an argument that is none of those allowed."""
     if value not in allowed:
         raise JobError(f"{name} is {value!r}; choose from {', '.join(allowed)}")
 

@@ -1,7 +1,7 @@
 """Interpolate frames of any size on any machine, whole or in tiles, and keep static regions unchanged.
 
     between = InterpolationEngine(Settings(model=Path("runs/base")))
-    images = between(img0, img1, [0.25, 0.5, 0.75])      # RGB [H, W, 3], uint8 or uint16, like img0
+    images = between(img0, img1, [0.25, 0.5, 0.75])      # RGB [H, W, 3]: uint8, uint16 or float32 in 0 … 1, like img0
     wait = between.start(img0, img1, [0.5])              # asynchronous on a GPU; wait() -> the images
 
 Memory: on a GPU whole frames are tried, and tiles get smaller until they fit. On a CPU the operating system kills a program
@@ -90,7 +90,7 @@ class InterpolationEngine:
             self._limit(settings.max_memory)
 
     def __call__(self, img0: np.ndarray, img1: np.ndarray, timesteps: Sequence[float | Fraction]) -> Images:
-        """Return the frames at these timesteps, rounded to the type of the inputs; features are computed once for all.
+        """Return the frames at these timesteps in the type of the inputs; features are computed once for all.
 
         Raises JobError for frames that do not fit into memory even as tiles.
         """
@@ -112,8 +112,9 @@ class InterpolationEngine:
                 self._step_down(img0.shape[0], img0.shape[1])
             again = False
             free_memory()
-        top = np.iinfo(img0.dtype).max
-        levels = (found * float(top)).round().permute(0, 2, 3, 1).to(torch.uint8 if top == 255 else torch.int32)
+        if (top := _top(img0)) > 1:
+            found = (found * float(top)).round().to(torch.uint8 if top == 255 else torch.int32)
+        levels = found.permute(0, 2, 3, 1)
         if self.device.type == "cuda":
             there = torch.empty(levels.shape, dtype=levels.dtype, pin_memory=True)
             levels = there.copy_(levels, non_blocking=True)
@@ -213,7 +214,12 @@ class InterpolationEngine:
         np.copyto(whole.numpy(), laid)  # torch's copy waits for threads on all cores, which are busy with decoding and encoding
         whole = whole.to(self.device, non_blocking=True)
         whole = whole if planes else whole.permute(2, 0, 1)
-        return whole[None].to(memory_format=torch.channels_last).float() / np.iinfo(image.dtype).max
+        return whole[None].to(memory_format=torch.channels_last).float() / _top(image)
+
+
+def _top(image: np.ndarray) -> int:
+    """Return the value that means 1."""
+    return 1 if image.dtype == np.float32 else np.iinfo(image.dtype).max
 
 
 def keep_static_regions(made: Tensor, img0: Tensor, img1: Tensor, times: Tensor) -> Tensor:
