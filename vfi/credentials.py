@@ -5,8 +5,9 @@
     redact("can't read https://me:password@host/set?token=abc")
 
 Secrets of http(s) are `user:password@` (the user may be a token) and the whole query, where signed links have theirs; of any
-other scheme the password. What `hide` takes out is kept in the environment variable SECRETS of this process and those that it starts, which a user may also
-set: addresses with their secrets, separated by spaces, each for itself and all below it. ~/.netrc has passwords for http(s).
+other scheme the password. What `hide` takes out is kept in the environment variable SECRETS of this process and those that it
+starts, which a user may also set: addresses with their secrets, separated by spaces, each for itself and all below it. ~/.netrc
+has passwords for http(s).
 """
 
 from __future__ import annotations
