@@ -28,6 +28,7 @@ from vfi.checkpoint.store import newest_run
 from vfi.errors import CheckpointError, JobError, clear_errors
 from vfi.evaluation.results import ResultError
 from vfi.inference.loading import load, predict
+from vfi.io.writer_lock import writer_lock
 from vfi.model.interpolator import MIN_SIZE, FrameInterpolator
 from vfi.release.graph_formats import FILES, USE, WRITERS, Run, compare, refuse_missing
 from vfi.release.model_card import Card, Difference, card, describe_training, use_graph
@@ -78,6 +79,11 @@ def export(options: Options) -> Iterator[str]:
     Raises JobError, CheckpointError or ResultError; then there is no folder.
     """
     _check(options)
+    with writer_lock(options.out, "give another --out"):
+        yield from _export(options)
+
+
+def _export(options: Options) -> Iterator[str]:
     training = describe_training(options.sources, options.recipe, options.hours)
     loaded = load(options.model or newest_run(), torch.device("cpu"))
     network = cast(FrameInterpolator, loaded.model)

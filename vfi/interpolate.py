@@ -17,6 +17,7 @@ NAME_partial, which is playable, and from which --resume resumes.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import sys
 from collections.abc import Iterator, Sequence
@@ -32,6 +33,7 @@ from shards.codecs import read_image
 from shards.schema import IMAGE_EXTENSIONS, ShardError
 from vfi.config.renamed_flags import with_new_names
 from vfi.errors import CheckpointError, JobError, clear_errors
+from vfi.io.writer_lock import writer_lock
 from vfi.video.convert import ConversionSettings, build_engine, check_sizes, convert, made_by, new_timeline, temporary_path
 from vfi.video.deep_images import DEEP_OUTPUTS, read_deep, write_deep
 from vfi.video.folder import is_animated, is_transparent
@@ -82,9 +84,13 @@ def interpolate(options: Options) -> Iterator[str]:
         raise JobError("--timestep is for two images; for a video take --multiplier, --fps or --slowmo")
     new_timeline(options.conversion)
     places = _places(options)
-    model = build_engine(options.conversion)
-    for path, out in places.items():
-        yield convert(options.conversion, path, out, model)
+    with contextlib.ExitStack() as locks:
+        for out in places.values():
+            if out != PIPE:
+                locks.enter_context(writer_lock(out, "give another --out"))
+        model = build_engine(options.conversion)
+        for path, out in places.items():
+            yield convert(options.conversion, path, out, model)
 
 
 def _places(options: Options) -> dict[Path, Path]:
@@ -133,17 +139,18 @@ def _images_to_image(options: Options, path0: Path, path1: Path) -> str:
     _check_output(options.out, IMAGE_OUTPUTS, (path0, path1))
     img0, img1 = _read_pair(path0, path1, options.out.suffix.lower() in DEEP_OUTPUTS)
     check_sizes({path0: img0.shape[:2], path1: img1.shape[:2]})
-    model = build_engine(options.conversion)
-    temporary = temporary_path(options.out)
-    try:
-        image = model(img0, img1, [timestep])[0]
-        if image.dtype == np.uint16:
-            write_deep(temporary, image)
-        else:
-            Image.fromarray(image).save(temporary, quality=95)  # for JPEG and WebP
-        temporary.replace(options.out)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with writer_lock(options.out, "give another --out"):
+        model = build_engine(options.conversion)
+        temporary = temporary_path(options.out)
+        try:
+            image = model(img0, img1, [timestep])[0]
+            if image.dtype == np.uint16:
+                write_deep(temporary, image)
+            else:
+                Image.fromarray(image).save(temporary, quality=95)  # for JPEG and WebP
+            temporary.replace(options.out)
+        finally:
+            temporary.unlink(missing_ok=True)
     height, width = img0.shape[:2]
     lost = ", transparency left out (over black)" if any(map(is_transparent, (path0, path1))) else ""
     return f"{options.out}: {width}x{height}, timestep {timestep:g}{lost}, {made_by(model)}"

@@ -11,14 +11,17 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 import shutil
 from collections.abc import Sequence
+from pathlib import Path
 
 from shards.schema import ShardError
 from vfi.config import command_line
 from vfi.config.configs import Config, ConfigError
 from vfi.data.augment import FrameTooSmallError
 from vfi.errors import CheckpointError, JobError, clear_errors
+from vfi.io.writer_lock import writer_lock
 from vfi.runtime.logging import logger
 from vfi.runtime.numerics import explain_determinism_errors
 from vfi.tracking.run_status import recorded
@@ -39,10 +42,11 @@ def train(config: Config, flow_teacher: FlowTeacher | None = None) -> None:
     if config.optim.flow_teacher and flow_teacher is not None:
         raise ConfigError(f"a flow_teacher was given, and --flow_teacher {config.optim.flow_teacher}: remove one")
     if not config.run.dry_run:
-        trainer = Trainer(config, flow_teacher)
-        is_main = trainer.accelerator.is_main_process
-        with recorded(trainer.folder, trainer.live.total, lambda: trainer.live.step) if is_main else contextlib.nullcontext():
-            trainer.fit()
+        with writer_lock(Path(config.run.output_dir) / config.run.exp_name, _other_ways()):
+            trainer = Trainer(config, flow_teacher)
+            status = recorded(trainer.folder, trainer.live.total, lambda: trainer.live.step)
+            with status if trainer.accelerator.is_main_process else contextlib.nullcontext():
+                trainer.fit()
         return
     run = dataclasses.replace(
         config.run, steps=_DRY_RUN_STEPS, epochs=None, log_every=1, val_every=_DRY_RUN_STEPS, save_every=_DRY_RUN_STEPS,
@@ -57,6 +61,14 @@ def train(config: Config, flow_teacher: FlowTeacher | None = None) -> None:
     finally:
         if trainer.accelerator.is_main_process:
             shutil.rmtree(trainer.folder, ignore_errors=True)
+
+
+def _other_ways() -> str:
+    """Return what to do where another process already writes the run folder."""
+    tasks = os.environ.get("SLURM_STEP_NUM_TASKS", "1")
+    if tasks == "1" or "RANK" in os.environ:
+        return "give another --exp_name"
+    return f"give another --exp_name. srun started {tasks} tasks without a launcher, each a run of its own: use srun -n 1"
 
 
 def main(argv: Sequence[str] | None = None) -> None:

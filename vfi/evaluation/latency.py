@@ -35,6 +35,7 @@ from vfi.evaluation.latency_results import OWN_PRECISION, Speed, SpeedRow, write
 from vfi.evaluation.results import check_output
 from vfi.evaluation.settings import parse_size
 from vfi.inference.loading import LoadedModel, check_scale
+from vfi.io.writer_lock import writer_lock
 from vfi.model.compile import compile_modules
 from vfi.model.interpolator import FrameInterpolator
 from vfi.profiling.timing import WARMUP
@@ -95,6 +96,11 @@ def speed(settings: SpeedSettings, command: str = "") -> Speed:
     Raises JobError or CheckpointError for unusable settings, before anything is measured.
     """
     _check(settings)
+    with writer_lock(settings.out, "give another --out"):
+        return _speed(settings, command)
+
+
+def _speed(settings: SpeedSettings, command: str) -> Speed:
     device = pick_device(settings.device)
     precision = pick_precision(settings.precision, device)
     if device.type == "cuda":

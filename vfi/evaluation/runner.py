@@ -22,6 +22,7 @@ from vfi.evaluation.sample_images import check_folder, draw_pictures
 from vfi.evaluation.settings import BenchmarkSettings
 from vfi.evaluation.task import EvaluationTask, task_from_protocol, task_from_shards
 from vfi.inference.loading import LoadedModel, check_scale
+from vfi.io.writer_lock import writer_lock
 from vfi.metrics.lpips import load_lpips
 from vfi.model.interpolator import FrameInterpolator
 from vfi.profiling import costs
@@ -37,6 +38,11 @@ def benchmark(settings: BenchmarkSettings, command: str = "") -> Results | None:
     Raises JobError, ShardError or CheckpointError for unusable options, before anything is measured.
     """
     _check(settings)
+    with writer_lock(settings.out, "give another --out"):
+        return _benchmark(settings, command)
+
+
+def _benchmark(settings: BenchmarkSettings, command: str) -> Results | None:
     rank, world = this_rank(), int(os.environ.get("WORLD_SIZE", "1"))
     show_messages(is_main=rank == 0)
     device = _own_device(settings.device)

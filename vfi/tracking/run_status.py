@@ -18,6 +18,7 @@ from pathlib import Path
 
 from vfi.errors import Stopped, message_of
 from vfi.io.dataclass_json import RecordError, from_object, to_json, write_text
+from vfi.io.writer_lock import process_start
 
 STATUS = "status.json"
 STATES = {
@@ -49,7 +50,7 @@ class Status:
 @contextmanager
 def recorded(folder: Path, total: int, step: Callable[[], int]) -> Iterator[None]:
     """Record that this process trains in `folder` towards `total` steps, and how it ended; `step()` returns the last step."""
-    status = Status("running", total, "", platform.node(), os.getpid(), _start_of(os.getpid()))
+    status = Status("running", total, "", platform.node(), os.getpid(), process_start(os.getpid()))
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / STATUS, to_json(status))
     state, why = "stopped", ""
@@ -76,19 +77,9 @@ def read_status(folder: Path) -> Status:
         return status
     if status.host != platform.node():
         return dataclasses.replace(status, state="unclear", why=f"started on {status.host}")
-    if _start_of(status.pid) != status.started:
+    if process_start(status.pid) != status.started:
         return dataclasses.replace(status, state="killed", why=f"process {status.pid} is gone")
     return status
-
-
-def _start_of(pid: int) -> str:
-    """Return when a living process started, in the kernel's ticks; empty for one that is gone."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()  # the name before it may hold anything
-    except OSError:
-        return ""
-    state, start = fields[0], fields[19]
-    return "" if state in "ZX" else start
 
 
 def age(moment: float) -> str:
