@@ -70,3 +70,20 @@ def test_a_source_archive_holds_all(source) -> None:
     with tarfile.open(build(source, "sdist")) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     assert expected | {"setup.cfg", "pyproject.toml", "README.md", "LICENSE"} <= names
+
+
+def test_an_editable_install_is_found_beside_a_clone(source, tmp_path) -> None:
+    """A folder `vfi` without __init__.py, such as a clone of the repository, would be a namespace package of that name."""
+    clone, venv = tmp_path / "vfi", tmp_path / "venv"
+    shutil.copytree(source, clone)
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", venv], check=True, timeout=60)
+    (packages,) = venv.glob("lib/python*/site-packages")
+    with zipfile.ZipFile(build(clone, "editable")) as wheel:
+        wheel.extractall(packages)
+    needed = [path for path in sys.path if path.endswith("site-packages")]  # without its .pth files
+    (packages / "needed.pth").write_text("\n".join(needed))
+    code = "from vfi import FrameInterpolator; import launch, shards, vfi; print(*(p.__file__ for p in (vfi, launch, shards)))"
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    command = [venv / "bin" / "python", "-c", code]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False, timeout=120)
+    assert done.stdout.split() == [str(clone / package / "__init__.py") for package in ("vfi", "launch", "shards")], done.stderr
