@@ -120,6 +120,16 @@ def test_auto_is_decided_pair_by_pair_and_refused_without_flow(run, monkeypatch)
         InterpolationEngine(Settings(run, "cpu", scale="some"))
 
 
+def test_floats_are_not_rounded(tmp_path):
+    image0, image1 = np.random.default_rng(0).integers(0, 65536, (2, 64, 80, 3), np.uint16)
+    model = InterpolationEngine(Settings(new_run(tmp_path / "runs" / "noise", noise=0.02), "cpu"))
+    rounded = model(image0, image1, [0.3, 0.5])
+    floats = model(*((image / 65535).astype(np.float32) for image in (image0, image1)), [0.3, 0.5])
+    assert all(image.dtype == np.float32 for image in floats)
+    assert np.abs(np.multiply(floats, 65535.0) - rounded).max() < 0.5 + 0.1  # and the products' own rounding
+    assert np.abs(np.multiply(floats, 65535.0) - np.multiply(floats, 65535.0).round()).max() > 0.4
+
+
 def test_colours_may_lie_side_by_side_or_one_after_the_other(run):
     image0, image1 = np.random.default_rng(0).integers(0, 256, (2, 64, 80, 3), np.uint8)
     model = InterpolationEngine(Settings(run, "cpu"))
