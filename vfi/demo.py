@@ -74,7 +74,7 @@ def commands(options: Options) -> list[list[str]]:
     shards = ["shards.synthetic", "--size", SIZE, "--max_motion", MAX_MOTION, "--no-flow", "--workers", "2"]
     # the clip is one long sample of held-out photographs: unpacked, it is a folder of frames
     long = ["shards.synthetic", "--size", CLIP_SIZE, "--max_motion", CLIP_MOTION, "--no-flow", "--frames", str(CLIP_FRAMES)]
-    naming = ["--output_dir", str(out / "runs"), "--exp_name", EXP_NAME, "--resume", "auto"]
+    naming = ["--output_dir", str(out / "runs"), "--exp_name", EXP_NAME, "--resume", "auto", "--schedule", "extend"]
     steps: list[list[str | Path]] = [
         [*shards, "--samples", str(TRAIN_SAMPLES), "--seed", str(TRAIN_SEED), "--out", train],
         [*shards, "--samples", str(VAL_SAMPLES), "--seed", str(VAL_SEED), "--split", "val", "--out", val],

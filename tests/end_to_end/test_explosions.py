@@ -339,7 +339,7 @@ def test_checkpoints_of_ruined_weights_are_left_out_and_removed(undisturbed, run
         found, expected = weights(disturbed, step), weights(undisturbed, step)
         assert max((found[name] - tensor).abs().max() for name, tensor in expected.items()) < 0.1
     # and what was done survives a resume
-    again = run("saved", "--steps", 62, "--resume", "auto", "--save_every", 2)
+    again = run("saved", "--steps", 62, "--resume", "auto", "--schedule", "extend", "--save_every", 2)
     optim = command_line.from_command_line(FLAGS).optim
     assert [row["lr"] for row in rows(again, "train")[-2:]] == [learning_rate(step, 62, optim) / 2 for step in (60, 61)]
     assert read_state(latest(again).path).guard["roll_backs"] == 1

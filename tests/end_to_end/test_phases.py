@@ -151,7 +151,7 @@ def test_frozen_epochs_end_with_another_global_batch_too(first, tmp_path, train_
     """Four of five steps with four samples, then the six samples that are left of the epoch in pairs: three more are frozen."""
     flags = ("--data_path", train_shards, "--phase", 2, "--freeze_backbone", 1, "--save_every", 1, "--keep_last", 9)
     folder = run(tmp_path, "frozen", *flags, "--steps", 4, "--resume", first)
-    run(tmp_path, "frozen", *flags, "--steps", 8, "--batch_size", 2, "--resume", "auto")
+    run(tmp_path, "frozen", *flags, "--steps", 8, "--batch_size", 2, "--resume", "auto", "--schedule", "extend")
     before = {name: tensor for name, tensor in weights(first).items() if name.startswith("backbone.")}
     for step in range(4, 9):
         after = load_file(saved(folder, step) / "model.safetensors")

@@ -139,7 +139,7 @@ def test_ema_may_begin_and_end_with_a_resume(again, train_shards, val_shards, ca
     go_on(again, train_shards, val_shards, "--ema", 0)
     assert not (latest(again).path / store.EMA).exists()
     assert "--ema is 0: the EMA weights of" in capsys.readouterr().out
-    go_on(again, train_shards, val_shards, "--steps", 8)
+    go_on(again, train_shards, val_shards, "--steps", 8, "--schedule", "extend")
     assert "has no EMA weights: the average starts from its weights" in capsys.readouterr().out
     assert store.read_state(latest(again).path).ema_updates == 2
 
@@ -204,7 +204,7 @@ def test_states_that_make_no_sense_are_refused_by_name(again, train_shards, caps
     files = {path.name: path.read_bytes() for path in newest.iterdir() if path.name != MANIFEST}
     changed = json.loads(files[name]) | change if isinstance(change, dict) else change
     write_folder(newest, (files | {name: json.dumps(changed).encode()}).items())
-    flags = (again.parent, "again", "--data_path", train_shards, "--steps", 5, "--resume", "auto")
+    flags = (again.parent, "again", "--data_path", train_shards, "--steps", 6, "--resume", "auto")
     if message is None:  # a loss scale is of no interest in fp32
         run(*flags)
     else:
@@ -247,7 +247,7 @@ def test_a_chained_run_may_be_started_again_with_the_same_command(whole, tmp_pat
     assert f"starting from the weights of {latest(whole).path} (step 6, {rank} of its run" in printed
     assert "they are the EMA weights" in printed
     assert "from scratch" not in printed
-    run(tmp_path, "second", *flags, "--steps", 3)
+    run(tmp_path, "second", *flags, "--steps", 3, "--schedule", "extend")
     assert f"resuming from the weights of {second / 'checkpoints' / 'step_00000002'} (step 2)" in capsys.readouterr().out
     straight = run(tmp_path, "straight", *flags, "--steps", 3)
     assert same_tensors(second, straight)

@@ -177,7 +177,7 @@ def test_two_processes_killed_within_an_epoch_go_on_as_one(tmp_path, train_shard
         return plain(trainer, batch)
 
     monkeypatch.setattr(trainer.Trainer, "flow_to_learn", spy)
-    run_here(*flags, "--batch_size", 5, "--epochs", epoch + 1)
+    run_here(*flags, "--batch_size", 5, "--epochs", epoch + 1, "--schedule", "extend")
     rest = 22 - 4 * steps
     assert f"the global batch was 4 and is 5: what epoch {epoch} has not seen yet is planned again" in capsys.readouterr().out
     assert len(before) == 4 * steps
@@ -191,7 +191,7 @@ def test_another_order_starts_the_epoch_anew(undisturbed, tmp_path, train_shards
     run = tmp_path / "changed"
     shutil.copytree(undisturbed, run)
     run_here("--data_path", train_shards, "--steps", 9, "--batch_size", 4, "--output_dir", tmp_path, "--exp_name", "changed",
-             "--resume", "auto", "--shuffle_shards", 1)  # fmt: skip
+             "--resume", "auto", "--schedule", "extend", "--shuffle_shards", 1)  # fmt: skip
     assert "are not those of the checkpoint: epoch 1 starts again" in capsys.readouterr().out
     assert read_state(latest(run).path).position.position == Position(1, ((4, 1),))
 

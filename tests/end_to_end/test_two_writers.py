@@ -43,7 +43,7 @@ def test_the_second_training_of_a_name_ends_and_a_killed_one_is_resumed(tmp_path
     assert first.poll() is None
     first.kill()
     saved = list_checkpoints(tmp_path / "run")[-1].step
-    (output,) = finish([Process(TRAIN, *flags, saved + 2)])
+    (output,) = finish([Process(TRAIN, *flags, saved + 2, "--schedule", "keep")])
     assert "waiting" not in output
     assert f"(step {saved})" in output
     assert [path.name for path in tmp_path.iterdir()] == ["run"]

@@ -85,6 +85,9 @@ class State:
     """State of the loss scaler, in fp16."""
     guard: dict[str, Any] = dataclasses.field(default_factory=dict)
     versions: dict[str, str] = dataclasses.field(default_factory=dict)
+    schedule_start: int = 0
+    schedule_end: int | None = None
+    """The schedule of the learning rate (see vfi/training/schedule.py)."""
     version: int = VERSION
 
     @property
@@ -334,6 +337,7 @@ def _absurd(state: State, name: str) -> str:
     if named and int(named[1]) != state.step:
         return f"it is of step {state.step}"
     counts = {"step": (state.step,), "epoch": (state.epoch or 0,), "ema_updates": (state.ema_updates,)}
+    counts |= {"schedule_start": (state.schedule_start,), "schedule_end": (state.schedule_end or 0,)}
     for field, values in (counts | {"done": [count - 1 for pair in state.done for count in pair]}).items():
         if not all(0 <= value < _LARGEST for value in values):
             return f"{field} is {getattr(state, field)}"

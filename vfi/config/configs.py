@@ -48,6 +48,7 @@ _CURRICULUM = Needs("--curriculum", lambda config: config.data.curriculum)
 _MATVLM = Needs("--matvlm_plan A, B or C", lambda config: config.run.matvlm_plan != "off")
 _DISTILLATION = Needs("--distill_weight", lambda config: config.optim.distill_weight > 0)
 _PERCEPTUAL = Needs("--vgg_weight or --style_weight", lambda config: config.optim.is_perceptual)
+_AUTO = Needs("--resume auto", lambda config: config.run.resume == "auto")
 _REAL_RUN = Needs("--no-dry_run", lambda config: not config.run.dry_run)
 
 
@@ -271,6 +272,10 @@ class RunConfig:
     resume: str = ""
     """auto: resume this run if it has a checkpoint; NAME or PATH: start from the newest weights of another run; NAME@best: from
     those with the highest PSNR."""
+    schedule: Annotated[Literal["extend", "restart", "keep"] | None, _AUTO] = None
+    """What becomes of the learning rate where --resume auto meets other --steps, --epochs, --lr, --lr_min or --warmup_steps.
+    extend: it is as if they had held from the start; restart: a new warm-up and decay over the remaining steps; keep: the
+    former schedule, then its last rate. Formulas: docs/training.md."""
     start_from: str = ""
     """Run or checkpoint (NAME, NAME@best or PATH, as in --resume), folder of `vfi export`, `shipped` (the model that comes with
     the package), or model on the Hugging Face hub (ORG/NAME) to take the initial weights from. With --resume auto only if

@@ -49,7 +49,13 @@ class Status:
 
 @contextmanager
 def recorded(folder: Path, total: int, step: Callable[[], int]) -> Iterator[None]:
-    """Record that this process trains in `folder` towards `total` steps, and how it ended; `step()` returns the last step."""
+    """Record that this process trains in `folder` towards `total` steps, and how it ended; `step()` returns the last step.
+
+    Where all steps are done and recorded as finished, the record stays as it is.
+    """
+    if step() >= total and read_status(folder).state == "finished":
+        yield
+        return
     status = Status("running", total, "", platform.node(), os.getpid(), process_start(os.getpid()))
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / STATUS, to_json(status))

@@ -1,6 +1,6 @@
 """Record the metrics of a run in metrics.jsonl and TensorBoard, on the main process only.
 
-metrics.jsonl   one JSON object a line: {"step": 100, "event": "train", "loss": …}; events: train, val, fault, stop, batch
+metrics.jsonl   one JSON object a line: {"step": 100, "event": "train", "loss": …}; docs/training.md names the events
 tensorboard/    the same as curves, and images of the validation
 """
 

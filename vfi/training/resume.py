@@ -2,7 +2,7 @@
 
     point = resume_point(config.run, run_folder)
     snapshot = read_snapshot(point.path) if point.is_resume else None
-    step = load_own_weights(network, snapshot, config) if snapshot else load_initial_weights(network, point, config)
+    step = load_own_weights(network, snapshot, changed) if snapshot else load_initial_weights(network, point, config)
     saved = saved_position(plan, snapshot, step)
     position = starting_position(plan, saved)
 
@@ -11,6 +11,7 @@ vfi/training/state.py restores what else belongs to the state of a run.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -57,15 +58,19 @@ def resume_point(run: RunConfig, folder: Path) -> ResumePoint:
     return ResumePoint(path, notes=tuple(damaged))
 
 
-def load_own_weights(network: FrameInterpolator, snapshot: Snapshot, config: Config) -> int:
-    """Load the weights of a state of this run and return its step; CheckpointError where they don't fit."""
+def load_own_weights(network: FrameInterpolator, snapshot: Snapshot, changed: Sequence[str]) -> int:
+    """Load the weights of a state of this run and return its step; CheckpointError where they don't fit.
+
+    `changed`: a line about each setting that differs from that state's.
+    """
     logger.info(f"resuming from the weights of {snapshot.place} (step {snapshot.state.step})")
+    for line in changed:
+        logger.info(f"differs from the checkpoint's settings: {line}")
     if snapshot.path is not None:
-        different = _log_differences(config, store.read_config(snapshot.path))
         try:
             weights.refuse_differences(network.state_dict(), snapshot.weights, snapshot.path)
         except CheckpointError as error:
-            raise CheckpointError(f"{error}. Settings that differ: {different}") from error
+            raise CheckpointError(f"{error}. Settings that differ: {', '.join(changed) or 'none'}") from error
     network.load_state_dict(snapshot.weights)
     return snapshot.state.step
 

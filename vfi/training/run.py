@@ -1,6 +1,6 @@
 """The state of a training run: what a step changes, what a checkpoint holds and what a roll-back rebuilds.
 
-run = Run(config, accelerator, strategy, loader, start, snapshot)
+run = Run(config, accelerator, strategy, loader, start, snapshot, schedule)
 run.train_mode()
 loss = run.model(img0, img1, timestep, imgt)…
 run.advance()
@@ -16,6 +16,7 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import nn
 
+from vfi.checkpoint import store
 from vfi.checkpoint.store import State
 from vfi.config.configs import Config, ConfigError
 from vfi.data.batch import FrameBatch
@@ -32,7 +33,7 @@ from vfi.tracking.environment import versions
 from vfi.training.cuda_graphs import GraphRecorder, capture_graphs
 from vfi.training.ema import Ema
 from vfi.training.gradient_monitor import GradientMonitor
-from vfi.training.optimizer import build_optimizer, carry_over, freeze, learning_rate
+from vfi.training.optimizer import build_optimizer, carry_over, freeze
 from vfi.training.resume import (
     ResumePoint,
     init_from_attention,
@@ -41,17 +42,17 @@ from vfi.training.resume import (
     saved_position,
     starting_position,
 )
+from vfi.training.schedule import Schedule, changed_settings, refuse_shorter, resumed_schedule, total_steps
 from vfi.training.state import Snapshot, gather_random, restore, scaler_state
 from vfi.training.validation import Score
-
-DEFAULT_EPOCHS = {1: 300, 2: 200, 3: 100}  # by phase
 
 
 class Run:
     """Network, optimizer, data position and everything else that belongs to the state of a run.
 
-    Built from `snapshot`, from the weights of `start`, or from scratch, by all processes together. ConfigError where the
-    settings don't fit what is loaded or where they train.
+    Built from `snapshot`, from the weights of `start`, or from scratch, by all processes together. `schedule`: that of this
+    run already, which then resumes with the settings that it has had. ConfigError where the settings don't fit what is loaded
+    or where they train.
     """
 
     def __init__(
@@ -62,14 +63,18 @@ class Run:
         loader: TrainingLoader,
         start: ResumePoint,
         snapshot: Snapshot | None,
+        schedule: Schedule | None = None,
     ) -> None:
         self.config, self.accelerator, self.strategy, self.loader = config, accelerator, strategy, loader
         set_seed(config.run.seed)
         self.network = FrameInterpolator(config.model, accelerator.device)
         self.choices = [*self.network.choices(), choose_loss(config.optim.loss_backend, accelerator.device)[1]]
         """A line about each backend that was selected."""
+        saved_config = store.read_config(snapshot.path) if snapshot and snapshot.path and schedule is None else config
+        self.changed = changed_settings(config, saved_config)
+        """A line about each setting that differs from the checkpoint's."""
         if snapshot:
-            self.step = load_own_weights(self.network, snapshot, config)
+            self.step = load_own_weights(self.network, snapshot, self.changed)
         else:
             self.step = load_initial_weights(self.network, start, config)
         self.least_annealing = annealing_factor(self.network)  # read once: each read waits for the device
@@ -84,8 +89,12 @@ class Run:
         """A batch that was fetched ahead."""
         self.next_losses: dict[str, torch.Tensor] | None = None
         """Losses of `upcoming`, where its forward pass was started ahead."""
-        epochs = config.run.epochs or DEFAULT_EPOCHS[config.model.phase]
-        self.total = config.run.steps or self.step + loader.plan.steps_until(self.position, epochs)
+        self.total = total_steps(config, loader.plan, self.step, self.position)
+        self.schedule = schedule or Schedule()
+        if snapshot and schedule is None:
+            refuse_shorter(config, saved_config, self.total, self.step, self.epoch)
+            saved_total = total_steps(saved_config, loader.plan, self.step, self.position)
+            self.schedule = resumed_schedule(snapshot.state, config, self.total, saved_config, saved_total)
         if self.frozen and start.path is None:
             raise ConfigError(
                 f"--freeze_backbone {config.optim.freeze_backbone} would keep a backbone as it is that was never trained: "
@@ -147,7 +156,7 @@ class Run:
 
     def learning_rate(self, step: int) -> float:
         """Return the learning rate of a step."""
-        return learning_rate(step, self.total, self.config.optim) * (self.monitor.rate_factor if self.monitor else 1)
+        return self.schedule.rate(step, self.total, self.config.optim) * (self.monitor.rate_factor if self.monitor else 1)
 
     def take_snapshot(self, score: Score | None) -> Snapshot:
         """Return everything that the run needs to resume from here; its tensors are the ones being trained, not copies.
@@ -159,5 +168,6 @@ class Run:
         ema, updates = (self.strategy.gathered(self.ema.weights()), self.ema.updates) if self.ema else (None, 0)
         psnr = score.psnr if score and score.step == self.step and math.isfinite(score.psnr) else None
         guard = self.monitor.state_dict() if self.monitor else {}
-        state = State(self.step, epoch, done, order, psnr, updates, scaler_state(self.accelerator), guard, versions())
+        scaler = scaler_state(self.accelerator)
+        state = State(self.step, epoch, done, order, psnr, updates, scaler, guard, versions(), *self.schedule)
         return Snapshot(None, state, model, optimizer, ema, gather_random(self.accelerator))

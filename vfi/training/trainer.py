@@ -37,7 +37,7 @@ from vfi.tracking.environment import METRICS
 from vfi.tracking.tracker import Tracker
 from vfi.training.auto_batch_size import find_batch_size
 from vfi.training.cuda_graphs import enable_expandable_segments
-from vfi.training.description import describe
+from vfi.training.description import describe, log_start
 from vfi.training.divergence import Part, Snapshots, TrainingError, go_back, raise_annealing, suspects
 from vfi.training.gradient_monitor import PROCEED, Decision, async_copy_to_cpu
 from vfi.training.losses import check_flow, training_losses
@@ -46,6 +46,7 @@ from vfi.training.perceptual_loss import load_perceptual_loss
 from vfi.training.progress_bar import progress
 from vfi.training.resume import resume_point
 from vfi.training.run import Run
+from vfi.training.schedule import Schedule
 from vfi.training.state import Snapshot, read_snapshot
 from vfi.training.step_profiler import StepProfiler
 from vfi.training.throughput import Meter
@@ -106,9 +107,7 @@ class Trainer:
         self.score: Score | None = None
         self.live = self._build_run(self._read_resumed())
         self.tracker = Tracker(self.folder, self.live.step, self.accelerator.is_main_process)
-        if self.data.batch_size != config.data.batch_size:
-            numbers = {"batch_size": self.data.batch_size, "accumulation": self.accumulation}
-            self.tracker.log(self.live.step, "batch", asked=config.data.batch_size, **numbers)
+        log_start(self.live, self.tracker, config.data.batch_size)
         self.tally, self.skipped = BadSampleCounts(), BadSampleMonitor(self.data.max_bad_sample_rate, self.loader.plan.samples)
 
     def _fit_batch(self) -> None:
@@ -123,10 +122,9 @@ class Trainer:
 
     def _check_shared_memory(self) -> None:
         """Refuse to start where the loader processes would find no shared memory; no rank has any yet."""
-        needed = training_bytes(self.data, self.loader.with_flow)
-        needed += self.validation.shared_bytes if self.validation else 0
-        advice = "use --num_workers 0, or a smaller --batch_size or --crop"
-        check_shared_memory(needed, int(os.environ.get("LOCAL_WORLD_SIZE", "1")), advice)
+        needed = training_bytes(self.data, self.loader.with_flow) + (self.validation.shared_bytes if self.validation else 0)
+        ranks, advice = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), "use --num_workers 0, or a smaller --batch_size or --crop"
+        check_shared_memory(needed, ranks, advice)
 
     def _read_resumed(self) -> Snapshot | None:
         """Read the checkpoint that this run resumes from, if it does resume, and report damaged checkpoints."""
@@ -137,9 +135,9 @@ class Trainer:
             store.remove_remains(self.folder)  # a run that was killed after its last save does not save again
         return read_snapshot(self.start.path) if self.start.is_resume and self.start.path else None
 
-    def _build_run(self, snapshot: Snapshot | None) -> Run:
-        """Build the run from a state, or from its initial weights; also after a roll-back."""
-        return Run(self.config, self.accelerator, self.strategy, self.loader, self.start, snapshot)
+    def _build_run(self, snapshot: Snapshot | None, schedule: Schedule | None = None) -> Run:
+        """Build the run from a state, or from its initial weights; after a roll-back with the schedule that it has."""
+        return Run(self.config, self.accelerator, self.strategy, self.loader, self.start, snapshot, schedule)
 
     def fit(self) -> None:
         """Train to the last step; log, validate and save along the way."""
@@ -223,12 +221,7 @@ class Trainer:
         assert self.validation is not None
         with live.ema.in_place() if live.ema else contextlib.nullcontext():
             self.score = self.validation.run(
-                live.network,
-                self.accelerator,
-                self.tracker,
-                self.watch,
-                live.step,
-                self.strategy.forward_is_collective,
+                live.network, self.accelerator, self.tracker, self.watch, live.step, self.strategy.forward_is_collective
             )
         live.train_mode()
         if self.score:
@@ -369,8 +362,9 @@ class Trainer:
             where = "in memory or as a checkpoint" if self.can_keep_snapshots else "as a checkpoint"
             self.give_up(decision.why, f"there is no good state from before step {decision.began} to go back to, {where}")
         self.accelerator.free_memory()
+        schedule = self.live.schedule
         del self.live  # before there is another one in memory
-        self.live, self.score = self._build_run(snapshot), None
+        self.live, self.score = self._build_run(snapshot, schedule), None
         # what the schedule has raised is to fall again: other weights were learnt under it
         self.live.least_annealing = max(self.live.least_annealing, self.raised_annealing)
         set_annealing(self.live.network, self.live.least_annealing)

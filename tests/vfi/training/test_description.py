@@ -26,7 +26,11 @@ from vfi.training.description import _remarks
             ("--freeze_backbone 3 is not less than the run, 3 epochs: the backbone",),
         ),
         (0, {"warmup_steps": 99, "freeze_backbone": 9}, ("--warmup_steps 99", "--freeze_backbone 9")),
-        (10, {"warmup_steps": 99}, ("finished: step 10 of 10 is saved; to train on, give more --steps or --epochs",)),
+        (
+            10,
+            {"warmup_steps": 99},
+            ("finished: step 10 of 10 is saved; to train on, give more --steps or --epochs, and --schedule",),
+        ),
     ],
 )
 def test_remarks(step, optim, words):
