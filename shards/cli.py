@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import signal
 import sys
+import threading
 import typing
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, TypeVar
@@ -26,6 +28,8 @@ def parse_flags(
     what stands before; a flag of several values has those of all its occurrences, in their order. `settings` go to tyro.cli.
     Usage errors and --help exit as that does.
     """
+    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # see the package's __init__.py; commands report Ctrl-C
     argv = join_repeated(sys.argv[1:] if argv is None else argv, names_of_several(options_type))
     return tyro.cli(options_type, prog=program, description=description, args=argv, **settings)
 

@@ -7,6 +7,10 @@ imgt = model(img0, img1)
 
 from typing import TYPE_CHECKING, Any
 
+from shards import end_imports_quietly
+
+end_imports_quietly(__name__)
+
 if TYPE_CHECKING:
     from vfi.pretrained import FrameInterpolator
 

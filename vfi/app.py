@@ -25,10 +25,12 @@ from shards.cli import parse_flags
 from shards.schema import ShardError
 from vfi.errors import CheckpointError, JobError, clear_errors
 from vfi.runtime.device import DeviceName, PrecisionName
+from vfi.runtime.logging import logger
 from vfi.video.app_session import COMPARE, Made, Session, compared
 
 INSTALL = "pip install -e '.[app]'"
 MAX_UPLOAD = "1gb"
+_BAD_REQUEST = (KeyError, TypeError, ValueError)  # of Gradio's routes (6.31) for what the page itself never sends
 _QUIET = {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_OFFLINE": "1"}
 _STYLE = """
 .gradio-container { width: 100% !important; max-width: 1060px !important; margin: 0 auto !important }
@@ -117,6 +119,7 @@ def serving(options: Options) -> Iterator[str]:
             page.launch(
                 server_name=options.host, server_port=port, inbrowser=options.open, share=False, quiet=True,
                 prevent_thread_lock=True, ssr_mode=False, run_history=False, footer_links=[], max_file_size=MAX_UPLOAD,
+                app_kwargs={"exception_handlers": dict.fromkeys(_BAD_REQUEST, _refuse)},
                 theme=_theme(gr), css=_STYLE, js=_KEYS, pwa=False, mcp_server=False, enable_monitoring=False,
             )  # fmt: skip
             yield f"http://{options.host}:{port}"
@@ -125,6 +128,15 @@ def serving(options: Options) -> Iterator[str]:
             page.close(verbose=False)
             with work.busy:  # the job in progress ends with its next frame
                 pass
+
+
+def _refuse(request: Any, error: Exception) -> Any:
+    """Answer a request that Gradio's routes can't read, such as an upload without a file, and log one line."""
+    from starlette.responses import PlainTextResponse  # comes with Gradio
+
+    why = f"{type(error).__name__}: {error}"
+    logger.warning(f"refused {request.method} {request.url.path}: {why}")
+    return PlainTextResponse(why, status_code=400)
 
 
 def _free_port(host: str, port: int) -> int:
@@ -218,7 +230,8 @@ def _video_tab(gr: Any, work: Session) -> None:
 
 def _path(payload: dict[str, Any] | None) -> Path | None:
     """Return the path of an upload, from the form in which the page sends it."""
-    return Path(payload["path"]) if payload else None
+    path = payload.get("path") if isinstance(payload, dict) else None
+    return Path(path) if isinstance(path, str) and path else None
 
 
 class _Result:

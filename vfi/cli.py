@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -42,6 +43,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if name not in JOBS:
         print(f"error: {unknown(name)}", file=sys.stderr)
         sys.exit(2)
+    if argv is None and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports shows no traceback; until parse_flags
     importlib.import_module(module_of(name)).main(rest)
 
 

@@ -10,6 +10,7 @@ import tarfile
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from warm import TORCHRUN, TRAIN, Process, finish, start_ranks
@@ -144,6 +145,24 @@ def test_a_rank_that_is_killed_ends_the_others(train_shards, tmp_path):
     assert process.returncode != 0
     assert "Signal 9 (SIGKILL)" in output
     assert not any(Path(f"/proc/{rank}").exists() for rank in ranks)
+
+
+@pytest.mark.slow
+def test_no_rank_outlives_a_launcher_that_is_killed(train_shards, tmp_path):
+    """Nor one that is stopped, which no other signal ends."""
+    launcher = ("--nproc_per_node", 2, "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "-m", "vfi.train")
+    process = Process(TORCHRUN, *launcher, *FLAGS, "--data_path", train_shards, "--steps", 100_000, "--batch_size", 2,
+                      "--num_workers", 0, "--output_dir", tmp_path, "--exp_name", "run")  # fmt: skip
+    wait_for_metrics(tmp_path / "run", process)
+    ranks = [psutil.Process(rank) for rank in children(process.pid)]
+    assert len(ranks) == 2
+    ranks[1].suspend()
+    process.kill()
+    _, left = psutil.wait_procs(ranks, timeout=20)
+    alive = [rank for rank in left if rank.status() != psutil.STATUS_ZOMBIE]
+    for rank in alive:
+        rank.kill()
+    assert alive == []
 
 
 @pytest.mark.slow

@@ -9,6 +9,8 @@ import signal
 import socket
 import sys
 import threading
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -322,6 +324,23 @@ def test_ctrl_c_ends_it_cleanly(run, tmp_path, monkeypatch, capsys):
     assert folders == 1
     assert last == ("the page is closed", 0)
     assert capsys.readouterr().err == ""
+
+
+def test_a_request_without_a_file_is_one_line(address, capfd):
+    field = b'--x\r\nContent-Disposition: form-data; name="files"\r\n\r\nno file\r\n--x--\r\n'
+    kind = {"Content-Type": "multipart/form-data; boundary=x"}
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        urllib.request.urlopen(urllib.request.Request(f"{address}/gradio_api/upload", field, kind))
+    assert refused.value.code == 400
+    errors = capfd.readouterr().err
+    assert errors.startswith("note: refused POST /gradio_api/upload: ")
+    assert errors.count("\n") == 1
+
+
+@pytest.mark.parametrize("payload", [None, {}, {"path": None}, {"path": ""}, "x", []])
+def test_what_is_no_upload_is_a_message_of_the_page(work, payload):
+    with pytest.raises(JobError):
+        work.video(app._path(payload), False, 2, _ignore)
 
 
 def _open(browser: Browser, address: str, width: int) -> Iterator[Page]:

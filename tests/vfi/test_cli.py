@@ -1,5 +1,7 @@
 """The `vfi` command, how errors reach the user, and the demo's path."""
 
+import os
+import signal
 import subprocess
 import sys
 
@@ -175,3 +177,31 @@ def test_the_demo_runs_through_and_again(tmp_path, monkeypatch, capfd) -> None:
         clips = ["clip.mp4", demo.SHIPPED_CLIP] if shipped.has_shipped_model() else ["clip.mp4"]
         for name in ("report/report.html", "report/report.md", "runs/tiny/metrics.jsonl", *clips):
             assert (out / name).stat().st_size > 0
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        *(("-m", "vfi.train"), ("-m", "launch.submit"), ("-m", "shards.synthetic"), ("-m", "vfi.cli", "runs")),
+        ("-c", "from vfi.cli import main; main()", "train"),  # as the console script
+    ],
+)
+def test_ctrl_c_during_the_imports_shows_no_traceback(command, tmp_path) -> None:
+    (tmp_path / "tyro.py").write_text("import signal; signal.raise_signal(signal.SIGINT); raise ImportError('it went on')")
+    paths = os.pathsep.join([str(tmp_path), *sys.path])
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": paths})
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "", "")
+
+
+def test_ctrl_c_is_reported_once_a_command_runs_and_left_alone_elsewhere(tmp_path) -> None:
+    """A command has Python's handler again once it has read its flags; a program that imports the package never loses it."""
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "__init__.py").write_text("import vfi, shards, launch")
+    shown = "import signal; print(signal.getsignal(signal.SIGINT) is signal.default_int_handler)"
+    (tmp_path / "mine" / "program.py").write_text(shown)
+    (tmp_path / "runs").mkdir()
+    code = f"import sys; sys.argv[1:] = ['runs']; from vfi.cli import main; main(); {shown}"
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+    for command in (("-c", code), ("-m", "mine.program")):
+        done = subprocess.run([sys.executable, *command], capture_output=True, text=True, env=environment, cwd=tmp_path)
+        assert done.stdout.endswith("True\n"), done.stderr

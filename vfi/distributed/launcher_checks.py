@@ -7,8 +7,11 @@ refused here, with advice on what to do instead.
 from __future__ import annotations
 
 import atexit
+import ctypes
 import importlib.util
 import os
+import signal
+import sys
 from datetime import timedelta
 from typing import Literal
 
@@ -23,6 +26,7 @@ from vfi.config.configs import Config, ConfigError, accumulation
 Sharding = Literal["none", "zero", "fsdp2"]
 Precision = Literal["no", "bf16", "fp16"]
 _PRECISIONS: tuple[Precision, ...] = ("no", "bf16", "fp16")
+_PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 _WHOLE = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
 
 
@@ -31,6 +35,7 @@ def start_accelerator(config: Config) -> Accelerator:
 
     ConfigError where the launcher did something else, or where the request can't be met.
     """
+    _end_with_launcher()
     world, sharding = int(os.environ.get("WORLD_SIZE", "1")), asked_sharding()
     _refuse_traps(world)
     if sharding == "zero":
@@ -64,6 +69,17 @@ def asked_precision() -> Precision:
         if asked == precision:
             return precision
     raise ConfigError(f"mixed precision {asked!r} is not supported; use {', '.join(_PRECISIONS)} in the accelerate config")
+
+
+def _end_with_launcher() -> None:
+    """Have the kernel kill this rank once torchrun is gone, which ends its ranks itself unless it is killed.
+
+    Ranks that torchrun started are in sessions of their own, which no signal to its group reaches. The other ranks would train
+    on, and one that is stopped (SIGSTOP) would keep its GPU for ever.
+    """
+    if "TORCHELASTIC_RUN_ID" not in os.environ or not sys.platform.startswith("linux"):
+        return
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _destroy_gloo() -> None:
