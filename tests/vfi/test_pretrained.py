@@ -301,7 +301,7 @@ def test_a_folder_that_failed_leaves_nothing(model, tmp_path, monkeypatch) -> No
 def test_the_card_says_what_the_hub_reads(model, tmp_path) -> None:
     measured = made_results.results("some")
     ours = dataclasses.replace(measured.rows[2], step=4, psnr=33.25)
-    protocol = {"protocol": "ucf101", "profile": "rife", "TTA": "none", "source": "/home/me"}
+    protocol = {"protocol": "ucf101", "profile": "rife", "TTA": "none", "frame set": "all samples", "source": "/home/me"}
     measured = dataclasses.replace(measured, rows=(*measured.rows[:2], ours), protocol=protocol)
     write_results(tmp_path / "ucf.json", measured)
     model.save_pretrained(tmp_path / "new", licence="My own: terms", results=[tmp_path / "ucf.json"])
