@@ -210,7 +210,7 @@ def train(tmp_path: Path, url: str, steps: int, **environment: str) -> tuple[int
     process = Process(
         *(TRAIN, "--preset", "tiny", "--crop", "64", "--batch_size", "4", "--num_workers", "1", "--save_every", "1"),
         *("--steps", steps, "--data_path", url, "--val_path", url, "--val_samples", "1", "--output_dir", tmp_path / "runs"),
-        *("--exp_name", "run", "--resume", "auto", "--cache_dir", tmp_path / "cache"),
+        *("--exp_name", "run", "--resume", "auto", "--schedule", "extend", "--cache_dir", tmp_path / "cache"),
         **environment,
     )
     output, _ = process.communicate(timeout=120)

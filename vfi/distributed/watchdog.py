@@ -136,7 +136,8 @@ class Watchdog:
             if self.store is None:
                 self._end([self.rank], f"this process hangs at {self.place}")
             elif self.lost or deaf >= _LISTEN:
-                self._end([0], "rank 0, or the launcher that holds the store of the processes, does not answer")
+                # which may have ended because it waited for this process: its stack is shown, too
+                self._end([0, self.rank], "rank 0, or the launcher that holds the store of the processes, does not answer")
             elif self.listened >= _LISTEN and (found := find_stalled_ranks(self.heard, self.silent, self.seconds)):
                 self._end(*found)
 
