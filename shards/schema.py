@@ -125,7 +125,10 @@ def printable(text: str) -> str:
 
 
 def check_limits(frames: int, size: tuple[int, int], shards: int, samples: int) -> None:
-    """Raise ShardError where a folder of samples of so many frames of (height, width) is larger than the format allows."""
+    """Raise ShardError where a folder exceeds the limits of the format.
+
+    `frames`: of a sample; `size`: (height, width) of its largest frame; `shards`, `samples`: of the folder.
+    """
     if not 0 < frames <= MOST_FRAMES:
         raise ShardError(f"{frames:,} frames a sample are out of range: 1 to {MOST_FRAMES:,} are allowed")
     if min(size) < 1 or size[0] * size[1] > LARGEST_FRAME:
@@ -230,7 +233,7 @@ def _check_fields(index: Index) -> None:
         if not all(type(number) is int and number >= 0 for number in (entry.samples, entry.bytes)) or not isinstance(
             entry.sha256, str
         ):
-            raise ShardError(f"shard {name} has no number of samples, bytes and sha256")
+            raise ShardError(f"of shard {name}, samples and bytes must be whole numbers of at least 0, and sha256 a text")
     sizes = (*index.min_size, *index.max_size)
     numbers = (index.frames, *sizes)
     if (

@@ -132,14 +132,20 @@ def test_signals_may_come_to_loader_processes_too(train_shards, tmp_path, number
     assert not any(Path(f"/proc/{pid}").exists() for pid in loaders)
 
 
-@pytest.mark.slow
-def test_a_rank_that_is_killed_ends_the_others(train_shards, tmp_path):
+def launch_two_ranks(shards: Path, folder: Path) -> tuple[Process, list[int]]:
+    """Return torchrun and the numbers of its two ranks, once they train in folder/run."""
     launcher = ("--nproc_per_node", 2, "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "-m", "vfi.train")
-    process = Process(TORCHRUN, *launcher, *FLAGS, "--data_path", train_shards, "--steps", 100_000, "--batch_size", 2,
-                      "--num_workers", 0, "--output_dir", tmp_path, "--exp_name", "run")  # fmt: skip
-    wait_for_metrics(tmp_path / "run", process)
+    process = Process(TORCHRUN, *launcher, *FLAGS, "--data_path", shards, "--steps", 100_000, "--batch_size", 2,
+                      "--num_workers", 0, "--output_dir", folder, "--exp_name", "run")  # fmt: skip
+    wait_for_metrics(folder / "run", process)
     ranks = children(process.pid)
     assert len(ranks) == 2
+    return process, ranks
+
+
+@pytest.mark.slow
+def test_a_rank_that_is_killed_ends_the_others(train_shards, tmp_path):
+    process, ranks = launch_two_ranks(train_shards, tmp_path)
     os.kill(ranks[1], signal.SIGKILL)
     output, _ = process.communicate(timeout=120)
     assert process.returncode != 0
@@ -150,12 +156,8 @@ def test_a_rank_that_is_killed_ends_the_others(train_shards, tmp_path):
 @pytest.mark.slow
 def test_no_rank_outlives_a_launcher_that_is_killed(train_shards, tmp_path):
     """Nor one that is stopped, which no other signal ends."""
-    launcher = ("--nproc_per_node", 2, "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "-m", "vfi.train")
-    process = Process(TORCHRUN, *launcher, *FLAGS, "--data_path", train_shards, "--steps", 100_000, "--batch_size", 2,
-                      "--num_workers", 0, "--output_dir", tmp_path, "--exp_name", "run")  # fmt: skip
-    wait_for_metrics(tmp_path / "run", process)
-    ranks = [psutil.Process(rank) for rank in children(process.pid)]
-    assert len(ranks) == 2
+    process, numbers = launch_two_ranks(train_shards, tmp_path)
+    ranks = [psutil.Process(rank) for rank in numbers]
     ranks[1].suspend()
     process.kill()
     _, left = psutil.wait_procs(ranks, timeout=20)

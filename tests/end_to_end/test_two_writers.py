@@ -67,6 +67,7 @@ def test_a_dry_run_is_not_blocked(tmp_path, train_shards):
     flags = map(str, [*FLAGS, "--data_path", train_shards, "--output_dir", tmp_path, "--dry_run"])
     with writer_lock(tmp_path / "run", "…"):
         train.main(list(flags))
+        assert [path.name for path in tmp_path.iterdir()] == [".run.writer.1"]
 
 
 def _train(out: Path, shards: Path) -> None:

@@ -128,9 +128,9 @@ def predict(
             return _frame(model(img0, img1, timestep, scale=scale), precision)
 
     with torch.inference_mode():
-        if graphs is None:
-            return _checked(forward(img0, img1, timestep), precision)
-        return _checked(graphs(forward, img0, img1, timestep, kind=(precision, scale)), precision)
+        inputs = img0, img1, timestep
+        imgt = forward(*inputs) if graphs is None else graphs(forward, *inputs, kind=(precision, scale))
+        return _checked(imgt, precision)
 
 
 def _frame(prediction: Prediction, precision: torch.dtype) -> Tensor:

@@ -31,16 +31,15 @@ _INTERLACED = 8  # frames that must be
 
 def find_combs(frames: Iterable[av.VideoFrame]) -> Pattern:
     """Return the pattern of the combs in the first frames of a video; no more are taken than is needed."""
-    kinds: list[str] = []
+    kinds, moving = list[str](), list[str]()
     lumas = map(_luma, itertools.islice(frames, _MOST))
     for before, after in itertools.pairwise(lumas):
         kinds.append(_kind(before, after) if before.shape == after.shape and len(before) >= _ROWS else "?")
-        moving = [kind for kind in kinds if kind != "?"]
+        moving += [kinds[-1]] if kinds[-1] != "?" else []
         if len(moving) >= _ENOUGH and moving.count("whole") > 0.9 * len(moving):
             return ""
     if _has_cadence(kinds):
         return "telecine"
-    moving = [kind for kind in kinds if kind != "?"]
     most = max(moving.count("late"), moving.count("early"))
     return "interlaced" if most >= _INTERLACED and most > 0.8 * len(moving) else ""
 
@@ -66,9 +65,8 @@ def _kind(frame: np.ndarray, after: np.ndarray) -> str:
     if largest < _MOVED * own:
         return "?"
     least = min(changes) / largest
-    if (
-        least > _CLEAR or own <= _COMBED * _roughness(frame, 2)[around].mean()
-    ):  # rows are more like their neighbours than the next but one
+    rows_agree = own <= _COMBED * _roughness(frame, 2)[around].mean()  # with their neighbours more than with the next but one
+    if least > _CLEAR or rows_agree:
         return "whole"
     if least < -_CLEAR:
         return "rough"

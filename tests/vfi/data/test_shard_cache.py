@@ -492,7 +492,7 @@ def altered(folder: Path, out: Path, **changes: object) -> Path:
         ({"name": "/etc/passwd"}, "must be a plain file name"),
         ({"sha256": "../../../tmp/x"}, "has no sha256 or size"),
         ({"sha256": "0" * 63}, "has no sha256 or size"),
-        ({"bytes": -1}, "has no number of samples, bytes and sha256"),
+        ({"bytes": -1}, "samples and bytes must be whole numbers of at least 0, and sha256 a text"),
     ],
 )
 def test_an_index_does_not_choose_where_files_go(train_shards, tmp_path, changes, message):

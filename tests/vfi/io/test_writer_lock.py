@@ -125,6 +125,7 @@ def test_other_ranks_are_part_of_the_same_writer(tmp_path, start, monkeypatch):
     start(tmp_path / "run")
     monkeypatch.setenv("RANK", "1")
     enter(tmp_path / "run")
+    assert remains(tmp_path) == [".run.writer.1"]
 
 
 @pytest.mark.parametrize("differs", ["host", "boot", "namespace"])

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vfi.ops.precision import fp32_island
-from vfi.ops.ssm.fused_ss2d import Parameters, Shape
+from vfi.ops.ssm.fused_ss2d import Parameters, Shape, check_pixels
 from vfi.ops.ssm.scan_order import SCANS
 
 _CHUNK = 32  # tokens whose products with each other are computed; longer chunks cost more products, shorter ones more states
@@ -28,10 +28,8 @@ def blocked_ss2d(projected: Tensor, parameters: Parameters, shape: Shape) -> Ten
 
     Any H and W. It is computed in fp32, or fp64 for fp64 inputs. With gradients, a whole direction is one block.
     """
-    width = shape.inner + shape.channels + shape.heads
-    if projected.dim() != 4 or projected.shape[0] % 2 or projected.shape[-1] != width:
-        raise ValueError(f"blocked_ss2d takes pixels [2B, H, W, {width}] and was given {list(projected.shape)}")
-    return fp32_island(_blocked_ss2d, projected, *parameters, shape).to(projected.dtype)
+    check_pixels("blocked_ss2d", projected, shape)
+    return fp32_island(_blocked_ss2d, projected, *parameters, shape=shape).to(projected.dtype)
 
 
 def blocked_obstacle(device: torch.device, groups: int) -> str | None:
@@ -41,10 +39,8 @@ def blocked_obstacle(device: torch.device, groups: int) -> str | None:
     return "the blocked form has one B and C for all heads (--ssd_groups shared)" if groups != 1 else None
 
 
-def _blocked_ss2d(projected: Tensor, *arguments: Tensor | Shape) -> Tensor:
-    *tensors, shape = arguments
-    assert isinstance(shape, Shape)
-    parameters = Parameters(*tensors)  # type: ignore[arg-type]
+def _blocked_ss2d(projected: Tensor, *tensors: Tensor, shape: Shape) -> Tensor:
+    parameters = Parameters(*tensors)
     frames, H, W, _ = projected.shape
     orders = SCANS["interleaved" if shape.together == 2 else "flip"]
     total = None
@@ -114,13 +110,13 @@ def _scan_block(
     # inside a chunk: y_i = sum_{j before or at i} (C_i . B_j) exp(decay_i - decay_j) dt_j x_j
     inputs = x * steps.unsqueeze(-1)
     by_head = decays.transpose(2, 3)
-    visible = torch.ones(_CHUNK, _CHUNK, dtype=torch.bool, device=x.device)
-    hidden = visible.tril(-1) if reverse else visible.triu(1)
+    pairs = torch.ones(_CHUNK, _CHUNK, dtype=torch.bool, device=x.device)
+    hidden = pairs.tril(-1) if reverse else pairs.triu(1)
     between = (by_head.unsqueeze(-1) - by_head.unsqueeze(-2)).masked_fill_(hidden, -torch.inf).exp_()
     scores = between * (C @ B.transpose(-1, -2)).unsqueeze(2)  # [n, K, heads, Q, Q]
     inside = (scores @ inputs.transpose(2, 3)).transpose(2, 3)
 
-    # across chunks: the states of all heads side by side, passed on from chunk to chunk
+    # across chunks: the states of all heads, concatenated to one matrix, are propagated from chunk to chunk
     to_end = (whole.unsqueeze(2) - decays).exp()
     added = B.transpose(-1, -2) @ (inputs * to_end.unsqueeze(-1)).flatten(-2)  # [n, K, state, inner]
     kept = whole.exp().repeat_interleave(x.shape[-1], dim=-1).unsqueeze(2)  # [n, K, 1, inner]

@@ -105,13 +105,18 @@ def fused_ss2d(projected: Tensor, parameters: Parameters, shape: Shape) -> Tenso
     """
     if projected.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise TypeError(f"fused_ss2d takes fp32, bf16 or fp16 and was given {projected.dtype}: use --ssd_backend reference")
-    width = shape.inner + shape.channels + shape.heads
-    if projected.dim() != 4 or projected.shape[0] % 2 or projected.shape[-1] != width:
-        raise ValueError(f"fused_ss2d takes pixels [2B, H, W, {width}] and was given {list(projected.shape)}")
+    check_pixels("fused_ss2d", projected, shape)
     if torch.is_grad_enabled() and any(t.requires_grad for t in (projected, *parameters)):
         result: Tensor = _FusedSS2D.apply(projected, *parameters, shape)
         return result
     return _Run(projected, Parameters(*parameters), shape).without_gradients()
+
+
+def check_pixels(name: str, projected: Tensor, shape: Shape) -> None:
+    """Raise ValueError, which calls the operator `name`, where projected pixels don't have the channels of `shape`."""
+    width = shape.inner + shape.channels + shape.heads
+    if projected.dim() != 4 or projected.shape[0] % 2 or projected.shape[-1] != width:
+        raise ValueError(f"{name} takes pixels [2B, H, W, {width}] and was given {list(projected.shape)}")
 
 
 def ss2d_obstacle(device: torch.device, head_dim: int, state: int, groups: int) -> str | None:
